@@ -1,0 +1,49 @@
+"""Parallelise any Hugging Face model, already built and PEFT-wrapped, inside ``Accelerator.prepare`` and the stock Trainer.
+
+Only light names are imported here; everything that needs a model or a process group loads when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .config import AutoParallelismConfig
+from .errors import (
+    AutoParallelError,
+    ConfigError,
+    NotAvailableYetError,
+    PlanError,
+    PrepareError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
+    from .plan.selection import register_plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoParallelArgumentsMixin",
+    "AutoParallelError",
+    "AutoParallelTrainingArguments",
+    "AutoParallelismConfig",
+    "ConfigError",
+    "NotAvailableYetError",
+    "PlanError",
+    "PrepareError",
+    "UnsupportedError",
+    "register_plan",
+]
+
+_LAZY = {
+    "AutoParallelArgumentsMixin": ".integrations.trainer",
+    "AutoParallelTrainingArguments": ".integrations.trainer",
+    "register_plan": ".plan.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,250 @@
+"""The only room that touches private names of torch, transformers, accelerate and peft.
+
+Each name stands here with the reason for its use and the versions it was checked on; ``tests/test_compat.py`` fails when
+one of them disappears. Everything else in the package uses public API.
+
+Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: ``(module, attribute, reason)`` of every private name used below; the compat test walks this list.
+PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
+    (
+        "torch.distributed._functional_collectives",
+        "all_reduce",
+        "collectives that torch.compile can trace; the public torch.distributed calls are in place and break the graph",
+    ),
+    ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
+    (
+        "torch.distributed.tensor.placement_types",
+        "_StridedShard",
+        "placement of a dimension that packs several projections (gate|up); transformers describes it the same way",
+    ),
+    (
+        "accelerate.state",
+        "PartialState._shared_state",
+        "AcceleratorState copies its distributed type from here each time it is constructed; it must say FSDP too",
+    ),
+    (
+        "accelerate.state",
+        "AcceleratorState._shared_state",
+        "tells whether an Accelerator already exists, in which case Accelerate drops a new config silently",
+    ),
+    ("accelerate.accelerator", "Accelerator._prepare_one", "prepares data loaders, optimizers and schedulers as usual"),
+    (
+        "peft.tuners.lora.layer",
+        "ParamWrapper",
+        "LoRA on a bare parameter; its private _did_swap_in_out_features tells how the parameter is laid out",
+    ),
+    (
+        "accelerate.parallelism_config",
+        "ParallelismConfig._validate_accelerator",
+        "called by Accelerator.__init__ with the instance: where we bind to it",
+    ),
+    ("accelerate.parallelism_config", "ParallelismConfig._set_size", "keeps the size fields and the mesh in step"),
+)
+
+
+def functional_collectives() -> ModuleType:
+    """Return torch's traceable collectives (private module since torch 2.1, stable in 2.11 to 2.13)."""
+    import torch.distributed._functional_collectives as funcol
+
+    return funcol
+
+
+def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """All-gather ``x`` along ``dim``: ``all_gather_single`` from torch 2.13 on, called ``all_gather_tensor`` before."""
+    funcol = functional_collectives()
+    gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+    return funcol.wait_tensor(gather(x, dim, group))
+
+
+def strided_shard(dim: int, split_factor: int) -> Any:
+    """Return the placement that shards ``dim`` inside each of its ``split_factor`` equal blocks.
+
+    Example: a fused ``[gate; up]`` weight with ``split_factor=2`` gives every rank a slice of gate and one of up.
+    """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return _StridedShard(dim=dim, split_factor=split_factor)
+
+
+def is_strided_shard(placement: object) -> bool:
+    """True for the placement made by :func:`strided_shard`."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard)
+
+
+def accelerator_already_exists() -> Any | None:
+    """Return Accelerate's shared state if an ``Accelerator`` was created in this process, else None."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    shared = AcceleratorState._shared_state
+    if shared == {} or shared == PartialState._shared_state:
+        return None
+    return AcceleratorState()
+
+
+def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str, Any]:
+    """Return the local variables of the ``Accelerator.__init__`` call that is constructing ``accelerator``.
+
+    On CPU, Accelerate 1.15 drops a given ``fsdp_plugin`` before any object of ours can see it; the running constructor
+    still holds it. Returns an empty dict if the constructor is not on the stack.
+    """
+    from accelerate import Accelerator
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Accelerator.__init__.__code__ and frame.f_locals.get("self") is accelerator:
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def set_distributed_type_fsdp(accelerator: Accelerator) -> None:
+    """Make Accelerate's state say FSDP, on CPU too, so that its FSDP2 code path is taken everywhere."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def transformers_parallel_styles() -> dict[str, Any]:
+    """Return transformers' registry of style name -> layer object, empty if this version has none.
+
+    The registry lives in ``transformers.distributed.tensor_parallel`` from 5.17 on.
+    """
+    try:
+        from transformers.distributed import tensor_parallel
+    except ImportError:
+        return {}
+    registry = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)
+    if registry is None:
+        return {}
+    return {name: registry[name] for name in registry.keys()}
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """True if ``model`` is a ``peft.PeftModel``; does not import peft when nobody has."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def peft_tuner_layer_type() -> type | None:
+    """Base class of PEFT's adapter layers, None when peft is not imported."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return BaseTunerLayer
+
+
+def peft_auxiliary_wrapper_type() -> type | None:
+    """Base class of PEFT's ``modules_to_save`` and ``trainable_token_indices`` wrappers, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return AuxiliaryTrainingWrapper
+
+
+def tensor_parallel_plan_of_class(cls: type) -> dict[str, str]:
+    """The ``_tp_plan`` that a model class declares itself (transformers 5.17 to 5.23), empty if it declares none."""
+    return dict(getattr(cls, "_tp_plan", None) or {})
+
+
+def instance_tensor_parallel_plan(model: nn.Module) -> dict[str, str]:
+    """The ``_tp_plan`` set on this very object (transformers merges class, config and children there), else empty."""
+    return dict(model.__dict__.get("_tp_plan") or {})
+
+
+def no_split_module_names(model: nn.Module) -> set[str]:
+    """Class names in ``_no_split_modules`` of the model and of every sub-model (a list, set or None by version)."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return names
+
+
+def lm_head_module(model: nn.Module) -> nn.Module | None:
+    """The model's output projection through ``get_output_embeddings``, None when it has none or refuses."""
+    return _embedding_accessor(model, "get_output_embeddings")
+
+
+def input_embedding_module(model: nn.Module) -> nn.Module | None:
+    """The model's input embedding through ``get_input_embeddings``, None when it has none or refuses."""
+    return _embedding_accessor(model, "get_input_embeddings")
+
+
+def _embedding_accessor(model: nn.Module, name: str) -> nn.Module | None:
+    accessor = getattr(model, name, None)
+    if accessor is None:
+        return None
+    try:
+        module = accessor()
+    except (NotImplementedError, AttributeError):
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def has_implemented_forward(module: nn.Module) -> bool:
+    """False for containers (``ModuleList``, ``ParameterDict``, ...) whose ``forward`` nobody can call."""
+    return type(module).forward is not nn.Module.forward
+
+
+def torch_version() -> tuple[int, int]:
+    """``(major, minor)`` of the installed torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def peft_lora_layer_types() -> tuple[type | None, type | None]:
+    """PEFT's plain LoRA layers ``(Linear, Embedding)``; ``(None, None)`` without peft."""
+    if "peft" not in sys.modules:
+        return None, None
+    from peft.tuners.lora.layer import Embedding, Linear
+
+    return Linear, Embedding
+
+
+def transformers_conv1d_type() -> type | None:
+    """GPT-2's ``Conv1D`` (a linear layer whose weight is stored transposed), None when transformers is not imported."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def peft_parameter_wrapper_type() -> type | None:
+    """PEFT's LoRA layer for a bare parameter, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return ParamWrapper
+
+
+def parameter_adapter_stores_out_first(adapter: Any) -> bool:
+    """True if the 3-D parameter under a ``ParamWrapper`` is (experts, out, in); private since peft 0.17."""
+    return bool(adapter._did_swap_in_out_features)
+
+
+def parameters_of_ignored_modules(plugin: Any, model: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """The parameters that an FSDP plugin's ``ignored_modules`` (modules, or a regex over names) stands for."""
+    from accelerate.utils.fsdp_utils import get_parameters_from_modules
+
+    return set(get_parameters_from_modules(plugin.ignored_modules, model, device))

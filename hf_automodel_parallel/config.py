@@ -1,0 +1,378 @@
+"""``AutoParallelismConfig``: the one object a user passes, its fields, its text forms and its validation.
+
+It subclasses :class:`accelerate.ParallelismConfig`, so it goes wherever that class goes. ``Accelerator.__init__`` calls two
+of its methods, in this order, with the process group ready: :meth:`AutoParallelismConfig.get_device_mesh`, where open sizes
+are inferred and wrong ones refused, and :meth:`AutoParallelismConfig._validate_accelerator`, where the package binds itself
+to that one ``Accelerator`` instance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+
+from . import compat
+from .errors import ConfigError, not_available_yet
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
+
+#: Mesh axes in the order in which Accelerate lays them out; each has a ``<axis>_size`` field.
+AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+
+#: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
+PLAN_SOURCES = ("hf", "registry", "default")
+
+#: Environment variable that holds the text form of a config (set by the launcher, read by it in the workers).
+CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
+
+# Who fills up an unexplained rest of the world, first open axis first. tp changes which kernels run, so it comes last.
+_INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
+
+# Fields whose step has not landed: value that means "off", and what to do instead.
+_NOT_YET: dict[str, tuple[Any, str]] = {
+    "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
+    "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
+    "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
+    "activation_checkpointing": (None, "Use TrainingArguments(gradient_checkpointing=True) or leave it out."),
+    "compile": (False, "Leave it out."),
+    "backend": ("fsdp2", "Use backend='fsdp2'."),
+    "audit": (None, "Leave it out."),
+}
+
+
+@dataclass(repr=False)
+class AutoParallelismConfig(ParallelismConfig):
+    """How to spread a model over the processes: sizes of the mesh axes, plan, and how FSDP2 behaves.
+
+    The size fields are Accelerate's (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``, ``sp_size``) and
+    mean the same, with one addition: a size that nobody gave (None here and not in the environment) is inferred from the
+    world size instead of being 1. ``dp_shard`` takes the rest; if it was given, ``dp_replicate`` does; then ``tp``.
+
+    Args:
+        tp_plan: explicit tensor-parallel plan, preferred to every other source: a dict (module or parameter pattern ->
+            style name or ``torch.distributed.tensor.parallel.ParallelStyle``), a callable returning one (with or without
+            the model as argument), the import path of either (``"my_package.plans:llama"``), or the name of a named plan.
+        plan_order: sources to try, in order, when ``tp_plan`` is None. A subset of ``("hf", "registry", "default")``.
+        reshard_after_forward: free a layer's gathered parameters after its forward. None: what the ``fsdp_plugin`` says,
+            else True; the last layer is never resharded, its backward comes next.
+        forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
+        backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+        NotAvailableYetError: an option whose implementation has not landed was asked for.
+
+    Example:
+        >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
+        >>> config = AutoParallelismConfig.parse("tp=2,dp_shard=4")    # the command-line form
+    """
+
+    tp_plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None
+    plan_order: tuple[str, ...] = PLAN_SOURCES
+    reshard_after_forward: bool | None = None
+    forward_prefetch: int = 1
+    backward_prefetch: int = 2
+    sequence_parallel: bool = False
+    async_tensor_parallel: bool = False
+    loss_parallel: bool | None = None
+    activation_checkpointing: str | bool | None = None
+    compile: bool | str = False
+    audit: str | bool | None = None
+    backend: str = "fsdp2"
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        self._open_axes = tuple(
+            axis
+            for axis in AXES
+            if getattr(self, f"{axis}_size") is None and f"PARALLELISM_CONFIG_{axis.upper()}_SIZE" not in os.environ
+        )
+        # The parent refuses tp with replicas and dp_shard=1; while dp_shard is open, 1 is only its placeholder.
+        placeholder = "dp_shard" in self._open_axes
+        if placeholder:
+            self.dp_shard_size = 2
+        super().__post_init__()
+        if placeholder:
+            self._set_size("dp_shard", 1)
+        self._check_no_other_accelerator()
+
+    def _check_fields(self) -> None:
+        for axis in AXES:
+            size = getattr(self, f"{axis}_size")
+            if size is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(
+                    f"{axis}_size={size!r}: a mesh axis has a whole number of ranks, at least 1. "
+                    f"Leave it out to have it inferred from the world size."
+                )
+        for name in ("forward_prefetch", "backward_prefetch"):
+            depth = getattr(self, name)
+            if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+                raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
+        if self.reshard_after_forward not in (None, True, False):
+            raise ConfigError(f"reshard_after_forward={self.reshard_after_forward!r}: give true, false or leave it out.")
+        if isinstance(self.plan_order, str):
+            self.plan_order = tuple(part for part in self.plan_order.replace("+", " ").split() if part)
+        self.plan_order = tuple(self.plan_order)
+        unknown = [source for source in self.plan_order if source not in PLAN_SOURCES]
+        if unknown or len(set(self.plan_order)) != len(self.plan_order) or not self.plan_order:
+            raise ConfigError(
+                f"plan_order={self.plan_order!r}: give an order of {', '.join(PLAN_SOURCES)} (a subset, each once)."
+            )
+        if not (self.tp_plan is None or isinstance(self.tp_plan, (str, Mapping)) or callable(self.tp_plan)):
+            raise ConfigError(
+                f"tp_plan={self.tp_plan!r}: give a dict, a callable that returns one, an import path or a plan name."
+            )
+        for name, (off, remedy) in _NOT_YET.items():
+            value = getattr(self, name)
+            if value is not None and value is not off and value != off:
+                raise not_available_yet(name, value, remedy)
+        if self.cp_size is not None and self.cp_size > 1:
+            raise not_available_yet("cp_size", self.cp_size, "Use cp_size=1; tp and dp_shard also spread activations.")
+        if self.sp_size is not None and self.sp_size > 1:
+            raise ConfigError(
+                f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
+                f"Use sp_size=1."
+            )
+
+    def _check_no_other_accelerator(self) -> None:
+        """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to tell."""
+        state = compat.accelerator_already_exists()
+        if state is None or isinstance(state.parallelism_config, AutoParallelismConfig):
+            return
+        raise ConfigError(
+            "AutoParallelismConfig was created after an Accelerator already exists in this process; Accelerate shares one "
+            "state between all Accelerators and would ignore this config without a word. Create the config before, and "
+            "pass it to, the first Accelerator (or TrainingArguments) of the process."
+        )
+
+    # ---- sizes -------------------------------------------------------------------------------------------------
+
+    def resolve_sizes(self, world_size: int) -> None:
+        """Fill in the sizes that nobody gave, so that the product of all axes is ``world_size``.
+
+        Raises:
+            ConfigError: the given sizes do not divide, or do not multiply to, the world size.
+        """
+        known = 1
+        for axis in AXES:
+            if axis not in self._open_axes:
+                known *= self._sizes[axis]
+        given = ", ".join(f"{axis}_size={self._sizes[axis]}" for axis in AXES if axis not in self._open_axes) or "none"
+        absorber = next((axis for axis in _INFERENCE_ORDER if axis in self._open_axes), None)
+        rest, remainder = divmod(world_size, known)
+        if remainder or (absorber is None and rest != 1):
+            raise ConfigError(
+                f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
+                f"Start {known if known > world_size else 'a multiple of ' + str(known)} processes, or change a size so "
+                f"that the product is {world_size}."
+            )
+        if absorber is not None:
+            self._set_size(absorber, rest)
+        if self.tp_size > 1 and self.tp_handler is None:
+            from accelerate.utils import TorchTensorParallelConfig
+
+            self.tp_handler = TorchTensorParallelConfig()
+
+    @property
+    def dp_shard_enabled(self) -> bool:
+        """True whenever there is a process group: FSDP2 also runs on a ``dp_shard`` axis of size 1 ("TP only")."""
+        return self.dp_shard_size > 1 or self.device_mesh is not None or _world_size() is not None
+
+    def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
+        """Infer open sizes, then build the mesh (Accelerate calls this first, before any other method).
+
+        Returns:
+            The mesh with axes (dp_replicate,) dp_shard (, tp), or None in a process without a process group.
+
+        Raises:
+            ConfigError: the sizes do not fit the world size.
+        """
+        if self.device_mesh is None:
+            world = _world_size()
+            self.resolve_sizes(1 if world is None else world)
+            if world is None:
+                return None
+        return super().get_device_mesh(device_type)
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        # The seam: the only moment at which Accelerate hands us the instance. Imported late, the import arrow points back.
+        from .integrations.accelerate import install
+
+        install(self, accelerator)
+
+    def check_accelerator(self, accelerator: Accelerator) -> None:
+        """Run Accelerate's own checks of sizes and distributed type."""
+        super()._validate_accelerator(accelerator)
+
+    # ---- text and dict forms -----------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | AutoParallelismConfig) -> AutoParallelismConfig:
+        """Read a config from any of its forms.
+
+        Args:
+            value: a config (returned as it is), a dict, the path of a YAML or JSON file, a JSON object as text, or a
+                comma-separated list such as ``"tp=2,dp_shard=4,plan_order=registry+hf"`` (a bare name means true).
+
+        Raises:
+            ConfigError: unreadable file, malformed text, unknown field (with the nearest known one).
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if not isinstance(value, (str, os.PathLike)):
+            raise ConfigError(f"cannot read a parallelism config from {type(value).__name__}: {value!r}")
+        text = os.fspath(value).strip()
+        if text.lower().endswith((".yaml", ".yml", ".json")) or (text and Path(text).is_file()):
+            return cls.from_dict(_read_file(Path(text)))
+        if text.startswith("{"):
+            return cls.from_dict(_load_yaml(text, "the given text"))
+        return cls.from_dict(_parse_pairs(text))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AutoParallelismConfig:
+        """Build a config from a mapping of field names, with or without the ``_size`` suffix of the axes."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{key}_size" if key in AXES else key
+            if name not in known:
+                hint = difflib.get_close_matches(str(key), sorted(known) + list(AXES), n=1)
+                raise ConfigError(
+                    f"unknown field {key!r} in the parallelism config"
+                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                    + f" Known fields: {', '.join(sorted(known))}."
+                )
+            if name in arguments:
+                raise ConfigError(f"the field {name!r} is given twice in the parallelism config.")
+            arguments[name] = _restore(name, value)
+        return cls(**arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values of every field that differs from its default; ``from_dict`` restores an equal config."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            axis = field.name.removesuffix("_size")
+            if axis in AXES:
+                if not (axis in self._open_axes and self.device_mesh is None):
+                    result[field.name] = value
+                continue
+            if field.name.endswith(("_backend", "_handler")):
+                if value is not None and self._sizes[field.name.rsplit("_", 1)[0]] > 1:
+                    result[field.name] = _plain(value)
+                continue
+            default = field.default
+            if value != default:
+                result[field.name] = _plain(value)
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``TrainingArguments.to_dict`` stores (Accelerate's own version returns None)."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}({inner})"
+
+    # A mesh holds process groups: it belongs to one process and is rebuilt, never copied or written to disk.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
+
+
+def _world_size() -> int | None:
+    """Size of the process group, None without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the parallelism config {str(path)!r}: {error.strerror or error}.") from error
+    return _load_yaml(text, f"the file {str(path)!r}")
+
+
+def _load_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML, of which JSON is a subset."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must hold a mapping of fields such as 'tp: 2', but holds {values!r}.")
+    return values
+
+
+def _parse_pairs(text: str) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = {}
+    for part in _nonempty(text.split(",")):
+        key, separator, raw = part.partition("=")
+        key = key.strip()
+        if not key.isidentifier():
+            raise ConfigError(
+                f"cannot read {part!r} in the parallelism config {text!r}: write name=value pairs separated by commas, "
+                f"for example 'tp=2,dp_shard=4', or the path of a YAML or JSON file."
+            )
+        if key in values:
+            raise ConfigError(f"the field {key!r} is given twice in the parallelism config {text!r}.")
+        try:
+            values[key] = yaml.safe_load(raw) if separator else True
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value {raw!r} of {key!r} in {text!r}.") from error
+    if not values:
+        raise ConfigError("the parallelism config is empty: write for example 'tp=2,dp_shard=4'.")
+    return values
+
+
+def _nonempty(parts: Iterable[str]) -> Iterable[str]:
+    return (part.strip() for part in parts if part.strip())
+
+
+def _plain(value: Any) -> Any:
+    """A JSON-ready picture of a field's value; callables become import paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if callable(value) and hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return repr(value)
+
+
+def _restore(name: str, value: Any) -> Any:
+    """Undo :func:`_plain` for the fields that are objects."""
+    if name == "plan_order" and isinstance(value, list):
+        return tuple(value)
+    if name.endswith("_handler") and isinstance(value, Mapping):
+        from accelerate.utils import dataclasses as accelerate_dataclasses
+
+        handler = {"tp_handler": "TorchTensorParallelConfig", "cp_handler": "TorchContextParallelConfig"}.get(name)
+        if handler is None:
+            raise ConfigError(f"{name} cannot be given as a mapping.")
+        return getattr(accelerate_dataclasses, handler)(**value)
+    return value

@@ -1,0 +1,38 @@
+"""Errors a user can meet, each naming the field, its value and the remedy."""
+
+from __future__ import annotations
+
+
+class AutoParallelError(ValueError):
+    """Base of every error that this package raises for a user's mistake or an unsupported request."""
+
+
+class ConfigError(AutoParallelError):
+    """A field of :class:`AutoParallelismConfig` (or of what Accelerate was given beside it) cannot be honoured."""
+
+
+class PlanError(AutoParallelError):
+    """A tensor-parallel plan cannot be found, read, matched or applied."""
+
+
+class UnsupportedError(AutoParallelError):
+    """The request is understood but this version does not support it; the message says what to use instead."""
+
+
+class PrepareError(AutoParallelError):
+    """The objects given to ``Accelerator.prepare`` do not belong together."""
+
+
+class NotAvailableYetError(UnsupportedError, NotImplementedError):
+    """The option is part of the design and refused until it is implemented, never ignored."""
+
+
+def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYetError:
+    """Build the uniform refusal of an option that this version does not implement.
+
+    Args:
+        field: name of the option as the user writes it.
+        value: the value given.
+        remedy: what to do instead, as an imperative sentence.
+    """
+    return NotAvailableYetError(f"{field}={value!r} is not available yet in this version. {remedy}")

@@ -1,0 +1,159 @@
+"""FSDP2: which modules become units, in what order, with which policy."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from . import compat
+from .errors import UnsupportedError
+from .layers import Anatomy
+
+
+@dataclass
+class ShardingOptions:
+    """How FSDP2 behaves, gathered from the config, the ``fsdp_plugin`` and ``mixed_precision``.
+
+    Attributes:
+        mp_policy: dtypes of gathered parameters and reduced gradients.
+        offload_policy: keep shards on the CPU or not.
+        reshard_after_forward: free gathered parameters after a unit's forward.
+        forward_prefetch: units to gather ahead in forward.
+        backward_prefetch: units to gather ahead in backward.
+        ignored_parameters: parameters FSDP2 leaves alone.
+        minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
+    """
+
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+    reshard_after_forward: bool = True
+    forward_prefetch: int = 1
+    backward_prefetch: int = 2
+    ignored_parameters: set[nn.Parameter] = field(default_factory=set)
+    minimum_unit_size: int | None = None
+
+
+def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
+    """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
+
+    One unit per layer; the embedding; final norm and head together, because a loss may read the head's weight after the
+    norm has run; the root takes the rest. The last layer and the head are not resharded after forward: backward starts
+    with them. A layer that shares parameters with modules outside of it cannot be a unit and stays with the root, and
+    tied ends form one unit.
+
+    Args:
+        model: parameters are plain tensors or DTensors on the tp axis; all on the right device or on meta.
+        anatomy: its layers, embedding and head.
+        mesh: the data-parallel axes.
+        options: see :class:`ShardingOptions`.
+    """
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": options.mp_policy,
+        "offload_policy": options.offload_policy,
+        "ignored_params": options.ignored_parameters or None,
+        "shard_placement_fn": functools.partial(_data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+    }
+    reshard = options.reshard_after_forward
+    units = separable(model, anatomy.layers)
+    for layer in units:
+        fully_shard(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
+    tail = list(anatomy.head)
+    embedding = anatomy.embedding
+    if embedding is not None and anatomy.tied:
+        tail = [embedding, *tail]
+    elif embedding is not None and separable(model, [embedding]):
+        fully_shard(embedding, **common, reshard_after_forward=reshard)
+    tail = tail if _separable_together(model, tail) else separable(model, tail)
+    if tail:
+        fully_shard(tail, **common, reshard_after_forward=False)
+    if options.minimum_unit_size is not None:
+        _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
+    fully_shard(model, **common, reshard_after_forward=False)
+    _set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
+
+
+def _data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
+    """FSDP2's dimension for ``parameter``: 0, except where tp already shards dimension 0 in packed blocks.
+
+    DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the rows
+    in a wrong order.
+    """
+    if not isinstance(parameter, DTensor):
+        return None
+    if not any(compat.is_strided_shard(p) and p.dim == 0 for p in parameter.placements):  # type: ignore[attr-defined]
+        return None
+    for dim in range(1, parameter.ndim):
+        if parameter.shape[dim] % size == 0 and not any(p.is_shard(dim) for p in parameter.placements):
+            return Shard(dim)
+    raise UnsupportedError(
+        f"a parameter of shape {tuple(parameter.shape)} that packs several projections is sharded over tp on dimension 0, "
+        f"and none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA rank "
+        f"if the parameter is an adapter's."
+    )
+
+
+def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
+    """Those of ``candidates`` whose parameters belong to no module outside of them."""
+    return [module for module in candidates if _separable_together(model, [module])]
+
+
+def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
+    inside = {id(m) for root in group for m in root.modules()}
+    owners: dict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].add(id(module))
+    mine = {id(p) for root in group for p in root.parameters()}
+    return bool(mine) and all(owners[p] <= inside for p in mine)
+
+
+def _shard_large_modules(model: nn.Module, minimum: int, common: dict[str, Any]) -> None:
+    for module in reversed(list(model.modules())[1:]):
+        if isinstance(module, (FSDPModule, nn.ModuleList, nn.ModuleDict)):
+            continue
+        if any(isinstance(inner, FSDPModule) for inner in module.modules()):
+            continue
+        size = sum(p.numel() for p in module.parameters())
+        if size > minimum and separable(model, [module]):
+            fully_shard(module, **common)
+
+
+def _set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
+    """Gather the next units while one computes. Without resharding nothing is gathered again in backward."""
+    for index, unit in enumerate(units):
+        ahead = units[index + 1 : index + 1 + options.forward_prefetch]
+        if ahead:
+            unit.set_modules_to_forward_prefetch(ahead)
+        behind = units[max(0, index - options.backward_prefetch) : index][::-1]
+        if behind and reshard:
+            unit.set_modules_to_backward_prefetch(behind)
+
+
+def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes of the root ``mesh`` that FSDP2 works on: ``dp_shard``, or ``(dp_replicate, dp_shard)`` for HSDP."""
+    names = mesh.mesh_dim_names or ()
+    return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
+
+
+def upcast_trainable(model: nn.Module) -> list[str]:
+    """Keep trainable parameters in float32 under mixed precision (FSDP2 casts them for compute), as Accelerate does.
+
+    Returns:
+        Names of the parameters that were in a lower precision.
+    """
+    changed = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.to(torch.float32)
+            changed.append(name)
+    return changed

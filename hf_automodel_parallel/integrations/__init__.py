@@ -1,0 +1,1 @@
+"""Where this package meets Accelerate, the Trainer and the launcher."""

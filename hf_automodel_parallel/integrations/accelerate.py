@@ -1,0 +1,395 @@
+"""The seam to Accelerate: the methods bound on one ``Accelerator`` instance, in one table, each with its reason.
+
+Nothing is patched on a class. ``Accelerator.__init__`` hands the instance to our config, and :func:`install` binds the
+functions of :data:`BOUND_METHODS` on it. All else of Accelerate runs unchanged on the result, which is what its own FSDP2
+code would have made: an ``FSDPModule`` with DTensor parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from .. import compat
+from ..config import AutoParallelismConfig
+from ..errors import ConfigError, PrepareError, not_available_yet
+from ..fsdp import ShardingOptions, upcast_trainable
+from ..optimizer import check_optimizers, switch_parameters
+from ..strategies.default import Job, strategy_for
+from ..synchronize import agreement
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """What is remembered of a model that was prepared here.
+
+    Attributes:
+        job: the finished job.
+        trainable: an optimizer holds its parameters; without one the model is for evaluation.
+    """
+
+    job: Job
+    trainable: bool
+
+
+#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
+_PREPARED: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """The record of ``model`` if it was prepared in this process, else None."""
+    return _PREPARED.get(model)
+
+
+def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
+    """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
+
+    In a process without a process group there is nothing to parallelise and the Accelerator stays stock.
+
+    Raises:
+        ConfigError: what Accelerate was given beside the config contradicts it.
+        NotAvailableYetError: an option of the plugin that has not landed.
+    """
+    if config.device_mesh is None:
+        config.check_accelerator(accelerator)
+        return
+    plugin = _plugin(accelerator)
+    _check_surroundings(accelerator, plugin)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    compat.set_distributed_type_fsdp(accelerator)
+    accelerator.state.fsdp_plugin = plugin
+    config.check_accelerator(accelerator)
+    for name, function in BOUND_METHODS.items():
+        setattr(accelerator, name, types.MethodType(function, accelerator))
+
+
+def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
+    """The user's FSDP plugin wherever Accelerate left it, or one with our defaults."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        plugin = compat.arguments_of_running_accelerator_init(accelerator).get("fsdp_plugin")
+    if plugin is None:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT"
+        )
+    return plugin
+
+
+def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ConfigError(f"AutoParallelismConfig cannot be used with {kind.value}: it shards with FSDP2. Use one of the two.")
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
+            f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
+        )
+    if plugin.activation_checkpointing:
+        raise not_available_yet(
+            "fsdp_plugin.activation_checkpointing",
+            True,
+            "Use TrainingArguments(gradient_checkpointing=True) or model.gradient_checkpointing_enable().",
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise not_available_yet("mixed_precision", "fp8", "Use 'bf16'.")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'.")
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend not in (None, "NO"):
+        raise not_available_yet("dynamo_backend / torch_compile", backend, "Leave torch.compile off.")
+
+
+# ---- prepare -------------------------------------------------------------------------------------------------------
+
+
+def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None = None) -> Any:
+    """Like ``Accelerator.prepare``; a model without its optimizer is prepared for evaluation."""
+    if device_placement is not None:
+        raise PrepareError("device_placement cannot be customised: FSDP2 decides where parameters are. Leave it out.")
+    models = [obj for obj in args if isinstance(obj, nn.Module)]
+    optimizers = [obj for obj in args if isinstance(obj, torch.optim.Optimizer)]
+    if len(models) > 1:
+        raise PrepareError(
+            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each model "
+            f"with its own optimizer in a call of its own; a frozen one alone."
+        )
+    record = prepared(models[0]) if models else None
+    if models and record is None:
+        record = _parallelize(self, models[0], optimizers)
+    elif optimizers:
+        _adopt_optimizers(self, record, optimizers)
+    result: list[Any] = [
+        obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args
+    ]
+    result = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj) for obj in result]
+    for model in models:
+        if not any(model is known for known in self._models):
+            self._models.append(model)
+    for item in result:
+        known_lists = (self._dataloaders, self._models, self._optimizers, self._schedulers)
+        if any(item is known for known_list in known_lists for known in known_list):
+            item._is_accelerate_prepared = True
+    return tuple(result) if len(result) > 1 else result[0]
+
+
+def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
+    strategy = strategy_for(model)
+    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
+    raw = [_raw(optimizer) for optimizer in optimizers]
+    with agreement("Accelerator.prepare"):
+        if accelerator.verify_device_map(model):
+            raise PrepareError("the model was loaded with a device_map over several devices; load it without device_map.")
+        names = check_optimizers(model, raw) if raw else []
+        job = Job(
+            model=model,
+            config=config,
+            mesh=accelerator.torch_device_mesh,
+            device=accelerator.device,
+            options=_sharding_options(accelerator, config, model),
+            layer_classes=_layer_classes(accelerator.state.fsdp_plugin),
+            load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
+        )
+        strategy.plan(job)
+    if accelerator.mixed_precision != "no":
+        upcast = upcast_trainable(model)
+        if upcast and accelerator.is_main_process:
+            logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
+    before = dict(model.named_parameters())
+    strategy.carry_out(job)
+    for optimizer, groups in zip(raw, names, strict=True):
+        switch_parameters(optimizer, groups, model, before)
+    record = Prepared(job, trainable=bool(optimizers))
+    _PREPARED[model] = record
+    for optimizer in raw:
+        _flush_before_step(optimizer, record)
+    model.register_forward_pre_hook(_refuse_training_without_optimizer)
+    return record
+
+
+def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Accept optimizers that hold the sharded parameters of a model prepared before, refuse all others."""
+    with agreement("Accelerator.prepare"):
+        for optimizer in map(_raw, optimizers):
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            candidates = [record] if record is not None else list(_PREPARED.values())
+            owner = next((c for c in candidates if {id(p) for p in held} <= {id(p) for p in c.job.model.parameters()}), None)
+            if owner is None:
+                raise PrepareError(
+                    f"{type(optimizer).__name__} does not hold the parameters of a model prepared here. Pass model and "
+                    f"optimizer in one call, model, optimizer = accelerator.prepare(model, optimizer), or create the "
+                    f"optimizer from the parameters of the prepared model."
+                )
+            owner.trainable = True
+            _flush_before_step(optimizer, owner)
+
+
+def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _flush_before_step(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+    """A loop that never calls ``accelerator.backward`` is right too: the step sums what is outstanding."""
+    state = record.job.tensor_parallel
+    if state is not None and len(state.partial):
+        optimizer.register_step_pre_hook(lambda *_: state.partial.flush())
+
+
+def _refuse_training_without_optimizer(model: nn.Module, args: Any) -> None:
+    record = prepared(model)
+    if record is None or record.trainable or not (model.training and torch.is_grad_enabled()):
+        return
+    if any(p.requires_grad for p in model.parameters()):
+        raise PrepareError(
+            "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "
+            "Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for evaluation use "
+            "model.eval() or torch.no_grad()."
+        )
+
+
+def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    reshard = plugin.reshard_after_forward if config.reshard_after_forward is None else config.reshard_after_forward
+    options = ShardingOptions(
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        # Without ranks to share with there is nothing to free: the gathered parameter is the shard.
+        reshard_after_forward=bool(reshard) and config.dp_shard_size > 1,
+        forward_prefetch=config.forward_prefetch,
+        backward_prefetch=config.backward_prefetch,
+    )
+    if not isinstance(plugin.cpu_offload, (bool, type(None))):
+        options.offload_policy = plugin.cpu_offload
+    elif plugin.cpu_offload:
+        raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
+    if plugin.ignored_modules is not None:
+        options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)
+    if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
+        options.minimum_unit_size = plugin.min_num_params
+    return options
+
+
+def _layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
+    """The plugin's ``transformer_cls_names_to_wrap``, wherever its wrap policy uses it."""
+    names = plugin.transformer_cls_names_to_wrap
+    return list(names) if names and _wrap_policy_name(plugin) == "transformer_auto_wrap_policy" else None
+
+
+def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
+    policy = plugin.auto_wrap_policy
+    return getattr(getattr(policy, "func", policy), "__name__", "")
+
+
+def _prepare_model(
+    self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+) -> nn.Module:
+    """Like ``Accelerator.prepare_model``; where stock refuses (FSDP2 alone, a model without TP), parallelise."""
+    if evaluation_mode or prepared(model) is not None:
+        return type(self).prepare_model(self, model, device_placement, evaluation_mode)
+    return self.prepare(model)
+
+
+def _prepare_data_loader(
+    self: Accelerator, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+) -> Any:
+    """Like ``Accelerator.prepare_data_loader``, but iterable datasets are read on each rank, not dispatched from rank 0.
+
+    Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to use it.
+    """
+    tp = self.parallelism_config.tp_enabled  # type: ignore[union-attr]
+    dispatch = self.dispatch_batches
+    if tp and dispatch:
+        raise ConfigError(
+            "dispatch_batches=True does not know tensor parallelism: it would send different data to the ranks of one tp "
+            "group. Leave it out; every rank then reads the data set itself."
+        )
+    if tp and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
+        self.dataloader_config.dispatch_batches = False
+    try:
+        return type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
+    finally:
+        self.dataloader_config.dispatch_batches = dispatch
+
+
+# ---- the training step ---------------------------------------------------------------------------------------------
+
+
+def _flush_all(accelerator: Accelerator) -> None:
+    for model in accelerator._models:
+        record = prepared(model)
+        if record is not None and record.job.tensor_parallel is not None:
+            record.job.tensor_parallel.partial.flush()
+
+
+def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+    """Like ``Accelerator.backward``, then sum partial gradients if this backward completes the optimizer step."""
+    type(self).backward(self, loss, **kwargs)
+    if self.sync_gradients:
+        _flush_all(self)
+
+
+def _clip_grad_norm_(
+    self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2
+) -> torch.Tensor | None:
+    """Like ``Accelerator.clip_grad_norm_``, over complete gradients."""
+    _flush_all(self)
+    return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
+
+
+class _DataParallelScheduler(AcceleratedScheduler):
+    """Advances once per data-parallel rank and optimizer step.
+
+    Accelerate steps a scheduler once per process, because each process used to bring its own batch. The ranks of a tp group
+    share one batch, so its schedules would run tp times too fast.
+    """
+
+    def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
+        self.repeats = 1 if split_batches else ranks
+        super().__init__(scheduler, optimizers, step_with_optimizer, split_batches=True)  # True: one step per call
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the wrapped scheduler as often as there are data-parallel ranks (once if not tied to the optimizer)."""
+        tied = self.step_with_optimizer and self.gradient_state.sync_gradients
+        for _ in range(self.repeats if tied else 1):
+            total = getattr(self.scheduler, "total_steps", None)
+            if tied and self.repeats > 1 and total is not None and self.scheduler._step_count > total:
+                return
+            super().step(*args, **kwargs)
+
+
+def _prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
+    """Like ``Accelerator.prepare_scheduler``, with the pace of the data-parallel ranks."""
+    result = type(self).prepare_scheduler(self, scheduler)
+    if not isinstance(result, AcceleratedScheduler) or isinstance(result, _DataParallelScheduler):
+        return result
+    paced = _DataParallelScheduler(
+        result.scheduler,
+        result.optimizers,
+        result.step_with_optimizer,
+        self.split_batches,
+        self.parallelism_config.data_parallel_size,  # type: ignore[union-attr]
+    )
+    self._schedulers[-1] = paced
+    return paced
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
+    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp group hold the same samples."""
+    from accelerate.utils import gather_object
+    from accelerate.utils.operations import recursively_apply
+
+    tensors = not use_gather_object
+    if tensors:
+        try:
+            recursively_apply(lambda x: x, input_data, error_on_other_type=True)
+        except TypeError:
+            tensors = False
+    copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
+    if tensors:
+        whole = self.gather(input_data)
+
+        def once(x: torch.Tensor) -> torch.Tensor:
+            per_rank = x.reshape(self.num_processes, -1, *x.shape[1:])
+            return per_rank[::copies].flatten(0, 1)
+
+        data = recursively_apply(once, whole)
+    else:
+        data = [item for objects in gather_object([input_data])[::copies] for item in objects]
+    remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else 0
+    if remainder is None or remainder <= 0:
+        return data
+    return data[:remainder] if not tensors else recursively_apply(lambda x: x[:remainder], data)
+
+
+#: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
+BOUND_METHODS: dict[str, Callable[..., Any]] = {
+    "prepare": _prepare,
+    "prepare_model": _prepare_model,
+    "prepare_data_loader": _prepare_data_loader,
+    "prepare_scheduler": _prepare_scheduler,
+    "backward": _backward,
+    "clip_grad_norm_": _clip_grad_norm_,
+    "gather_for_metrics": _gather_for_metrics,
+}

@@ -1,0 +1,33 @@
+"""A resolved plan as a table for people."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .spec import Plan, ShardingSpec
+
+
+def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
+    """The plan as a table: pattern, style, number of places, placement of the weight on the tp axis, source."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column, justify in (("module or parameter", "left"), ("style", "left"), ("places", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("weight on tp", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for pattern, style, count, placement, source in spec.rows:
+        table.add_row(pattern, style, str(count), placement, source)
+    return table
+
+
+def plan_lines(plan: Plan, spec: ShardingSpec) -> list[str]:
+    """The same as log lines: one decision each."""
+    lines = [
+        f"plan ({plan.origin}): {pattern} -> {style} x{count}, {placement} [{source}]"
+        for pattern, style, count, placement, source in spec.rows
+    ]
+    lines += [f"plan note: {note}" for note in spec.notes]
+    lines += [
+        f"plan entry not used by this config: {entry.pattern} -> {entry.style_name} [{entry.source}]"
+        for entry in spec.unmatched
+    ]
+    return lines

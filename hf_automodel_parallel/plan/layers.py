@@ -1,0 +1,125 @@
+"""The kinds of layer that a style can be applied to, and what PEFT put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import compat
+from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer that multiplies its input by a matrix.
+
+    Attributes:
+        module: the layer itself.
+        out_dim: dimension of ``weight`` that runs over output features.
+        in_dim: dimension of ``weight`` that runs over input features.
+    """
+
+    module: nn.Module
+    out_dim: int
+    in_dim: int
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[self.out_dim]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[self.in_dim]
+
+    def size(self, side: str) -> int:
+        """Features on the "out" or "in" side."""
+        return self.out_features if side == "out" else self.in_features
+
+    def dim(self, side: str) -> int:
+        """Weight dimension of the "out" or "in" side."""
+        return self.out_dim if side == "out" else self.in_dim
+
+
+def as_matrix(module: nn.Module, name: str) -> Matrix | None:
+    """``module`` as a matrix layer, None if it is something else.
+
+    Raises:
+        UnsupportedError: it is a linear layer with quantised weights, whose storage cannot be sliced.
+    """
+    if isinstance(module, nn.Linear):
+        weight = module.weight
+        if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+            raise UnsupportedError(
+                f"{name} is a quantised {type(module).__name__} (weight {tuple(weight.shape)}, {weight.dtype}); tensor "
+                f"parallelism of quantised weights is not available. Use tp_size=1, or load the model unquantised."
+            )
+        return Matrix(module, out_dim=0, in_dim=1)
+    conv1d = compat.transformers_conv1d_type()
+    if conv1d is not None and isinstance(module, conv1d):
+        return Matrix(module, out_dim=1, in_dim=0)
+    return None
+
+
+def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that do the work of ``module``: itself, or each copy inside a PEFT ``modules_to_save`` wrapper.
+
+    Raises:
+        UnsupportedError: another auxiliary wrapper (trainable token rows) under tensor parallelism.
+    """
+    auxiliary = compat.peft_auxiliary_wrapper_type()
+    if auxiliary is None or not isinstance(module, auxiliary):
+        yield name, module
+        return
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        raise UnsupportedError(
+            f"{name} is wrapped in PEFT's {type(module).__name__}, which is not available yet under tensor parallelism. "
+            f"Use tp_size=1 (FSDP2 works), or drop the option from the PEFT config."
+        )
+    yield f"{name}.original_module", module.original_module  # type: ignore[misc]
+    for adapter, copy in copies.items():
+        yield f"{name}.modules_to_save.{adapter}", copy
+
+
+def check_adapter(name: str, module: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard yet."""
+    lora_linear, lora_embedding = compat.peft_lora_layer_types()
+    kind = type(module)
+    method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
+    remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
+    if kind not in (lora_linear, lora_embedding) and not is_parameter_adapter(module):
+        raise UnsupportedError(f"{name} is the PEFT layer {method}, not available under tensor parallelism. {remedy}")
+    variants = {a: type(v).__name__ for a, v in getattr(module, "lora_variant", {}).items()}
+    if variants:
+        raise UnsupportedError(
+            f"{name} uses the LoRA variant {sorted(set(variants.values()))} (for example use_dora=True), not available yet "
+            f"under tensor parallelism. {remedy}"
+        )
+    for adapter, b in getattr(module, "lora_B", {}).items():
+        if getattr(b, "bias", None) is not None:
+            raise UnsupportedError(
+                f"{name} has lora_bias=True in the adapter {adapter!r}, not available yet under tensor parallelism. {remedy}"
+            )
+
+
+def is_parameter_adapter(module: nn.Module) -> bool:
+    """True for PEFT's LoRA on a bare parameter (``target_parameters``; what "all-linear" does to expert weights)."""
+    wrapper = compat.peft_parameter_wrapper_type()
+    return wrapper is not None and type(module) is wrapper
+
+
+def parameter_adapter_out_dim(adapter: nn.Module) -> int:
+    """Dimension of the adapted parameter over which ``lora_B`` runs; ``lora_A`` runs over the other matrix dimension.
+
+    The parameter is ``(out, in)``, ``(experts, out, in)``, or ``(experts, in, out)`` in modules that store it transposed;
+    the adapter recognises the last two by itself, so its own feature counts tell them apart only through that decision.
+    """
+    if adapter.num_experts == 1:  # type: ignore[union-attr]
+        return 0
+    return 1 if compat.parameter_adapter_stores_out_first(adapter) else 2

@@ -1,0 +1,45 @@
+"""Names of modules and parameters as a plan writes them, whatever PEFT has wrapped around the model."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from torch import nn
+
+from .. import compat
+
+# Wrapper levels that torch puts into names; they never appear in a plan.
+_TRANSPARENT = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """Look through PEFT's model wrappers.
+
+    Returns:
+        The Hugging Face model inside, and the prefix of its names within ``model`` (``"base_model.model."`` for LoRA,
+        ``"base_model."`` for prompt learning, ``""`` for a plain model).
+    """
+    if not compat.is_peft_model(model):
+        return model, ""
+    inner = model.get_base_model()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is inner:
+            return inner, f"{name}." if name else ""
+    return inner, ""
+
+
+def plan_name(name: str, prefix: str) -> str:
+    """``name`` of a module or parameter as a plan writes it: without the PEFT prefix and torch's wrapper levels."""
+    return _TRANSPARENT.sub("", name.removeprefix(prefix) if name.startswith(prefix) else name)
+
+
+@lru_cache(maxsize=4096)
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """Compile a plan pattern; ``*`` matches exactly one path component."""
+    return re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in pattern.split(".")))
+
+
+def precision(pattern: str) -> int:
+    """Higher for patterns with fewer wildcards, so that ``layers.0.x`` wins over ``layers.*.x``."""
+    return -pattern.split(".").count("*")

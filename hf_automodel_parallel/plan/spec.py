@@ -1,0 +1,125 @@
+"""The data that plan and execution exchange: plan entries, and the sharding spec a plan resolves to on one model."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One line of a plan.
+
+    Attributes:
+        pattern: dotted path of modules or parameters, relative to the unwrapped model; ``*`` matches one path component.
+        style: a style name as in transformers' ``_tp_plan``, or a ``torch.distributed.tensor.parallel.ParallelStyle``.
+        source: where the line comes from, for humans ("class LlamaForCausalLM", "config base_model_tp_plan", "derived: ...").
+    """
+
+    pattern: str
+    style: Any
+    source: str
+
+    @property
+    def style_name(self) -> str:
+        """The style as shown to people."""
+        return self.style if isinstance(self.style, str) else type(self.style).__name__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tensor-parallel plan: entries by pattern.
+
+    Attributes:
+        origin: which source won ("explicit", "hf", "registry", "default").
+        entries: pattern -> entry; later entries win over earlier ones of equal precision.
+        strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
+    """
+
+    origin: str
+    entries: dict[str, PlanEntry]
+    strict: bool = False
+
+
+class Input(enum.Enum):
+    """What happens to a module's activation on its way in (forward / backward)."""
+
+    NONE = "none"
+    COPY = "copy"  # identity / all-reduce
+    COPY_ALL = "copy all"  # the same for every floating-point argument (experts: hidden states and routing weights)
+    SPLIT = "split"  # take this rank's slice of the last dim / all-gather
+    MASK = "mask ids"  # token ids outside of this rank's vocabulary slice are masked
+    SCALE = "scale"  # divide by the axis size / the same
+
+
+class Output(enum.Enum):
+    """What happens to a module's activation on its way out (forward / backward)."""
+
+    NONE = "none"
+    REDUCE = "reduce"  # all-reduce / identity
+    GATHER = "gather"  # all-gather the last dim / take this rank's slice
+    COPY_TAIL = "copy tail"  # identity / all-reduce, of the last `tail` features only
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Where one parameter lives on the tp axis, at rest.
+
+    Attributes:
+        dim: sharded dimension, or None for replicated.
+        blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
+        partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
+    """
+
+    dim: int | None = None
+    blocks: int = 1
+    partial_gradient: bool = False
+
+    def __str__(self) -> str:
+        if self.dim is None:
+            return "Replicate, grad summed" if self.partial_gradient else "Replicate"
+        return f"Shard({self.dim})" if self.blocks == 1 else f"Shard({self.dim}) in {self.blocks} blocks"
+
+
+REPLICATED = ParameterSpec()
+PARTIAL = ParameterSpec(partial_gradient=True)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """How one module's activations cross the tp boundary.
+
+    Attributes:
+        input: what happens on the way in.
+        output: what happens on the way out.
+        deferred_bias: name of the module, relative to this one ("" or "base_layer"), whose bias is added once after the
+            reduction instead of once per rank before it; None if there is none.
+        tail: number of trailing features for :attr:`Output.COPY_TAIL`.
+        foreign: a style object of torch or of the user that runs on its own engine; all other fields are then unused.
+    """
+
+    input: Input = Input.NONE
+    output: Output = Output.NONE
+    deferred_bias: str | None = None
+    tail: int = 0
+    foreign: Any = None
+
+
+@dataclass
+class ShardingSpec:
+    """A plan resolved on one model. Names are those of ``named_modules`` / ``named_parameters`` of the given object.
+
+    Attributes:
+        parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
+        modules: module name -> spec; a module that is not listed has no boundary.
+        rows: for people: (pattern, style, number of matches, placement, source).
+        unmatched: entries of a non-strict plan that matched nothing here.
+        notes: decisions taken on the way, one sentence each.
+    """
+
+    parameters: dict[str, ParameterSpec] = field(default_factory=dict)
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
+    unmatched: list[PlanEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

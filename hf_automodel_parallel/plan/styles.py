@@ -1,0 +1,99 @@
+"""What each tensor-parallel style name means for the parameters and the boundaries of a layer.
+
+The names are those of transformers' ``_tp_plan`` (``ALL_PARALLEL_STYLES``, 5.17 to 5.23). The table has one row per meaning;
+which dimension of a weight is "out" or "in" depends on the layer class and is decided in :mod:`resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import compat
+from ..errors import PlanError
+from .spec import Input, Output
+
+
+@dataclass(frozen=True)
+class LinearStyle:
+    """Style of a layer that multiplies by a matrix: which side of the weight is sharded, and the two boundaries.
+
+    Attributes:
+        side: "out" (column-wise) or "in" (row-wise).
+        blocks: packed projections along the sharded side.
+        swap: the style that computes the same with the other side sharded, usable when this side does not divide.
+    """
+
+    side: str
+    input: Input
+    output: Output
+    blocks: int = 1
+    swap: str | None = None
+
+
+LINEAR_STYLES: dict[str, LinearStyle] = {
+    "colwise": LinearStyle("out", Input.COPY, Output.NONE),
+    "colwise_gather_output": LinearStyle("out", Input.COPY, Output.GATHER, swap="rowwise_split_input"),
+    "colwise_rep": LinearStyle("out", Input.COPY, Output.GATHER, swap="rowwise_split_input"),
+    "rowwise": LinearStyle("in", Input.NONE, Output.REDUCE),
+    "rowwise_split_input": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
+    "rowwise_rep": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
+    "packed_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=2),
+    "packed_rowwise": LinearStyle("in", Input.NONE, Output.REDUCE, blocks=2),
+}
+
+#: Styles of an embedding table: which dimension is sharded.
+EMBEDDING_STYLES: dict[str, int] = {"embedding_rowwise": 0, "embedding_colwise": 1}
+
+#: Styles that concern only a module's activations or the gradients of its replicated parameters.
+MODULE_STYLES = (
+    "replicated_with_grad_allreduce",
+    "mla_kv_a_proj",
+    "all_reduce",
+    "moe_tp_experts",
+    "moe_identity_expert",
+    "local_params",
+    "replicate",
+)
+
+#: Names that transformers knows and that do not belong into a tensor-parallel plan here, with what to do instead.
+REFUSED_STYLES: dict[str, str] = {
+    "sequence_parallel": "Sequence parallelism is derived from the plan, not written into it; remove the entry.",
+    **dict.fromkeys(
+        ("grouped_gemm", "ep_dispatch_experts", "ep_router", "megamoe_router", "megamoe_experts"),
+        "It shards by expert (expert parallelism), which is not available yet; use 'packed_colwise' / 'rowwise' on the "
+        "expert weights and 'moe_tp_experts' on the experts module.",
+    ),
+}
+
+KNOWN_STYLES = (*LINEAR_STYLES, *EMBEDDING_STYLES, *MODULE_STYLES)
+
+
+def is_torch_style(style: Any) -> bool:
+    """True for an object that torch's ``parallelize_module`` can apply."""
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    return isinstance(style, ParallelStyle)
+
+
+def check_style(pattern: str, style: Any) -> None:
+    """Raise :class:`PlanError` unless ``style`` can be executed.
+
+    Args:
+        pattern: the plan key, for the message.
+        style: a known style name, a name registered with transformers by the user, or a torch ``ParallelStyle``.
+    """
+    if not isinstance(style, str):
+        if not is_torch_style(style):
+            raise PlanError(
+                f"the plan entry {pattern!r} has the style {style!r} of type {type(style).__name__}; give a style name or "
+                f"a torch.distributed.tensor.parallel.ParallelStyle. Known names: {', '.join(KNOWN_STYLES)}."
+            )
+        return
+    if style in REFUSED_STYLES:
+        raise PlanError(f"the plan entry {pattern!r} has the style {style!r}. {REFUSED_STYLES[style]}")
+    if style not in KNOWN_STYLES and style not in compat.transformers_parallel_styles():
+        raise PlanError(
+            f"the plan entry {pattern!r} has the unknown style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}. "
+            f"A style of your own is registered with transformers' ALL_PARALLEL_STYLES or given as a torch ParallelStyle."
+        )

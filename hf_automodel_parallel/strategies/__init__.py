@@ -1,0 +1,1 @@
+"""The flow for one model family: which steps are taken, in which order."""

@@ -1,0 +1,162 @@
+"""The default strategy: it owns the order of the steps; a family overrides the one step in which it differs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..config import AutoParallelismConfig
+from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel
+from ..layers import Anatomy, dissect
+from ..plan.explain import plan_lines
+from ..plan.resolve import resolve
+from ..plan.selection import select_plan
+from ..plan.spec import Plan, ShardingSpec
+from ..plan.validate import validate
+from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
+from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One model on its way through the steps.
+
+    Attributes:
+        model: the model, changed in place.
+        config: the user's config.
+        mesh: root mesh with axes (dp_replicate,) dp_shard (, tp).
+        device: where this rank computes.
+        options: behaviour of FSDP2.
+        layer_classes: class names of the layers if the user gave them.
+        load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
+        plan, spec, anatomy, tensor_parallel: results of the steps.
+    """
+
+    model: nn.Module
+    config: AutoParallelismConfig
+    mesh: DeviceMesh
+    device: torch.device
+    options: ShardingOptions
+    layer_classes: list[str] | None = None
+    load_on_rank_zero: bool = False
+    plan: Plan | None = None
+    spec: ShardingSpec | None = None
+    anatomy: Anatomy | None = None
+    tensor_parallel: TensorParallelState | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """The tp axis, None when it has one rank."""
+        return self.mesh["tp"] if "tp" in (self.mesh.mesh_dim_names or ()) else None
+
+
+class DefaultStrategy:
+    """The flow for every Hugging Face model without one of its own.
+
+    :meth:`plan` only reads and raises everything a user can have got wrong; :meth:`carry_out` changes the model. Between
+    the two the ranks agree that nobody failed, so an error on one of them is an error on all.
+    """
+
+    # ---- deciding: no collective, no change ----------------------------------------------------------------------
+
+    def plan(self, job: Job) -> None:
+        """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
+        self.check_model(job)
+        job.anatomy = dissect(job.model, job.layer_classes)
+        if job.tp_mesh is not None:
+            self.select_tensor_parallel(job)
+
+    def check_model(self, job: Job) -> None:
+        """Refuse models that cannot be sharded from here."""
+        sharded = [name for name, p in job.model.named_parameters() if isinstance(p, DTensor)]
+        if sharded:
+            by = "transformers' DistributedConfig" if getattr(job.model, "_device_mesh", None) is not None else "other code"
+            raise PrepareError(
+                f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
+                f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
+                f"AutoParallelismConfig."
+            )
+        meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
+        if meta and not job.load_on_rank_zero:
+            raise not_available_yet(
+                "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
+            )
+
+    def select_tensor_parallel(self, job: Job) -> None:
+        """Choose the plan and resolve it on the model."""
+        size = job.tp_mesh.size()  # type: ignore[union-attr]
+        job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
+        job.spec = resolve(job.model, job.plan, size)
+        validate(job.model, job.spec, size)
+        if job.options.ignored_parameters:
+            raise UnsupportedError(
+                "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter needs a "
+                "place on the tp axis. Remove ignored_modules or use tp_size=1."
+            )
+
+    # ---- carrying out: the same steps on every rank --------------------------------------------------------------
+
+    def carry_out(self, job: Job) -> None:
+        """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
+        check_same_structure(job.model)
+        self.load_values(job)
+        equalize_parameters(job.model)
+        if job.tp_mesh is not None:
+            synchronize_rng(job.tp_mesh)
+            self.apply_tensor_parallel(job)
+        self.apply_data_parallel(job)
+        if job.tensor_parallel is not None:
+            install_regions(job.model, job.anatomy.layers, job.tensor_parallel)  # type: ignore[union-attr]
+        self.report(job)
+
+    def load_values(self, job: Job) -> None:
+        """Give ranks without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
+        if not job.load_on_rank_zero:
+            return
+        for module in job.model.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and tensor.device.type == "meta":
+                        empty = torch.empty_like(tensor, device="cpu")
+                        store[name] = (  # type: ignore[index]
+                            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        )
+        if hasattr(job.model, "tie_weights"):
+            job.model.tie_weights()
+
+    def apply_tensor_parallel(self, job: Job) -> None:
+        """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
+        job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+
+    def apply_data_parallel(self, job: Job) -> None:
+        """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
+        shard_data_parallel(job.model, job.anatomy, data_parallel_mesh(job.mesh), job.options)  # type: ignore[arg-type]
+
+    def report(self, job: Job) -> None:
+        """One log line per decision, on rank 0."""
+        if torch.distributed.get_rank() != 0:
+            return
+        shape = ", ".join(
+            f"{n}={s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True)
+        )
+        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(job.anatomy.layers))  # type: ignore[union-attr]
+        if job.plan is not None and job.spec is not None:
+            for line in plan_lines(job.plan, job.spec):
+                logger.info("%s", line)
+
+
+def strategy_for(model: nn.Module) -> DefaultStrategy:
+    """The strategy for ``model``."""
+    return DefaultStrategy()
+
+

@@ -1,0 +1,143 @@
+"""Make the ranks agree before anything is sharded: on errors, on the model's structure, on its values, on random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .errors import PrepareError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def agreement(what: str) -> Iterator[None]:
+    """Run the block on every rank; if any rank raises, all of them do, so that none waits for another one.
+
+    Args:
+        what: what is being done, for the message on the ranks that had no error of their own.
+
+    Raises:
+        PrepareError: another rank failed; its rank and message are quoted.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        rank, message = failed[0]
+        raise PrepareError(f"{what} failed on rank {rank} (and {len(failed) - 1} others): {message}")
+
+
+def check_same_structure(model: nn.Module) -> None:
+    """Raise on all ranks unless they hold models with the same parameter names, shapes, dtypes and trainability.
+
+    Raises:
+        PrepareError: with the first difference between rank 0 and this rank.
+    """
+    described = [
+        f"{name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    reference: list[list[str] | None] = [described if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(reference, src=0)
+    first = reference[0] or []
+    differences = sorted(set(first) ^ set(described))
+    ranks = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    raise PrepareError(
+        f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
+        + (f", here for example in {differences[0]!r}" if differences else "")
+        + ". Build and wrap it alike on every rank."
+    )
+
+
+@torch.no_grad()
+def equalize_parameters(model: nn.Module) -> list[str]:
+    """Give every rank rank 0's value of each parameter and buffer that differs, and only of those.
+
+    Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
+    their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and one
+    small gather.
+
+    Returns:
+        Names of the tensors that were broadcast.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
+    device = _communication_device(tensors)
+    mine = torch.tensor([_fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    changed = (torch.stack(everyone) != everyone[0][None]).any(0).tolist()
+    names = [name for name, flag in zip(tensors, changed, strict=True) if flag]
+    for name in names:
+        broadcast_from_rank_zero(tensors[name])
+    if names:
+        logger.info(
+            "%d tensors differed between ranks and were set to rank 0's values: %s", len(names), ", ".join(names[:4])
+        )
+    return names
+
+
+@torch.no_grad()
+def broadcast_from_rank_zero(tensor: torch.Tensor) -> None:
+    """Overwrite ``tensor`` with rank 0's value, through the device that the process group needs."""
+    device = _communication_device({"": tensor})
+    moved = tensor.detach().to(device).contiguous()
+    dist.broadcast(moved, src=0)
+    tensor.copy_(moved)
+
+
+def _communication_device(tensors: dict[str, torch.Tensor]) -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _fingerprint(tensor: torch.Tensor) -> int:
+    """A 64-bit sum over the raw bytes, weighted by position, equal for equal content."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    rest = data.numel() % 8
+    words = data[: data.numel() - rest].view(torch.int64)
+    tail = int(data[data.numel() - rest :].to(torch.int64).sum()) if rest else 0
+    total = tail
+    for start in range(0, words.numel(), 1 << 22):  # bounded temporary memory
+        part = words[start : start + (1 << 22)]
+        weight = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=part.device)
+        total += int((part * (2 * weight + 1)).sum())
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def synchronize_rng(tp_mesh: DeviceMesh) -> None:
+    """Give all ranks of a tp group the random state of its first rank.
+
+    Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of these
+    ranks, whatever seeds they started with. Ranks along the data-parallel axes keep their own states.
+    """
+    group = tp_mesh.get_group()
+    source = dist.get_global_rank(group, 0)
+    states: list[object] = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    dist.broadcast_object_list(states, src=source, group=group)
+    torch.set_rng_state(states[0])  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[1])  # type: ignore[arg-type]

@@ -1,0 +1,184 @@
+"""Carry out a sharding spec on a model: parameters become DTensors, boundaries are hooked in, regions run local."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import compat
+from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
+from . import boundaries
+from .in_flight import Region
+from .linear import defer_bias
+from .partial_gradients import PartialGradients
+from .shards import shard_parameter
+
+
+@dataclass
+class TensorParallelState:
+    """What tensor parallelism leaves behind on a model, for the later steps.
+
+    Attributes:
+        mesh: the tp axis.
+        partial: registry of partial gradients.
+        copies: copy boundaries by module name, waiting for the region that they share inputs in.
+        foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
+        partial_names: names of the parameters with a partial gradient.
+    """
+
+    mesh: DeviceMesh
+    partial: PartialGradients
+    copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
+    foreign: list[nn.Module] = field(default_factory=list)
+    partial_names: set[str] = field(default_factory=set)
+
+
+def apply_tensor_parallel(
+    model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh, device: torch.device
+) -> TensorParallelState:
+    """Shard ``model`` over the tp axis ``mesh``, in place.
+
+    Every parameter becomes a DTensor on ``mesh``, the ones without a spec replicated, so that optimizers, clipping and
+    checkpoints meet one kind of parameter. A parameter that several modules share stays one parameter.
+
+    Args:
+        model: the model with equal, full parameters on every rank.
+        spec: the validated sharding spec.
+        mesh: 1-D mesh of the tp axis.
+        device: where the shards go.
+
+    Returns:
+        The state that :func:`install_regions` completes after FSDP2 has been applied.
+    """
+    state = TensorParallelState(mesh, PartialGradients(mesh))
+    for name, module_spec in spec.modules.items():
+        if module_spec.foreign is not None:
+            module = model.get_submodule(name)
+            _apply_foreign(module, name, module_spec.foreign, mesh)
+            state.foreign.append(module)
+        else:
+            _install_boundary(model, name, module_spec, state)
+    _shard_parameters(model, spec, state, device)
+    return state
+
+
+def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParallelState, device: torch.device) -> None:
+    from torch.distributed.tensor import DTensor
+
+    converted: dict[int, nn.Parameter] = {}
+    keep: list[nn.Parameter] = []  # ids are only unique among living objects
+    for module_name, module in model.named_modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            name = f"{module_name}.{key}" if module_name else key
+            parameter_spec = spec.parameters.get(name, REPLICATED)
+            if id(parameter) not in converted:
+                converted[id(parameter)] = shard_parameter(parameter, parameter_spec, state.mesh, device)
+                keep.append(parameter)
+            module._parameters[key] = converted[id(parameter)]
+            if parameter_spec.partial_gradient:
+                state.partial.add(module, key)
+                state.partial_names.add(name)
+
+
+def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
+    module = model.get_submodule(name)
+    mesh = state.mesh
+    group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    if spec.input is Input.COPY:
+        copy = boundaries.CopyInput(group)
+        module.register_forward_pre_hook(copy, with_kwargs=True)
+        state.copies[name] = copy
+    elif spec.input is Input.COPY_ALL:
+        module.register_forward_pre_hook(boundaries.CopyAllInputs(group), with_kwargs=True)
+    elif spec.input is Input.SPLIT:
+        module.register_forward_pre_hook(boundaries.SplitInput(group, rank, size), with_kwargs=True)
+    elif spec.input is Input.SCALE:
+        module.register_forward_pre_hook(boundaries.ScaleInput(size), with_kwargs=True)
+    elif spec.input is Input.MASK:
+        rows = module.weight.shape[0] // size  # type: ignore[union-attr,operator]
+        vocabulary = boundaries.VocabularySlice(group, rank, rows)
+        module.register_forward_pre_hook(vocabulary.before, with_kwargs=True)
+        module.register_forward_hook(vocabulary.after, always_call=True)
+        return
+    if spec.output is Output.REDUCE:
+        bias_owner = None
+        if spec.deferred_bias is not None:
+            bias_owner = module.get_submodule(spec.deferred_bias)
+            defer_bias(bias_owner)  # type: ignore[arg-type]
+        module.register_forward_hook(boundaries.ReduceOutput(group, bias_owner))
+    elif spec.output is Output.GATHER:
+        module.register_forward_hook(boundaries.GatherOutput(group, rank, size))
+    elif spec.output is Output.COPY_TAIL:
+        module.register_forward_hook(boundaries.CopyTail(group, spec.tail))
+
+
+def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
+    """Apply a torch ``ParallelStyle``, or a layer object registered with transformers, on its own engine."""
+    from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+    if isinstance(style, ParallelStyle):
+        parallelize_module(module, mesh, style, src_data_rank=None)
+        return
+    for key, _ in list(module.named_parameters(recurse=False)):
+        style.shard_param(module, key, mesh)  # type: ignore[attr-defined]
+    style.install_forward(module, mesh)  # type: ignore[attr-defined]
+
+
+def install_regions(model: nn.Module, units: list[nn.Module], state: TensorParallelState) -> None:
+    """Make parameters local in flight, and let the consumers inside a unit share their copy boundaries.
+
+    Args:
+        model: the model after tensor parallelism and FSDP2.
+        units: modules that become one region each (decoder layers); elsewhere every module that owns parameters is its own
+            region, so that outside of its forward its weight is an honest DTensor (losses that read ``lm_head.weight``).
+        state: what :func:`apply_tensor_parallel` returned.
+    """
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    foreign = {id(inner) for module in state.foreign for inner in module.modules()}
+    taken: set[tuple[int, str]] = set()
+
+    def entries_of(modules: list[tuple[str, nn.Module]]) -> list:
+        result = []
+        for name, owner in modules:
+            if id(owner) in foreign:
+                continue
+            for key, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                full = f"{name}.{key}" if name else key
+                mark = state.partial.mark if full in state.partial_names else None
+                result.append((owner, key, mark))
+        return result
+
+    for unit in units:
+        shared = boundaries.SharedInputs()
+        prefix = names[unit]
+        for name, copy in state.copies.items():
+            if name.startswith(f"{prefix}."):
+                copy.shared = shared
+        entries = entries_of([(f"{prefix}.{n}" if n else prefix, m) for n, m in unit.named_modules()])
+        taken.update((id(owner), key) for owner, key, _ in entries)
+        Region(unit, entries, shared)
+
+    callers: dict[nn.Module, list] = {}
+    for name, owner in model.named_modules():
+        entries = [e for e in entries_of([(name, owner)]) if (id(owner), e[1]) not in taken]
+        if entries:
+            callers.setdefault(_nearest_caller(model, name), []).extend(entries)
+    for caller, entries in callers.items():
+        Region(caller, entries, None)
+    state.partial.resolve()
+
+
+def _nearest_caller(model: nn.Module, name: str) -> nn.Module:
+    """The module itself, or the nearest one above it whose forward somebody calls (a ``ParameterDict`` has none)."""
+    module = model.get_submodule(name)
+    while name and not compat.has_implemented_forward(module):
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+    return module

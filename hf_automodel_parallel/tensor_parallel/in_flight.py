@@ -1,0 +1,80 @@
+"""Local in flight: while a module's forward runs, its parameters are plain local tensors instead of DTensors.
+
+At rest every parameter is a DTensor, so the optimizer, FSDP2, clipping and checkpoints see its placement. A *region* is a
+module (usually a decoder layer) whose forward is wrapped: on entry each DTensor on the tp axis below it is replaced by its
+local shard, connected by autograd; on exit the DTensors return, also when the forward raises. So no operator inside pays
+DTensor dispatch, a parent may read a child's weight, and the code that torch.compile sees contains no DTensor at all.
+
+The wrapper is the module's ``forward``, inside of ``__call__``: hooks of FSDP2 (gather before, free after) run outside of
+it, and an activation checkpoint around the module runs it again in the recomputation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .boundaries import SharedInputs
+
+
+class Region:
+    """The wrapped forward of one module.
+
+    Args:
+        module: the root of the region.
+        entries: ``(owner, name, on_gradient)`` of the parameters to replace; ``on_gradient`` is called when a backward
+            reaches the parameter, or None.
+        shared: the boundaries' memory to clear at the end of the forward, or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        entries: list[tuple[nn.Module, str, Callable[[torch.Tensor], None] | None]],
+        shared: SharedInputs | None,
+    ) -> None:
+        self.entries = entries
+        self.shared = shared
+        self.inner: Callable[..., Any] = module.forward
+        functools.update_wrapper(self, self.inner)
+        module.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replaced = self._enter()
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            for owner, name, parameter in replaced:
+                owner._buffers.pop(name, None)  # where a parametrization's removal leaves a plain tensor
+                owner._parameters[name] = parameter
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            if self.shared is not None:
+                self.shared.clear()
+
+    def _enter(self) -> list[tuple[nn.Module, str, DTensor]]:
+        replaced: list[tuple[nn.Module, str, DTensor]] = []
+        local: dict[int, torch.Tensor] = {}
+        for owner, name, on_gradient in self.entries:
+            parameter = owner._parameters.get(name)
+            # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
+            if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
+                continue
+            tensor = local.get(id(parameter))
+            if tensor is None:
+                # The gradient is declared complete: a partial one is summed later, once, by PartialGradients.
+                tensor = parameter.to_local(grad_placements=parameter.placements)
+                if on_gradient is not None and tensor.requires_grad:
+                    tensor.register_hook(on_gradient)
+                local[id(parameter)] = tensor
+            owner._parameters[name] = tensor  # type: ignore[assignment]
+            replaced.append((owner, name, parameter))
+        return replaced

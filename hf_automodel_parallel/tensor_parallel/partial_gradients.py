@@ -1,0 +1,88 @@
+"""The only place that sums a gradient over the tp axis.
+
+A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every rank
+only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them are
+summed by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the sharded
+gradients (float32 under mixed precision).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from .collectives import all_reduce
+
+
+class PartialGradients:
+    """Registry of the parameters with partial gradients of one model, and the idempotent :meth:`flush`.
+
+    State: *dirty* means that a backward has added summands since the last flush. A backward after a flush (gradients
+    accumulated by hand, without telling Accelerate) adds new summands to an already summed gradient; then the sum is first
+    divided by the axis size, so that every rank holds an equal part of it and the next flush restores it.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._group = mesh.get_group()
+        self._size = mesh.size()
+        self._places: list[tuple[weakref.ref[nn.Module], str]] = []
+        self._parameters: list[nn.Parameter] = []
+        self._dirty = False
+        self._flushed = False
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, module: nn.Module, name: str) -> None:
+        """Register the parameter ``name`` of ``module`` (whatever object stands there after sharding)."""
+        self._places.append((weakref.ref(module), name))
+
+    def resolve(self) -> None:
+        """Look the parameters up again; to be called once they are sharded."""
+        found: dict[int, nn.Parameter] = {}
+        for reference, name in self._places:
+            module = reference()
+            parameter = None if module is None else module._parameters.get(name)
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        self._parameters = list(found.values())
+
+    def mark(self, _: torch.Tensor | None = None) -> None:
+        """Tensor hook: a backward has reached one of the parameters."""
+        if self._flushed:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    _local(parameter.grad).div_(self._size)
+            self._flushed = False
+        self._dirty = True
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Sum the outstanding partial gradients over the tp axis. Does nothing when none is outstanding.
+
+        Collective over the tp axis: every rank of it has run the same backwards, so all of them call it alike.
+        """
+        if not self._dirty:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                gradient = _local(parameter.grad)
+                by_dtype[gradient.dtype].append(gradient)
+        if not by_dtype:
+            return
+        for gradients in by_dtype.values():
+            total = all_reduce(torch.cat([g.reshape(-1) for g in gradients]), self._group)
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self._dirty = False
+        self._flushed = True
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,0 +1,72 @@
+"""Gradients at equal weights: every cell of model x mesh x {full, LoRA} equals one process (DESIGN: promise 1)."""
+
+import pytest
+from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.oracle import loss_and_grads
+from harness.pool import run_distributed
+
+from parity.jobs import batches_for, build, first_gradients
+
+#: mesh name -> (world size, size fields, number of data-parallel ranks)
+MESHES = {
+    "tp2": (2, {"tp_size": 2}, 1),
+    "fsdp2": (2, {"dp_shard_size": 2}, 2),
+    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
+    "hsdp": (4, {"dp_replicate_size": 2, "dp_shard_size": 2}, 4),
+    "tp4": (4, {"tp_size": 4}, 1),
+    "tp2_hsdp": (8, {"tp_size": 2, "dp_replicate_size": 2, "dp_shard_size": 2}, 4),
+    "ddp_like": (2, {"dp_replicate_size": 2, "dp_shard_size": 1}, 2),
+}
+
+MODELS = [
+    "llama",
+    "llama_tied",
+    "llama_odd_vocab",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "mixtral_aux",
+    "qwen3_moe",
+    "qwen3_moe_aux",
+]
+LORA = {"target_modules": "all-linear"}
+LORA_ENDS = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
+
+CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]
+CELLS += [(model, mesh, adapter) for model in ("llama", "llama_tied", "qwen3_moe") for mesh in ("tp2", "hsdp") for adapter in (None, LORA)]
+CELLS += [(model, mesh, LORA) for model in ("phi3", "mixtral") for mesh in ("fsdp2", "tp2")]
+CELLS += [("llama", "tp2_hsdp", LORA), ("qwen3", "tp2_hsdp", None), ("llama", "ddp_like", None)]
+CELLS += [(model, "tp2_fsdp2", LORA_ENDS) for model in ("llama", "llama_odd_vocab")]
+CELLS += [(model, "tp2_fsdp2", None) for model in ("mistral", "olmo2", "cohere")]
+CELLS += [("gpt2", "fsdp2", None), ("gpt2", "hsdp", LORA)]
+
+
+def label(cell):
+    model, mesh, adapter = cell
+    kind = "full" if adapter is None else "lora" if adapter is LORA else "lora_ends"
+    return f"{model}-{mesh}-{kind}"
+
+
+def check(model: str, mesh: str, adapter, overrides=None) -> None:
+    """Compare one cell with the one-process oracle."""
+    world, sizes, dp_size = MESHES[mesh]
+    loss, gradients = run_distributed(
+        world, first_gradients, model, sizes, adapter=adapter, overrides=overrides, dp_size=dp_size
+    )[0]
+    reference = build(model, adapter, **(overrides or {}))
+    want_loss, want = loss_and_grads(reference, batches_for(reference, dp_size))
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(gradients, want)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=label)
+def test_gradients_equal_one_process(cell):
+    check(*cell)
+
+
+@pytest.mark.both_ends
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("model", ["llama_tied", "mixtral"])
+def test_both_supported_transformers_versions(model, adapter):
+    check(model, "tp2_fsdp2", adapter)
