@@ -9,11 +9,12 @@ from .spec import Plan, ShardingSpec
 
 def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
     """The plan as a table: pattern, style, number of places, placement of the weight on the tp axis, source."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column, justify in (("module or parameter", "left"), ("style", "left"), ("places", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("weight on tp", overflow="fold")
-    table.add_column("source", overflow="fold")
+    table = Table(title=title, title_justify="left", header_style="bold", expand=True)
+    table.add_column("module or parameter", overflow="fold", ratio=3)
+    table.add_column("style", overflow="fold", ratio=2)
+    table.add_column("places", justify="right")
+    table.add_column("weight on tp", overflow="fold", ratio=1)
+    table.add_column("source", overflow="fold", ratio=2)
     for pattern, style, count, placement, source in spec.rows:
         table.add_row(pattern, style, str(count), placement, source)
     return table

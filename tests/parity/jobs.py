@@ -91,3 +91,66 @@ def five_steps_accelerate(
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         history.append({"loss": total.item() / (dist.get_world_size() * accumulation), "grad_norm": norm.item()})
     return history
+
+
+class _Rows(torch.utils.data.Dataset):
+    """The rows of consecutive batches, in the order in which one process would read them."""
+
+    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.rows = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def five_steps_trainer(
+    name: str,
+    sizes: dict[str, int],
+    adapter: dict[str, Any] | None = None,
+    dp_size: int = 1,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+    ragged: Any = False,
+    optim: str = "adamw_torch",
+    output_dir: str = "unused",
+    **arguments: Any,
+) -> list[dict[str, float]]:
+    """Losses and gradient norms that the stock Trainer logs in five optimizer steps."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        """Only the order of the data is fixed; everything else is stock."""
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    model = build(name, adapter)
+    rows = 8
+    steps = [batch for step in range(5) for batch in batches_for(model, accumulation, rows * accumulation, 10 + step, ragged)]
+    args = TrainingArguments(
+        output_dir=output_dir,
+        use_cpu=True,
+        per_device_train_batch_size=rows // dp_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=5,
+        max_grad_norm=max_grad_norm,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        optim=optim,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+        parallelism_config=AutoParallelismConfig(**sizes),
+        **arguments,
+    )
+    trainer = InOrder(model, args, train_dataset=_Rows(steps))
+    trainer.train()
+    return [
+        {"loss": entry["loss"], "grad_norm": entry["grad_norm"]} for entry in trainer.state.log_history if "loss" in entry
+    ]

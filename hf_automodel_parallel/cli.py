@@ -1,0 +1,98 @@
+"""``hf-automodel-parallel``: look at what the package would do, before it does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .errors import AutoParallelError
+
+app = typer.Typer(
+    help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep subcommands even while there is only one."""
+
+
+@app.command(
+    epilog="Examples:\n\n  hf-automodel-parallel plan path/to/model --tp 2\n\n"
+    "  hf-automodel-parallel plan config.json --tp 4 --lora all-linear --tp-plan my_package.plans:mine"
+)
+def plan(
+    model: Annotated[Path, typer.Argument(help="A model directory or its config.json (weights are not read).")],
+    tp: Annotated[int, typer.Option(help="Number of ranks on the tp axis.", min=1)] = 2,
+    tp_plan: Annotated[
+        Optional[str], typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")  # noqa: UP045
+    ] = None,
+    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default",
+    lora: Annotated[
+        Optional[str], typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules.")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which source."""
+    from rich.console import Console
+
+    from .config import AutoParallelismConfig
+    from .plan.explain import plan_table
+    from .plan.resolve import resolve
+    from .plan.selection import select_plan
+    from .plan.validate import validate
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width of its own
+    try:
+        config = AutoParallelismConfig(tp_plan=tp_plan, plan_order=plan_order)  # type: ignore[arg-type]
+        network = _empty_model(model, lora)
+        chosen = select_plan(network, config.tp_plan, config.plan_order)
+        spec = resolve(network, chosen, tp)
+        validate(network, spec, tp)
+    except (AutoParallelError, OSError, ValueError) as error:
+        typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    total = sum(p.numel() for p in network.parameters())
+    name = type(network.get_base_model() if hasattr(network, "get_base_model") else network).__name__
+    shards = sum(
+        p.numel() // tp for n, p in network.named_parameters() if n in spec.parameters and spec.parameters[n].dim is not None
+    )
+    replicated = sum(
+        p.numel() for n, p in network.named_parameters() if n not in spec.parameters or spec.parameters[n].dim is None
+    )
+    console.print(plan_table(chosen, spec, f"{name} at tp={tp}: plan from {chosen.origin}"))
+    console.print(
+        f"{total:,} parameters; per tp rank {shards + replicated:,}: {shards:,} sharded, {replicated:,} replicated."
+    )
+    for note in spec.notes:
+        console.print(f"note: {note}", highlight=False)
+    for entry in spec.unmatched:
+        console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
+
+
+def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]
+    """The model of a config on the meta device, optionally LoRA-wrapped."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a model directory or a config.json.")
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if lora is None:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        targets = lora if lora == "all-linear" else [part.strip() for part in lora.split(",")]
+        return get_peft_model(model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,23 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports torch or a library of Hugging Face: they read these when they are imported.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from harness.pool import close_pools
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the worker pools inherit when the first test that needs one starts it, and their end."""
+    # One cache for all ranks, which compile the same code, and none from an earlier run, which may hide a failure.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    # The models are so tiny that a second thread only costs, a hundredfold where the cores are shared with workers.
+    torch.set_num_threads(1)
+    yield
+    close_pools()

@@ -1,0 +1,1 @@
+"""What the tests of this package share: a pool of worker processes, tiny models, a one-process oracle, comparers."""
