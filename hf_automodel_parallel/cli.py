@@ -61,7 +61,9 @@ def plan(
     total = sum(p.numel() for p in network.parameters())
     name = type(network.get_base_model() if hasattr(network, "get_base_model") else network).__name__
     shards = sum(
-        p.numel() // tp for n, p in network.named_parameters() if n in spec.parameters and spec.parameters[n].dim is not None
+        p.numel() // tp
+        for n, p in network.named_parameters()
+        if n in spec.parameters and spec.parameters[n].dim is not None
     )
     replicated = sum(
         p.numel() for n, p in network.named_parameters() if n not in spec.parameters or spec.parameters[n].dim is None

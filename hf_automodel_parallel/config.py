@@ -8,10 +8,11 @@ to that one ``Accelerator`` instance.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from . import compat
 from .errors import ConfigError, not_available_yet
 
 if TYPE_CHECKING:
+    import yaml
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -94,20 +96,28 @@ class AutoParallelismConfig(ParallelismConfig):
     # ---- construction ------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
+        self._read_sizes_from_environment()
         self._check_fields()
-        self._open_axes = tuple(
-            axis
-            for axis in AXES
-            if getattr(self, f"{axis}_size") is None and f"PARALLELISM_CONFIG_{axis.upper()}_SIZE" not in os.environ
-        )
-        # The parent refuses tp with replicas and dp_shard=1; while dp_shard is open, 1 is only its placeholder.
-        placeholder = "dp_shard" in self._open_axes
-        if placeholder:
-            self.dp_shard_size = 2
+        self._open_axes = tuple(axis for axis in AXES if getattr(self, f"{axis}_size") is None)
+        # The parent refuses tp with replicas and dp_shard=1, because it would use DDP; FSDP2 runs on an axis of one rank.
+        dp_shard_size: int | None = self.dp_shard_size  # type: ignore[has-type]
+        self.dp_shard_size = 2
         super().__post_init__()
-        if placeholder:
-            self._set_size("dp_shard", 1)
+        self._set_size("dp_shard", 1 if dp_shard_size is None else dp_shard_size)
         self._check_no_other_accelerator()
+
+    def _read_sizes_from_environment(self) -> None:
+        """Take sizes that nobody gave from ``accelerate launch``, before the checks, which they have to pass too."""
+        for axis in AXES:
+            variable = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
+            if getattr(self, f"{axis}_size") is not None or variable not in os.environ:
+                continue
+            try:
+                setattr(self, f"{axis}_size", int(os.environ[variable]))
+            except ValueError as error:
+                raise ConfigError(
+                    f"the environment variable {variable}={os.environ[variable]!r} is no whole number."
+                ) from error
 
     def _check_fields(self) -> None:
         for axis in AXES:
@@ -124,9 +134,13 @@ class AutoParallelismConfig(ParallelismConfig):
             if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
                 raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
         if self.reshard_after_forward not in (None, True, False):
-            raise ConfigError(f"reshard_after_forward={self.reshard_after_forward!r}: give true, false or leave it out.")
+            raise ConfigError(
+                f"reshard_after_forward={self.reshard_after_forward!r}: give true, false or leave it out."
+            )
         if isinstance(self.plan_order, str):
             self.plan_order = tuple(part for part in self.plan_order.replace("+", " ").split() if part)
+        if not isinstance(self.plan_order, Iterable):
+            raise ConfigError(f"plan_order={self.plan_order!r}: give an order of {', '.join(PLAN_SOURCES)}.")
         self.plan_order = tuple(self.plan_order)
         unknown = [source for source in self.plan_order if source not in PLAN_SOURCES]
         if unknown or len(set(self.plan_order)) != len(self.plan_order) or not self.plan_order:
@@ -139,7 +153,8 @@ class AutoParallelismConfig(ParallelismConfig):
             )
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
-            if value is not None and value is not off and value != off:
+            said_false = value is False and off is None
+            if value is not None and value != off and not said_false:
                 raise not_available_yet(name, value, remedy)
         if self.cp_size is not None and self.cp_size > 1:
             raise not_available_yet("cp_size", self.cp_size, "Use cp_size=1; tp and dp_shard also spread activations.")
@@ -176,14 +191,14 @@ class AutoParallelismConfig(ParallelismConfig):
         absorber = next((axis for axis in _INFERENCE_ORDER if axis in self._open_axes), None)
         rest, remainder = divmod(world_size, known)
         if remainder or (absorber is None and rest != 1):
+            needed = known if absorber is None or known > world_size else f"a multiple of {known}"
             raise ConfigError(
                 f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
-                f"Start {known if known > world_size else 'a multiple of ' + str(known)} processes, or change a size so "
-                f"that the product is {world_size}."
+                f"Start {needed} processes, or change a size so that the product is {world_size}."
             )
         if absorber is not None:
             self._set_size(absorber, rest)
-        if self.tp_size > 1 and self.tp_handler is None:
+        if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
 
             self.tp_handler = TorchTensorParallelConfig()
@@ -239,10 +254,10 @@ class AutoParallelismConfig(ParallelismConfig):
         if not isinstance(value, (str, os.PathLike)):
             raise ConfigError(f"cannot read a parallelism config from {type(value).__name__}: {value!r}")
         text = os.fspath(value).strip()
-        if text.lower().endswith((".yaml", ".yml", ".json")) or (text and Path(text).is_file()):
-            return cls.from_dict(_read_file(Path(text)))
         if text.startswith("{"):
             return cls.from_dict(_load_yaml(text, "the given text"))
+        if text.lower().endswith((".yaml", ".yml", ".json")) or _is_file(text):
+            return cls.from_dict(_read_file(Path(text)))
         return cls.from_dict(_parse_pairs(text))
 
     @classmethod
@@ -253,10 +268,10 @@ class AutoParallelismConfig(ParallelismConfig):
         for key, value in values.items():
             name = f"{key}_size" if key in AXES else key
             if name not in known:
-                hint = difflib.get_close_matches(str(key), sorted(known) + list(AXES), n=1)
+                hint = difflib.get_close_matches(str(key), sorted(known) + list(AXES), n=1, cutoff=0.5)
                 raise ConfigError(
                     f"unknown field {key!r} in the parallelism config"
-                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                    + (f"; did you mean {hint[0]!r}?" if hint else ".")
                     + f" Known fields: {', '.join(sorted(known))}."
                 )
             if name in arguments:
@@ -276,11 +291,11 @@ class AutoParallelismConfig(ParallelismConfig):
                 continue
             if field.name.endswith(("_backend", "_handler")):
                 if value is not None and self._sizes[field.name.rsplit("_", 1)[0]] > 1:
-                    result[field.name] = _plain(value)
+                    result[field.name] = plain(value)
                 continue
             default = field.default
             if value != default:
-                result[field.name] = _plain(value)
+                result[field.name] = plain(value)
         return result
 
     def to_json(self) -> dict[str, Any]:
@@ -293,7 +308,19 @@ class AutoParallelismConfig(ParallelismConfig):
 
     # A mesh holds process groups: it belongs to one process and is rebuilt, never copied or written to disk.
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
+        state = {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
+        try:
+            pickle.dumps(self.tp_plan)
+        except Exception:  # a lambda; the Trainer pickles its arguments with each checkpoint, which must not fail there
+            state["tp_plan"] = plain(self.tp_plan)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoParallelismConfig:
+        result = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            if name != "device_mesh":
+                result.__dict__[name] = copy.deepcopy(value, memo)
+        return result
 
 
 def _world_size() -> int | None:
@@ -301,11 +328,23 @@ def _world_size() -> int | None:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
 
 
+def _is_file(text: str) -> bool:
+    """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can hold."""
+    try:
+        return bool(text) and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the parallelism config {str(path)!r}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the parallelism config {str(path)!r} is not a text file in UTF-8: {error.reason}."
+        ) from error
     return _load_yaml(text, f"the file {str(path)!r}")
 
 
@@ -314,12 +353,29 @@ def _load_yaml(text: str, where: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_loader_without_duplicates())
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must hold a mapping of fields such as 'tp: 2', but holds {values!r}.")
     return values
+
+
+def _loader_without_duplicates() -> type[yaml.SafeLoader]:
+    """YAML's safe loader, which on its own keeps the last of two equal keys without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {twice!r} is given twice", node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _parse_pairs(text: str) -> dict[str, Any]:
@@ -336,6 +392,8 @@ def _parse_pairs(text: str) -> dict[str, Any]:
             )
         if key in values:
             raise ConfigError(f"the field {key!r} is given twice in the parallelism config {text!r}.")
+        if separator and not raw.strip():
+            raise ConfigError(f"the field {key!r} has no value in the parallelism config {text!r}.")
         try:
             values[key] = yaml.safe_load(raw) if separator else True
         except yaml.YAMLError as error:
@@ -349,14 +407,14 @@ def _nonempty(parts: Iterable[str]) -> Iterable[str]:
     return (part.strip() for part in parts if part.strip())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A JSON-ready picture of a field's value; callables become import paths."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if callable(value) and hasattr(value, "__qualname__") and hasattr(value, "__module__"):
@@ -365,7 +423,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restore(name: str, value: Any) -> Any:
-    """Undo :func:`_plain` for the fields that are objects."""
+    """Undo :func:`plain` for the fields that are objects."""
     if name == "plan_order" and isinstance(value, list):
         return tuple(value)
     if name.endswith("_handler") and isinstance(value, Mapping):

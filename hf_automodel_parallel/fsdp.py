@@ -63,7 +63,8 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         "shard_placement_fn": functools.partial(_data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
     }
     reshard = options.reshard_after_forward
-    units = separable(model, anatomy.layers)
+    # A size-based policy takes the place of the layers, below: its units may lie inside of them.
+    units = separable(model, anatomy.layers) if options.minimum_unit_size is None else []
     for layer in units:
         fully_shard(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
     tail = list(anatomy.head)
@@ -118,14 +119,18 @@ def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
 
 
 def _shard_large_modules(model: nn.Module, minimum: int, common: dict[str, Any]) -> None:
-    for module in reversed(list(model.modules())[1:]):
-        if isinstance(module, (FSDPModule, nn.ModuleList, nn.ModuleDict)):
-            continue
-        if any(isinstance(inner, FSDPModule) for inner in module.modules()):
+    done = {id(inner) for unit in model.modules() if isinstance(unit, FSDPModule) for inner in unit.modules()}
+    for module in reversed(list(model.modules())[1:]):  # inner ones first, as FSDP2 needs it
+        if id(module) in done or not compat.has_implemented_forward(module):
             continue
         size = sum(p.numel() for p in module.parameters())
         if size > minimum and separable(model, [module]):
             fully_shard(module, **common)
+
+
+def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
+    """Those of ``layers`` that FSDP2 gathers at once: no module inside of them is a unit of its own."""
+    return [layer for layer in layers if not any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer)]
 
 
 def _set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:

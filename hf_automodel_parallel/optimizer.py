@@ -33,9 +33,7 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
     result: list[list[list[str]]] = []
     covered: set[str] = set()
     for optimizer in optimizers:
-        foreign = [
-            tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names
-        ]
+        foreign = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
         if foreign:
             raise PrepareError(
                 f"{type(optimizer).__name__} holds {len(foreign)} parameters that the model in this prepare call does not "

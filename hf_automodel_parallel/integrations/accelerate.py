@@ -94,7 +94,9 @@ def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
 def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-        raise ConfigError(f"AutoParallelismConfig cannot be used with {kind.value}: it shards with FSDP2. Use one of the two.")
+        raise ConfigError(
+            f"AutoParallelismConfig cannot be used with {kind.value}: it shards with FSDP2. Use one of the two."
+        )
     if plugin.fsdp_version != 2:
         raise ConfigError(
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
@@ -109,7 +111,9 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
     if accelerator.mixed_precision == "fp8":
         raise not_available_yet("mixed_precision", "fp8", "Use 'bf16'.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'.")
+        raise ConfigError(
+            "mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'."
+        )
     backend = accelerator.state.dynamo_plugin.backend.value
     if backend not in (None, "NO"):
         raise not_available_yet("dynamo_backend / torch_compile", backend, "Leave torch.compile off.")
@@ -134,9 +138,7 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
         record = _parallelize(self, models[0], optimizers)
     elif optimizers:
         _adopt_optimizers(self, record, optimizers)
-    result: list[Any] = [
-        obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args
-    ]
+    result: list[Any] = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args]
     result = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj) for obj in result]
     for model in models:
         if not any(model is known for known in self._models):
@@ -154,7 +156,9 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     raw = [_raw(optimizer) for optimizer in optimizers]
     with agreement("Accelerator.prepare"):
         if accelerator.verify_device_map(model):
-            raise PrepareError("the model was loaded with a device_map over several devices; load it without device_map.")
+            raise PrepareError(
+                "the model was loaded with a device_map over several devices; load it without device_map."
+            )
         names = check_optimizers(model, raw) if raw else []
         job = Job(
             model=model,
@@ -188,7 +192,9 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
         for optimizer in map(_raw, optimizers):
             held = [p for group in optimizer.param_groups for p in group["params"]]
             candidates = [record] if record is not None else list(_PREPARED.values())
-            owner = next((c for c in candidates if {id(p) for p in held} <= {id(p) for p in c.job.model.parameters()}), None)
+            owner = next(
+                (c for c in candidates if {id(p) for p in held} <= {id(p) for p in c.job.model.parameters()}), None
+            )
             if owner is None:
                 raise PrepareError(
                     f"{type(optimizer).__name__} does not hold the parameters of a model prepared here. Pass model and "
@@ -238,7 +244,7 @@ def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, m
         backward_prefetch=config.backward_prefetch,
     )
     if not isinstance(plugin.cpu_offload, (bool, type(None))):
-        options.offload_policy = plugin.cpu_offload
+        options.offload_policy = _without_pinning(plugin.cpu_offload, accelerator.device)
     elif plugin.cpu_offload:
         raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
     if plugin.ignored_modules is not None:
@@ -246,6 +252,13 @@ def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, m
     if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
         options.minimum_unit_size = plugin.min_num_params
     return options
+
+
+def _without_pinning(policy: Any, device: torch.device) -> Any:
+    """``policy`` (what ``cpu_offload=True`` becomes), without the pinned memory that training on the CPU cannot have."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return CPUOffloadPolicy(pin_memory=False) if device.type == "cpu" and type(policy) is CPUOffloadPolicy else policy
 
 
 def _layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
@@ -307,9 +320,7 @@ def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
         _flush_all(self)
 
 
-def _clip_grad_norm_(
-    self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2
-) -> torch.Tensor | None:
+def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
     """Like ``Accelerator.clip_grad_norm_``, over complete gradients."""
     _flush_all(self)
     return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
@@ -324,6 +335,7 @@ class _DataParallelScheduler(AcceleratedScheduler):
 
     def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
         self.repeats = 1 if split_batches else ranks
+        self.limited = not split_batches  # as Accelerate does, silently stop at the end of a OneCycleLR
         super().__init__(scheduler, optimizers, step_with_optimizer, split_batches=True)  # True: one step per call
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -331,7 +343,7 @@ class _DataParallelScheduler(AcceleratedScheduler):
         tied = self.step_with_optimizer and self.gradient_state.sync_gradients
         for _ in range(self.repeats if tied else 1):
             total = getattr(self.scheduler, "total_steps", None)
-            if tied and self.repeats > 1 and total is not None and self.scheduler._step_count > total:
+            if tied and self.limited and total is not None and self.scheduler._step_count > total:
                 return
             super().step(*args, **kwargs)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import AutoParallelismConfig
+from ..config import AutoParallelismConfig, plain
 from ..errors import ConfigError
 
 
@@ -50,9 +51,16 @@ class AutoParallelArgumentsMixin:
                 )
             if explicit is None:
                 self.parallelism_config = config
-            if isinstance(self.auto_parallel, AutoParallelismConfig):
-                self.auto_parallel = config.to_dict()  # type: ignore[assignment]
+            if not isinstance(self.auto_parallel, str):  # to_dict and to_json_string take the field as it is
+                self.auto_parallel = _as_json(self.auto_parallel)
         super().__post_init__()  # type: ignore[misc]
+
+
+def _as_json(value: Any) -> Any:
+    """A form of ``value`` (config, dict or path) that JSON can hold and :meth:`AutoParallelismConfig.parse` reads back."""
+    if isinstance(value, AutoParallelismConfig):
+        return value.to_dict()
+    return plain(value) if isinstance(value, Mapping) else os.fspath(value)
 
 
 def _compatible(explicit: Any, config: AutoParallelismConfig) -> bool:

@@ -60,7 +60,7 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
         for name, _ in model.get_submodule(block).named_parameters():
             full = f"{block}.{name}"
             # The owner, or a wrapper above it, must be one of the planned projections.
-            owners = {full[: i] for i, letter in enumerate(full) if letter == "."}
+            owners = {full[:i] for i, letter in enumerate(full) if letter == "."}
             if not any(pattern_regex(pattern).fullmatch(owner) for pattern in matched for owner in owners):
                 return {}, f"{full} is a parameter between sharded projections that the plan does not know"
     return matched, None

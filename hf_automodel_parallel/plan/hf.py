@@ -47,8 +47,10 @@ def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
 
 def _add_input_embedding(model: nn.Module, entries: dict[str, PlanEntry]) -> None:
     embedding = compat.input_embedding_module(model)
+    if embedding is None or _embedding_below(embedding) is None:
+        return
     for name, module in model.named_modules():
-        if module is embedding and name not in entries and _embedding_below(module) is not None:
+        if module is embedding and name not in entries:
             entries[name] = PlanEntry(name, "embedding_rowwise", "derived: input embedding")
 
 

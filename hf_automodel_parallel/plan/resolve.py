@@ -203,9 +203,7 @@ class _Resolver:
             return self._embedding(base_name, base, entry)
         return self._activation_style(name, module, entry)
 
-    def _linear(
-        self, name: str, base_name: str, matrix: Matrix, adapter: nn.Module | None, entry: PlanEntry
-    ) -> str:
+    def _linear(self, name: str, base_name: str, matrix: Matrix, adapter: nn.Module | None, entry: PlanEntry) -> str:
         style = self._fitting_style(name, matrix, entry.style)
         if style is None:
             return "Replicate"
@@ -263,7 +261,9 @@ class _Resolver:
                 f"is a {type(module).__name__}."
             )
         if module.max_norm is not None:
-            raise PlanError(f"{name} has max_norm set, which renormalises whole rows in place; leave it out of the plan.")
+            raise PlanError(
+                f"{name} has max_norm set, which renormalises whole rows in place; leave it out of the plan."
+            )
         dims = (EMBEDDING_STYLES[entry.style], 1 - EMBEDDING_STYLES[entry.style])
         dim = next((d for d in dims if module.weight.shape[d] % self.tp_size == 0), None)
         if dim is None:
@@ -364,5 +364,3 @@ class _Resolver:
                 )
         self.spec.parameters[name] = replace(spec)
         self.spec.notes.append(f"{name}: follows the parameter it is tied to ({spec}).")
-
-

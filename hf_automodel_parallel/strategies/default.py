@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
-from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel
+from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
 from ..plan.resolve import resolve
@@ -80,7 +80,11 @@ class DefaultStrategy:
         """Refuse models that cannot be sharded from here."""
         sharded = [name for name, p in job.model.named_parameters() if isinstance(p, DTensor)]
         if sharded:
-            by = "transformers' DistributedConfig" if getattr(job.model, "_device_mesh", None) is not None else "other code"
+            by = (
+                "transformers' DistributedConfig"
+                if getattr(job.model, "_device_mesh", None) is not None
+                else "other code"
+            )
             raise PrepareError(
                 f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
                 f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
@@ -116,7 +120,8 @@ class DefaultStrategy:
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
         if job.tensor_parallel is not None:
-            install_regions(job.model, job.anatomy.layers, job.tensor_parallel)  # type: ignore[union-attr]
+            layers = without_units_inside(job.anatomy.layers)  # type: ignore[union-attr]
+            install_regions(job.model, layers, job.tensor_parallel)
         self.report(job)
 
     def load_values(self, job: Job) -> None:
@@ -124,15 +129,17 @@ class DefaultStrategy:
         if not job.load_on_rank_zero:
             return
         for module in job.model.modules():
-            for store in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for store in stores:
                 for name, tensor in store.items():
                     if tensor is not None and tensor.device.type == "meta":
                         empty = torch.empty_like(tensor, device="cpu")
-                        store[name] = (  # type: ignore[index]
+                        store[name] = (
                             nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                         )
-        if hasattr(job.model, "tie_weights"):
-            job.model.tie_weights()
+        tie_weights = getattr(job.model, "tie_weights", None)
+        if callable(tie_weights):
+            tie_weights()
 
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
@@ -146,9 +153,7 @@ class DefaultStrategy:
         """One log line per decision, on rank 0."""
         if torch.distributed.get_rank() != 0:
             return
-        shape = ", ".join(
-            f"{n}={s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True)
-        )
+        shape = ", ".join(f"{n}={s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True))
         logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(job.anatomy.layers))  # type: ignore[union-attr]
         if job.plan is not None and job.spec is not None:
             for line in plan_lines(job.plan, job.spec):
@@ -158,5 +163,3 @@ class DefaultStrategy:
 def strategy_for(model: nn.Module) -> DefaultStrategy:
     """The strategy for ``model``."""
     return DefaultStrategy()
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -100,7 +101,7 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
     elif spec.input is Input.SCALE:
         module.register_forward_pre_hook(boundaries.ScaleInput(size), with_kwargs=True)
     elif spec.input is Input.MASK:
-        rows = module.weight.shape[0] // size  # type: ignore[union-attr,operator]
+        rows: int = cast(nn.Embedding, module).weight.shape[0] // size
         vocabulary = boundaries.VocabularySlice(group, rank, rows)
         module.register_forward_pre_hook(vocabulary.before, with_kwargs=True)
         module.register_forward_hook(vocabulary.after, always_call=True)

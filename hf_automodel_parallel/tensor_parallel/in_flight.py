@@ -41,17 +41,22 @@ class Region:
         self.entries = entries
         self.shared = shared
         self.inner: Callable[..., Any] = module.forward
+        self.body: Callable[..., Any] = self._run
         functools.update_wrapper(self, self.inner)
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         replaced = self._enter()
         try:
-            return self._run(*args, **kwargs)
+            return self.body(*args, **kwargs)
         finally:
             for owner, name, parameter in replaced:
                 owner._buffers.pop(name, None)  # where a parametrization's removal leaves a plain tensor
-                owner._parameters[name] = parameter
+                owner._parameters[name] = parameter  # type: ignore[assignment]
+
+    def compile(self, **options: Any) -> None:
+        """Compile what runs inside the region; the exchange of parameters stays outside of the graph."""
+        self.body = torch.compile(self._run, **options)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
