@@ -27,6 +27,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
     (
+        "torch._dynamo.config",
+        "skip_fwd_side_effects_in_bwd_under_checkpoint",
+        "checkpoints inside of a compiled layer",
+    ),
+    (
         "torch.distributed.tensor.placement_types",
         "_StridedShard",
         "placement of a dimension that packs several projections (gate|up); transformers describes it the same way",
@@ -203,6 +208,14 @@ def _embedding_accessor(model: nn.Module, name: str) -> nn.Module | None:
 def has_implemented_forward(module: nn.Module) -> bool:
     """False for containers (``ModuleList``, ``ParameterDict``, ...) whose ``forward`` nobody can call."""
     return type(module).forward is not nn.Module.forward
+
+
+def dynamo_side_effects_under_checkpoint() -> Any:
+    """Context in which dynamo skips a checkpointed region's side effects in its recomputation (torch 2.9 to 2.13).
+
+    Without it such a region breaks the graph. Patched only around our own compiled layers and restored after.
+    """
+    return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 
 
 def torch_version() -> tuple[int, int]:

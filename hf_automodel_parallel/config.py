@@ -46,8 +46,6 @@ _NOT_YET: dict[str, tuple[Any, str]] = {
     "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
     "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
-    "activation_checkpointing": (None, "Use TrainingArguments(gradient_checkpointing=True) or leave it out."),
-    "compile": (False, "Leave it out."),
     "backend": ("fsdp2", "Use backend='fsdp2'."),
     "audit": (None, "Leave it out."),
 }
@@ -70,6 +68,11 @@ class AutoParallelismConfig(ParallelismConfig):
             else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
+        activation_checkpointing: "none", "full" (whole layers), "submodule" (attention and MLP of each layer) or
+            "selective" (keep attention, collectives and half of the matrix products); True means "full". None: what the
+            ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
+        compile: compile each layer: True, or the name of a ``torch.compile`` backend. False: what Accelerate's dynamo
+            settings (``torch_compile=True`` in ``TrainingArguments``) say.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -151,6 +154,14 @@ class AutoParallelismConfig(ParallelismConfig):
             raise ConfigError(
                 f"tp_plan={self.tp_plan!r}: give a dict, a callable that returns one, an import path or a plan name."
             )
+        if self.activation_checkpointing is not None:
+            modes = ("none", "full", "submodule", "selective")
+            if not isinstance(self.activation_checkpointing, bool) and self.activation_checkpointing not in modes:
+                raise ConfigError(
+                    f"activation_checkpointing={self.activation_checkpointing!r}: give one of {', '.join(modes)}."
+                )
+        if not isinstance(self.compile, (bool, str)):
+            raise ConfigError(f"compile={self.compile!r}: give true, false or the name of a torch.compile backend.")
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None

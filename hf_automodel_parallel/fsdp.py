@@ -150,6 +150,24 @@ def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
 
 
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    """The modules of ``model`` that FSDP2 gathers and frees, the root first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sharded_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Sharded parameter by the ``id`` of each parameter object that somebody may hold; the model is sharded afterwards.
+
+    After a forward without a backward the units that are not resharded show their gathered parameters. An optimizer that is
+    created then (Trainer: evaluate before train) holds those, which no step must change.
+    """
+    shown = dict(model.named_parameters(remove_duplicate=False))
+    for unit in fsdp_units(model):
+        unit.reshard()
+    sharded = dict(model.named_parameters(remove_duplicate=False))
+    return {id(p): sharded[name] for name, p in shown.items()} | {id(p): p for p in sharded.values()}
+
+
 def upcast_trainable(model: nn.Module) -> list[str]:
     """Keep trainable parameters in float32 under mixed precision (FSDP2 casts them for compute), as Accelerate does.
 

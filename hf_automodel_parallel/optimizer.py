@@ -40,6 +40,14 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
                 f"have (shapes {_some(foreign)}). Create the optimizer from model.parameters() of the very model you pass, "
                 f"after wrapping it with PEFT and before prepare."
             )
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
+                    raise PrepareError(
+                        f"{type(optimizer).__name__} has stepped already, and its state {key!r} of {names[id(p)]} has the "
+                        f"shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded along. "
+                        f"Call prepare before the first step."
+                    )
         result.append([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
         covered.update(name for group in result[-1] for name in group)
     missing = [name for name, p in shapes.items() if p.requires_grad and name not in covered]
@@ -76,12 +84,23 @@ def switch_parameters(
                 optimizer.state[new[name]] = _shard_state(values, new[name], tuple(old[name].shape))
 
 
+def replace_parameters(optimizer: torch.optim.Optimizer, replacements: dict[int, nn.Parameter]) -> None:
+    """Replace the parameters of ``optimizer`` by ``replacements[id(parameter)]`` (often itself), in place, with their state."""
+    for group in optimizer.param_groups:
+        for old in group["params"]:
+            new = replacements[id(old)]
+            if new is not old and old in optimizer.state:
+                optimizer.state[new] = _shard_state(optimizer.state.pop(old), new, tuple(old.shape))
+        group["params"] = [replacements[id(p)] for p in group["params"]]
+
+
 def _shard_state(values: Any, parameter: nn.Parameter, full_shape: tuple[int, ...]) -> Any:
     if not isinstance(values, dict) or not isinstance(parameter, DTensor):
         return values
     sharded = {}
     for key, value in values.items():
         if isinstance(value, torch.Tensor) and value.ndim and tuple(value.shape) == full_shape:
+            value = value.full_tensor() if isinstance(value, DTensor) else value
             value = distribute_tensor(
                 value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

@@ -18,13 +18,15 @@ import torch
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
+from ..activation_checkpointing import normalized_mode
 from ..config import AutoParallelismConfig
 from ..errors import ConfigError, PrepareError, not_available_yet
-from ..fsdp import ShardingOptions, upcast_trainable
-from ..optimizer import check_optimizers, switch_parameters
+from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
+from ..optimizer import check_optimizers, replace_parameters, switch_parameters
+from ..plan.names import unwrapped
 from ..strategies.default import Job, strategy_for
 from ..synchronize import agreement
 
@@ -48,12 +50,15 @@ class Prepared:
 
 
 #: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
-_PREPARED: weakref.WeakKeyDictionary[nn.Module, Prepared] = weakref.WeakKeyDictionary()
+_PREPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for ever.
+_RECORD = "_automodel_parallel_record"
 
 
 def prepared(model: nn.Module) -> Prepared | None:
     """The record of ``model`` if it was prepared in this process, else None."""
-    return _PREPARED.get(model)
+    return model.__dict__.get(_RECORD)
 
 
 def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
@@ -102,21 +107,14 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
             f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
         )
-    if plugin.activation_checkpointing:
-        raise not_available_yet(
-            "fsdp_plugin.activation_checkpointing",
-            True,
-            "Use TrainingArguments(gradient_checkpointing=True) or model.gradient_checkpointing_enable().",
-        )
+    if getattr(plugin, "activation_checkpointing_offload", False):
+        raise not_available_yet("fsdp_plugin.activation_checkpointing_offload", True, "Leave it out.")
     if accelerator.mixed_precision == "fp8":
         raise not_available_yet("mixed_precision", "fp8", "Use 'bf16'.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError(
             "mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'."
         )
-    backend = accelerator.state.dynamo_plugin.backend.value
-    if backend not in (None, "NO"):
-        raise not_available_yet("dynamo_backend / torch_compile", backend, "Leave torch.compile off.")
 
 
 # ---- prepare -------------------------------------------------------------------------------------------------------
@@ -168,6 +166,8 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             options=_sharding_options(accelerator, config, model),
             layer_classes=_layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
+            checkpointing=_checkpointing(accelerator, config, model),
+            compile_options=_compile_options(accelerator, config),
         )
         strategy.plan(job)
     if accelerator.mixed_precision != "no":
@@ -179,30 +179,32 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     for optimizer, groups in zip(raw, names, strict=True):
         switch_parameters(optimizer, groups, model, before)
     record = Prepared(job, trainable=bool(optimizers))
-    _PREPARED[model] = record
+    model.__dict__[_RECORD] = record
+    _PREPARED.add(model)
     for optimizer in raw:
-        _flush_before_step(optimizer, record)
+        _attach(optimizer, record)
     model.register_forward_pre_hook(_refuse_training_without_optimizer)
     return record
 
 
 def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Accept optimizers that hold the sharded parameters of a model prepared before, refuse all others."""
+    """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
     with agreement("Accelerator.prepare"):
         for optimizer in map(_raw, optimizers):
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            candidates = [record] if record is not None else list(_PREPARED.values())
-            owner = next(
-                (c for c in candidates if {id(p) for p in held} <= {id(p) for p in c.job.model.parameters()}), None
-            )
-            if owner is None:
+            candidates = [record] if record is not None else [r for r in map(prepared, _PREPARED) if r is not None]
+            for owner in candidates:
+                sharded = sharded_parameters(owner.job.model)
+                if all(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
+                    break
+            else:
                 raise PrepareError(
                     f"{type(optimizer).__name__} does not hold the parameters of a model prepared here. Pass model and "
                     f"optimizer in one call, model, optimizer = accelerator.prepare(model, optimizer), or create the "
                     f"optimizer from the parameters of the prepared model."
                 )
+            replace_parameters(optimizer, sharded)
             owner.trainable = True
-            _flush_before_step(optimizer, owner)
+            _attach(optimizer, owner)
 
 
 def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -212,11 +214,20 @@ def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _flush_before_step(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
-    """A loop that never calls ``accelerator.backward`` is right too: the step sums what is outstanding."""
+def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+    """What every step of ``optimizer`` needs, once however often it is prepared.
+
+    Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
+    too. After it, what an evaluation since the last backward left gathered is dropped: it holds the old values.
+    """
+    if getattr(optimizer, _RECORD, None) is record:
+        return
+    setattr(optimizer, _RECORD, record)
     state = record.job.tensor_parallel
     if state is not None and len(state.partial):
         optimizer.register_step_pre_hook(lambda *_: state.partial.flush())
+    units = fsdp_units(record.job.model)
+    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in units])  # type: ignore[arg-type,func-returns-value]
 
 
 def _refuse_training_without_optimizer(model: nn.Module, args: Any) -> None:
@@ -261,6 +272,41 @@ def _without_pinning(policy: Any, device: torch.device) -> Any:
     return CPUOffloadPolicy(pin_memory=False) if device.type == "cpu" and type(policy) is CPUOffloadPolicy else policy
 
 
+def _checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> str:
+    """The mode that config, plugin and model ask for together; two wishes are one too many."""
+    mode = normalized_mode(config.activation_checkpointing)
+    if accelerator.state.fsdp_plugin.activation_checkpointing:
+        if config.activation_checkpointing is not None and mode != "full":
+            raise ConfigError(
+                f"fsdp_plugin.activation_checkpointing=True and activation_checkpointing={config.activation_checkpointing!r} "
+                f"contradict each other. Give one of the two."
+            )
+        mode = "full"
+    inner, _ = unwrapped(model)
+    own = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    if own and mode != "none":
+        raise ConfigError(
+            f"activation_checkpointing={mode!r} and the model's own gradient checkpointing are both on; layers would be "
+            f"recomputed twice. Leave out gradient_checkpointing=True / gradient_checkpointing_enable(), or the option here."
+        )
+    return mode
+
+
+def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:
+    """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
+    plugin = accelerator.state.dynamo_plugin
+    options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v}
+    if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
+        raise ConfigError(
+            f"compile={config.compile!r} is no torch.compile backend here; there are "
+            f"{', '.join(torch.compiler.list_backends())}. Use true for inductor."
+        )
+    if config.compile:
+        return {**options, "backend": "inductor" if config.compile is True else config.compile}
+    backend = plugin.backend.value
+    return None if backend in (None, "NO") else {**options, "backend": backend.lower()}
+
+
 def _layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
     """The plugin's ``transformer_cls_names_to_wrap``, wherever its wrap policy uses it."""
     names = plugin.transformer_cls_names_to_wrap
@@ -298,9 +344,29 @@ def _prepare_data_loader(
     if tp and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
         self.dataloader_config.dispatch_batches = False
     try:
-        return type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
+        loader = type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
     finally:
         self.dataloader_config.dispatch_batches = dispatch
+    if tp and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
+        _shuffle_alike(loader)
+    return loader
+
+
+def _shuffle_alike(loader: Any) -> None:
+    """Synchronise the shuffling of the ranks at the start of each epoch, as Accelerate does.
+
+    With one data-parallel rank it sees no reason to; the ranks of a tp group would then shuffle by their own seeds.
+    """
+    from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, get_sampler
+
+    sampler = get_sampler(loader) if isinstance(loader, DataLoaderShard) else None
+    if not isinstance(sampler, RandomSampler) or isinstance(sampler, SeedableRandomSampler):
+        return
+    if sampler.generator is None:
+        sampler.generator = torch.Generator()
+        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    loader.synchronized_generator = sampler.generator
+    loader.rng_types = [*(loader.rng_types or ()), "generator"]
 
 
 # ---- the training step ---------------------------------------------------------------------------------------------

@@ -36,10 +36,14 @@ def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
         config_plan = getattr(config, "base_model_tp_plan", None)
         if config_plan and getattr(module, "base_model", None) is module:
             add(prefix, dict(config_plan), f"{type(config).__name__}.base_model_tp_plan")
-    for name, module in model.named_modules():
-        instance_plan = compat.instance_tensor_parallel_plan(module)
-        if instance_plan:
-            add(f"{name}." if name else "", instance_plan, f"instance of {type(module).__name__}")
+    # An instance repeats what classes and configs say; only what differs there was set by somebody. The outermost model is
+    # the one that users hold, so its entries come last.
+    declared = {pattern: entry.style for pattern, entry in entries.items()}
+    for name, module in reversed(list(model.named_modules())):
+        prefix = f"{name}." if name else ""
+        plan = compat.instance_tensor_parallel_plan(module)
+        changed = {key: style for key, style in plan.items() if declared.get(f"{prefix}{key}") != style}
+        add(prefix, changed, f"instance of {type(module).__name__}")
     if entries:
         _add_input_embedding(model, entries)
     return entries

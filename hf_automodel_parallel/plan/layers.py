@@ -87,6 +87,23 @@ def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modu
         yield f"{name}.modules_to_save.{adapter}", copy
 
 
+#: Methods that hand keys and values of all heads to every attention, or wrap the attention itself.
+_METHODS_INSIDE_ATTENTION = ("PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT")
+
+
+def check_peft_method(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` if a PEFT method of ``model`` cannot work with sharded attention heads."""
+    if not compat.is_peft_model(model):
+        return
+    for adapter, config in model.peft_config.items():  # type: ignore[union-attr,operator]
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if method in _METHODS_INSIDE_ATTENTION:
+            raise UnsupportedError(
+                f"the adapter {adapter!r} is PEFT's {method}, which works on all attention heads of a layer and is not "
+                f"available under tensor parallelism. Use LoRA or prompt tuning, or tp_size=1 (FSDP2 works)."
+            )
+
+
 def check_adapter(name: str, module: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard yet."""
     lora_linear, lora_embedding = compat.peft_lora_layer_types()

@@ -12,6 +12,7 @@ from .layers import (
     Matrix,
     as_matrix,
     check_adapter,
+    check_peft_method,
     expand_wrappers,
     is_parameter_adapter,
     parameter_adapter_out_dim,
@@ -57,6 +58,7 @@ class _Resolver:
     spec: ShardingSpec = field(default_factory=ShardingSpec)
 
     def run(self) -> ShardingSpec:
+        check_peft_method(self.model)
         inner, self.prefix = unwrapped(self.model)
         self.config = getattr(inner, "config", None)
         modules, parameters = self._addressable()
@@ -71,9 +73,20 @@ class _Resolver:
         for name, entry in matches.items():
             if name in parameters:
                 placements[entry.pattern] = self._parameter(name, parameters[name], entry)
+        first_names: dict[int, str] = {}  # a module with several names gets one boundary
         for name, entry in matches.items():
-            if name in modules:
+            if name not in modules:
+                continue
+            first = first_names.setdefault(id(modules[name]), name)
+            if first == name:
                 placements[entry.pattern] = self._module(name, modules[name], entry)
+            elif matches[first].style == entry.style:
+                placements.setdefault(entry.pattern, placements[matches[first].pattern])
+            else:
+                raise PlanError(
+                    f"{first} and {name} are one module, which the plan entries {matches[first].pattern!r} and "
+                    f"{entry.pattern!r} shard in different ways. Leave one of them out."
+                )
         self._tie(modules)
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
@@ -349,6 +362,10 @@ class _Resolver:
         """Plan a place of a shared parameter that no entry named, so that it agrees with the others."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
+        known = [n.rpartition(".")[0] for n in names if n in self.spec.parameters]
+        if any(self.model.get_submodule(n) is owner for n in known):  # another name of a module that is planned already
+            self.spec.parameters[name] = spec
+            return
         if spec.dim is not None:
             matrix = as_matrix(owner, owner_name)
             if isinstance(owner, nn.Embedding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
@@ -13,7 +14,7 @@ from torch import nn
 from ..errors import PlanError
 from .default import default_plan, llama_like_plan
 from .hf import huggingface_plan
-from .names import unwrapped
+from .names import pattern_regex, plan_name, unwrapped
 from .optimized import optimized_plan
 from .spec import Plan, PlanEntry
 from .styles import check_style
@@ -84,8 +85,8 @@ def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], s
         entries = huggingface_plan(inner)
         if not entries:
             return {}, "the model has no _tp_plan and its config no base_model_tp_plan"
-        if not any("*" in pattern for pattern in entries):
-            return {}, f"its _tp_plan names no layer, only {', '.join(entries)}"
+        if not _names_a_layer(inner, entries):
+            return {}, f"its _tp_plan names no layer that the model has, only {', '.join(entries)}"
         return entries, None
     if source == "registry":
         entries = optimized_plan(inner)
@@ -93,6 +94,13 @@ def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], s
     if type(inner).__module__.startswith("transformers_modules."):
         return {}, "not used for custom code, whose layers it cannot know"
     return default_plan(inner)
+
+
+def _names_a_layer(inner: nn.Module, entries: Mapping[str, PlanEntry]) -> bool:
+    """True if a pattern over several layers matches; the ends of the model alone are no plan."""
+    patterns = [pattern_regex(pattern) for pattern in entries if "*" in pattern]
+    named = (name for names in (inner.named_modules(), inner.named_parameters()) for name, _ in names)
+    return any(regex.fullmatch(plan_name(name, "")) for name in named for regex in patterns)
 
 
 def _no_plan_message(inner: nn.Module, reasons: list[str]) -> str:
@@ -142,7 +150,7 @@ def _import(path: str) -> Any:
         value: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             value = getattr(value, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's module runs here, and may raise anything
         raise PlanError(f"{forms} Importing it failed: {error}") from error
     return value
 
@@ -155,6 +163,8 @@ def _call(function: Callable[..., Any], inner: nn.Module, source: str) -> Any:
         parameters = ()  # type: ignore[assignment]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required_keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if required_keywords == ["model"]:
+        return _call(functools.partial(function, model=inner), inner, source)
     required = [p for p in positional if p.default is p.empty]
     if required_keywords or len(required) > 1:
         raise PlanError(

@@ -11,11 +11,19 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..activation_checkpointing import (
+    checkpoint_module,
+    checkpointable_parts,
+    shares_keys_and_values,
+    switch_cache_off,
+)
+from ..compile import compile_layers
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
 from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
+from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.spec import Plan, ShardingSpec
@@ -38,6 +46,8 @@ class Job:
         options: behaviour of FSDP2.
         layer_classes: class names of the layers if the user gave them.
         load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
+        checkpointing: "none", "full", "submodule" or "selective".
+        compile_options: options of ``torch.compile`` for the layers, None for eager.
         plan, spec, anatomy, tensor_parallel: results of the steps.
     """
 
@@ -48,6 +58,8 @@ class Job:
     options: ShardingOptions
     layer_classes: list[str] | None = None
     load_on_rank_zero: bool = False
+    checkpointing: str = "none"
+    compile_options: dict[str, Any] | None = None
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -119,9 +131,7 @@ class DefaultStrategy:
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
-        if job.tensor_parallel is not None:
-            layers = without_units_inside(job.anatomy.layers)  # type: ignore[union-attr]
-            install_regions(job.model, layers, job.tensor_parallel)
+        self.finish_layers(job)
         self.report(job)
 
     def load_values(self, job: Job) -> None:
@@ -148,6 +158,35 @@ class DefaultStrategy:
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
         shard_data_parallel(job.model, job.anatomy, data_parallel_mesh(job.mesh), job.options)  # type: ignore[arg-type]
+
+    def finish_layers(self, job: Job) -> None:
+        """Regions, checkpoints and compilation of the layers, from the inside out.
+
+        A checkpoint stands around what is compiled; only the selective one stands inside, where the compiler can see which
+        operators to keep. Either way no DTensor is inside of the graph.
+        """
+        layers, mode = without_units_inside(job.anatomy.layers), job.checkpointing  # type: ignore[union-attr]
+        inner, _ = unwrapped(job.model)
+        parts: dict[nn.Module, list[nn.Module]] = {}
+        if mode == "submodule":
+            shares = shares_keys_and_values(inner)
+            parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
+        if job.tensor_parallel is not None:
+            install_regions(job.model, layers, job.tensor_parallel, parts)
+        for part in (part for group in parts.values() for part in group):
+            checkpoint_module(part)
+        if job.compile_options is not None:
+            compile_layers(
+                layers,
+                checkpoint_inside=mode == "submodule",
+                selective_checkpoint=mode == "selective",
+                **job.compile_options,
+            )
+        if mode == "full" or (mode == "selective" and job.compile_options is None):
+            for layer in layers:
+                checkpoint_module(layer, selective=mode == "selective")
+        if mode != "none":
+            switch_cache_off(inner)
 
     def report(self, job: Job) -> None:
         """One log line per decision, on rank 0."""

@@ -130,7 +130,9 @@ def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh
     style.install_forward(module, mesh)  # type: ignore[attr-defined]
 
 
-def install_regions(model: nn.Module, units: list[nn.Module], state: TensorParallelState) -> None:
+def install_regions(
+    model: nn.Module, units: list[nn.Module], state: TensorParallelState, parts: dict[nn.Module, list[nn.Module]]
+) -> None:
     """Make parameters local in flight, and let the consumers inside a unit share their copy boundaries.
 
     Args:
@@ -138,6 +140,7 @@ def install_regions(model: nn.Module, units: list[nn.Module], state: TensorParal
         units: modules that become one region each (decoder layers); elsewhere every module that owns parameters is its own
             region, so that outside of its forward its weight is an honest DTensor (losses that read ``lm_head.weight``).
         state: what :func:`apply_tensor_parallel` returned.
+        parts: modules inside of each unit that are recomputed on their own, so they need a region of their own too.
     """
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     foreign = {id(inner) for module in state.foreign for inner in module.modules()}
@@ -164,6 +167,11 @@ def install_regions(model: nn.Module, units: list[nn.Module], state: TensorParal
                 copy.shared = shared
         entries = entries_of([(f"{prefix}.{n}" if n else prefix, m) for n, m in unit.named_modules()])
         taken.update((id(owner), key) for owner, key, _ in entries)
+        for part in parts.get(unit, []):
+            part_name = names[part]
+            Region(
+                part, entries_of([(f"{part_name}.{n}" if n else part_name, m) for n, m in part.named_modules()]), shared
+            )
         Region(unit, entries, shared)
 
     callers: dict[nn.Module, list] = {}

@@ -38,6 +38,7 @@ class Region:
         entries: list[tuple[nn.Module, str, Callable[[torch.Tensor], None] | None]],
         shared: SharedInputs | None,
     ) -> None:
+        self.module = module
         self.entries = entries
         self.shared = shared
         self.inner: Callable[..., Any] = module.forward
@@ -46,17 +47,18 @@ class Region:
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._adopt_checkpoint_function()
+        return self.inside(self.body, *args, **kwargs)
+
+    def inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function`` with the region's parameters exchanged; where they already are, nothing is done."""
         replaced = self._enter()
         try:
-            return self.body(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             for owner, name, parameter in replaced:
                 owner._buffers.pop(name, None)  # where a parametrization's removal leaves a plain tensor
                 owner._parameters[name] = parameter  # type: ignore[assignment]
-
-    def compile(self, **options: Any) -> None:
-        """Compile what runs inside the region; the exchange of parameters stays outside of the graph."""
-        self.body = torch.compile(self._run, **options)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -64,6 +66,17 @@ class Region:
         finally:
             if self.shared is not None:
                 self.shared.clear()
+
+    def _adopt_checkpoint_function(self) -> None:
+        """Let the model's own gradient checkpointing recompute inside the region.
+
+        transformers (5.23; outside of ``__call__`` before) checkpoints in the class's ``forward``, so below this wrapper: its
+        recomputation starts where nobody has exchanged the parameters. Looked up at each call, because the model's method
+        that switches checkpointing on may be called at any time.
+        """
+        function = self.module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, _CheckpointInRegion):
+            self.module._gradient_checkpointing_func = _CheckpointInRegion(function, self)  # type: ignore[assignment]
 
     def _enter(self) -> list[tuple[nn.Module, str, DTensor]]:
         replaced: list[tuple[nn.Module, str, DTensor]] = []
@@ -83,3 +96,14 @@ class Region:
             owner._parameters[name] = tensor  # type: ignore[assignment]
             replaced.append((owner, name, parameter))
         return replaced
+
+
+class _CheckpointInRegion:
+    """A checkpoint function (called with a function and its inputs) whose recomputation enters the region again."""
+
+    def __init__(self, function: Callable[..., Any], region: Region) -> None:
+        self.function = function
+        self.region = region
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(functools.partial(self.region.inside, function), *args, **kwargs)

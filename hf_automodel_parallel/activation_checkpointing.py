@@ -1,0 +1,151 @@
+"""Activation checkpointing: none, full, submodule or selective; never reentrant, random state preserved.
+
+A checkpoint is put around a module's ``forward``, so no module is wrapped and no name changes. What it recomputes runs
+through the module's region again (:mod:`tensor_parallel.in_flight`), hooks of FSDP2 stay outside.
+
+A reentrant checkpoint runs its first forward without gradients; anything compiled inside it then yields a graph without a
+backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from . import compat
+from .errors import ConfigError
+
+MODES = ("none", "full", "submodule", "selective")
+
+
+def normalized_mode(value: str | bool | None, field: str = "activation_checkpointing") -> str:
+    """The mode that ``value`` asks for: None and False mean "none", True means "full".
+
+    Raises:
+        ConfigError: any other value; a typo must not switch anything on or off.
+    """
+    if value is None or value is False:
+        return "none"
+    if value is True:
+        return "full"
+    if value not in MODES:
+        raise ConfigError(f"{field}={value!r}: give one of {', '.join(MODES)}.")
+    return str(value)
+
+
+class Checkpointed:
+    """A forward under a non-reentrant checkpoint; without gradients it is called directly.
+
+    Args:
+        forward: the callable to checkpoint.
+        selective: keep what is expensive to recompute (see :func:`selective_contexts`) instead of the inputs alone.
+    """
+
+    def __init__(self, forward: Callable[..., Any], selective: bool = False) -> None:
+        self.forward = forward
+        self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
+        functools.update_wrapper(self, forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
+
+
+def checkpoint_module(module: nn.Module, selective: bool = False) -> None:
+    """Put a checkpoint around ``module.forward``, in place."""
+    module.forward = Checkpointed(module.forward, selective)  # type: ignore[method-assign]
+
+
+def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:
+    """The attention and MLP blocks of a decoder layer: its direct children that have layers of their own below them.
+
+    Args:
+        layer: a decoder layer.
+        shares_keys: later layers read keys and values that this layer's attention writes; recomputing it would write them
+            a second time, so modules that take part are left out.
+    """
+    parts = [
+        child
+        for child in layer.children()
+        if compat.has_implemented_forward(child)
+        and any(True for _ in child.children())
+        and any(True for _ in child.parameters())
+    ]
+    return [part for part in parts if not (shares_keys and "attention" in type(part).__name__.lower())]
+
+
+def shares_keys_and_values(model: nn.Module) -> bool:
+    """True if the model's config says that some layers reuse the keys and values of earlier ones."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "num_kv_shared_layers", 0) or 0)
+
+
+def switch_cache_off(model: nn.Module) -> None:
+    """Pass ``use_cache=False`` in training forwards: a recomputed layer would fill a cache twice.
+
+    The config, which would be saved, is not touched; evaluation and generation keep their cache.
+    """
+    import inspect
+
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.training and torch.is_grad_enabled():
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _operators(*names: str) -> set[Any]:
+    """The overloads of the named operators that this torch has."""
+    found: set[Any] = set()
+    for name in names:
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            found.update(getattr(packet, overload) for overload in packet.overloads())
+    return found
+
+
+_MATMULS = _operators("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_grouped_mm")
+_ALWAYS_SAVED = _operators(
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::all_gather_into_tensor",
+    "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::all_to_all_single",
+    "_c10d_functional::wait_tensor",
+)
+
+
+def selective_contexts() -> tuple[Any, Any]:
+    """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
+
+    Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
+    (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
+    """
+    counts = {False: 0, True: 0}
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in _ALWAYS_SAVED:
+            return CheckpointPolicy.MUST_SAVE
+        if operator in _MATMULS:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
