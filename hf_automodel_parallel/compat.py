@@ -8,6 +8,7 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,22 @@ def has_implemented_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
+class _ExpectedRedistribution(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("While redistributing from")
+
+
+def silence_redistribution_hints() -> None:
+    """Drop torch's hint that gathering over two mesh axes takes two collectives (torch 2.13 logs it on every rank).
+
+    A parameter on dp_shard x tp is gathered in two steps whenever a norm is clipped or a state dict saved; nothing can be
+    done about it, and each rank would say so at each kind of step. Other messages of that logger pass.
+    """
+    hints = logging.getLogger("torch.distributed.tensor._redistribute")
+    if not any(isinstance(f, _ExpectedRedistribution) for f in hints.filters):
+        hints.addFilter(_ExpectedRedistribution())
+
+
 def dynamo_side_effects_under_checkpoint() -> Any:
     """Context in which dynamo skips a checkpointed region's side effects in its recomputation (torch 2.9 to 2.13).
 
@@ -261,3 +278,12 @@ def parameters_of_ignored_modules(plugin: Any, model: nn.Module, device: torch.d
     from accelerate.utils.fsdp_utils import get_parameters_from_modules
 
     return set(get_parameters_from_modules(plugin.ignored_modules, model, device))
+
+
+def peft_dora_variant_type() -> type | None:
+    """PEFT's DoRA for linear layers (``peft.tuners.lora.variants``, since 0.17), None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    return DoraLinearVariant

@@ -80,6 +80,7 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     compat.set_distributed_type_fsdp(accelerator)
     accelerator.state.fsdp_plugin = plugin
     config.check_accelerator(accelerator)
+    compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
 

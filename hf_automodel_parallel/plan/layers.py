@@ -112,11 +112,13 @@ def check_adapter(name: str, module: nn.Module) -> None:
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
     if kind not in (lora_linear, lora_embedding) and not is_parameter_adapter(module):
         raise UnsupportedError(f"{name} is the PEFT layer {method}, not available under tensor parallelism. {remedy}")
-    variants = {a: type(v).__name__ for a, v in getattr(module, "lora_variant", {}).items()}
-    if variants:
+    dora = compat.peft_dora_variant_type()
+    others = {
+        type(v).__name__ for v in getattr(module, "lora_variant", {}).values() if dora is None or type(v) is not dora
+    }
+    if others:
         raise UnsupportedError(
-            f"{name} uses the LoRA variant {sorted(set(variants.values()))} (for example use_dora=True), not available yet "
-            f"under tensor parallelism. {remedy}"
+            f"{name} uses the LoRA variant {', '.join(sorted(others))}, not available yet under tensor parallelism. {remedy}"
         )
     for adapter, b in getattr(module, "lora_B", {}).items():
         if getattr(b, "bias", None) is not None:

@@ -228,7 +228,7 @@ class _Resolver:
         has_bias = getattr(matrix.module, "bias", None) is not None
         if has_bias and row.side == "out":
             self.spec.parameters[f"{base_name}.bias"] = ParameterSpec(0, row.blocks)
-        if has_bias and row.side == "in" and type(matrix.module).forward is not nn.Linear.forward:
+        if has_bias and row.side == "in" and not isinstance(matrix.module, nn.Linear):
             raise PlanError(
                 f"{name} is a {type(matrix.module).__name__} with a bias; row-wise sharding needs an nn.Linear there."
             )
@@ -251,6 +251,11 @@ class _Resolver:
             else:
                 self.spec.parameters[a] = ParameterSpec(1, blocks)
                 self.spec.parameters[b] = PARTIAL
+        for key in getattr(adapter, "lora_magnitude_vector", {}):
+            magnitude = f"{name}.lora_magnitude_vector.{key}"
+            self.spec.parameters[f"{magnitude}.weight"] = ParameterSpec(0, blocks) if side == "out" else PARTIAL
+            if side == "in":
+                self.spec.summed_norms.append(magnitude)
 
     def _fitting_style(self, name: str, matrix: Matrix, style: str) -> str | None:
         """``style``, or its swap when this side does not divide and the layer's outer activations stay the same."""

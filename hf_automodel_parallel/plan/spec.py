@@ -113,6 +113,7 @@ class ShardingSpec:
     Attributes:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
         modules: module name -> spec; a module that is not listed has no boundary.
+        summed_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is a sum over the ranks.
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
         notes: decisions taken on the way, one sentence each.
@@ -120,6 +121,7 @@ class ShardingSpec:
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    summed_norms: list[str] = field(default_factory=list)
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import compat
 from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from . import boundaries
-from .in_flight import Region
-from .linear import defer_bias
+from .adapters import sum_weight_norm
+from .in_flight import Entry, Region
 from .partial_gradients import PartialGradients
 from .shards import shard_parameter
 
@@ -28,6 +28,7 @@ class TensorParallelState:
         copies: copy boundaries by module name, waiting for the region that they share inputs in.
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
         partial_names: names of the parameters with a partial gradient.
+        deferred: owner of a bias -> the boundary that adds it after the reduction.
     """
 
     mesh: DeviceMesh
@@ -35,6 +36,7 @@ class TensorParallelState:
     copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
     foreign: list[nn.Module] = field(default_factory=list)
     partial_names: set[str] = field(default_factory=set)
+    deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
 
 
 def apply_tensor_parallel(
@@ -63,6 +65,8 @@ def apply_tensor_parallel(
         else:
             _install_boundary(model, name, module_spec, state)
     _shard_parameters(model, spec, state, device)
+    for name in spec.summed_norms:
+        sum_weight_norm(model.get_submodule(name), mesh)
     return state
 
 
@@ -110,8 +114,10 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
         bias_owner = None
         if spec.deferred_bias is not None:
             bias_owner = module.get_submodule(spec.deferred_bias)
-            defer_bias(bias_owner)  # type: ignore[arg-type]
-        module.register_forward_hook(boundaries.ReduceOutput(group, bias_owner))
+        reduce = boundaries.ReduceOutput(group, bias_owner)
+        module.register_forward_hook(reduce)
+        if bias_owner is not None:
+            state.deferred[bias_owner] = reduce
     elif spec.output is Output.GATHER:
         module.register_forward_hook(boundaries.GatherOutput(group, rank, size))
     elif spec.output is Output.COPY_TAIL:
@@ -146,7 +152,7 @@ def install_regions(
     foreign = {id(inner) for module in state.foreign for inner in module.modules()}
     taken: set[tuple[int, str]] = set()
 
-    def entries_of(modules: list[tuple[str, nn.Module]]) -> list:
+    def entries_of(modules: list[tuple[str, nn.Module]]) -> list[Entry]:
         result = []
         for name, owner in modules:
             if id(owner) in foreign:
@@ -156,7 +162,7 @@ def install_regions(
                     continue
                 full = f"{name}.{key}" if name else key
                 mark = state.partial.mark if full in state.partial_names else None
-                result.append((owner, key, mark))
+                result.append(Entry(owner, key, mark, state.deferred.get(owner) if key == "bias" else None))
         return result
 
     for unit in units:
@@ -166,7 +172,7 @@ def install_regions(
             if name.startswith(f"{prefix}."):
                 copy.shared = shared
         entries = entries_of([(f"{prefix}.{n}" if n else prefix, m) for n, m in unit.named_modules()])
-        taken.update((id(owner), key) for owner, key, _ in entries)
+        taken.update((id(entry.owner), entry.name) for entry in entries)
         for part in parts.get(unit, []):
             part_name = names[part]
             Region(
@@ -174,9 +180,9 @@ def install_regions(
             )
         Region(unit, entries, shared)
 
-    callers: dict[nn.Module, list] = {}
+    callers: dict[nn.Module, list[Entry]] = {}
     for name, owner in model.named_modules():
-        entries = [e for e in entries_of([(name, owner)]) if (id(owner), e[1]) not in taken]
+        entries = [e for e in entries_of([(name, owner)]) if (id(owner), e.name) not in taken]
         if entries:
             callers.setdefault(_nearest_caller(model, name), []).extend(entries)
     for caller, entries in callers.items():

@@ -112,16 +112,21 @@ class ScaleInput:
 
 
 class ReduceOutput:
-    """Hook of a row-wise layer: sum the ranks' outputs, then add the bias, once."""
+    """Hook of a row-wise layer: sum the ranks' outputs, then add the bias, once.
+
+    While the layer's forward runs, the region hides the bias from it (added on every rank it would count tp times) and
+    leaves it here.
+    """
 
     def __init__(self, group: dist.ProcessGroup, bias_owner: nn.Module | None) -> None:
         self.group = group
         self.bias_owner = bias_owner
+        self.bias: torch.Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         output = _map_tensor(output, lambda x: reduce_from_tp(x, self.group))
         if self.bias_owner is not None:
-            bias = self.bias_owner.bias
+            bias = self.bias if self.bias is not None else self.bias_owner.bias
             output = output + (bias.to_local() if isinstance(bias, DTensor) else bias)
         return output
 

@@ -13,13 +13,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .boundaries import SharedInputs
+from .boundaries import ReduceOutput, SharedInputs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a region.
+
+    Attributes:
+        owner: the module that holds it.
+        name: its name there.
+        on_gradient: called when a backward reaches it (its gradient is partial), or None.
+        bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
+    """
+
+    owner: nn.Module
+    name: str
+    on_gradient: Callable[[torch.Tensor], None] | None = None
+    bias_of: ReduceOutput | None = None
 
 
 class Region:
@@ -27,15 +45,14 @@ class Region:
 
     Args:
         module: the root of the region.
-        entries: ``(owner, name, on_gradient)`` of the parameters to replace; ``on_gradient`` is called when a backward
-            reaches the parameter, or None.
+        entries: the parameters to exchange.
         shared: the boundaries' memory to clear at the end of the forward, or None.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        entries: list[tuple[nn.Module, str, Callable[[torch.Tensor], None] | None]],
+        entries: list[Entry],
         shared: SharedInputs | None,
     ) -> None:
         self.module = module
@@ -56,9 +73,11 @@ class Region:
         try:
             return function(*args, **kwargs)
         finally:
-            for owner, name, parameter in replaced:
-                owner._buffers.pop(name, None)  # where a parametrization's removal leaves a plain tensor
-                owner._parameters[name] = parameter  # type: ignore[assignment]
+            for entry, parameter in replaced:
+                entry.owner._buffers.pop(entry.name, None)  # where a parametrization's removal leaves a plain tensor
+                entry.owner._parameters[entry.name] = parameter  # type: ignore[assignment]
+                if entry.bias_of is not None:
+                    entry.bias_of.bias = None
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -78,11 +97,11 @@ class Region:
         if function is not None and not isinstance(function, _CheckpointInRegion):
             self.module._gradient_checkpointing_func = _CheckpointInRegion(function, self)  # type: ignore[assignment]
 
-    def _enter(self) -> list[tuple[nn.Module, str, DTensor]]:
-        replaced: list[tuple[nn.Module, str, DTensor]] = []
+    def _enter(self) -> list[tuple[Entry, DTensor]]:
+        replaced: list[tuple[Entry, DTensor]] = []
         local: dict[int, torch.Tensor] = {}
-        for owner, name, on_gradient in self.entries:
-            parameter = owner._parameters.get(name)
+        for entry in self.entries:
+            parameter = entry.owner._parameters.get(entry.name)
             # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
             if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
                 continue
@@ -90,11 +109,13 @@ class Region:
             if tensor is None:
                 # The gradient is declared complete: a partial one is summed later, once, by PartialGradients.
                 tensor = parameter.to_local(grad_placements=parameter.placements)
-                if on_gradient is not None and tensor.requires_grad:
-                    tensor.register_hook(on_gradient)
+                if entry.on_gradient is not None and tensor.requires_grad:
+                    tensor.register_hook(entry.on_gradient)
                 local[id(parameter)] = tensor
-            owner._parameters[name] = tensor  # type: ignore[assignment]
-            replaced.append((owner, name, parameter))
+            if entry.bias_of is not None:
+                entry.bias_of.bias = tensor
+            entry.owner._parameters[entry.name] = None if entry.bias_of is not None else tensor  # type: ignore[assignment]
+            replaced.append((entry, parameter))
         return replaced
 
 

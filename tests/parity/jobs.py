@@ -130,7 +130,9 @@ def five_steps_trainer(
 
     model = build(name, adapter)
     rows = 8
-    steps = [batch for step in range(5) for batch in batches_for(model, accumulation, rows * accumulation, 10 + step, ragged)]
+    steps = [
+        batch for step in range(5) for batch in batches_for(model, accumulation, rows * accumulation, 10 + step, ragged)
+    ]
     args = TrainingArguments(
         output_dir=output_dir,
         use_cpu=True,
@@ -152,5 +154,7 @@ def five_steps_trainer(
     trainer = InOrder(model, args, train_dataset=_Rows(steps))
     trainer.train()
     return [
-        {"loss": entry["loss"], "grad_norm": entry["grad_norm"]} for entry in trainer.state.log_history if "loss" in entry
+        {"loss": entry["loss"], "grad_norm": entry["grad_norm"]}
+        for entry in trainer.state.log_history
+        if "loss" in entry
     ]

@@ -1,13 +1,12 @@
 """Activation checkpointing x compile x {full, LoRA} x mesh: gradients of one process in every cell."""
 
 import pytest
-
-from parity.test_gradients import LORA, MESHES, label
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
 from parity.jobs import batches_for, build, first_gradients
+from parity.test_gradients import LORA, MESHES, label
 
 MODES = ["full", "submodule", "selective"]
 

@@ -81,7 +81,9 @@ def check_accelerate(model, mesh, adapter, accumulation=1, max_grad_norm=1.0, op
         (("mixtral", "tp2_fsdp2", None), {}),
         (("qwen3_moe", "tp2_fsdp2", LORA), {"ragged": True}),
     ],
-    ids=lambda x: "-".join(map(str, x[:2])) if isinstance(x, tuple) else "-".join(f"{k}={v}" for k, v in x.items()) or "plain",
+    ids=lambda x: (
+        "-".join(map(str, x[:2])) if isinstance(x, tuple) else "-".join(f"{k}={v}" for k, v in x.items()) or "plain"
+    ),
 )
 def test_stock_trainer(cell, options, tmp_path):
     model, mesh, adapter = cell
@@ -95,7 +97,5 @@ def test_stock_trainer(cell, options, tmp_path):
         batches_for(reference, accumulation, 8 * accumulation, seed=10 + step, ragged=options.get("ragged", False))
         for step in range(5)
     ]
-    want = train_steps(
-        reference, steps, lr=1e-3, max_grad_norm=options.get("max_grad_norm", 1.0), combine="tokens"
-    )
+    want = train_steps(reference, steps, lr=1e-3, max_grad_norm=options.get("max_grad_norm", 1.0), combine="tokens")
     assert_same_history(got, want)

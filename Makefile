@@ -1,0 +1,93 @@
+# make demo, make test: everything from a fresh clone, the set-up included. No GPU needed.
+#
+#   VENV=path        another virtual environment (made if it does not exist; default .venv)
+#   PYTHON=python    the interpreter that makes it (default python3.11, else python3)
+#   TORCH='...'      what pip installs first (default torch==2.13.0); for instance
+#                    TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+#   PYTEST_ARGS=...  more arguments for pytest, as in PYTEST_ARGS='-k lora -x'
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON  ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV    ?= .venv
+VENV517 ?= .venv517
+TORCH   ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+# Several processes share the cores, in the tests and in the demo.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+# The stamp's name holds a checksum of what decides the content of an environment: a second call is instant.
+KEY      := $(shell { cat pyproject.toml; echo '$(TORCH)'; } | cksum | cut -d' ' -f1)
+STAMP    := $(VENV)/.installed-$(KEY)
+STAMP517 := $(VENV517)/.installed-$(KEY)
+
+DEMO_OUT ?= build/demo
+
+# $(call install,ENVIRONMENT,WHAT COMES WITH THE PACKAGE)
+define install
+	@echo "[setup] $(1): virtual environment ($(PYTHON))"
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@rm -f $(1)/.installed-*
+	@# torch first and alone, so that what comes after takes the version that is there
+	@echo "[setup] $(1): $(TORCH)"
+	@$(1)/bin/python -m pip install --quiet --quiet $(TORCH)
+	@echo "[setup] $(1): this package and its development tools $(2)"
+	@$(1)/bin/python -m pip install --quiet --quiet $(2) -e '.[dev]'
+	@$(1)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(1): ready:", *(f"{p} {v(p)}" for p in ("torch", "transformers", "accelerate", "peft", "trl")))'
+	@touch $@
+endef
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(STAMP) ## train a small Llama on four CPU processes (tp 2 x FSDP2 2), full and LoRA, and check the result
+	@echo "[demo] the plan for the demo's model"
+	@$(VENV)/bin/python examples/finetune_text.py --write-config $(DEMO_OUT)/config
+	@$(VENV)/bin/hf-automodel-parallel plan $(DEMO_OUT)/config/config.json --tp 2
+	@echo "[demo] four processes, tensor parallel 2 x FSDP2 2"
+	@CUDA_VISIBLE_DEVICES= $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu_fsdp2_tp2.yaml \
+		-m hf_automodel_parallel.launch examples/finetune_text.py --output-dir $(DEMO_OUT)
+
+.PHONY: test
+test: lint ## ruff, mypy, all tests, then the tests at the oldest supported transformers
+	@echo "[test] pytest"
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(MAKE) test-517
+
+.PHONY: test-517
+test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
+	@echo "[test] pytest -m both_ends, transformers 5.17"
+	@$(VENV517)/bin/python -m pytest -m both_ends $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff and mypy
+	@echo "[lint] ruff check"
+	@$(VENV)/bin/ruff check .
+	@echo "[lint] mypy"
+	@$(VENV)/bin/mypy
+
+.PHONY: setup
+setup: $(STAMP) ## only the virtual environment
+
+$(STAMP):
+	$(call install,$(VENV),)
+
+$(STAMP517):
+	$(call install,$(VENV517),'transformers==5.17.*')
+
+.PHONY: clean
+clean: ## remove what the demo, the tests and the tools left behind; distclean: the environments too
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find hf_automodel_parallel tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: distclean
+distclean: clean
+	rm -rf $(VENV) $(VENV517)
