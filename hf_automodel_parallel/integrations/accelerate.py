@@ -27,7 +27,7 @@ from ..errors import ConfigError, PrepareError, not_available_yet
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
 from ..optimizer import check_optimizers, replace_parameters, switch_parameters
 from ..plan.names import unwrapped
-from ..strategies.default import Job, strategy_for
+from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
 
 if TYPE_CHECKING:
@@ -323,6 +323,8 @@ def _prepare_model(
     self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
 ) -> nn.Module:
     """Like ``Accelerator.prepare_model``; where stock refuses (FSDP2 alone, a model without TP), parallelise."""
+    if evaluation_mode and prepared(model) is None:
+        refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
     if evaluation_mode or prepared(model) is not None:
         return type(self).prepare_model(self, model, device_placement, evaluation_mode)
     return self.prepare(model)

@@ -91,18 +91,7 @@ class DefaultStrategy:
 
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
-        sharded = [name for name, p in job.model.named_parameters() if isinstance(p, DTensor)]
-        if sharded:
-            by = (
-                "transformers' DistributedConfig"
-                if getattr(job.model, "_device_mesh", None) is not None
-                else "other code"
-            )
-            raise PrepareError(
-                f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
-                f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
-                f"AutoParallelismConfig."
-            )
+        refuse_sharded(job.model)
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not job.load_on_rank_zero:
             raise not_available_yet(
@@ -199,6 +188,18 @@ class DefaultStrategy:
         if job.plan is not None and job.spec is not None:
             for line in plan_lines(job.plan, job.spec):
                 logger.info("%s", line)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise :class:`PrepareError` if somebody else has sharded ``model`` already."""
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        by = "transformers' DistributedConfig" if getattr(model, "_device_mesh", None) is not None else "other code"
+        raise PrepareError(
+            f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
+            f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
+            f"AutoParallelismConfig."
+        )
 
 
 def strategy_for(model: nn.Module) -> DefaultStrategy:
