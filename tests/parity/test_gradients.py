@@ -33,14 +33,12 @@ MODELS = [
 LORA = {"target_modules": "all-linear"}
 LORA_ENDS = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
 
-CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]
-CELLS += [
+CELLS = [
     (model, mesh, adapter)
-    for model in ("llama", "llama_tied", "qwen3_moe")
-    for mesh in ("tp2", "hsdp")
+    for mesh in ("tp2_fsdp2", "tp2", "fsdp2", "hsdp")
+    for model in MODELS
     for adapter in (None, LORA)
 ]
-CELLS += [(model, mesh, LORA) for model in ("phi3", "mixtral") for mesh in ("fsdp2", "tp2")]
 CELLS += [("llama", "tp2_hsdp", LORA), ("qwen3", "tp2_hsdp", None), ("llama", "ddp_like", None)]
 CELLS += [(model, "tp2_fsdp2", LORA_ENDS) for model in ("llama", "llama_odd_vocab")]
 CELLS += [(model, "tp2_fsdp2", None) for model in ("mistral", "olmo2", "cohere")]

@@ -27,6 +27,16 @@ CELLS = [
     ("mixtral", "tp2_fsdp2", LORA),
     ("gemma3", "tp2_fsdp2", LORA),
     ("qwen3_moe", "tp2", LORA),
+    ("llama", "hsdp", LORA),
+    ("llama_tied", "tp2_fsdp2", LORA),
+    ("llama_odd_vocab", "tp2_fsdp2", None),
+    ("qwen3", "tp2_fsdp2", LORA),
+    ("gemma3", "hsdp", None),
+    ("phi3", "tp2", None),
+    ("mixtral", "fsdp2", None),
+    ("mixtral_aux", "tp2_fsdp2", None),
+    ("qwen3_moe", "tp2_fsdp2", None),
+    ("qwen3_moe_aux", "tp2", LORA),
 ]
 
 
@@ -80,6 +90,15 @@ def check_accelerate(model, mesh, adapter, accumulation=1, max_grad_norm=1.0, op
         (("llama", "tp2_fsdp2", LORA), {"accumulation": 4, "max_grad_norm": 0.05, "ragged": True}),
         (("mixtral", "tp2_fsdp2", None), {}),
         (("qwen3_moe", "tp2_fsdp2", LORA), {"ragged": True}),
+        (("llama_tied", "tp2_fsdp2", LORA), {}),
+        (("llama_odd_vocab", "tp2_fsdp2", None), {"ragged": True}),
+        (("qwen3", "hsdp", LORA), {}),
+        (("gemma3", "tp2", None), {"ragged": "padded"}),
+        (("gemma3", "tp2_fsdp2", LORA), {"optim": "adamw_torch_fused"}),
+        (("phi3", "fsdp2", None), {}),
+        (("mixtral", "fsdp2", LORA), {}),
+        (("mixtral_aux", "tp2", LORA), {}),
+        (("qwen3_moe_aux", "tp2", None), {}),
     ],
     ids=lambda x: (
         "-".join(map(str, x[:2])) if isinstance(x, tuple) else "-".join(f"{k}={v}" for k, v in x.items()) or "plain"
