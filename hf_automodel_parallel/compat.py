@@ -86,6 +86,21 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     return _StridedShard(dim=dim, split_factor=split_factor)
 
 
+def mark_packed_placements(parameters: Any) -> None:
+    """Tell torch before 2.13 that packed blocks are meant literally in the specs of these (FSDP-sharded) DTensors.
+
+    torch 2.11 takes every ``_StridedShard`` for its own notation of a shard order and refuses to gather one that is not;
+    2.13 falls back to the literal meaning by itself. The spec object is shared with FSDP2, so gradients follow.
+    """
+    if torch_version() >= (2, 13):
+        return
+    for parameter in parameters:
+        spec = getattr(parameter, "_spec", None)
+        if spec is not None and is_strided_shard(spec.placements[-1]):
+            spec.use_strided_shard_as_shard_order = False
+            spec.shard_order = spec.compute_default_shard_order(spec.placements)
+
+
 def is_strided_shard(placement: object) -> bool:
     """True for the placement made by :func:`strided_shard`."""
     from torch.distributed.tensor.placement_types import _StridedShard

@@ -230,9 +230,14 @@ class AutoParallelismConfig(ParallelismConfig):
         """
         if self.device_mesh is None:
             world = _world_size()
-            self.resolve_sizes(1 if world is None else world)
             if world is None:
+                self.resolve_sizes(1)
                 return None
+            from .synchronize import agreement, check_same_sizes
+
+            with agreement("AutoParallelismConfig"):
+                self.resolve_sizes(world)
+            check_same_sizes(self._sizes)
         return super().get_device_mesh(device_type)
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:

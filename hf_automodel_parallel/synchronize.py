@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import PrepareError
+from .errors import ConfigError, PrepareError
+from .plan.spec import ShardingSpec
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +43,38 @@ def agreement(what: str) -> Iterator[None]:
         raise PrepareError(f"{what} failed on rank {rank} (and {len(failed) - 1} others): {message}")
 
 
-def check_same_structure(model: nn.Module) -> None:
+def check_same_sizes(sizes: dict[str, int]) -> None:
+    """Raise on all ranks unless they agree on the mesh; otherwise each would wait for ever in groups of its own.
+
+    Raises:
+        ConfigError: with the sizes of rank 0 and of the first rank that has others.
+    """
+    everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, sizes)
+    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is None:
+        return
+    shown = [", ".join(f"{axis}_size={size}" for axis, size in everyone[rank].items()) for rank in (0, other)]
+    raise ConfigError(
+        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {other}. Start all "
+        f"processes with the same config file, environment and arguments."
+    )
+
+
+def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> None:
     """Raise on all ranks unless they hold models with the same parameter names, shapes, dtypes and trainability.
+
+    Args:
+        model: the model, on every rank.
+        spec: where its parameters are going to be on the tp axis, which has to be the same too.
 
     Raises:
         PrepareError: with the first difference between rank 0 and this rank.
     """
+    places = {} if spec is None else spec.parameters
     described = [
         f"{name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        + (f", planned as {places[name]}" if name in places else "")
         for name, p in model.named_parameters(remove_duplicate=False)
     ]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -65,7 +90,7 @@ def check_same_structure(model: nn.Module) -> None:
     raise PrepareError(
         f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
         + (f", here for example in {differences[0]!r}" if differences else "")
-        + ". Build and wrap it alike on every rank."
+        + ". Build, wrap and plan it alike on every rank."
     )
 
 

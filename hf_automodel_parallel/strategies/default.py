@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from ..activation_checkpointing import (
     checkpoint_module,
     checkpointable_parts,
@@ -114,7 +115,7 @@ class DefaultStrategy:
 
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
-        check_same_structure(job.model)
+        check_same_structure(job.model, job.spec)
         self.load_values(job)
         equalize_parameters(job.model)
         if job.tp_mesh is not None:
@@ -148,6 +149,8 @@ class DefaultStrategy:
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
         shard_data_parallel(job.model, job.anatomy, data_parallel_mesh(job.mesh), job.options)  # type: ignore[arg-type]
+        if job.tp_mesh is not None:
+            compat.mark_packed_placements(job.model.parameters())
 
     def finish_layers(self, job: Job) -> None:
         """Regions, checkpoints and compilation of the layers, from the inside out.
