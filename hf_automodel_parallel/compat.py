@@ -1,7 +1,8 @@
-"""The only room that touches private names of torch, transformers, accelerate and peft.
+"""The room for private names of torch, transformers, accelerate and peft.
 
-Each name stands here with the reason for its use and the versions it was checked on; ``tests/test_compat.py`` fails when
-one of them disappears. Everything else in the package uses public API.
+Each name stands in one table with the reason for its use; ``tests/test_compat.py`` fails when one of them disappears, or when
+a private name is used that is not in the table. No other module imports one; the few attributes of their objects that others
+read are in the table too. Everything else in the package uses public API.
 
 Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 """
@@ -19,7 +20,7 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-#: ``(module, attribute, reason)`` of every private name used below; the compat test walks this list.
+#: ``(module, attribute, reason)`` of every private name used in the package; the compat test walks this list.
 PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed._functional_collectives",
@@ -51,7 +52,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "peft.tuners.lora.layer",
         "ParamWrapper",
-        "LoRA on a bare parameter; its private _did_swap_in_out_features tells how the parameter is laid out",
+        "LoRA on a bare parameter, known only here",
+    ),
+    (
+        "peft.tuners.lora.layer",
+        "ParamWrapper._did_swap_in_out_features",
+        "tells how the parameter under the adapter is laid out",
     ),
     (
         "accelerate.parallelism_config",
@@ -59,6 +65,28 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "called by Accelerator.__init__ with the instance: where we bind to it",
     ),
     ("accelerate.parallelism_config", "ParallelismConfig._set_size", "keeps the size fields and the mesh in step"),
+    ("accelerate.parallelism_config", "ParallelismConfig._sizes", "see _set_size"),
+    (
+        "accelerate.accelerator",
+        "Accelerator._models",
+        "what was prepared; its save_state, free_memory and so on walk it",
+    ),
+    ("accelerate.accelerator", "Accelerator._optimizers", "see _models"),
+    ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
+    ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
+    ("accelerate.accelerator", "Accelerator._is_accelerate_prepared", "its mark on prepared objects"),
+    ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
+    ("torch.nn", "Module._buffers", "see _parameters"),
+    ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
+    ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
+    ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
+    ("transformers.distributed.mixin", "DistributedMixin._tp_plan", "the plan that a model brings along"),
+    ("transformers.distributed.mixin", "DistributedMixin._device_mesh", "tells a model that transformers has sharded"),
+    (
+        "transformers.modeling_layers",
+        "GradientCheckpointingLayer._gradient_checkpointing_func",
+        "the model's own checkpoint around a layer, which has to recompute with local parameters",
+    ),
 )
 
 

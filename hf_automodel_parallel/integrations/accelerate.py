@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
 from ..activation_checkpointing import normalized_mode
+from ..audit import check_replicated_gradients
 from ..config import AutoParallelismConfig
 from ..errors import ConfigError, PrepareError, not_available_yet
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
@@ -43,10 +44,12 @@ class Prepared:
     Attributes:
         job: the finished job.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
+        audited: the gradients of its first step have been looked at.
     """
 
     job: Job
     trainable: bool
+    audited: bool = False
 
 
 #: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
@@ -219,16 +222,27 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
     """What every step of ``optimizer`` needs, once however often it is prepared.
 
     Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
-    too. After it, what an evaluation since the last backward left gathered is dropped: it holds the old values.
+    too, and the first gradients are audited. After it, what an evaluation since the last backward left gathered is dropped: it holds the old values.
     """
     if getattr(optimizer, _RECORD, None) is record:
         return
     setattr(optimizer, _RECORD, record)
     state = record.job.tensor_parallel
-    if state is not None and len(state.partial):
-        optimizer.register_step_pre_hook(lambda *_: state.partial.flush())
+    if state is not None:
+        optimizer.register_step_pre_hook(lambda *_: _before_step(record))
     units = fsdp_units(record.job.model)
     optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in units])  # type: ignore[arg-type,func-returns-value]
+
+
+def _before_step(record: Prepared) -> None:
+    """Sum what is outstanding; before a model's first step, look whether copies agree on their gradients."""
+    state = record.job.tensor_parallel
+    if state is None:
+        return
+    state.partial.flush()
+    if not record.audited:
+        check_replicated_gradients(record.job.model, state.mesh)
+        record.audited = True
 
 
 def _refuse_training_without_optimizer(model: nn.Module, args: Any) -> None:
@@ -452,7 +466,7 @@ def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: b
         whole = self.gather(input_data)
 
         def once(x: torch.Tensor) -> torch.Tensor:
-            per_rank = x.reshape(self.num_processes, -1, *x.shape[1:])
+            per_rank = x.reshape(self.num_processes, x.shape[0] // self.num_processes, *x.shape[1:])
             return per_rank[::copies].flatten(0, 1)
 
         data = recursively_apply(once, whole)

@@ -63,7 +63,8 @@ def install(config_text: str | None) -> None:
     """
     import accelerate.accelerator
 
-    config_text = config_text or os.environ.get(CONFIG_VARIABLE)
+    if config_text is None:
+        config_text = os.environ.get(CONFIG_VARIABLE) or None
     if config_text is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         raise ConfigError(
             "nothing says how to parallelise. Give --auto_parallel (for example tp=2), or an Accelerate config file with a "
@@ -85,7 +86,7 @@ def install(config_text: str | None) -> None:
 def _from_environment(*args: Any, **kwargs: Any) -> AutoParallelismConfig:
     """What ``Accelerator.__init__`` calls where it would build a ``ParallelismConfig``."""
     text = os.environ.get(CONFIG_VARIABLE)
-    if text is None or args or kwargs:
+    if not text or args or kwargs:
         return AutoParallelismConfig(*args, **kwargs)
     return AutoParallelismConfig.parse(text)
 

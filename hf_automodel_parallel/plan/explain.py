@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from .spec import Plan, ShardingSpec
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
     """The plan as a table: pattern, style, number of places, placement of the weight on the tp axis, source."""
+    from rich.table import Table  # draws random numbers when it is imported, which must not happen in a training
+
     table = Table(title=title, title_justify="left", header_style="bold", expand=True)
     table.add_column("module or parameter", overflow="fold", ratio=3)
     table.add_column("style", overflow="fold", ratio=2)

@@ -93,6 +93,11 @@ class DefaultStrategy:
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
+        scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
+        if scalars:
+            raise UnsupportedError(
+                f"{', '.join(scalars[:4])}: FSDP2 cannot shard parameters without dimensions. Give them the shape (1,)."
+            )
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not job.load_on_rank_zero:
             raise not_available_yet(
