@@ -222,7 +222,8 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
     """What every step of ``optimizer`` needs, once however often it is prepared.
 
     Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
-    too, and the first gradients are audited. After it, what an evaluation since the last backward left gathered is dropped: it holds the old values.
+    too, and the first gradients are audited. After it, what an evaluation since the last backward left gathered is dropped:
+    it holds the old values.
     """
     if getattr(optimizer, _RECORD, None) is record:
         return
