@@ -79,7 +79,20 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     if options.minimum_unit_size is not None:
         _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
     fully_shard(model, **common, reshard_after_forward=False)
+    _restore_class_names(model)
     _set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
+
+
+def _restore_class_names(model: nn.Module) -> None:
+    """Let FSDP2's classes keep the name of the class they extend.
+
+    Code asks models for their name: the Trainer decides by it whether label smoothing shifts the labels, and trained on
+    unshifted ones where it met "FSDPLlamaForCausalLM".
+    """
+    for unit in fsdp_units(model):
+        cls = type(unit)
+        original = next((base for base in cls.__bases__ if base is not FSDPModule), cls)
+        cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
 
 
 def _data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:

@@ -62,7 +62,9 @@ def check_same_sizes(sizes: dict[str, int]) -> None:
 
 
 def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> None:
-    """Raise on all ranks unless they hold models with the same parameter names, shapes, dtypes and trainability.
+    """Raise on all ranks unless they hold models with the same parameters and buffers.
+
+    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, and their place in the plan.
 
     Args:
         model: the model, on every rank.
@@ -72,11 +74,14 @@ def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> 
         PrepareError: with the first difference between rank 0 and this rank.
     """
     places = {} if spec is None else spec.parameters
+    seen: dict[int, str] = {}
     described = [
         f"{name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        + (f", tied to {other}" if (other := seen.setdefault(id(p), name)) != name else "")
         + (f", planned as {places[name]}" if name in places else "")
         for name, p in model.named_parameters(remove_duplicate=False)
     ]
+    described += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers()]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
     digests: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(digests, digest)

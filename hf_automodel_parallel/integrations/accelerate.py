@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import types
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,38 +28,12 @@ from ..optimizer import check_optimizers, replace_parameters, switch_parameters
 from ..plan.names import unwrapped
 from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
+from .records import Prepared, all_prepared, attach, attached_to, check_use, guard_saving, prepared, remember
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Prepared:
-    """What is remembered of a model that was prepared here.
-
-    Attributes:
-        job: the finished job.
-        trainable: an optimizer holds its parameters; without one the model is for evaluation.
-        audited: the gradients of its first step have been looked at.
-    """
-
-    job: Job
-    trainable: bool
-    audited: bool = False
-
-
-#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
-_PREPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for ever.
-_RECORD = "_automodel_parallel_record"
-
-
-def prepared(model: nn.Module) -> Prepared | None:
-    """The record of ``model`` if it was prepared in this process, else None."""
-    return model.__dict__.get(_RECORD)
 
 
 def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
@@ -126,15 +98,11 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
 
 def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None = None) -> Any:
     """Like ``Accelerator.prepare``; a model without its optimizer is prepared for evaluation."""
-    if device_placement is not None:
-        raise PrepareError("device_placement cannot be customised: FSDP2 decides where parameters are. Leave it out.")
     models = [obj for obj in args if isinstance(obj, nn.Module)]
     optimizers = [obj for obj in args if isinstance(obj, torch.optim.Optimizer)]
-    if len(models) > 1:
-        raise PrepareError(
-            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each model "
-            f"with its own optimizer in a call of its own; a frozen one alone."
-        )
+    if models or optimizers:
+        with agreement("Accelerator.prepare"):
+            _check_arguments(models, device_placement)
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
@@ -150,6 +118,16 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
         if any(item is known for known_list in known_lists for known in known_list):
             item._is_accelerate_prepared = True
     return tuple(result) if len(result) > 1 else result[0]
+
+
+def _check_arguments(models: list[nn.Module], device_placement: list[bool] | None) -> None:
+    if device_placement is not None:
+        raise PrepareError("device_placement cannot be customised: FSDP2 decides where parameters are. Leave it out.")
+    if len(models) > 1:
+        raise PrepareError(
+            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each model "
+            f"with its own optimizer in a call of its own; a frozen one alone."
+        )
 
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
@@ -183,11 +161,11 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     for optimizer, groups in zip(raw, names, strict=True):
         switch_parameters(optimizer, groups, model, before)
     record = Prepared(job, trainable=bool(optimizers))
-    model.__dict__[_RECORD] = record
-    _PREPARED.add(model)
+    remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
-    model.register_forward_pre_hook(_refuse_training_without_optimizer)
+    model.register_forward_pre_hook(check_use)
+    guard_saving(model)
     return record
 
 
@@ -195,7 +173,7 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
     with agreement("Accelerator.prepare"):
         for optimizer in map(_raw, optimizers):
-            candidates = [record] if record is not None else [r for r in map(prepared, _PREPARED) if r is not None]
+            candidates = [record] if record is not None else all_prepared()
             for owner in candidates:
                 sharded = sharded_parameters(owner.job.model)
                 if all(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
@@ -222,12 +200,12 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
     """What every step of ``optimizer`` needs, once however often it is prepared.
 
     Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
-    too, and the first gradients are audited. After it, what an evaluation since the last backward left gathered is dropped:
-    it holds the old values.
+    too (as long as it clips with ``accelerator.clip_grad_norm_``), and the first gradients are audited. After it, what an
+    evaluation since the last backward left gathered is dropped: it holds the old values.
     """
-    if getattr(optimizer, _RECORD, None) is record:
+    if attached_to(optimizer) is record:
         return
-    setattr(optimizer, _RECORD, record)
+    attach(optimizer, record)
     state = record.job.tensor_parallel
     if state is not None:
         optimizer.register_step_pre_hook(lambda *_: _before_step(record))
@@ -244,18 +222,6 @@ def _before_step(record: Prepared) -> None:
     if not record.audited:
         check_replicated_gradients(record.job.model, state.mesh)
         record.audited = True
-
-
-def _refuse_training_without_optimizer(model: nn.Module, args: Any) -> None:
-    record = prepared(model)
-    if record is None or record.trainable or not (model.training and torch.is_grad_enabled()):
-        return
-    if any(p.requires_grad for p in model.parameters()):
-        raise PrepareError(
-            "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "
-            "Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for evaluation use "
-            "model.eval() or torch.no_grad()."
-        )
 
 
 def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:

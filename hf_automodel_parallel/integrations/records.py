@@ -1,0 +1,111 @@
+"""What is remembered of a prepared model, and what is checked whenever it is used."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..config import AXES, AutoParallelismConfig
+from ..errors import PrepareError
+from ..strategies.default import Job
+
+
+@dataclass
+class Prepared:
+    """What is remembered of a model that was prepared here.
+
+    Attributes:
+        job: the finished job.
+        trainable: an optimizer holds its parameters; without one the model is for evaluation.
+        audited: the gradients of its first step have been looked at.
+    """
+
+    job: Job
+    trainable: bool
+    audited: bool = False
+
+
+#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
+_PREPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for ever.
+_RECORD = "_automodel_parallel_record"
+
+
+def remember(model: nn.Module, record: Prepared) -> None:
+    """Keep ``record`` on ``model``."""
+    model.__dict__[_RECORD] = record
+    _PREPARED.add(model)
+
+
+def all_prepared() -> list[Prepared]:
+    """The records of all prepared models that still exist."""
+    return [record for record in map(prepared, _PREPARED) if record is not None]
+
+
+def attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+    """Note that ``optimizer`` trains the model of ``record``."""
+    setattr(optimizer, _RECORD, record)
+
+
+def attached_to(optimizer: torch.optim.Optimizer) -> Prepared | None:
+    """The record of the model that ``optimizer`` was attached to."""
+    return getattr(optimizer, _RECORD, None)
+
+
+def prepared(model: nn.Module) -> Prepared | None:
+    """The record of ``model`` if it was prepared in this process, else None."""
+    return model.__dict__.get(_RECORD)
+
+
+def check_use(model: nn.Module, args: Any) -> None:
+    """Before each forward: the model is used with the mesh it was sharded on, and trained only with an optimizer."""
+    record = prepared(model)
+    if record is None:
+        return
+    state = compat.accelerator_already_exists()
+    if state is not None and not _same_mesh(state.parallelism_config, record.job.config):
+        raise PrepareError(
+            f"this model is sharded by {record.job.config!r}, but the Accelerator of this process has "
+            f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the second "
+            f"Trainer or Accelerator the same AutoParallelismConfig."
+        )
+    if record.trainable or not (model.training and torch.is_grad_enabled()):
+        return
+    if any(p.requires_grad for p in model.parameters()):
+        raise PrepareError(
+            "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "
+            "Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for evaluation use "
+            "model.eval() or torch.no_grad()."
+        )
+
+
+def _same_mesh(theirs: Any, ours: AutoParallelismConfig) -> bool:
+    return isinstance(theirs, AutoParallelismConfig) and all(
+        getattr(theirs, f"{axis}_size") == getattr(ours, f"{axis}_size") for axis in AXES
+    )
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` without a gathered state dict fail alike on all ranks, instead of on rank 0 alone."""
+    original = getattr(model, "save_pretrained", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            raise PrepareError(
+                "save_pretrained() on a sharded model needs the gathered weights. On all ranks: state_dict = "
+                "accelerator.get_state_dict(model); model.save_pretrained(directory, state_dict=state_dict, "
+                "is_main_process=accelerator.is_main_process). Trainer.save_model() does all of it."
+            )
+        return original(save_directory, *args, **kwargs)
+
+    model.save_pretrained = save_pretrained  # type: ignore[assignment]

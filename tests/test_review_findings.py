@@ -1,0 +1,122 @@
+"""What reviewers found wrong once: each would have trained or failed silently, or on some ranks only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from harness.pool import expect_error, run_distributed
+from parity.jobs import _Rows, batches_for, build, trainable
+
+from hf_automodel_parallel import AutoParallelismConfig, PrepareError
+
+
+def prepared_llama(**sizes: int) -> tuple[Accelerator, Any]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build("llama")
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    return accelerator, model
+
+
+def names_of(sizes: dict[str, int]) -> tuple[str, str]:
+    _, model = prepared_llama(**sizes)
+    return model._get_name(), type(model.model.layers[0]).__name__
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"dp_shard_size": 2}], ids=["tp2", "fsdp2"])
+def test_classes_keep_their_names(sizes):
+    """The Trainer looks the class name up to decide whether label smoothing shifts the labels."""
+    assert run_distributed(2, names_of, sizes) == [("LlamaForCausalLM", "LlamaDecoderLayer")] * 2
+
+
+def smoothed_loss(output_dir: str, distributed: bool) -> float:
+    from transformers import Trainer, TrainingArguments
+
+    model = build("llama")
+    args = TrainingArguments(
+        output_dir=output_dir,
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        logging_steps=1,
+        label_smoothing_factor=0.1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        parallelism_config=AutoParallelismConfig(tp_size=2) if distributed else None,
+    )
+    trainer = Trainer(model, args, train_dataset=_Rows(batches_for(model, 1)))
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_label_smoothing_shifts_labels(tmp_path):
+    got = run_distributed(2, smoothed_loss, str(tmp_path), True)[0]
+    assert got == pytest.approx(smoothed_loss(str(tmp_path), False), rel=1e-6)
+
+
+def evaluate_with_a_plain_accelerator() -> None:
+    from accelerate.state import AcceleratorState
+
+    _, model = prepared_llama(tp_size=2)
+    AcceleratorState._reset_state()  # what a second TrainingArguments does
+    Accelerator(cpu=True)
+    with torch.no_grad():
+        model.eval()(**batches_for(model, 1)[0])
+
+
+def test_second_trainer_without_the_config_is_refused():
+    """It would deal different batches to the ranks of one tp group, which would add them up."""
+    expect_error(2, evaluate_with_a_plain_accelerator, match="same AutoParallelismConfig")
+
+
+def tied_on_one_rank() -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama_tied" if dist.get_rank() == 0 else "llama")
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def buffer_on_one_rank() -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2))
+    model = build("llama")
+    if dist.get_rank() == 1:
+        model.register_buffer("extra", torch.zeros(3))
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("job", [tied_on_one_rank, buffer_on_one_rank])
+def test_models_that_differ_in_ties_or_buffers(job):
+    expect_error(2, job, match="not the same on all ranks")
+
+
+def two_models_on_one_rank() -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    models = [build("llama") for _ in range(1 + dist.get_rank())]
+    accelerator.prepare(*models, torch.optim.SGD(models[0].parameters(), lr=0.1))
+
+
+def test_a_mistake_in_the_arguments_of_one_rank_ends_all():
+    expect_error(2, two_models_on_one_rank, match="2 models in one prepare call")
+
+
+def save_without_state_dict(directory: str) -> list[str]:
+    accelerator, model = prepared_llama(tp_size=2)
+    try:
+        model.save_pretrained(directory)
+    except PrepareError as error:
+        message = str(error)
+    state_dict = accelerator.get_state_dict(model)
+    model.save_pretrained(directory, state_dict=state_dict, is_main_process=accelerator.is_main_process)
+    return message
+
+
+def test_save_pretrained_without_state_dict_is_refused_on_all_ranks_and_the_remedy_works(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    messages = run_distributed(2, save_without_state_dict, str(tmp_path))
+    assert all("accelerator.get_state_dict" in message for message in messages)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in build("llama").state_dict().items())
