@@ -1,0 +1,183 @@
+"""Private names of other libraries: all of them exist, stand in one table, and are used nowhere but where the table says."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_automodel_parallel
+from hf_automodel_parallel import compat
+
+PACKAGE = Path(hf_automodel_parallel.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMPAT = PACKAGE / "compat.py"
+LIBRARIES = {"torch", "transformers", "accelerate", "peft"}
+
+#: The last part of each name in the table, and the private parts of its modules.
+LISTED = {part for module, attribute, _ in compat.PRIVATE_NAMES for part in (*module.split("."), *attribute.split("."))}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def own_names() -> set[str]:
+    """Names that the package itself defines: functions, classes, variables, attributes of its own objects."""
+    names: set[str] = set()
+    for path in FILES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    names.add(node.attr)
+    return names
+
+
+def private_uses(tree: ast.Module, own: set[str]) -> list[tuple[int, str]]:
+    """(line, name) of every private attribute of an object that is not ours, read, written, or named in a string."""
+    uses = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr", "delattr"):
+            constant = node.args[1]
+            name = constant.value if isinstance(constant, ast.Constant) and isinstance(constant.value, str) else ""
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+            name = node.slice.value  # model.__dict__["_x"]
+        else:
+            continue
+        if is_private(name) and name not in own:
+            uses.append((node.lineno, name))
+    return uses
+
+
+def private_imports(tree: ast.Module) -> list[tuple[int, str]]:
+    """(line, dotted name) of everything private that is imported from the four libraries."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in LIBRARIES and any(map(is_private, name.split("."))):
+                found.append((node.lineno, name))
+    return found
+
+
+def module_chains(tree: ast.Module) -> list[tuple[int, str]]:
+    """(line, dotted name) of private parts that are reached from an imported library, as in ``torch._dynamo``."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            chain, base = [node.attr], node.value
+            while isinstance(base, ast.Attribute):
+                chain.append(base.attr)
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in LIBRARIES | {"dist", "nn", "F"}:
+                found.append((node.lineno, ".".join([base.id, *reversed(chain)])))
+    return found
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def has(holder: Any, name: str) -> bool:
+    """True for an attribute, an annotation, or (for what ``__init__`` or others set) a mention in the class's code."""
+    if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
+        return True
+    return inspect.isclass(holder) and re.search(rf"\.{name}\b", inspect.getsource(holder)) is not None
+
+
+@pytest.mark.both_ends
+@pytest.mark.parametrize("module, attribute, reason", compat.PRIVATE_NAMES, ids=lambda value: value.split(" ")[0])
+def test_listed_name_exists(module, attribute, reason):
+    """Fails with the name when a library drops it, before anything of ours fails strangely."""
+    holder: Any = importlib.import_module(module)
+    *path, last = attribute.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    assert has(holder, last), f"{module}.{attribute} has disappeared; it was used for: {reason}"
+
+
+def test_existence_check_can_fail():
+    from accelerate import Accelerator
+
+    assert has(Accelerator, "_models") and has(Accelerator, "prepare")
+    assert not has(Accelerator, "_no_such_thing")
+    assert not has(importlib.import_module("torch"), "_no_such_thing")
+
+
+def test_every_listed_name_has_a_reason_and_stands_once():
+    names = [(module, attribute) for module, attribute, _ in compat.PRIVATE_NAMES]
+    assert len(names) == len(set(names))
+    assert all(len(reason) > 5 for _, _, reason in compat.PRIVATE_NAMES)
+
+
+def test_every_listed_name_is_used():
+    """What is no longer used is no longer listed."""
+    text = "\n".join(path.read_text() for path in FILES if path != COMPAT)
+    table = COMPAT.read_text().partition("PRIVATE_NAMES: ")[2].partition("\n)\n")
+    text += COMPAT.read_text().partition("PRIVATE_NAMES: ")[0] + table[2]
+    unused = [attribute for _, attribute, _ in compat.PRIVATE_NAMES if not re.search(rf"\b{attribute.split('.')[-1]}\b", text)]
+    assert not unused
+
+
+# ---- the package --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p != COMPAT], ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_file_imports_private_names(path):
+    """Neither imported nor reached through a module: that is what compat.py is for."""
+    tree = parse(path)
+    assert not private_imports(tree) + module_chains(tree)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_attributes_of_foreign_objects_are_listed(path):
+    """Attributes of their objects (``accelerator._models``) are in the table too, wherever they are used."""
+    python = {"_getframe"}
+    unlisted = [(line, name) for line, name in private_uses(parse(path), own_names()) if name not in LISTED | python]
+    assert not unlisted, f"not in compat.PRIVATE_NAMES: {unlisted}"
+
+
+def test_private_imports_of_compat_are_listed():
+    tree = parse(COMPAT)
+    for line, name in private_imports(tree) + module_chains(tree):
+        assert any(part in LISTED for part in name.split(".") if is_private(part)), (line, name)
+
+
+def test_checks_see_what_they_look_for():
+    """Each of them on a few lines that break the rule."""
+    tree = ast.parse(
+        "import torch._dynamo\n"
+        "from torch.distributed._tensor import DTensor\n"
+        "from accelerate.utils import _private\n"
+        "from ..compat import _ours\n"
+        "torch._C.anything\n"
+        "model._hidden = 1\n"
+        "getattr(model, '_hidden', None)\n"
+        "model.__dict__['_hidden']\n"
+        "self._own\n"
+    )
+    assert [name for _, name in private_imports(tree)] == [
+        "torch._dynamo",
+        "torch.distributed._tensor.DTensor",
+        "accelerate.utils._private",
+    ]
+    assert [name for _, name in module_chains(tree)] == ["torch._C"]
+    assert [name for _, name in private_uses(tree, {"_own"})].count("_hidden") == 3
+    assert "_own" not in [name for _, name in private_uses(tree, {"_own"})]
