@@ -27,11 +27,14 @@ class GradientAuditError(AutoParallelError, RuntimeError):
 
 
 @torch.no_grad()
-def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> bool:
     """Compare the gradients of parameters replicated over ``tp_mesh`` between its ranks.
 
     Collective: every rank calls it, after outstanding partial gradients were summed and before the step. Costs one small
     gather over all ranks.
+
+    Returns:
+        False if there was nothing to look at: no parameter with a gradient is replicated.
 
     Raises:
         GradientAuditError: on all ranks alike.
@@ -43,7 +46,7 @@ def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> None:
             names.append(name)
             norms.append(torch.linalg.vector_norm(gradient.to_local().float()))
     if not names:
-        return
+        return False
     mine = torch.stack(norms).to(next(model.parameters()).device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)  # over all ranks, so that all tp groups come to the same end
@@ -53,7 +56,7 @@ def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     suspicious = (spread > RELATIVE_TOLERANCE * largest) & (spread > NOISE_FLOOR * table.max())
     wrong = [name for name, flag in zip(names, suspicious.any(0).tolist(), strict=True) if flag]
     if not wrong:
-        return
+        return True
     pattern = ".".join("*" if part.isdigit() else part for part in wrong[0].split("."))
     owner = pattern.removeprefix("base_model.model.").rpartition(".")[0]
     raise GradientAuditError(

@@ -640,12 +640,6 @@ def train_and_save(
     return history, full_parameters(model)
 
 
-packed = pytest.mark.xfail(
-    strict=True,
-    reason="torch.distributed.checkpoint takes each shard for one contiguous piece; those of packed projections are not",
-)
-
-
 @pytest.mark.parametrize(
     "name, adapter, kind",
     [
@@ -653,18 +647,52 @@ packed = pytest.mark.xfail(
         ("llama_tied", None, "FULL_STATE_DICT"),
         ("phi3", None, "SHARDED_STATE_DICT"),
         ("phi3", LORA, "FULL_STATE_DICT"),
-        pytest.param("mixtral", None, "SHARDED_STATE_DICT", marks=packed),
-        pytest.param("mixtral", LORA, "FULL_STATE_DICT", marks=packed),
     ],
     ids=lambda value: "lora" if isinstance(value, dict) else "full" if value is None else value.lower(),
 )
 def test_save_state_and_load_state_continue_exactly(name, adapter, kind, tmp_path):
-    """Every bit, packed projections and experts included (same mesh)."""
+    """Every bit (same mesh)."""
     saved = on("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), False)
     resumed = on("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), True)
     for (want_history, want), (history, parameters) in zip(saved, resumed, strict=True):
         assert history == want_history
         assert_same_tensors(parameters, want, rtol=0, atol=0)
+
+
+def test_packed_projections_are_refused_where_torch_would_save_them_wrong(tmp_path):
+    """torch.distributed.checkpoint takes each shard for one contiguous piece; those of packed projections are not."""
+    world, sizes, dp_size = MESHES["tp2_fsdp2"]
+    cell = (sizes, dp_size, "mixtral", LORA)
+    sharded = (*cell, "SHARDED_STATE_DICT", str(tmp_path), False)
+    expect_error(world, train_and_save, *sharded, match="Use.*FULL_STATE_DICT")
+    run_distributed(world, train_and_save, *cell, "FULL_STATE_DICT", str(tmp_path), False)
+    resumed = (*cell, "FULL_STATE_DICT", str(tmp_path), True)
+    expect_error(world, train_and_save, *resumed, match="packed projections")
+
+
+def write_after_evaluation(sizes: dict[str, int], dp_size: int) -> list[float]:
+    """Losses of an evaluation, of one after all parameters were halved in place, and of one process's halved model."""
+    accelerator = make_accelerator(sizes)
+    model = build("llama")
+    batch = batches_for(model, 1)[0]
+    halved = build("llama")
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+        want = halved(**batch).loss.item()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.no_grad():
+        before = model(**batch).loss.item()
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        return [before, model(**batch).loss.item(), want]
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_parameters_written_after_an_evaluation_are_used(mesh):
+    """An averaged or clamped model: FSDP2 leaves the last units gathered after a forward without gradients."""
+    for before, after, want in on(mesh, write_after_evaluation):
+        assert after == pytest.approx(want, rel=1e-6) and after != pytest.approx(before, rel=1e-3)
 
 
 # ---- Trainer -------------------------------------------------------------------------------------------------------

@@ -50,10 +50,19 @@ def private_uses(tree: ast.Module, own: set[str]) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name = node.attr
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr", "delattr"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        ):
             constant = node.args[1]
             name = constant.value if isinstance(constant, ast.Constant) and isinstance(constant.value, str) else ""
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        elif (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
+        ):
             name = node.slice.value  # model.__dict__["_x"]
         else:
             continue
@@ -132,7 +141,9 @@ def test_every_listed_name_is_used():
     text = "\n".join(path.read_text() for path in FILES if path != COMPAT)
     table = COMPAT.read_text().partition("PRIVATE_NAMES: ")[2].partition("\n)\n")
     text += COMPAT.read_text().partition("PRIVATE_NAMES: ")[0] + table[2]
-    unused = [attribute for _, attribute, _ in compat.PRIVATE_NAMES if not re.search(rf"\b{attribute.split('.')[-1]}\b", text)]
+    unused = [
+        attribute for _, attribute, _ in compat.PRIVATE_NAMES if not re.search(rf"\b{attribute.split('.')[-1]}\b", text)
+    ]
     assert not unused
 
 

@@ -154,7 +154,9 @@ def test_unknown_field_names_the_nearest_one(written, nearest, form):
 
 def test_unknown_field_without_a_near_one_lists_the_known_fields():
     for key in ("zzzzzzzz", 7):
-        with pytest.raises(ConfigError, match=f"unknown field {key!r} in the parallelism config\\. Known fields: .*tp_size"):
+        with pytest.raises(
+            ConfigError, match=f"unknown field {key!r} in the parallelism config\\. Known fields: .*tp_size"
+        ):
             AutoParallelismConfig.from_dict({key: 2})
 
 
@@ -186,7 +188,9 @@ def test_file_without_a_mapping(tmp_path, content):
         AutoParallelismConfig.parse(path)
 
 
-@pytest.mark.parametrize("name, content", [("a.yaml", "tp: [2\n"), ("a.yaml", "tp: 2\n\tdp_shard: 2"), ("a.json", '{"tp": ')])
+@pytest.mark.parametrize(
+    "name, content", [("a.yaml", "tp: [2\n"), ("a.yaml", "tp: 2\n\tdp_shard: 2"), ("a.json", '{"tp": ')]
+)
 def test_malformed_file_is_named(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content)
@@ -246,7 +250,10 @@ def test_size_of_a_wrong_type(axis, size):
         ({"tp_plan": ["colwise"]}, r"tp_plan=\['colwise'\]"),
         ({"tp_plan": True}, "tp_plan=True"),
         ({"sp_handler": {"a": 1}}, "sp_handler"),
-        ({"activation_checkpointing": "selektive"}, "activation_checkpointing='selektive'.*none, full, submodule, selective"),
+        (
+            {"activation_checkpointing": "selektive"},
+            "activation_checkpointing='selektive'.*none, full, submodule, selective",
+        ),
         ({"activation_checkpointing": 2}, "activation_checkpointing=2"),
         ({"compile": 2}, "compile=2"),
         ({"compile": None}, "compile=None"),
@@ -411,7 +418,9 @@ def test_sizes_of_the_environment_that_do_not_fit(monkeypatch):
         AutoParallelismConfig().resolve_sizes(8)
 
 
-@pytest.mark.parametrize("value, message", [("two", "PARALLELISM_CONFIG_TP_SIZE='two'"), ("", "SIZE=''"), ("0", "tp_size=0")])
+@pytest.mark.parametrize(
+    "value, message", [("two", "PARALLELISM_CONFIG_TP_SIZE='two'"), ("", "SIZE=''"), ("0", "tp_size=0")]
+)
 def test_wrong_size_in_the_environment(monkeypatch, value, message):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", value)
     with pytest.raises(ConfigError, match=message):
@@ -649,7 +658,10 @@ def test_arguments_survive_json_after_sizes_were_inferred(common):
 @pytest.mark.parametrize("plan", [plan_function, lambda: PLAN, PlanObject(), {"lm_head": ColwiseParallel()}])
 def test_arguments_with_a_plan_that_json_cannot_hold(common, plan):
     """Logging and saving the arguments must work with every plan that is accepted."""
-    for values in ({"auto_parallel": {"tp": 2, "tp_plan": plan}}, {"parallelism_config": AutoParallelismConfig(tp_plan=plan)}):
+    for values in (
+        {"auto_parallel": {"tp": 2, "tp_plan": plan}},
+        {"parallelism_config": AutoParallelismConfig(tp_plan=plan)},
+    ):
         arguments = AutoParallelTrainingArguments(**common, **values)
         assert arguments.parallelism_config.tp_plan is plan
         json.loads(arguments.to_json_string())
@@ -693,7 +705,9 @@ def test_stock_arguments_can_be_saved_with_our_config(common):
 )
 def test_contradiction_of_the_two_fields(common, config):
     """Neither wins in silence; Accelerate's own class would not shard as ours does."""
-    with pytest.raises(ConfigError, match=r"(?s)auto_parallel='tp=2,dp_shard=2' and parallelism_config=.*given and differ"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)auto_parallel='tp=2,dp_shard=2' and parallelism_config=.*given and differ"
+    ):
         AutoParallelTrainingArguments(**common, auto_parallel="tp=2,dp_shard=2", parallelism_config=config)
 
 

@@ -95,7 +95,9 @@ def test_the_arguments_load_what_those_of_transformers_load():
 
 
 def test_heavy_modules_are_recognised():
-    assert heavy(["transformers.models.llama.modeling_llama", "peft.tuners", "torch", "transformers.modeling_utils"]) == {
+    assert heavy(
+        ["transformers.models.llama.modeling_llama", "peft.tuners", "torch", "transformers.modeling_utils"]
+    ) == {
         "transformers.models.llama.modeling_llama",
         "peft",
     }

@@ -164,7 +164,9 @@ def result_of(command: list[str], directory: Path) -> dict[str, Any]:
 
 
 def accelerate_launch(config: str | None = None) -> list[str]:
-    options = ["--config_file", str(ROOT / "accelerate_configs" / config)] if config else ["--cpu", "--num_processes", "1"]
+    options = (
+        ["--config_file", str(ROOT / "accelerate_configs" / config)] if config else ["--cpu", "--num_processes", "1"]
+    )
     return ["-m", "accelerate.commands.launch", *options]
 
 
@@ -394,7 +396,9 @@ def test_shipped_config(path, monkeypatch):
         assert config.fsdp_config["fsdp_version"] == 2
     parallel = AutoParallelismConfig()
     parallel.resolve_sizes(config.num_processes)
-    assert {f"parallelism_config_{axis}_size": getattr(parallel, f"{axis}_size") for axis in AXES}.items() >= sizes.items()
+    assert {
+        f"parallelism_config_{axis}_size": getattr(parallel, f"{axis}_size") for axis in AXES
+    }.items() >= sizes.items()
     for line in path.read_text().splitlines():
         if line.startswith("#") and "--config_file" in line:
             assert f"accelerate_configs/{path.name}" in line, "the example in the file names the file"

@@ -93,7 +93,9 @@ def named_plans(monkeypatch):
 
 def test_explicit_dict(llama):
     """What each style does to the weight; the entry wins over the model's own plan and is complete by itself."""
-    plan, spec = plan_and_spec(llama, {"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"})
+    plan, spec = plan_and_spec(
+        llama, {"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+    )
     assert plan.origin == "explicit"
     assert spec.parameters == {
         f"model.layers.{layer}.mlp.{module}.weight": ParameterSpec(dim)
@@ -163,7 +165,9 @@ CALLABLES = {
     "partial": functools.partial(with_choice, "llama"),
     "partial_by_keyword": functools.partial(with_choice, kind="llama"),
     "required_keyword": lambda *, model: with_model(model),
-    "complete_partial": functools.partial(with_choice, "llama", SimpleNamespace(config=SimpleNamespace(model_type="llama"))),
+    "complete_partial": functools.partial(
+        with_choice, "llama", SimpleNamespace(config=SimpleNamespace(model_type="llama"))
+    ),
     "callable_object": PlanObject(),
     "bound_method": PlanObject().method,
     "static_method": PlanObject.static,
@@ -351,7 +355,9 @@ def test_parameters_can_be_named(llama):
 # ---- what is refused in an explicit plan --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["model.layers.*.mlp.up_prj", "layers.*.mlp.up_proj", "model.layer.*", "lm_head.*.weight"])
+@pytest.mark.parametrize(
+    "missing", ["model.layers.*.mlp.up_prj", "layers.*.mlp.up_proj", "model.layer.*", "lm_head.*.weight"]
+)
 def test_key_that_matches_nothing(llama, missing):
     """A typing error would leave a layer whole and everything else right, so that nobody would see it."""
     with pytest.raises(PlanError) as caught:
@@ -363,7 +369,9 @@ def test_key_that_matches_nothing(llama, missing):
 def test_plan_of_another_model(llama):
     """Loud, also where it comes from the class: with the ends alone nearly everything would stay whole."""
     plan = {"transformer.h.*.attn.c_attn": "colwise", "transformer.h.*.attn.c_proj": "rowwise"}
-    with pytest.raises(PlanError, match=r"'transformer\.h\.\*\.attn\.c_attn', 'transformer.*match no module or parameter"):
+    with pytest.raises(
+        PlanError, match=r"'transformer\.h\.\*\.attn\.c_attn', 'transformer.*match no module or parameter"
+    ):
         plan_and_spec(llama, plan)
     with pytest.raises(PlanError, match=r"hf: its _tp_plan names no layer that the model has, only transformer\.h"):
         plan_and_spec(custom_model(_tp_plan=plan))
@@ -476,7 +484,12 @@ def composite(kind):
             from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
             vision = CLIPVisionConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=8,
             )
             return LlavaForConditionalGeneration(LlavaConfig(text_config=LlamaConfig(**text), vision_config=vision))
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -498,7 +511,9 @@ def test_plan_of_a_model_inside_a_composite_model(kind, adapter):
     assert found.get("lm_head", "").startswith("class ") == has_plan_for_head
     if adapter:
         model = wrap(model, target_modules=r".*language_model.*\.(q_proj|down_proj)")
-    result = {name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in placements(model).items()}
+    result = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in placements(model).items()
+    }
     assert result["model.language_model.layers.1.self_attn.q_proj.weight"] == "Shard(0)"
     assert result["model.language_model.layers.1.mlp.down_proj.weight"] == "Shard(1)"
     assert result["model.language_model.embed_tokens.weight"] == "Shard(0)"
@@ -630,7 +645,9 @@ def test_several_adapters_on_one_layer():
 def test_explicit_plan_on_a_wrapped_model(llama, llama_placements):
     """Keys do not mention the adapter."""
     result = placements(wrap(build("llama"), target_modules="all-linear"), LLAMA)
-    base = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in result.items() if "lora" not in n}
+    base = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in result.items() if "lora" not in n
+    }
     assert base == llama_placements
 
 
@@ -659,7 +676,9 @@ def test_module_with_two_names():
         _, spec = plan_and_spec(model, plan)
         assert ("lm_head" in spec.modules) != ("model.output" in spec.modules)
         assert spec.parameters["lm_head.weight"] == spec.parameters["model.output.weight"] == ParameterSpec(0)
-    with pytest.raises(PlanError, match=r"model\.output and lm_head are one module|lm_head and model\.output are one module"):
+    with pytest.raises(
+        PlanError, match=r"model\.output and lm_head are one module|lm_head and model\.output are one module"
+    ):
         plan_and_spec(model, ENDS | {"model.output": "replicate"})
 
 
@@ -674,10 +693,16 @@ def test_prefix_tuning_is_refused_by_name():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens uses the LoRA variant DoraEmbeddingVariant"),
+        (
+            {"target_modules": ["embed_tokens"], "use_dora": True},
+            "embed_tokens uses the LoRA variant DoraEmbeddingVariant",
+        ),
         ({"target_modules": ["q_proj"], "alora_invocation_tokens": [1]}, "q_proj uses the LoRA variant ALora"),
         ({"target_modules": ["q_proj"], "lora_bias": True}, "q_proj has lora_bias=True"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "embed_tokens is wrapped in PEFT's TrainableTokens"),
+        (
+            {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+            "embed_tokens is wrapped in PEFT's TrainableTokens",
+        ),
     ],
     ids=["dora_embedding", "alora", "lora_bias", "trainable_tokens"],
 )
@@ -709,7 +734,9 @@ def test_unsupported_adapter_on_a_layer_that_is_not_sharded():
             build("llama"), IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
         )
     assert placements(model, MLP).keys() == {
-        f"base_model.model.model.layers.{i}.mlp.{m}.weight" for i in range(2) for m in ("gate_proj", "up_proj", "down_proj")
+        f"base_model.model.model.layers.{i}.mlp.{m}.weight"
+        for i in range(2)
+        for m in ("gate_proj", "up_proj", "down_proj")
     }
 
 
@@ -737,7 +764,9 @@ def assert_three_remedies(message):
 
 def test_custom_code_without_a_plan_is_refused_with_three_remedies():
     """Its layers have the usual names, but what the code does with them nobody knows: no default plan for it."""
-    with pytest.raises(PlanError, match="no tensor-parallel plan for the custom-code class CustomForCausalLM") as caught:
+    with pytest.raises(
+        PlanError, match="no tensor-parallel plan for the custom-code class CustomForCausalLM"
+    ) as caught:
         select_plan(custom_model())
     assert_three_remedies(str(caught.value))
     assert "default: not used for custom code" in str(caught.value)
@@ -770,7 +799,11 @@ def test_gpt2_has_no_plan():
         select_plan(build("gpt2"))
     message = str(caught.value)
     assert_three_remedies(message)
-    for reason in ("hf: the model has no _tp_plan", "registry: no optimised plan", "default: no module has the usual names"):
+    for reason in (
+        "hf: the model has no _tp_plan",
+        "registry: no optimised plan",
+        "default: no module has the usual names",
+    ):
         assert reason in message
 
 
@@ -825,7 +858,9 @@ def test_default_plan_on_a_class_without_a_plan(llama_placements):
 def test_default_plan_on_a_wrapped_model(llama_placements):
     """Adapters do not count as parameters that the plan does not know."""
     result = placements(wrap(build("llama"), target_modules="all-linear"), order=("default",))
-    base = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in result.items() if "lora" not in n}
+    base = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in result.items() if "lora" not in n
+    }
     assert base == llama_placements
 
 
@@ -891,7 +926,9 @@ def test_sources_that_were_not_asked_are_not_used(llama):
 
 def test_source_with_a_refused_style_is_passed_over():
     """A plan for expert parallelism in a model's class is no tensor-parallel plan."""
-    model = custom_model(__module__="my_project.modeling", _tp_plan=LLAMA | {"model.layers.*.mlp": "ep_dispatch_experts"})
+    model = custom_model(
+        __module__="my_project.modeling", _tp_plan=LLAMA | {"model.layers.*.mlp": "ep_dispatch_experts"}
+    )
     assert select_plan(model).origin == "default"
 
 
@@ -919,7 +956,9 @@ def test_intermediate_size_that_does_not_divide(llama):
     """With the shape and the dimension, so that one sees which number of the config it is."""
     model = build("llama", intermediate_size=126)
     plan_and_spec(model, tp_size=2)
-    with pytest.raises(PlanError, match=r"mlp\.gate_proj\.weight of shape \(126, 64\).*dimension 0 has 126 entries.*tp_size=4"):
+    with pytest.raises(
+        PlanError, match=r"mlp\.gate_proj\.weight of shape \(126, 64\).*dimension 0 has 126 entries.*tp_size=4"
+    ):
         plan_and_spec(model, MLP, tp_size=4)
 
 
@@ -971,7 +1010,9 @@ def test_a_tied_place_that_no_entry_names_follows_the_other(named):
 def test_conflicting_plans_for_tied_weights():
     """One parameter cannot be sharded in two ways; which entry would win must not be an accident."""
     plan = MLP | {"model.embed_tokens": "embedding_rowwise", "lm_head": "rowwise_split_input"}
-    with pytest.raises(PlanError, match=r"shared by model\.embed_tokens\.weight, lm_head\.weight.*Shard\(0\), Shard\(1\)"):
+    with pytest.raises(
+        PlanError, match=r"shared by model\.embed_tokens\.weight, lm_head\.weight.*Shard\(0\), Shard\(1\)"
+    ):
         plan_and_spec(build("llama_tied"), plan)
 
 

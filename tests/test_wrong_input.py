@@ -74,7 +74,11 @@ def call_prepare(*args: Any, **kwargs: Any) -> None:
         (2, {"tp": 3}, r"tp_size=3.* multiply to 3, but there are 2 processes\. Start 3 processes"),
         (2, {"tp": 4}, r"tp_size=4.*but there are 2 processes\. Start 4 processes"),
         (4, {"tp": 2, "dp_shard": 4}, r"dp_shard_size=4, tp_size=2.* multiply to 8, but there are 4 processes"),
-        (4, {"tp": 2, "dp_shard": 1, "dp_replicate": 1}, r"multiply to 2, but there are 4 processes\. Start 2 processes"),
+        (
+            4,
+            {"tp": 2, "dp_shard": 1, "dp_replicate": 1},
+            r"multiply to 2, but there are 4 processes\. Start 2 processes",
+        ),
         (4, {"tp": 3}, r"a multiple of 3 processes, or change a size so that the product is 4"),
     ],
     ids=["too_many", "twice_too_many", "two_axes", "too_few", "remainder"],
@@ -109,7 +113,9 @@ def config_after_accelerator(first_config: dict | None) -> None:
 
 def test_config_that_comes_after_an_accelerator():
     """Accelerate shares one state between all Accelerators and would ignore the config without a word."""
-    expect_error(2, config_after_accelerator, None, match=r"created after an Accelerator already exists.*the first Accelerator")
+    expect_error(
+        2, config_after_accelerator, None, match=r"created after an Accelerator already exists.*the first Accelerator"
+    )
 
 
 def test_second_accelerator_of_a_parallel_run_is_no_mistake():
@@ -124,11 +130,15 @@ def config_depends_on_the_rank(configs: list) -> None:
 @pytest.mark.parametrize("configs", [[{"tp": 2}, {"dp_shard": 2}], [{"dp_replicate": 2}, {}]])
 def test_other_sizes_on_one_rank(configs):
     """For example two machines with different config files: each rank would wait in groups that the others never make."""
-    expect_error(2, config_depends_on_the_rank, configs, match=r"different parallelism configs: .* on rank 0, .* on rank 1\.")
+    expect_error(
+        2, config_depends_on_the_rank, configs, match=r"different parallelism configs: .* on rank 0, .* on rank 1\."
+    )
 
 
 def test_sizes_that_do_not_fit_on_one_rank():
-    messages = expect_error(2, config_depends_on_the_rank, [{"tp": 2}, {"tp": 4}], match=r"tp_size=4.*but there are 2 processes")
+    messages = expect_error(
+        2, config_depends_on_the_rank, [{"tp": 2}, {"tp": 4}], match=r"tp_size=4.*but there are 2 processes"
+    )
     assert "failed on rank 1" in messages[0]
 
 
@@ -160,7 +170,12 @@ def test_fsdp_version_1(mesh):
     [
         ({"activation_checkpointing": True}, True, {}, r"activation_checkpointing='full' and the model's own gradient"),
         ({"activation_checkpointing": True}, False, {"activation_checkpointing": "none"}, r"contradict each other"),
-        ({"activation_checkpointing": True}, False, {"activation_checkpointing": "selective"}, r"contradict each other"),
+        (
+            {"activation_checkpointing": True},
+            False,
+            {"activation_checkpointing": "selective"},
+            r"contradict each other",
+        ),
         ({}, True, {"activation_checkpointing": "submodule"}, r"'submodule' and the model's own gradient"),
     ],
     ids=["plugin_and_model", "plugin_and_none", "plugin_and_selective", "config_and_model"],
@@ -171,7 +186,11 @@ def test_two_wishes_for_checkpointing(options, own, config, message):
 
 
 def test_class_to_wrap_that_does_not_exist():
-    options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LamaLayer"]}
+    options = {
+        "fsdp_version": 2,
+        "auto_wrap_policy": "transformer_based_wrap",
+        "transformer_cls_names_to_wrap": ["LamaLayer"],
+    }
     message = r"transformer_cls_names_to_wrap=\['LamaLayer'\].*LlamaDecoderLayer"
     expect_error(2, with_plugin, TP2, options, match=message)
 
@@ -362,7 +381,9 @@ def train_without_optimizer(sizes: dict, adapter: Any, mode: str) -> float:
 def test_training_a_model_that_was_prepared_alone(mesh, adapter):
     """Its optimizer would hold the old parameters, and the training do nothing."""
     world, sizes = MESHES[mesh]
-    expect_error(world, train_without_optimizer, sizes, adapter, "train", match=r"prepared without an optimizer, for evaluation")
+    expect_error(
+        world, train_without_optimizer, sizes, adapter, "train", match=r"prepared without an optimizer, for evaluation"
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad"])
@@ -466,7 +487,9 @@ def one_step(sizes: dict, adapter: Any, dp_size: int) -> dict[str, Any]:
     gradients = full_grads(model)
     before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer.step()
-    changed = {name: not torch.equal(before[name], p.full_tensor()) for name, p in model.named_parameters() if name in before}
+    changed = {
+        name: not torch.equal(before[name], p.full_tensor()) for name, p in model.named_parameters() if name in before
+    }
     return {"gradients": gradients, "changed": changed}
 
 

@@ -28,7 +28,17 @@ from ..optimizer import check_optimizers, replace_parameters, switch_parameters
 from ..plan.names import unwrapped
 from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
-from .records import Prepared, all_prepared, attach, attached_to, check_use, guard_saving, prepared, remember
+from .records import (
+    Prepared,
+    all_prepared,
+    attach,
+    attached_to,
+    check_use,
+    guard_saving,
+    prepared,
+    release_gathered,
+    remember,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,6 +158,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             options=_sharding_options(accelerator, config, model),
             layer_classes=_layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
+            sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
             checkpointing=_checkpointing(accelerator, config, model),
             compile_options=_compile_options(accelerator, config),
         )
@@ -165,6 +176,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     for optimizer in raw:
         _attach(optimizer, record)
     model.register_forward_pre_hook(check_use)
+    model.register_forward_hook(release_gathered)
     guard_saving(model)
     return record
 
@@ -220,8 +232,7 @@ def _before_step(record: Prepared) -> None:
         return
     state.partial.flush()
     if not record.audited:
-        check_replicated_gradients(record.job.model, state.mesh)
-        record.audited = True
+        record.audited = check_replicated_gradients(record.job.model, state.mesh)
 
 
 def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import compat
 from ..config import AXES, AutoParallelismConfig
 from ..errors import PrepareError
+from ..fsdp import fsdp_units
 from ..strategies.default import Job
 
 
@@ -62,6 +63,16 @@ def attached_to(optimizer: torch.optim.Optimizer) -> Prepared | None:
 def prepared(model: nn.Module) -> Prepared | None:
     """The record of ``model`` if it was prepared in this process, else None."""
     return model.__dict__.get(_RECORD)
+
+
+def release_gathered(model: nn.Module, args: Any, output: Any) -> None:
+    """After a forward without gradients, free what FSDP2 keeps gathered for a backward that will not come.
+
+    Otherwise parameters written in place before the next forward (an averaged model, clamping) would not be seen by it.
+    """
+    if not torch.is_grad_enabled():
+        for unit in fsdp_units(model):
+            unit.reshard()
 
 
 def check_use(model: nn.Module, args: Any) -> None:

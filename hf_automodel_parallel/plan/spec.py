@@ -125,3 +125,7 @@ class ShardingSpec:
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def packed(self) -> list[str]:
+        """Names of the parameters that are sharded in more than one block."""
+        return [name for name, spec in self.parameters.items() if spec.blocks > 1]

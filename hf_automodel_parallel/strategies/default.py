@@ -48,6 +48,7 @@ class Job:
         options: behaviour of FSDP2.
         layer_classes: class names of the layers if the user gave them.
         load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
+        sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
         checkpointing: "none", "full", "submodule" or "selective".
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         plan, spec, anatomy, tensor_parallel: results of the steps.
@@ -60,6 +61,7 @@ class Job:
     options: ShardingOptions
     layer_classes: list[str] | None = None
     load_on_rank_zero: bool = False
+    sharded_checkpoints: bool = False
     checkpointing: str = "none"
     compile_options: dict[str, Any] | None = None
     plan: Plan | None = None
@@ -110,6 +112,13 @@ class DefaultStrategy:
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        packed = job.spec.packed()
+        if packed and job.sharded_checkpoints:
+            raise UnsupportedError(
+                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} (and {len(packed) - 1} others) correctly: it packs "
+                f"several projections, and torch.distributed.checkpoint takes each shard for one contiguous piece. Use "
+                f"state_dict_type FULL_STATE_DICT."
+            )
         if job.options.ignored_parameters:
             raise UnsupportedError(
                 "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter needs a "
@@ -171,6 +180,8 @@ class DefaultStrategy:
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
         if job.tensor_parallel is not None:
             refuse_structural_changes(job.model)
+            if job.spec is not None and job.spec.packed():
+                job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_regions(job.model, layers, job.tensor_parallel, parts)
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
@@ -208,6 +219,14 @@ def refuse_sharded(model: nn.Module) -> None:
             f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
             f"AutoParallelismConfig."
         )
+
+
+def _refuse_loading_packed(*_: Any) -> None:
+    raise UnsupportedError(
+        "loading a checkpoint into a tensor-parallel model with packed projections (fused expert weights) is not available "
+        "yet: torch would cut the weights in the wrong places. Load the weights before accelerator.prepare, or resume with "
+        "tp_size=1."
+    )
 
 
 def strategy_for(model: nn.Module) -> DefaultStrategy:

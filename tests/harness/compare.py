@@ -109,7 +109,8 @@ def normalize_name(name: str) -> str:
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    # A replicated DTensor gives its own storage, which the next backward or step would change.
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def _norm(tensor: torch.Tensor) -> float:
