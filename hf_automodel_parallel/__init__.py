@@ -17,6 +17,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
+    from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
 
 __version__ = "0.1.0"
@@ -31,12 +32,14 @@ __all__ = [
     "PlanError",
     "PrepareError",
     "UnsupportedError",
+    "register_optimized_plan",
     "register_plan",
 ]
 
 _LAZY = {
     "AutoParallelArgumentsMixin": ".integrations.trainer",
     "AutoParallelTrainingArguments": ".integrations.trainer",
+    "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
 }
 

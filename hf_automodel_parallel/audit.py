@@ -34,7 +34,7 @@ def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> bool:
     gather over all ranks.
 
     Returns:
-        False if there was nothing to look at: no parameter with a gradient is replicated.
+        False if there was nothing to look at: no replicated parameter has a gradient, or a gradient is not finite.
 
     Raises:
         GradientAuditError: on all ranks alike.
@@ -51,6 +51,8 @@ def check_replicated_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> bool:
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)  # over all ranks, so that all tp groups come to the same end
     table = torch.stack(everyone).view(-1, tp_mesh.size(), len(names))  # tp is the innermost axis of the mesh
+    if not torch.isfinite(table).all():
+        return False  # an overflow says nothing about copies; the next step is looked at
     largest = table.amax(1)
     spread = largest - table.amin(1)
     suspicious = (spread > RELATIVE_TOLERANCE * largest) & (spread > NOISE_FLOOR * table.max())

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from harness.pool import expect_error, run_distributed
 from parity.jobs import _Rows, batches_for, build, trainable
 
-from hf_automodel_parallel import AutoParallelismConfig, PrepareError
+from hf_automodel_parallel import AutoParallelismConfig, PrepareError, UnsupportedError
 
 
 def prepared_llama(**sizes: int) -> tuple[Accelerator, Any]:
@@ -120,3 +120,40 @@ def test_save_pretrained_without_state_dict_is_refused_on_all_ranks_and_the_reme
     assert all("accelerator.get_state_dict" in message for message in messages)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in build("llama").state_dict().items())
+
+
+def test_experts_that_nothing_shards_are_refused():
+    """A copy made by modules_to_save has no entries for its weights; summing whole experts would count them tp times."""
+    from hf_automodel_parallel.plan.resolve import resolve
+    from hf_automodel_parallel.plan.selection import select_plan
+
+    with torch.device("meta"):
+        model = build("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]})
+    with pytest.raises(UnsupportedError, match="moe_tp_experts.*shards none of its weights"):
+        resolve(model, select_plan(model), 2)
+
+
+def test_an_overflow_does_not_use_up_the_audit():
+    assert run_distributed(2, audit_of_an_overflow) == [[False, True]] * 2
+
+
+def audit_of_an_overflow() -> list[bool]:
+    from hf_automodel_parallel.integrations.records import prepared
+
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.0))
+    audited = []
+    for factor in (float("inf"), 1.0):
+        accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+        if factor != 1.0:
+            for parameter in model.parameters():
+                parameter.grad.mul_(factor)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.param_groups[0]["params"] = []  # the hook looks at the model; the values must survive
+        optimizer.step()
+        if factor != 1.0:
+            optimizer.param_groups[0]["params"] = parameters
+        optimizer.zero_grad()
+        audited.append(prepared(model).audited)
+    return audited

@@ -288,6 +288,8 @@ def _checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, mode
 def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:
     """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
     plugin = accelerator.state.dynamo_plugin
+    if plugin.disable:
+        return None
     options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v}
     if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(

@@ -111,7 +111,10 @@ def guard_saving(model: nn.Module) -> None:
 
     @functools.wraps(original)
     def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("state_dict") is None:
+        given = kwargs.get(
+            "state_dict", args[1] if len(args) > 1 else None
+        )  # second after the directory in transformers
+        if given is None:
             raise PrepareError(
                 "save_pretrained() on a sharded model needs the gathered weights. On all ranks: state_dict = "
                 "accelerator.get_state_dict(model); model.save_pretrained(directory, state_dict=state_dict, "

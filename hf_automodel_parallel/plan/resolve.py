@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .. import compat
-from ..errors import PlanError
+from ..errors import PlanError, UnsupportedError
 from .layers import (
     Matrix,
     as_matrix,
@@ -88,6 +88,7 @@ class _Resolver:
                     f"{entry.pattern!r} shard in different ways. Leave one of them out."
                 )
         self._tie(modules)
+        self._check_experts()
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
             if count:
@@ -341,6 +342,18 @@ class _Resolver:
         self.spec.modules[name] = ModuleSpec(foreign=style)
         return f"by {entry.style_name}"
 
+    def _check_experts(self) -> None:
+        """A sum over the ranks is right only for experts whose weights are sharded; whole ones would count tp times."""
+        for name, module in self.spec.modules.items():
+            if module.input is not Input.COPY_ALL:
+                continue
+            if not any(n.startswith(f"{name}.") and s.dim is not None for n, s in self.spec.parameters.items()):
+                raise UnsupportedError(
+                    f"{name} has the style 'moe_tp_experts', but the plan shards none of its weights there (a copy made by "
+                    f"modules_to_save, or a plan without entries for them). Use LoRA's target_parameters on the experts "
+                    f"instead of modules_to_save, or add entries for the weights, or use tp_size=1."
+                )
+
     # ---- shared parameters -------------------------------------------------------------------------------------
 
     def _tie(self, modules: dict[str, nn.Module]) -> None:
@@ -375,7 +388,12 @@ class _Resolver:
             matrix = as_matrix(owner, owner_name)
             if isinstance(owner, nn.Embedding):
                 self._shard_embedding(owner_name, spec.dim)
-            elif matrix is not None and leaf == "weight" and spec.blocks == 1:
+            elif (
+                matrix is not None
+                and leaf == "weight"
+                and spec.blocks == 1
+                and getattr(owner, "bias", None) is None  # a bias would need a plan of its own
+            ):
                 style = "colwise_gather_output" if spec.dim == matrix.out_dim else "rowwise_split_input"
                 row = LINEAR_STYLES[style]
                 self.spec.modules[owner_name] = ModuleSpec(row.input, row.output)

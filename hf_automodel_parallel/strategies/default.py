@@ -143,15 +143,23 @@ class DefaultStrategy:
         """Give ranks without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
         if not job.load_on_rank_zero:
             return
+        made: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # a tied tensor stays one; the old one keeps its id taken
         for module in job.model.modules():
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for store in stores:
                 for name, tensor in store.items():
-                    if tensor is not None and tensor.device.type == "meta":
+                    if tensor is None or tensor.device.type != "meta":
+                        continue
+                    if id(tensor) not in made:
                         empty = torch.empty_like(tensor, device="cpu")
-                        store[name] = (
-                            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = (
+                            tensor,
+                            nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty,
                         )
+                    store[name] = made[id(tensor)][1]
         tie_weights = getattr(job.model, "tie_weights", None)
         if callable(tie_weights):
             tie_weights()
