@@ -35,6 +35,9 @@ AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 #: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
 PLAN_SOURCES = ("hf", "registry", "default")
 
+#: Values of ``activation_checkpointing``.
+CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
+
 #: Environment variable that holds the text form of a config (set by the launcher, read by it in the workers).
 CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
 
@@ -155,11 +158,9 @@ class AutoParallelismConfig(ParallelismConfig):
                 f"tp_plan={self.tp_plan!r}: give a dict, a callable that returns one, an import path or a plan name."
             )
         if self.activation_checkpointing is not None:
-            modes = ("none", "full", "submodule", "selective")
-            if not isinstance(self.activation_checkpointing, bool) and self.activation_checkpointing not in modes:
-                raise ConfigError(
-                    f"activation_checkpointing={self.activation_checkpointing!r}: give one of {', '.join(modes)}."
-                )
+            mode = self.activation_checkpointing
+            if not isinstance(mode, bool) and mode not in CHECKPOINTING_MODES:
+                raise ConfigError(f"activation_checkpointing={mode!r}: give one of {', '.join(CHECKPOINTING_MODES)}.")
         if not isinstance(self.compile, (bool, str)):
             raise ConfigError(f"compile={self.compile!r}: give true, false or the name of a torch.compile backend.")
         for name, (off, remedy) in _NOT_YET.items():

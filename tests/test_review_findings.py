@@ -157,3 +157,16 @@ def audit_of_an_overflow() -> list[bool]:
         optimizer.zero_grad()
         audited.append(prepared(model).audited)
     return audited
+
+
+def with_a_policy_of_its_own() -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=lambda module, **_: False)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2), fsdp_plugin=plugin)
+    model = build("llama")
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_wrap_policy_that_nobody_would_call_is_refused():
+    expect_error(2, with_a_policy_of_its_own, match="auto_wrap_policy")

@@ -309,8 +309,19 @@ def _layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
 
 
 def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
+    """Name of the plugin's policy; "" for NO_WRAP, Accelerate's default, which leaves the units to us.
+
+    Raises:
+        ConfigError: a policy function of the user's own, which nobody would call.
+    """
     policy = plugin.auto_wrap_policy
-    return getattr(getattr(policy, "func", policy), "__name__", "")
+    name = getattr(getattr(policy, "func", policy), "__name__", "")
+    if policy is not None and name not in ("transformer_auto_wrap_policy", "size_based_auto_wrap_policy"):
+        raise ConfigError(
+            f"fsdp_plugin.auto_wrap_policy={policy!r}: only TRANSFORMER_BASED_WRAP (with transformer_cls_names_to_wrap) and "
+            f"SIZE_BASED_WRAP (with min_num_params) can be used here; without a policy each layer is a unit."
+        )
+    return name
 
 
 def _prepare_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ class Job:
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
     tensor_parallel: TensorParallelState | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:

@@ -35,9 +35,6 @@ class PartialGradients:
         self._dirty = False
         self._flushed = False
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def add(self, module: nn.Module, name: str) -> None:
         """Register the parameter ``name`` of ``module`` (whatever object stands there after sharding)."""
         self._places.append((weakref.ref(module), name))
