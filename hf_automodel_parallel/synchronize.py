@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -158,17 +160,20 @@ def _fingerprint(tensor: torch.Tensor) -> int:
 
 
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:
-    """Give all ranks of a tp group the random state of its first rank.
+    """Give all ranks of a tp group the random states of its first rank: of torch, of numpy and of Python.
 
     Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of these
-    ranks, whatever seeds they started with. Ranks along the data-parallel axes keep their own states.
+    ranks, whatever seeds they started with, and so must masks that a model or a collator draws with numpy or ``random``.
+    Ranks along the data-parallel axes keep their own states.
     """
     group = tp_mesh.get_group()
     source = dist.get_global_rank(group, 0)
-    states: list[object] = [torch.get_rng_state()]
+    states: list[object] = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
     dist.broadcast_object_list(states, src=source, group=group)
-    torch.set_rng_state(states[0])  # type: ignore[arg-type]
+    random.setstate(states[0])  # type: ignore[arg-type]
+    numpy.random.set_state(states[1])  # type: ignore[arg-type]
+    torch.set_rng_state(states[2])  # type: ignore[arg-type]
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[1])  # type: ignore[arg-type]
+        torch.cuda.set_rng_state(states[3])  # type: ignore[arg-type]

@@ -32,6 +32,12 @@ from ..plan.validate import validate
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.adapters import refuse_structural_changes
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
+from ..tensor_parallel.random import (
+    install_own_numbers,
+    install_sharded_dropout,
+    refuse_compiled_dropout,
+    synchronize_at_first_forward,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +117,8 @@ class DefaultStrategy:
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        if job.compile_options is not None:
+            refuse_compiled_dropout(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         packed = job.spec.packed()
         if packed and job.sharded_checkpoints:
             raise UnsupportedError(
@@ -166,6 +174,10 @@ class DefaultStrategy:
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
         job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+        install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
+        if job.compile_options is None:
+            install_own_numbers(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+        synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
