@@ -33,6 +33,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
     ),
+    ("torch._dynamo.eval_frame", "innermost_fn", "tells whether a forward is a product of torch.compile"),
+    ("torch.nn", "Module._compiled_call_impl", "tells whether a module was compiled in place by Module.compile"),
     (
         "torch.distributed.tensor.placement_types",
         "_StridedShard",
@@ -330,3 +332,13 @@ def peft_dora_variant_type() -> type | None:
     from peft.tuners.lora.variants import DoraLinearVariant
 
     return DoraLinearVariant
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if the call or the forward of ``module`` is a product of ``torch.compile``."""
+    if module._compiled_call_impl is not None:
+        return True
+    from torch._dynamo.eval_frame import innermost_fn
+
+    forward = module.__dict__.get("forward")
+    return forward is not None and innermost_fn(forward) is not forward

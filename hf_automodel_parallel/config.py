@@ -38,6 +38,10 @@ PLAN_SOURCES = ("hf", "registry", "default")
 #: Values of ``activation_checkpointing``.
 CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
 
+#: Values of ``audit``.
+AUDIT_MODES = ("first_step", "every_n_steps", "off")
+DEFAULT_AUDIT_STEPS = 100
+
 #: Environment variable that holds the text form of a config (set by the launcher, read by it in the workers).
 CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
 
@@ -50,7 +54,6 @@ _NOT_YET: dict[str, tuple[Any, str]] = {
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
     "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
     "backend": ("fsdp2", "Use backend='fsdp2'."),
-    "audit": (None, "Leave it out."),
 }
 
 
@@ -76,6 +79,10 @@ class AutoParallelismConfig(ParallelismConfig):
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
         compile: compile each layer: True, or the name of a ``torch.compile`` backend. False: what Accelerate's dynamo
             settings (``torch_compile=True`` in ``TrainingArguments``) say.
+        audit: when to check that no trainable parameter lost its gradient, none was frozen or unfrozen unasked, and copies of
+            parameters are equal on all ranks: "first_step" (the first optimizer step; also None and True),
+            "every_n_steps" (again every ``audit_steps`` optimizer steps), "off" (also False).
+        audit_steps: the n of "every_n_steps".
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -97,6 +104,7 @@ class AutoParallelismConfig(ParallelismConfig):
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     audit: str | bool | None = None
+    audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -163,6 +171,17 @@ class AutoParallelismConfig(ParallelismConfig):
                 raise ConfigError(f"activation_checkpointing={mode!r}: give one of {', '.join(CHECKPOINTING_MODES)}.")
         if not isinstance(self.compile, (bool, str)):
             raise ConfigError(f"compile={self.compile!r}: give true, false or the name of a torch.compile backend.")
+        if not (self.audit is None or isinstance(self.audit, bool)) and self.audit not in AUDIT_MODES:
+            raise ConfigError(f"audit={self.audit!r}: give one of {', '.join(AUDIT_MODES)}.")
+        steps = self.audit_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(
+                f"audit_steps={steps!r}: give the number of optimizer steps between two audits, at least 1."
+            )
+        if steps != DEFAULT_AUDIT_STEPS and self.audit != "every_n_steps":
+            raise ConfigError(
+                f"audit_steps={steps} has a meaning with audit='every_n_steps' alone, not {self.audit!r}."
+            )
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None
@@ -451,3 +470,8 @@ def _restore(name: str, value: Any) -> Any:
             raise ConfigError(f"{name} cannot be given as a mapping.")
         return getattr(accelerate_dataclasses, handler)(**value)
     return value
+
+
+def normalized_audit(value: str | bool | None) -> str:
+    """The mode that a checked ``audit`` asks for: None and True mean "first_step", False means "off"."""
+    return "off" if value is False else value if isinstance(value, str) else "first_step"

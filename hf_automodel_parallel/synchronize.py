@@ -114,7 +114,7 @@ def equalize_parameters(model: nn.Module) -> list[str]:
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
-    device = _communication_device()
+    device = communication_device()
     mine = torch.tensor([_fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
@@ -132,13 +132,13 @@ def equalize_parameters(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def broadcast_from_rank_zero(tensor: torch.Tensor) -> None:
     """Overwrite ``tensor`` with rank 0's value, through the device that the process group needs."""
-    device = _communication_device()
+    device = communication_device()
     moved = tensor.detach().to(device).contiguous()
     dist.broadcast(moved, src=0)
     tensor.copy_(moved)
 
 
-def _communication_device() -> torch.device:
+def communication_device() -> torch.device:
     """Where the process group wants its tensors."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from harness.pool import expect_error, run_distributed
 from parity.jobs import batches_for, build, data_rank, trainable
 from parity.test_gradients import LORA
+from peft import LoraConfig
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.audit import GradientAuditError
+from hf_automodel_parallel.integrations.records import prepared
 
 
 class ScaledActivation(nn.Module):
@@ -82,3 +86,219 @@ def silent_steps(name: str, adapter: dict | None) -> None:
 def test_no_false_alarm(name, adapter):
     """Zero gradients of lora_A at the default initialisation, routers, head norms: all fine."""
     run_distributed(2, silent_steps, name, adapter)
+
+
+# ---- faults that are planted ----------------------------------------------------------------------------------------
+
+
+def compiled_without_gradients(model: nn.Module) -> None:
+    """What reentrant checkpointing does to a part that is compiled: its first forward has no gradients, and stays so."""
+    attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
+    forward = attention.forward
+
+    def forward_only(*args, **kwargs):
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    attention.forward = forward_only
+
+
+def compiled_call_without_gradients(model: nn.Module) -> None:
+    """The same with ``Module.compile``, which hides the module's own hooks too."""
+    compiled_without_gradients(model)
+    model.get_submodule("base_model.model.model.layers.1.self_attn").compile(backend="eager")
+
+
+def detached_adapter(model: nn.Module) -> None:
+    lora_b = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj.lora_B.default")
+    lora_b.register_forward_hook(lambda module, args, output: output.detach())
+
+
+def detached_weight(model: nn.Module) -> None:
+    lora_a = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default")
+    lora_a.forward = lambda x: nn.functional.linear(x, lora_a.weight.detach())
+
+
+def drifted_replica(model: nn.Module) -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        with torch.no_grad():
+            model.get_parameter("base_model.model.model.layers.1.input_layernorm.weight").to_local()[3] += 1e-4
+
+
+def unfrozen_norm(model: nn.Module) -> None:
+    model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
+
+
+def frozen_bias_of_nobody(model: nn.Module) -> None:
+    """A part that was to be trained, frozen after prepare."""
+    model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").requires_grad_(False)
+
+
+FAULTS = {
+    "compiled": (compiled_without_gradients, r"layers\.1\.self_attn.*no gradient.*compiled while gradients were off"),
+    "compiled_call": (compiled_call_without_gradients, r"layers\.1\.self_attn.*no gradient"),
+    "detached_adapter": (detached_adapter, r"layers\.0\.mlp\.down_proj\.lora_A.*no gradient"),
+    "detached_weight": (
+        detached_weight,
+        r"1 trainable parameters \(.*q_proj\.lora_A.default.weight\) have no gradient",
+    ),
+    "drift": (drifted_replica, r"1 replicated parameters .*layers\.1\.input_layernorm.*different values"),
+    "unfrozen": (unfrozen_norm, r"1 parameters \(base_model\.model\.model\.norm\.weight\) were frozen"),
+    "frozen": (frozen_bias_of_nobody, r"lm_head.* were trainable .* frozen now"),
+}
+
+
+def faulty_step(sizes: dict, fault: str, config: dict | None = None, **arguments) -> int:
+    """One step with a planted fault; returns how many steps were audited."""
+    model = build("llama", {**LORA, "modules_to_save": ["lm_head"]})
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, **(config or {})))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    FAULTS[fault][0](model)
+    dp = accelerator.parallelism_config.data_parallel_size
+    accelerator.backward(model(**batches_for(model, dp)[data_rank(accelerator)]).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_an_error_at_the_first_step(fault):
+    """On all ranks, with the names, the cause and the remedy."""
+    for message in expect_error(2, faulty_step, {"tp_size": 2}, fault, match=FAULTS[fault][1]):
+        assert "Remedy" in message
+
+
+@pytest.mark.parametrize("fault", ["detached_adapter", "drift"])
+def test_planted_fault_without_tensor_parallelism(fault):
+    """FSDP2 alone loses gradients as well; a copy to drift exists where there are replicas."""
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 1} if fault == "drift" else {"dp_shard_size": 2}
+    expect_error(2, faulty_step, sizes, fault, match=FAULTS[fault][1])
+
+
+def test_audit_can_be_switched_off():
+    assert run_distributed(2, faulty_step, {"tp_size": 2}, "detached_adapter", {"audit": "off"}) == [0, 0]
+
+
+def late_fault(audit: str) -> int:
+    """Nine sound steps, then a detached adapter; returns the step (from 1) whose audit raises, 0 for none."""
+    model = build("llama", LORA)
+    config = {"audit": audit, "audit_steps": 4} if audit == "every_n_steps" else {"audit": audit}
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, **config))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.01))
+    for step in range(1, 15):
+        if step == 10:
+            detached_adapter(model)
+        accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+        try:
+            optimizer.step()
+        except GradientAuditError:
+            return step
+        optimizer.zero_grad()
+    return 0
+
+
+@pytest.mark.parametrize("audit, want", [("first_step", 0), ("every_n_steps", 13)])
+def test_every_n_steps(audit, want):
+    """The audit of step 1 says nothing about step 10; with every_n_steps and n = 4, step 13 is the next that is looked at."""
+    assert run_distributed(2, late_fault, audit) == [want, want]
+
+
+def hooks_left(audit: str) -> tuple[int, int, int]:
+    """Forward hooks before prepare's audit, before the first step and after it."""
+    model = build("llama", LORA)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, audit=audit))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.01))
+
+    def count() -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    armed = count()
+    for _ in range(2):
+        accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+        optimizer.step()
+    return armed, count(), prepared(model).audit.done
+
+
+def test_it_costs_nothing_later():
+    """Not one hook of the audit stays after the step that it looked at."""
+    armed, left, done = run_distributed(2, hooks_left, "first_step")[0]
+    assert (armed > left, done) == (True, 1)
+    assert left == run_distributed(2, hooks_left, "off")[0][0]
+
+
+# ---- no false alarm -------------------------------------------------------------------------------------------------
+
+
+class ListedExperts(nn.Module):
+    """Experts as modules of their own, of which each token takes one: some experts get no token at all."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[3](x) + self.experts[5](x)
+
+
+class Pooled(nn.Module):
+    """A model with parts that take no part in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(ListedExperts(16) for _ in range(2))
+        self.tower = nn.Linear(16, 16)  # not run: the batch has no images
+        self.pooler = nn.Sequential(nn.Linear(16, 16), nn.Tanh())  # runs, but nobody uses what it returns
+        self.mask_token = nn.Parameter(torch.zeros(16))  # used in pre-training only
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.body:
+            x = x + layer(x)
+        return x, self.pooler(x)
+
+
+def unused_parts() -> int:
+    torch.manual_seed(0)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2))
+    model = Pooled()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.randn(4, 16))[0].sum())
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+def test_no_false_alarm_for_parts_that_take_no_part():
+    """Experts not hit, a tower that did not run, a pooler nobody used, a token for another task."""
+    assert run_distributed(2, unused_parts) == [1, 1]
+
+
+def two_adapters() -> int:
+    model = build("llama", LORA)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.set_adapter("second")  # freezes the first adapter, makes this one trainable
+    accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+def test_no_false_alarm_for_adapters_that_are_switched():
+    assert run_distributed(2, two_adapters) == [1, 1]
+
+
+def evaluated_first() -> int:
+    """Forwards without gradients, then a step without any gradient (to please a scheduler), then training."""
+    model = build("llama", LORA)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    with torch.no_grad():
+        model(**batches_for(model, 1)[0])
+    optimizer.step()
+    assert prepared(model).audit.done == 0
+    accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+def test_evaluation_and_empty_steps_are_not_audited():
+    assert run_distributed(2, evaluated_first) == [1, 1]

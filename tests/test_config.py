@@ -282,8 +282,6 @@ NOT_YET = [
     ("sequence_parallel", True),
     ("async_tensor_parallel", True),
     ("loss_parallel", True),
-    ("audit", True),
-    ("audit", "each_step"),
     ("backend", "megatron_fsdp"),
     ("cp_size", 2),
 ]

@@ -25,8 +25,8 @@ from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
 from ..activation_checkpointing import normalized_mode
-from ..audit import check_replicated_gradients
-from ..config import AutoParallelismConfig
+from ..audit import Audit
+from ..config import AutoParallelismConfig, normalized_audit
 from ..errors import ConfigError, PrepareError, not_available_yet
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
 from ..optimizer import check_optimizers, replace_parameters, switch_parameters
@@ -194,10 +194,11 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         if upcast and accelerator.is_main_process:
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
+    trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
     strategy.carry_out(job)
     for optimizer, groups in zip(raw, names, strict=True):
         switch_parameters(optimizer, groups, model, before)
-    record = Prepared(job, trainable=bool(optimizers))
+    record = Prepared(job, trainable=bool(optimizers), trainable_names=trainable_names)
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -244,21 +245,27 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
     if attached_to(optimizer) is record:
         return
     attach(optimizer, record)
-    state = record.job.tensor_parallel
-    if state is not None:
-        optimizer.register_step_pre_hook(lambda *_: _before_step(record))
+    if record.audit is None:
+        record.audit = _audit(record)
+    record.audit.optimizers.add(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: _before_step(record))
     units = fsdp_units(record.job.model)
     optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in units])  # type: ignore[arg-type,func-returns-value]
 
 
+def _audit(record: Prepared) -> Audit:
+    job = record.job
+    every = {"off": 0, "every_n_steps": job.config.audit_steps}.get(normalized_audit(job.config.audit))
+    compiled = job.anatomy.layers if job.compile_options is not None and job.anatomy is not None else []
+    return Audit(job.model, set(record.trainable_names), compiled, every)
+
+
 def _before_step(record: Prepared) -> None:
-    """Sum what is outstanding; before a model's first step, look whether copies agree on their gradients."""
-    state = record.job.tensor_parallel
-    if state is None:
-        return
-    state.partial.flush()
-    if not record.audited:
-        record.audited = check_replicated_gradients(record.job.model, state.mesh)
+    """Sum what is outstanding; in the steps that are audited, look at the gradients."""
+    if record.job.tensor_parallel is not None:
+        record.job.tensor_parallel.partial.flush()
+    if record.audit is not None:
+        record.audit.before_step()
 
 
 def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..audit import Audit
 from ..config import AXES, AutoParallelismConfig
 from ..errors import PrepareError
 from ..fsdp import fsdp_units
@@ -24,12 +25,19 @@ class Prepared:
     Attributes:
         job: the finished job.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
-        audited: the gradients of its first step have been looked at.
+        trainable_names: parameters that were trainable when the user handed the model over.
+        audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
     """
 
     job: Job
     trainable: bool
-    audited: bool = False
+    trainable_names: frozenset[str] = frozenset()
+    audit: Audit | None = None
+
+    @property
+    def audited(self) -> bool:
+        """True once an optimizer step of the model was audited."""
+        return self.audit is not None and self.audit.done > 0
 
 
 #: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.

@@ -1,0 +1,188 @@
+"""When the audit looks, what it finds, and what it says. Nothing is left behind between the looks but one counter."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .. import compat
+from ..errors import AutoParallelError
+from .replicas import differing_gradients, differing_values
+from .witnesses import Witnesses
+
+logger = logging.getLogger(__name__)
+
+#: Copies start out equal to the bit; later, equal gradients may round differently on different ranks.
+FIRST_TOLERANCE, LATER_TOLERANCE = 1e-9, 1e-4
+
+
+class GradientAuditError(AutoParallelError, RuntimeError):
+    """Training would go wrong without a sign; the message names the parameters, the likely cause and the remedy."""
+
+
+class Audit:
+    """Looks at a model right before an optimizer step, the first one or every n-th.
+
+    Args:
+        model: the prepared model.
+        trainable: names of the parameters that were trainable when the user handed the model over.
+        compiled: layers whose forward is compiled.
+        every: look again after so many optimizer steps; None for the first step alone, 0 for never.
+    """
+
+    def __init__(self, model: nn.Module, trainable: set[str], compiled: list[nn.Module], every: int | None) -> None:
+        self._model = weakref.ref(model)
+        self.trainable = trainable
+        self.compiled = compiled
+        self.every = every
+        self.done = 0
+        self.steps = 0
+        self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._witnesses: Witnesses | None = None
+        if every != 0:
+            self._arm()
+
+    def _arm(self) -> None:
+        model = self._model()
+        if model is not None and self._witnesses is None:
+            self._witnesses = Witnesses(model, self.compiled)
+
+    def before_step(self) -> None:
+        """Called before each optimizer step, with complete gradients. Collective in the steps that are audited.
+
+        Raises:
+            GradientAuditError: on all ranks alike.
+        """
+        if (self.every is None and self.done) or self.every == 0:
+            return
+        if self._witnesses is not None and not self._look(self._witnesses):
+            return  # nothing to see in this step (no gradients yet, or an overflow): look at the next one
+        self.steps += 1
+        if self._witnesses is not None:
+            self.done += 1
+            self._witnesses.dismiss()
+            self._witnesses = None
+        if self.every is not None and self.steps % self.every == 0:
+            self._arm()  # for the step that begins now
+
+    def _look(self, witnesses: Witnesses) -> bool:
+        model = self._model()
+        if model is None or not any(p.grad is not None for p in model.parameters()):
+            return False
+        problems = [*self._flags(model), *self._lost(model, witnesses)]
+        differing = differing_gradients(model)
+        if differing is None:
+            return False
+        if differing:
+            problems.append(_forgotten_sum(differing))
+        drifted = differing_values(model, LATER_TOLERANCE if self.done else FIRST_TOLERANCE)
+        if drifted:
+            problems.append(
+                f"{_named(drifted, 'replicated parameters have')} different values on the ranks that should hold copies of "
+                f"them. Likely cause: something changed them on some ranks only after accelerator.prepare (a callback on "
+                f"rank 0, a checkpoint loaded on some ranks). Remedy: change parameters on all ranks alike, or before prepare."
+            )
+        _raise_on_all(problems)
+        if not self.done:
+            logger.info("audit: gradients, flags and copies of the first step are in order")
+        return True
+
+    def _flags(self, model: nn.Module) -> list[str]:
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        switched_on, switched_off = _adapter_parameters(model)
+        unfrozen, frozen, orphaned = [], [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in self.trainable | switched_on and not self.done:
+                unfrozen.append(name)
+            elif parameter.requires_grad and held and id(parameter) not in held:
+                orphaned.append(name)
+            if not parameter.requires_grad and name in self.trainable - switched_off and not self.done:
+                frozen.append(name)
+        problems = []
+        if unfrozen:
+            problems.append(
+                f"{_named(unfrozen, 'parameters were')} frozen when the model was prepared and are trainable now. Likely cause: "
+                f"requires_grad_(True) or model.train-like helpers called after prepare. Remedy: set requires_grad before "
+                f"accelerator.prepare and pass these parameters to the optimizer, or freeze them again."
+            )
+        if frozen:
+            problems.append(
+                f"{_named(frozen, 'parameters were')} trainable when the model was prepared and are frozen now: they would not "
+                f"be trained. Likely cause: requires_grad_(False) called after prepare. Remedy: freeze before prepare, or not."
+            )
+        if orphaned:
+            problems.append(
+                f"{_named(orphaned, 'trainable parameters are')} in no optimizer, so they would collect gradients and never "
+                f"change. Remedy: add them to the optimizer, or freeze them with requires_grad_(False) before prepare."
+            )
+        return problems
+
+    def _lost(self, model: nn.Module, witnesses: Witnesses) -> list[str]:
+        _, inactive = _adapter_parameters(model)
+        missing = {
+            name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and name not in inactive
+        }
+        lost = witnesses.lost(model, missing) if missing else []
+        if not lost:
+            return []
+        return [
+            f"{_named(lost, 'trainable parameters have')} no gradient, although their modules ran and took part in the loss. "
+            f"Likely cause: a sub-module was compiled while gradients were off (reentrant checkpointing and torch.compile of a "
+            f"part of the model), or its output or weights are detached. Remedy: let AutoParallelismConfig do both "
+            f"(activation_checkpointing=..., compile=True), use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or "
+            f"freeze what is not to be trained."
+        ]
+
+
+def _named(names: list[str], what: str) -> str:
+    """ "3 parameters were (a, b, ...)", which reads on with what they were."""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    noun, verb = what.rsplit(" ", 1)
+    return f"{len(names)} {noun} ({shown}) {verb}"
+
+
+def _forgotten_sum(names: list[str]) -> str:
+    pattern = ".".join("*" if part.isdigit() else part for part in names[0].split("."))
+    owner = pattern.removeprefix("base_model.model.").rpartition(".")[0]
+    return (
+        f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold copies of them; training on "
+        f"would let the copies drift apart. Likely cause: they see sharded activations and the plan does not say so. Remedy: "
+        f"pass tp_plan={{**model.tp_plan, {owner!r}: 'replicated_with_grad_allreduce'}}, or leave the projections around them "
+        f"out of the plan, or use tp_size=1. Other causes: random numbers drawn on some ranks only, or different batches on the "
+        f"ranks of one tp group."
+    )
+
+
+def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of the parameters of adapters that take part in a forward, and of those that do not (PEFT freezes these).
+
+    Not taking part: adapters that are not active, disabled, or merged into the weights they adapt.
+    """
+    types = tuple(t for t in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if t is not None)
+    on: set[str] = set()
+    off: set[str] = set()
+    wrappers: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if types and isinstance(m, types)]
+    for path, wrapper in wrappers:
+        active = set(wrapper.active_adapters)
+        idle = bool(wrapper.disable_adapters) or bool(getattr(wrapper, "merged", False))
+        for name, _ in wrapper.named_parameters():
+            parts = name.split(".")
+            if parts[0] not in ("base_layer", "original_module"):
+                (off if idle or not active & set(parts) else on).add(f"{path}.{name}" if path else name)
+    return on, off
+
+
+def _raise_on_all(problems: list[str]) -> None:
+    """Raise everywhere if any rank has a problem: its own, or the one of the first rank that has."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, problems)
+    rank = dist.get_rank() if problems else next((r for r, theirs in enumerate(everyone) if theirs), None)
+    if rank is None:
+        return
+    where = "" if rank == dist.get_rank() else f"on rank {rank}: "
+    raise GradientAuditError(where + " | ".join(everyone[rank]))

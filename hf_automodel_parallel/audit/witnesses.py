@@ -1,0 +1,134 @@
+"""Hooks that see, during the audited step only, which modules ran and whether a gradient came back to them.
+
+A parameter without a gradient is often right: an expert that no token chose, a tower that this batch did not need, a head
+whose output nobody used. It is lost if its module ran and a gradient reached the module's output all the same, or if the
+module ran in training and recorded nothing to differentiate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+
+
+@dataclass
+class Seen:
+    """What one module did since the witnesses were called.
+
+    Attributes:
+        ran: its forward ran with gradients enabled and returned floating-point numbers.
+        severed: it returned nothing that a backward could follow.
+        reached: a backward arrived at its output.
+    """
+
+    ran: bool = False
+    severed: bool = False
+    reached: bool = False
+
+
+class Witnesses:
+    """Forward hooks on every module that has trainable parameters below it, until they are dismissed.
+
+    Args:
+        model: the prepared model.
+        compiled: modules whose forward is compiled as a whole; there is no hook inside of them, where it would become part of
+            the graph.
+    """
+
+    def __init__(self, model: nn.Module, compiled: list[nn.Module]) -> None:
+        self.seen: dict[nn.Module, Seen] = {}
+        self.compiled = {id(module) for module in compiled}
+        self._handles: list[Any] = []
+        hidden = {id(inner) for module in compiled for inner in module.modules() if inner is not module}
+        for module in model.modules():
+            if id(module) not in hidden and any(p.requires_grad for p in module.parameters()):
+                self.seen[module] = Seen()
+                self._handles.append(module.register_forward_hook(self._hook))
+
+    def dismiss(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        tensors = [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
+        if not tensors:
+            return
+        seen = self.seen[module]
+        seen.ran = True
+        differentiable = [tensor for tensor in tensors if tensor.requires_grad]
+        if not differentiable:
+            seen.severed = True
+
+        def arrived(_: torch.Tensor) -> None:
+            seen.reached = True
+
+        for tensor in differentiable:
+            tensor.register_hook(arrived)
+
+    def lost(self, model: nn.Module, missing: set[str]) -> list[str]:
+        """Those of the ``missing`` parameters (trainable, without a gradient) that should have one."""
+        modules = dict(model.named_modules())
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        return sorted(name for name in missing if self._is_lost(name, modules, trainable, missing))
+
+    def _is_lost(self, name: str, modules: dict[str, nn.Module], trainable: set[str], missing: set[str]) -> bool:
+        def all_missing(path: str) -> bool:
+            return all(other in missing for other in trainable if other.startswith(f"{path}.") or not path)
+
+        owner = name.rpartition(".")[0]
+        tuner = _adapted_layer(name, modules)
+        if tuner is not None:
+            seen = self.seen.get(modules[tuner])
+            if seen is not None and seen.ran:
+                # An adapter adds to the output of its layer: where that matters, the adapter does.
+                return seen.reached or seen.severed
+        opaque: str | None = None  # the outermost module below the first that ran, inside of which nobody sees
+        path = owner
+        while not ((seen := self.seen.get(modules[path])) is not None and seen.ran):
+            if compat.is_compiled(modules[path]):
+                opaque = path
+            if not path:
+                return False
+            path = path.rpartition(".")[0]
+        if id(modules[path]) in self.compiled or compat.is_compiled(modules[path]):
+            opaque = path
+        if seen.severed and all_missing(path):
+            return True
+        if not seen.reached:
+            return False
+        # Parameters of a leaf live together; if others of them have a gradient, this one was not used.
+        is_leaf = path == owner and not any(True for _ in modules[path].children())
+        return (is_leaf and all_missing(path)) or (opaque is not None and all_missing(opaque))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+
+
+def _adapted_layer(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Path of the PEFT layer that the parameter ``name`` adapts; None if it belongs to no adapter."""
+    tuner = compat.peft_tuner_layer_type()
+    path, _, leaf = name.rpartition(".")
+    inside = leaf
+    while tuner is not None and path:
+        if isinstance(modules[path], tuner):
+            return None if inside.split(".")[0] == "base_layer" else path
+        path, _, leaf = path.rpartition(".")
+        inside = f"{leaf}.{inside}"
+    return None
