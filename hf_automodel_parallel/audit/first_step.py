@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import AutoParallelError
-from .replicas import differing_gradients, differing_values
+from .replicas import compare_copies
 from .witnesses import Witnesses
 
 logger = logging.getLogger(__name__)
@@ -75,19 +75,19 @@ class Audit:
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
         problems = [*self._flags(model), *self._lost(model, witnesses)]
-        differing = differing_gradients(model)
-        if differing is None:
-            return False
-        if differing:
-            problems.append(_forgotten_sum(differing))
-        drifted = differing_values(model, LATER_TOLERANCE if self.done else FIRST_TOLERANCE)
-        if drifted:
+        copies = compare_copies(model, LATER_TOLERANCE if self.done else FIRST_TOLERANCE, bool(problems))
+        if copies.gradients:
+            problems.append(_forgotten_sum(copies.gradients))
+        if copies.values:
             problems.append(
-                f"{_named(drifted, 'replicated parameters have')} different values on the ranks that should hold copies of "
-                f"them. Likely cause: something changed them on some ranks only after accelerator.prepare (a callback on "
+                f"{_named(copies.values, 'replicated parameters have')} different values on the ranks that should hold copies "
+                f"of them. Likely cause: something changed them on some ranks only after accelerator.prepare (a callback on "
                 f"rank 0, a checkpoint loaded on some ranks). Remedy: change parameters on all ranks alike, or before prepare."
             )
-        _raise_on_all(problems)
+        if problems or copies.troubled:
+            _raise_on_all(problems)
+        if copies.gradients is None:
+            return False
         if not self.done:
             logger.info("audit: gradients, flags and copies of the first step are in order")
         return True
@@ -178,11 +178,9 @@ def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
 
 
 def _raise_on_all(problems: list[str]) -> None:
-    """Raise everywhere if any rank has a problem: its own, or the one of the first rank that has."""
+    """Raise on every rank: its own problems, or those of the first rank that has any. Collective over all ranks."""
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, problems)
-    rank = dist.get_rank() if problems else next((r for r, theirs in enumerate(everyone) if theirs), None)
-    if rank is None:
-        return
+    rank = dist.get_rank() if problems else next(r for r, theirs in enumerate(everyone) if theirs)
     where = "" if rank == dist.get_rank() else f"on rank {rank}: "
     raise GradientAuditError(where + " | ".join(everyone[rank]))

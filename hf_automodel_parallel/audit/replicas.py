@@ -9,6 +9,7 @@ as they are large, so one look tells. Values are equal from the start and stay s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,72 +25,74 @@ NOISE_FLOOR = 1e-5
 #: Numbers of a fingerprint are summed over this many elements at a time, to bound the temporary memory.
 _CHUNK = 1 << 22
 
-#: Name -> parameter, and the numbers that are compared between its copies.
-_Rows = Mapping[str, tuple[DTensor, torch.Tensor]]
 
+@dataclass(frozen=True)
+class Copies:
+    """What a comparison of the copies found.
 
-@torch.no_grad()
-def differing_gradients(model: nn.Module) -> list[str] | None:
-    """Names of the parameters whose copies have different gradients.
-
-    Collective over all ranks; call it after outstanding partial gradients were summed and before the step.
-
-    Returns:
-        None if nothing can be said: a gradient is not finite.
+    Attributes:
+        gradients: names of the parameters whose copies have different gradients; None if a gradient is not finite, which
+            says nothing about copies.
+        values: names of the parameters whose copies have different values.
+        troubled: a rank has a problem of its own.
     """
-    # Every copied parameter, trainable or not, has its row: what a rank finds must not decide about a collective.
-    norms = {
-        name: (parameter, _gradient_norm(parameter))
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, DTensor) and _copied(parameter)
-    }
-    largest = [torch.zeros((), dtype=torch.float64)]
 
-    def wrong(copies: torch.Tensor) -> bool:
-        spread = copies.max() - copies.min()
-        return bool(spread > GRADIENT_TOLERANCE * copies.max() and spread > NOISE_FLOOR * largest[0])
-
-    table = _gathered(norms)
-    if not torch.isfinite(table).all():
-        return None
-    largest[0] = table.max() if table.numel() else largest[0]
-    return _disagreeing(norms, table, wrong)
+    gradients: list[str] | None
+    values: list[str]
+    troubled: bool
 
 
 @torch.no_grad()
-def differing_values(model: nn.Module, tolerance: float) -> list[str]:
-    """Names of the parameters whose copies have different values.
+def compare_copies(model: nn.Module, tolerance: float, trouble: bool) -> Copies:
+    """Compare gradients and values of the parameters that several ranks hold copies of.
 
-    Collective over all ranks. Costs one pass over the copied parameters and one small gather.
+    Collective over all ranks, one gather of three numbers per parameter; call it after outstanding partial gradients were
+    summed and before the step.
 
     Args:
         model: the sharded model, its parameters at rest.
-        tolerance: relative difference of two numbers computed from each copy (a norm and a weighted sum).
+        tolerance: relative difference that the values' fingerprints may have.
+        trouble: this rank has a problem of its own that the others should know of.
     """
-    prints = {
-        name: (parameter, _fingerprint(parameter.to_local()))
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, DTensor) and _copied(parameter)
-    }
+    # Every copied parameter, trainable or not, has its row: what a rank finds must not decide about a collective.
+    copied = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and _is_copied(p)}
+    device = communication_device()
+    rows = [torch.cat([_gradient_norm(p), _fingerprint(p.to_local())]).to(device) for p in copied.values()]
+    mine = torch.stack([*rows, torch.tensor([float(trouble), 0.0, 0.0], dtype=torch.float64, device=device)])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    table = torch.stack(everyone).cpu()  # (world size, rows, 3)
+    troubled, table = bool(table[:, -1, 0].any()), table[:, :-1]
+    norms = table[:, :, 0]
+    largest = norms.max() if norms.numel() else torch.zeros(())
 
-    def wrong(copies: torch.Tensor) -> bool:
-        spread = copies.amax(0) - copies.amin(0)
-        return not bool(
-            (spread <= tolerance * copies[:, 0].abs().max()).all()
-        )  # also true for values that are not finite
+    def differing_gradients(copies: torch.Tensor) -> bool:
+        spread = copies[:, 0].max() - copies[:, 0].min()
+        return bool(spread > GRADIENT_TOLERANCE * copies[:, 0].max() and spread > NOISE_FLOOR * largest)
 
-    return _disagreeing(prints, _gathered(prints), wrong)
+    def differing_values(copies: torch.Tensor) -> bool:
+        prints = copies[:, 1:]
+        if torch.equal(prints.nan_to_num(), prints[:1].nan_to_num().expand_as(prints)):
+            return False  # also where all of them are infinite or not a number
+        return not bool((prints.amax(0) - prints.amin(0) <= tolerance * prints[:, 0].max()).all())
+
+    finite = bool(torch.isfinite(norms).all())
+    return Copies(
+        _disagreeing(copied, table, differing_gradients) if finite else None,
+        _disagreeing(copied, table, differing_values),
+        troubled,
+    )
+
+
+def _is_copied(tensor: DTensor) -> bool:
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
 
 
 def _gradient_norm(parameter: nn.Parameter) -> torch.Tensor:
     if parameter.grad is None:
         return torch.zeros(1, dtype=torch.float64, device=parameter.device)
     return torch.linalg.vector_norm(parameter.grad.to_local().float()).double()[None]  # type: ignore[attr-defined]
-
-
-def _copied(tensor: DTensor) -> bool:
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return any(placement.is_replicate() and size > 1 for placement, size in sizes)
 
 
 def _fingerprint(local: torch.Tensor) -> torch.Tensor:
@@ -104,23 +107,10 @@ def _fingerprint(local: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _gathered(rows: _Rows) -> torch.Tensor:
-    """The numbers of every rank, float64 of shape (world size, number of parameters, numbers per parameter), on the CPU."""
-    device = communication_device()
-    mine = (
-        torch.stack([numbers.to(device) for _, numbers in rows.values()]) if rows else torch.empty(0, 1, device=device)
-    )
-    mine = mine.double()
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    if rows:  # the same on every rank: the ranks hold one model
-        dist.all_gather(everyone, mine)
-    return torch.stack(everyone).cpu()
-
-
-def _disagreeing(rows: _Rows, table: torch.Tensor, wrong: Callable[[torch.Tensor], bool]) -> list[str]:
+def _disagreeing(rows: Mapping[str, DTensor], table: torch.Tensor, wrong: Callable[[torch.Tensor], bool]) -> list[str]:
     """Names of the rows whose numbers differ, by ``wrong``, along a mesh axis over which the tensor is replicated."""
     found = []
-    for index, (name, (tensor, _)) in enumerate(rows.items()):
+    for index, (name, tensor) in enumerate(rows.items()):
         by_place = table[tensor.device_mesh.mesh.cpu(), index]  # mesh shape, then the numbers
         for axis, placement in enumerate(tensor.placements):
             if not placement.is_replicate() or tensor.device_mesh.shape[axis] == 1:

@@ -33,6 +33,7 @@ from ..synchronize import check_same_structure, equalize_parameters, synchronize
 from ..tensor_parallel.adapters import refuse_structural_changes
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
 from ..tensor_parallel.random import (
+    draws_random_numbers,
     install_own_numbers,
     install_sharded_dropout,
     refuse_compiled_dropout,
@@ -175,9 +176,10 @@ class DefaultStrategy:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
         job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
-        if job.compile_options is None:
-            install_own_numbers(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
-        synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
+        if draws_random_numbers(job.model):
+            if job.compile_options is None:
+                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+            synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""

@@ -121,19 +121,15 @@ def install_sharded_dropout(model: nn.Module, spec: ShardingSpec, mesh: DeviceMe
                 dropouts[adapter] = sharded.train(dropout.training)
 
 
-def install_own_numbers(
-    model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh, device: torch.device
-) -> OwnNumbers | None:
+def install_own_numbers(model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh, device: torch.device) -> OwnNumbers:
     """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis ``mesh``.
 
     A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations are
     not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete gradient.
 
     Returns:
-        The switch, or None if nothing in the model draws random numbers.
+        The switch.
     """
-    if not draws_random_numbers(model):
-        return None
     numbers = OwnNumbers(mesh.get_local_rank(), device)
     tuner = compat.peft_tuner_layer_type()
     for name, module in model.named_modules():
