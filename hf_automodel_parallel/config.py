@@ -182,6 +182,8 @@ class AutoParallelismConfig(ParallelismConfig):
             raise ConfigError(
                 f"audit_steps={steps} has a meaning with audit='every_n_steps' alone, not {self.audit!r}."
             )
+        if self.backend is None:  # an empty line in a YAML file
+            self.backend = "fsdp2"
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None

@@ -210,6 +210,35 @@ def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
     assert result["arguments"] == ["--learning_rate", "1"], "the script has its own arguments and no others"
 
 
+LEAVING_SCRIPT = """
+import atexit
+import sys
+import torch.distributed as dist
+
+atexit.register(lambda: print("LEFT", dist.is_initialized(), flush=True))  # runs after what is registered later
+
+from accelerate import Accelerator
+
+Accelerator()
+assert dist.is_initialized()
+if "fail" in sys.argv:
+    raise RuntimeError("of the script")
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_process_group_is_closed_before_python_goes(fails, tmp_path):
+    """Else gloo's threads may meet an interpreter that is gone: SIGABRT after all the work is done. After an error of the
+    script nobody waits for others."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING_SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    code, output = start([*torchrun, *LAUNCHER, "--auto_parallel", "tp=2", str(script), *["fail"] * fails], tmp_path)
+    assert (code == 0) == (not fails), output
+    left = [line for line in output.splitlines() if line.startswith("LEFT")]
+    assert left and set(left) == {f"LEFT {fails}"}, output
+
+
 def test_script_with_the_flag_under_torchrun(scripts, one_process, tmp_path):
     """No config file anywhere: the launcher's own flag is enough."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
