@@ -78,6 +78,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
     ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
+    ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
     ("transformers.distributed.mixin", "DistributedMixin._tp_plan", "the plan that a model brings along"),
@@ -330,3 +332,11 @@ def peft_dora_variant_type() -> type | None:
     from peft.tuners.lora.variants import DoraLinearVariant
 
     return DoraLinearVariant
+
+
+def initialize_fsdp(model: nn.Module) -> None:
+    """Let FSDP2 look at the units below ``model`` now, with ``model`` as their root, as its first forward would.
+
+    Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
+    """
+    model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]

@@ -25,11 +25,13 @@ class Prepared:
         job: the finished job.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         audited: the gradients of its first step have been looked at.
+        unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
     job: Job
     trainable: bool
     audited: bool = False
+    unloaded: bool = False
 
 
 #: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
@@ -89,6 +91,11 @@ def check_use(model: nn.Module, args: Any) -> None:
         )
     if record.trainable or not (model.training and torch.is_grad_enabled()):
         return
+    if record.unloaded:
+        raise PrepareError(
+            "this model has been unloaded from its adapters and now runs in training mode with gradients; what is left is for "
+            "evaluation and saving (model.eval() or torch.no_grad()). To train it on, save it and load it again."
+        )
     if any(p.requires_grad for p in model.parameters()):
         raise PrepareError(
             "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "

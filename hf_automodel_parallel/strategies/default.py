@@ -30,7 +30,6 @@ from ..plan.selection import select_plan
 from ..plan.spec import Plan, ShardingSpec
 from ..plan.validate import validate
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
-from ..tensor_parallel.adapters import refuse_structural_changes
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
 
 logger = logging.getLogger(__name__)
@@ -186,7 +185,6 @@ class DefaultStrategy:
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
         if job.tensor_parallel is not None:
-            refuse_structural_changes(job.model)
             if job.spec is not None and job.spec.packed():
                 job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_regions(job.model, layers, job.tensor_parallel, parts)
