@@ -44,6 +44,33 @@ ADDING = ("add_adapter", "add_weighted_adapter", "inject_adapter", "initialize_p
 UNLOADING = ("merge_and_unload", "unload")
 
 
+#: PEFT's methods whose model reads the weights of all layers outside of the layers' forward, where they are shards.
+_OUTSIDE_OF_LAYERS = {"ADALORA": "adds a penalty on the weights of its layers to the loss"}
+
+
+def check_trainable_as_shards(model: nn.Module) -> None:
+    """Refuse what sharding would train wrong in silence, on every mesh.
+
+    Raises:
+        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets only
+            a part of the gradient), or a PEFT method works with all weights outside of the layers.
+    """
+    hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
+    if hooked:
+        raise UnsupportedError(
+            f"{len(hooked)} parameters have hooks on their gradients ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), "
+            f"which their shards would not get. Remove the hooks and work on the gradients after backward, or, if they are "
+            f"those of a PEFT method (OSF, CPT), use another method."
+        )
+    for adapter, config in (getattr(model, "peft_config", None) or {}).items():
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if method in _OUTSIDE_OF_LAYERS:
+            raise UnsupportedError(
+                f"the adapter {adapter!r} is PEFT's {method}, which {_OUTSIDE_OF_LAYERS[method]}, where they are shards; it "
+                f"is not available. Use LoRA (rank_pattern gives layers different ranks)."
+            )
+
+
 def manage_adapters(
     model: nn.Module, state: TensorParallelState | None, on_unload: Callable[[nn.Module], None]
 ) -> None:

@@ -18,12 +18,14 @@ from ..activation_checkpointing import (
     shares_keys_and_values,
     switch_cache_off,
 )
+from ..adapters import check_trainable_as_shards
 from ..compile import compile_layers
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
 from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
+from ..plan.layers import check_peft_method
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
@@ -93,6 +95,7 @@ class DefaultStrategy:
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
+        check_trainable_as_shards(job.model)
         scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
         if scalars:
             raise UnsupportedError(
@@ -106,6 +109,7 @@ class DefaultStrategy:
 
     def select_tensor_parallel(self, job: Job) -> None:
         """Choose the plan and resolve it on the model."""
+        check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)

@@ -29,6 +29,7 @@ class TensorParallelState:
         copies: copy boundaries by module name, waiting for the region that they share inputs in.
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
         partial_names: names of the parameters with a partial gradient.
+        once: names of the parameters that count on the first rank only.
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
     """
@@ -38,6 +39,7 @@ class TensorParallelState:
     copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
     foreign: list[nn.Module] = field(default_factory=list)
     partial_names: set[str] = field(default_factory=set)
+    once: set[str] = field(default_factory=set)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
 
@@ -101,6 +103,8 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
             if parameter_spec.partial_gradient:
                 state.partial.add(module, key)
                 state.partial_names.add(name)
+            if parameter_spec.counts_once:
+                state.once.add(name)
 
 
 def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
@@ -179,7 +183,9 @@ def install_regions(
                     continue
                 full = f"{name}.{key}" if name else key
                 mark = state.partial.mark if full in state.partial_names else None
-                result.append(Entry(owner, key, mark, state.deferred.get(owner) if key == "bias" else None))
+                bias_of = state.deferred.get(owner) if key == "bias" else None
+                zero = full in state.once and state.mesh.get_local_rank() > 0
+                result.append(Entry(owner, key, mark, bias_of, zero))
         return result
 
     for unit in units:
@@ -198,10 +204,13 @@ def install_regions(
         Region(unit, entries, shared)
 
     callers: dict[nn.Module, list[Entry]] = {}
-    for name, owner in model.named_modules():
+    for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
         entries = [e for e in entries_of([(name, owner)]) if (id(owner), e.name) not in taken]
         if entries:
             callers.setdefault(_nearest_caller(model, name), []).extend(entries)
+        while entries and name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it
+            name = name.removesuffix(".base_layer")
+            callers.setdefault(model.get_submodule(name), []).extend(entries)
     for caller, entries in callers.items():
         Region(caller, entries, None)
     state.partial.resolve()
