@@ -138,6 +138,11 @@ def _refusal(name: str) -> Callable[..., Any]:
 def _on_whole_weights(layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if any(getattr(module, "quant_state", None) is not None for module in layer.modules()):
+            raise UnsupportedError(
+                f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises them anew. "
+                f"Save the adapter, load the base model unquantised in one process, and merge there."
+            )
         with whole(layer):
             return original(*args, **kwargs)
 

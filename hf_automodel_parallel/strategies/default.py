@@ -31,6 +31,7 @@ from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.spec import Plan, ShardingSpec
 from ..plan.validate import validate
+from ..quantization import check_quantized, keep_layout
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
 
@@ -96,6 +97,7 @@ class DefaultStrategy:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
         check_trainable_as_shards(job.model)
+        check_quantized(job.model, job.options.mp_policy.param_dtype, job.tp_mesh is not None, job.load_on_rank_zero)
         scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
         if scalars:
             raise UnsupportedError(
@@ -134,6 +136,7 @@ class DefaultStrategy:
         check_same_structure(job.model, job.spec)
         self.load_values(job)
         equalize_parameters(job.model)
+        keep_layout(job.model)
         if job.tp_mesh is not None:
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
