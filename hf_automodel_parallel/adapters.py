@@ -94,7 +94,8 @@ def manage_adapters(
             continue
         for name in SWITCHING:
             _bind(owner, name, lambda original: _at_rest(model, original))
-        for name in ADDING:
+        # transformers' own load_adapter() always makes a new one.
+        for name in (*ADDING, "load_adapter") if not compat.is_peft_model(owner) else ADDING:
             _bind(owner, name, lambda original: _refusal(original.__name__))
         for name in UNLOADING:
             _bind(owner, name, lambda original: _unloading(model, inner, state, original, on_unload))

@@ -12,7 +12,7 @@ from harness.models import build_model
 from harness.pool import run_distributed
 from parity.jobs import batches_for, data_rank
 from parity.test_gradients import MESHES
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -192,6 +192,32 @@ def structural_errors(sizes: dict[str, int]) -> dict[str, str]:
     except PrepareError as error:
         messages["train unloaded"] = str(error)
     return messages
+
+
+def wrap_after_prepare(sizes: dict[str, int]) -> str:
+    """Wrapping a prepared model works in PEFT; then nobody would sum the gradients of the new parameters."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build_model("llama")
+    batch = batches_for(model, 1)[0]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        model.load_adapter("somewhere")
+    except UnsupportedError as error:
+        message = str(error)
+    try:
+        inject_adapter_in_model(LoraConfig(target_modules=["v_proj"]), model)
+        model.train()(**batch)
+    except PrepareError as error:
+        return message + str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
+def test_wrapping_after_prepare_is_refused(mesh):
+    world, sizes, _ = MESHES[mesh]
+    for message in run_distributed(world, wrap_after_prepare, sizes):
+        assert message.startswith("load_adapter() on a model that is sharded already"), message
+        assert "trainable parameters have been added since accelerator.prepare" in message, message
 
 
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class Prepared:
         job: the finished job.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         audited: the gradients of its first step have been looked at.
+        names: of the parameters it had when it was prepared.
         unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
     job: Job
     trainable: bool
     audited: bool = False
+    names: set[str] = field(default_factory=set)
     unloaded: bool = False
 
 
@@ -43,6 +45,7 @@ _RECORD = "_automodel_parallel_record"
 
 def remember(model: nn.Module, record: Prepared) -> None:
     """Keep ``record`` on ``model``."""
+    record.names = {name for name, _ in model.named_parameters()}
     model.__dict__[_RECORD] = record
     _PREPARED.add(model)
 
@@ -89,7 +92,15 @@ def check_use(model: nn.Module, args: Any) -> None:
             f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the second "
             f"Trainer or Accelerator the same AutoParallelismConfig."
         )
-    if record.trainable or not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()):
+        return
+    added = [name for name, p in model.named_parameters() if p.requires_grad and name not in record.names]
+    if added:
+        raise PrepareError(
+            f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are not "
+            f"sharded, and nobody would sum their gradients over the ranks. Wrap and extend the model before prepare."
+        )
+    if record.trainable:
         return
     if record.unloaded:
         raise PrepareError(

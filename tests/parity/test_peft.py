@@ -43,6 +43,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "layers": ("llama", {}, {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]}),
     "patterns": ("llama", {}, {**ALL, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}),
+    "injected": ("llama", {}, {"target_modules": ["q_proj", "down_proj"]}),
     "alora": ("llama", {}, {**ALL, "alora_invocation_tokens": [5, 6]}),
 }
 
@@ -53,7 +54,12 @@ def build_cell(label: str) -> torch.nn.Module:
     values = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = get_peft_model(build_model(name, **overrides), LoraConfig(**values))
+        model = build_model(name, **overrides)
+        if label == "injected":  # transformers' own way, without a PeftModel
+            model.add_adapter(LoraConfig(**values))
+            model.train()
+        else:
+            model = get_peft_model(model, LoraConfig(**values))
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if parameter.requires_grad and (".bias" in key or "trainable_tokens" in key):

@@ -105,11 +105,13 @@ def test_training_equals_one_process(mesh, disturb, checkpoint):
             assert_losses_equal(seen[2 * step + 1][0], loss.item())
 
 
+IN_BFLOAT16 = {**NF4, "bnb_4bit_quant_storage": BFLOAT16, "bnb_4bit_compute_dtype": BFLOAT16}
+
+
 def adapter_file(directory: str, sizes: dict[str, int], mixed: str) -> dict[str, torch.Tensor]:
     """Train in mixed precision with bytes stored as bfloat16, save the adapter."""
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes), mixed_precision=mixed)
-    quantization = {**NF4, "bnb_4bit_quant_storage": BFLOAT16, "bnb_4bit_compute_dtype": BFLOAT16}
-    model = quantized(directory, quantization, {}, BFLOAT16)
+    model = quantized(directory, IN_BFLOAT16, {}, BFLOAT16)
     batch = batches_for(model, 2)[data_rank(accelerator)]
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.0))
     accelerator.backward(model(**batch).loss)
@@ -129,8 +131,8 @@ def test_mixed_precision_and_saving(checkpoint):
     from safetensors.torch import load_file
 
     saved = load_file(f"{checkpoint}/adapter/adapter_model.safetensors")
-    want = quantized(checkpoint, NF4, {}, BFLOAT16)
-    want = {n.replace(".default", ""): p for n, p in want.named_parameters() if p.requires_grad}
+    model = quantized(checkpoint, IN_BFLOAT16, {}, BFLOAT16)
+    want = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     assert saved.keys() == want.keys()
     assert all(torch.equal(saved[name], want[name]) for name in saved)
 
