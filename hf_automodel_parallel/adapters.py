@@ -164,7 +164,8 @@ def whole(layer: nn.Module) -> Iterator[None]:
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in shown:
-                full = parameter.detach().full_tensor().clone()
+                with torch.no_grad():  # detach() would make a spec without what compat marks in it
+                    full = parameter.full_tensor().clone()
                 shown[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
             places.append((owner, name, parameter))
         if "get_weight_norm" in owner.__dict__:  # DoRA's norm as a sum over ranks: here it sees whole rows
