@@ -80,6 +80,10 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
     ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
+    ("torch", "Tensor._backward_hooks", "hooks on a gradient, which sharding would lose"),
+    ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
+    ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
     ("transformers.distributed.mixin", "DistributedMixin._tp_plan", "the plan that a model brings along"),
@@ -286,13 +290,16 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def peft_lora_layer_types() -> tuple[type | None, type | None]:
-    """PEFT's plain LoRA layers ``(Linear, Embedding)``; ``(None, None)`` without peft."""
+def peft_layer_types() -> tuple[type, ...]:
+    """PEFT's layers that are local operators on a slice of their base layer, or leave it whole; empty without peft."""
     if "peft" not in sys.modules:
-        return None, None
+        return ()
+    from peft.tuners.ia3.layer import Linear as IA3Linear
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.tuners.lora.layer import Embedding, Linear
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-    return Linear, Embedding
+    return Linear, Embedding, IA3Linear, LNTuningLayer, TrainableTokensLayer
 
 
 def transformers_conv1d_type() -> type | None:
@@ -325,13 +332,26 @@ def parameters_of_ignored_modules(plugin: Any, model: nn.Module, device: torch.d
     return set(get_parameters_from_modules(plugin.ignored_modules, model, device))
 
 
-def peft_dora_variant_type() -> type | None:
-    """PEFT's DoRA for linear layers (``peft.tuners.lora.variants``, since 0.17), None without peft."""
+def peft_lora_variant_types() -> tuple[type, ...]:
+    """PEFT's variants of LoRA on linear layers that know no more than plain LoRA of features: DoRA and activated LoRA."""
     if "peft" not in sys.modules:
-        return None
-    from peft.tuners.lora.variants import DoraLinearVariant
+        return ()
+    from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 
-    return DoraLinearVariant
+    return DoraLinearVariant, ALoraLinearVariant
+
+
+def initialize_fsdp(model: nn.Module) -> None:
+    """Let FSDP2 look at the units below ``model`` now, with ``model`` as their root, as its first forward would.
+
+    Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
+    """
+    model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """True if somebody has registered a hook on the gradient of this very tensor object."""
+    return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def is_compiled(module: nn.Module) -> bool:

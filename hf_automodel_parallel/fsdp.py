@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,14 +120,19 @@ def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
 
 
 def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
-    inside = {id(m) for root in group for m in root.modules()}
-    owners: dict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].add(id(module))
+    """True if no parameter below ``group`` is reached on a way around it, be it the parameter or its module that is shared."""
     mine = {id(p) for root in group for p in root.parameters()}
-    return bool(mine) and all(owners[p] <= inside for p in mine)
+    seen = {id(root) for root in group}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if any(id(parameter) in mine for parameter in module._parameters.values()):
+            return False
+        waiting.extend(module.children())
+    return bool(mine)
 
 
 def _shard_large_modules(model: nn.Module, minimum: int, common: dict[str, Any]) -> None:

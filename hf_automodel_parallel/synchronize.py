@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .errors import ConfigError, PrepareError
 from .plan.spec import ShardingSpec
+from .quantization import state_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> 
 
 @torch.no_grad()
 def equalize_parameters(model: nn.Module) -> list[str]:
-    """Give every rank rank 0's value of each parameter and buffer that differs, and only of those.
+    """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
 
     Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
     their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and one
@@ -112,7 +113,7 @@ def equalize_parameters(model: nn.Module) -> list[str]:
     Returns:
         Names of the tensors that were broadcast.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(state_tensors(model))}
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
     device = communication_device()
     mine = torch.tensor([_fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness.models import LORA_7, MODELS
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -697,24 +697,15 @@ def test_prefix_tuning_is_refused_by_name():
             {"target_modules": ["embed_tokens"], "use_dora": True},
             "embed_tokens uses the LoRA variant DoraEmbeddingVariant",
         ),
-        ({"target_modules": ["q_proj"], "alora_invocation_tokens": [1]}, "q_proj uses the LoRA variant ALora"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "q_proj has lora_bias=True"),
-        (
-            {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-            "embed_tokens is wrapped in PEFT's TrainableTokens",
-        ),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "mica"}, "q_proj uses the LoRA variant MiCA"),
     ],
-    ids=["dora_embedding", "alora", "lora_bias", "trainable_tokens"],
+    ids=["dora_embedding", "mica"],
 )
 def test_adapters_that_are_not_supported_are_refused_by_name(values, message):
-    model = build("llama")
-    if values.get("lora_bias") or values.get("use_dora"):
-        from harness.models import build_model
+    from harness.models import build_model
 
-        model = build_model("llama")  # PEFT computes with the weights
-        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **values))
-    else:
-        wrapped = wrap(model, **values)
+    # PEFT computes with the weights, so they have to be there.
+    wrapped = get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, **values))
     with pytest.raises(UnsupportedError, match=message) as caught:
         plan_and_spec(wrapped)
     assert "tp_size=1" in str(caught.value)
@@ -722,17 +713,16 @@ def test_adapters_that_are_not_supported_are_refused_by_name(values, message):
 
 def test_another_peft_method_is_refused_by_name():
     with torch.device("meta"):
-        model = get_peft_model(build("llama"), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedError, match=r"is the PEFT layer ia3\.layer\.Linear.*tp_size=1"):
+        model = get_peft_model(build("llama"), LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedError, match=r"is PEFT's LOHA, which is not available.*tp_size=1"):
         plan_and_spec(model)
 
 
 def test_unsupported_adapter_on_a_layer_that_is_not_sharded():
     """Only what is sharded has to be understood."""
     with torch.device("meta"):
-        model = get_peft_model(
-            build("llama"), IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
-        )
+        model = build("llama")
+    model = get_peft_model(model.to_empty(device="cpu"), LoraConfig(target_modules=["embed_tokens"], use_dora=True))
     assert placements(model, MLP).keys() == {
         f"base_model.model.model.layers.{i}.mlp.{m}.weight"
         for i in range(2)

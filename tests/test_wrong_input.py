@@ -17,7 +17,7 @@ from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPl
 from harness.compare import assert_gradients_equal, full_grads
 from harness.models import build_model, lora, make_batches
 from harness.pool import expect_error, run_distributed
-from peft import IA3Config, PromptTuningConfig, get_peft_model
+from peft import OFTConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
@@ -54,8 +54,8 @@ def adapt(model: nn.Module, adapter: str | dict[str, Any]) -> nn.Module:
     torch.manual_seed(1)
     if adapter == "dora":
         return lora(model, use_dora=True, target_modules=["q_proj", "down_proj"])
-    if adapter == "ia3":
-        return get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+    if adapter == "oft":
+        return get_peft_model(model, OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=4))
     if adapter == "prompt":
         return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     raise ValueError(adapter)
@@ -460,11 +460,7 @@ UNSUPPORTED = {
         {"use_dora": True, "target_modules": ["embed_tokens"]},
         r"embed_tokens uses the LoRA variant DoraEmbedding.*tp_size=1",
     ),
-    "ia3": ("ia3", r"is the PEFT layer ia3\.layer\.Linear.*tp_size=1"),
-    "trainable_tokens": (
-        {"trainable_token_indices": [1, 2], "target_modules": ["q_proj"]},
-        r"embed_tokens is wrapped in PEFT's TrainableTokens.*tp_size=1",
-    ),
+    "oft": ("oft", r"is PEFT's OFT, which is not available under tensor parallelism.*tp_size=1"),
 }
 
 

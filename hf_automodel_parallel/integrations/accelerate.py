@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
 from ..activation_checkpointing import normalized_mode
+from ..adapters import manage_adapters
 from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
 from ..errors import ConfigError, PrepareError, not_available_yet
@@ -202,10 +203,21 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
+    _watch(model)
+    manage_adapters(model, job.tensor_parallel, lambda plain: _after_unload(plain, job))
+    return record
+
+
+def _watch(model: nn.Module) -> None:
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     guard_saving(model)
-    return record
+
+
+def _after_unload(plain: nn.Module, job: Job) -> None:
+    """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
+    remember(plain, Prepared(job, trainable=False, unloaded=True))
+    _watch(plain)
 
 
 def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:

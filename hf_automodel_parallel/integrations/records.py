@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,16 @@ class Prepared:
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         trainable_names: parameters that were trainable when the user handed the model over.
         audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
+        names: of the parameters it had when it was prepared.
+        unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
     job: Job
     trainable: bool
     trainable_names: frozenset[str] = frozenset()
     audit: Audit | None = None
+    names: set[str] = field(default_factory=set)
+    unloaded: bool = False
 
     @property
     def audited(self) -> bool:
@@ -49,6 +53,7 @@ _RECORD = "_automodel_parallel_record"
 
 def remember(model: nn.Module, record: Prepared) -> None:
     """Keep ``record`` on ``model``."""
+    record.names = {name for name, _ in model.named_parameters()}
     model.__dict__[_RECORD] = record
     _PREPARED.add(model)
 
@@ -95,8 +100,21 @@ def check_use(model: nn.Module, args: Any) -> None:
             f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the second "
             f"Trainer or Accelerator the same AutoParallelismConfig."
         )
-    if record.trainable or not (model.training and torch.is_grad_enabled()):
+    if not (model.training and torch.is_grad_enabled()):
         return
+    added = [name for name, p in model.named_parameters() if p.requires_grad and name not in record.names]
+    if added:
+        raise PrepareError(
+            f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are not "
+            f"sharded, and nobody would sum their gradients over the ranks. Wrap and extend the model before prepare."
+        )
+    if record.trainable:
+        return
+    if record.unloaded:
+        raise PrepareError(
+            "this model has been unloaded from its adapters and now runs in training mode with gradients; what is left is for "
+            "evaluation and saving (model.eval() or torch.no_grad()). To train it on, save it and load it again."
+        )
     if any(p.requires_grad for p in model.parameters()):
         raise PrepareError(
             "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "

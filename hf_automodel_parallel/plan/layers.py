@@ -67,19 +67,24 @@ def as_matrix(module: nn.Module, name: str) -> Matrix | None:
 
 
 def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that do the work of ``module``: itself, or each copy inside a PEFT ``modules_to_save`` wrapper.
+    """The modules that do the work of ``module``: itself, or what is inside of a PEFT wrapper around it.
+
+    That is each copy of a ``modules_to_save`` wrapper, and the layer that ``trainable_token_indices`` puts in.
 
     Raises:
-        UnsupportedError: another auxiliary wrapper (trainable token rows) under tensor parallelism.
+        UnsupportedError: another auxiliary wrapper under tensor parallelism.
     """
     auxiliary = compat.peft_auxiliary_wrapper_type()
     if auxiliary is None or not isinstance(module, auxiliary):
         yield name, module
         return
+    if isinstance(getattr(module, "token_adapter", None), nn.Module):
+        yield f"{name}.token_adapter", module.token_adapter  # type: ignore[misc]
+        return
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         raise UnsupportedError(
-            f"{name} is wrapped in PEFT's {type(module).__name__}, which is not available yet under tensor parallelism. "
+            f"{name} is wrapped in PEFT's {type(module).__name__}, which is not available under tensor parallelism. "
             f"Use tp_size=1 (FSDP2 works), or drop the option from the PEFT config."
         )
     yield f"{name}.original_module", module.original_module  # type: ignore[misc]
@@ -87,44 +92,36 @@ def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modu
         yield f"{name}.modules_to_save.{adapter}", copy
 
 
-#: Methods that hand keys and values of all heads to every attention, or wrap the attention itself.
-_METHODS_INSIDE_ATTENTION = ("PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT")
+#: PEFT's methods that tensor parallelism knows. The rest would see a slice where they expect a whole layer or all heads.
+_METHODS = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 
 
 def check_peft_method(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if a PEFT method of ``model`` cannot work with sharded attention heads."""
+    """Raise :class:`UnsupportedError` if a PEFT method of ``model`` is not one that is right with sharded layers."""
     if not compat.is_peft_model(model):
         return
     for adapter, config in model.peft_config.items():  # type: ignore[union-attr,operator]
         method = str(getattr(config.peft_type, "value", config.peft_type))
-        if method in _METHODS_INSIDE_ATTENTION:
+        if method not in _METHODS:
             raise UnsupportedError(
-                f"the adapter {adapter!r} is PEFT's {method}, which works on all attention heads of a layer and is not "
-                f"available under tensor parallelism. Use LoRA or prompt tuning, or tp_size=1 (FSDP2 works)."
+                f"the adapter {adapter!r} is PEFT's {method}, which is not available under tensor parallelism (available: "
+                f"{', '.join(_METHODS)}). Use one of these, or tp_size=1 (FSDP2 works)."
             )
 
 
 def check_adapter(name: str, module: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard yet."""
-    lora_linear, lora_embedding = compat.peft_lora_layer_types()
     kind = type(module)
     method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
-    if kind not in (lora_linear, lora_embedding) and not is_parameter_adapter(module):
+    if kind not in compat.peft_layer_types() and not is_parameter_adapter(module):
         raise UnsupportedError(f"{name} is the PEFT layer {method}, not available under tensor parallelism. {remedy}")
-    dora = compat.peft_dora_variant_type()
-    others = {
-        type(v).__name__ for v in getattr(module, "lora_variant", {}).values() if dora is None or type(v) is not dora
-    }
+    known = compat.peft_lora_variant_types()
+    others = {type(v).__name__ for v in getattr(module, "lora_variant", {}).values() if type(v) not in known}
     if others:
         raise UnsupportedError(
             f"{name} uses the LoRA variant {', '.join(sorted(others))}, not available yet under tensor parallelism. {remedy}"
         )
-    for adapter, b in getattr(module, "lora_B", {}).items():
-        if getattr(b, "bias", None) is not None:
-            raise UnsupportedError(
-                f"{name} has lora_bias=True in the adapter {adapter!r}, not available yet under tensor parallelism. {remedy}"
-            )
 
 
 def is_parameter_adapter(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from .layers import (
 )
 from .names import pattern_regex, plan_name, precision, unwrapped
 from .spec import (
+    ADDED_ONCE,
     PARTIAL,
     REPLICATED,
     Input,
@@ -205,6 +206,8 @@ class _Resolver:
             check_adapter(base_name, base)
             adapter = None if is_parameter_adapter(base) else base
             base_name, base = f"{base_name}.base_layer", base.base_layer  # type: ignore[assignment]
+        if hasattr(adapter, "trainable_tokens_delta") and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
+            return self._edited_rows(name, adapter, base_name, base)  # type: ignore[arg-type]
         if style in LINEAR_STYLES:
             matrix = as_matrix(base, name)
             if matrix is None:
@@ -238,7 +241,9 @@ class _Resolver:
             row.output,
             deferred_bias=base_name.removeprefix(name).lstrip(".") if has_bias and row.side == "in" else None,
         )
-        if adapter is not None:
+        if hasattr(adapter, "ia3_l"):
+            self._ia3(name, adapter, row.side, row.blocks)  # type: ignore[arg-type]
+        elif adapter is not None:
             self._lora(name, adapter, row.side, row.blocks)
         return str(weight) + ("" if style == entry.style else f" ({style})")
 
@@ -252,11 +257,43 @@ class _Resolver:
             else:
                 self.spec.parameters[a] = ParameterSpec(1, blocks)
                 self.spec.parameters[b] = PARTIAL
+            if getattr(adapter.lora_B[key], "bias", None) is not None:  # type: ignore[index,union-attr]
+                bias = f"{name}.lora_B.{key}.bias"
+                self.spec.parameters[bias] = ParameterSpec(0, blocks) if side == "out" else ADDED_ONCE
         for key in getattr(adapter, "lora_magnitude_vector", {}):
             magnitude = f"{name}.lora_magnitude_vector.{key}"
             self.spec.parameters[f"{magnitude}.weight"] = ParameterSpec(0, blocks) if side == "out" else PARTIAL
             if side == "in":
                 self.spec.summed_norms.append(magnitude)
+
+    def _ia3(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
+        """A vector that scales the input or the output features; on the side that is not sharded it scales summands."""
+        own = "in" if adapter.is_feedforward else "out"
+        module = self.spec.modules[name]
+        if own == "out" and module.deferred_bias is not None:
+            raise UnsupportedError(
+                f"{name} has a bias and is row-wise; IA3 on its output would have to scale the bias too, which is added after "
+                f"the reduction. List it in feedforward_modules, exclude it from target_modules, or use tp_size=1."
+            )
+        for key in adapter.ia3_l:  # type: ignore[union-attr]
+            spec = ParameterSpec(0 if own == "out" else 1, blocks) if own == side else PARTIAL
+            self.spec.parameters[f"{name}.ia3_l.{key}"] = spec
+
+    def _edited_rows(self, name: str, adapter: nn.Module, base_name: str, base: nn.Module) -> str:
+        """PEFT replaces rows of the whole table, so the table (and a head tied to it) is sharded on the hidden dimension."""
+        hidden = base.weight.shape[1]  # type: ignore[union-attr,index]
+        if hidden % self.tp_size:
+            self.spec.notes.append(f"{name}: {hidden} features do not divide by tp_size={self.tp_size}; replicated.")
+            return "Replicate"
+        shard = ParameterSpec(1)
+        self.spec.parameters[f"{base_name}.weight"] = shard
+        for key in adapter.trainable_tokens_delta:  # type: ignore[union-attr]
+            self.spec.parameters[f"{name}.trainable_tokens_delta.{key}"] = shard
+        is_table = isinstance(base, nn.Embedding)
+        self.spec.modules[name] = (
+            ModuleSpec(output=Output.GATHER) if is_table else ModuleSpec(Input.SPLIT, Output.REDUCE)
+        )
+        return f"{shard} (rows are trained)"
 
     def _fitting_style(self, name: str, matrix: Matrix, style: str) -> str | None:
         """``style``, or its swap when this side does not divide and the layer's outer activations stay the same."""

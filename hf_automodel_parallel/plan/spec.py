@@ -70,11 +70,13 @@ class ParameterSpec:
         dim: sharded dimension, or None for replicated.
         blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
         partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
+        counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with zeros.
     """
 
     dim: int | None = None
     blocks: int = 1
     partial_gradient: bool = False
+    counts_once: bool = False
 
     def __str__(self) -> str:
         if self.dim is None:
@@ -84,6 +86,7 @@ class ParameterSpec:
 
 REPLICATED = ParameterSpec()
 PARTIAL = ParameterSpec(partial_gradient=True)
+ADDED_ONCE = ParameterSpec(partial_gradient=True, counts_once=True)
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,21 @@ from ..activation_checkpointing import (
     shares_keys_and_values,
     switch_cache_off,
 )
+from ..adapters import check_trainable_as_shards
 from ..compile import compile_layers
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
 from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
+from ..plan.layers import check_peft_method
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.spec import Plan, ShardingSpec
 from ..plan.validate import validate
+from ..quantization import check_quantized, keep_layout
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
-from ..tensor_parallel.adapters import refuse_structural_changes
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
 from ..tensor_parallel.random import (
     draws_random_numbers,
@@ -101,6 +103,8 @@ class DefaultStrategy:
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
+        check_trainable_as_shards(job.model)
+        check_quantized(job.model, job.options.mp_policy.param_dtype, job.tp_mesh is not None, job.load_on_rank_zero)
         scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
         if scalars:
             raise UnsupportedError(
@@ -114,6 +118,7 @@ class DefaultStrategy:
 
     def select_tensor_parallel(self, job: Job) -> None:
         """Choose the plan and resolve it on the model."""
+        check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
@@ -140,6 +145,7 @@ class DefaultStrategy:
         check_same_structure(job.model, job.spec)
         self.load_values(job)
         equalize_parameters(job.model)
+        keep_layout(job.model)
         if job.tp_mesh is not None:
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
@@ -200,7 +206,6 @@ class DefaultStrategy:
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
         if job.tensor_parallel is not None:
-            refuse_structural_changes(job.model)
             if job.spec is not None and job.spec.packed():
                 job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_regions(job.model, layers, job.tensor_parallel, parts)

@@ -1,4 +1,4 @@
-"""What adapters need beyond boundaries: DoRA's norm of rows spread over ranks, and no change of structure afterwards."""
+"""What adapters need beyond boundaries: DoRA's norm of rows spread over ranks."""
 
 from __future__ import annotations
 
@@ -8,41 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import compat
-from ..errors import UnsupportedError
 from .collectives import all_reduce
-
-#: Methods of a PEFT model that replace layers or add parameters, which would escape the placements and boundaries.
-STRUCTURAL_METHODS = (
-    "merge_and_unload",
-    "unload",
-    "merge_adapter",
-    "unmerge_adapter",
-    "add_adapter",
-    "load_adapter",
-    "add_weighted_adapter",
-)
-
-
-def refuse_structural_changes(model: nn.Module) -> None:
-    """Let the methods of a tensor-parallel PEFT model that rebuild layers raise instead of computing something wrong."""
-    if not compat.is_peft_model(model):
-        return
-    for owner in (model, model.base_model):
-        for method in STRUCTURAL_METHODS:
-            if callable(getattr(owner, method, None)):
-                setattr(owner, method, _refusal(method))
-
-
-def _refusal(method: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            f"{method}() on a tensor-parallel model is not available yet: it replaces layers or adds parameters that have no "
-            f"place on the tp axis. Set adapters up before accelerator.prepare; to merge, save the adapter and merge it in "
-            f"one process with plain PEFT."
-        )
-
-    return refuse
 
 
 def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +29,9 @@ class TensorParallelState:
         copies: copy boundaries by module name, waiting for the region that they share inputs in.
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
         partial_names: names of the parameters with a partial gradient.
+        once: names of the parameters that count on the first rank only.
         deferred: owner of a bias -> the boundary that adds it after the reduction.
+        hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
     """
 
     mesh: DeviceMesh
@@ -36,7 +39,19 @@ class TensorParallelState:
     copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
     foreign: list[nn.Module] = field(default_factory=list)
     partial_names: set[str] = field(default_factory=set)
+    once: set[str] = field(default_factory=set)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
+    hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
+
+    def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
+        """Put a boundary on ``module``."""
+        self.hooks.setdefault(module, []).append((register(module), register))
+
+    def move_boundaries(self, old: nn.Module, new: nn.Module) -> None:
+        """Take the boundaries off ``old`` and put them on ``new``, which has taken its place in the model."""
+        for handle, register in self.hooks.pop(old, []):
+            handle.remove()
+            self.hook(new, register)
 
 
 def apply_tensor_parallel(
@@ -88,40 +103,46 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
             if parameter_spec.partial_gradient:
                 state.partial.add(module, key)
                 state.partial_names.add(name)
+            if parameter_spec.counts_once:
+                state.once.add(name)
 
 
 def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+
+    def before(hook: Callable[..., Any]) -> None:
+        state.hook(module, lambda m: m.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(hook: Callable[..., Any], **options: bool) -> None:
+        state.hook(module, lambda m: m.register_forward_hook(hook, **options))
+
     if spec.input is Input.COPY:
-        copy = boundaries.CopyInput(group)
-        module.register_forward_pre_hook(copy, with_kwargs=True)
-        state.copies[name] = copy
+        state.copies[name] = boundaries.CopyInput(group)
+        before(state.copies[name])
     elif spec.input is Input.COPY_ALL:
-        module.register_forward_pre_hook(boundaries.CopyAllInputs(group), with_kwargs=True)
+        before(boundaries.CopyAllInputs(group))
     elif spec.input is Input.SPLIT:
-        module.register_forward_pre_hook(boundaries.SplitInput(group, rank, size), with_kwargs=True)
+        before(boundaries.SplitInput(group, rank, size))
     elif spec.input is Input.SCALE:
-        module.register_forward_pre_hook(boundaries.ScaleInput(size), with_kwargs=True)
+        before(boundaries.ScaleInput(size))
     elif spec.input is Input.MASK:
         rows: int = cast(nn.Embedding, module).weight.shape[0] // size
         vocabulary = boundaries.VocabularySlice(group, rank, rows)
-        module.register_forward_pre_hook(vocabulary.before, with_kwargs=True)
-        module.register_forward_hook(vocabulary.after, always_call=True)
+        before(vocabulary.before)
+        after(vocabulary.after, always_call=True)
         return
     if spec.output is Output.REDUCE:
-        bias_owner = None
-        if spec.deferred_bias is not None:
-            bias_owner = module.get_submodule(spec.deferred_bias)
+        bias_owner = None if spec.deferred_bias is None else module.get_submodule(spec.deferred_bias)
         reduce = boundaries.ReduceOutput(group, bias_owner)
-        module.register_forward_hook(reduce)
+        after(reduce)
         if bias_owner is not None:
             state.deferred[bias_owner] = reduce
     elif spec.output is Output.GATHER:
-        module.register_forward_hook(boundaries.GatherOutput(group, rank, size))
+        after(boundaries.GatherOutput(group, rank, size))
     elif spec.output is Output.COPY_TAIL:
-        module.register_forward_hook(boundaries.CopyTail(group, spec.tail))
+        after(boundaries.CopyTail(group, spec.tail))
 
 
 def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
@@ -162,7 +183,9 @@ def install_regions(
                     continue
                 full = f"{name}.{key}" if name else key
                 mark = state.partial.mark if full in state.partial_names else None
-                result.append(Entry(owner, key, mark, state.deferred.get(owner) if key == "bias" else None))
+                bias_of = state.deferred.get(owner) if key == "bias" else None
+                zero = full in state.once and state.mesh.get_local_rank() > 0
+                result.append(Entry(owner, key, mark, bias_of, zero))
         return result
 
     for unit in units:
@@ -181,10 +204,13 @@ def install_regions(
         Region(unit, entries, shared)
 
     callers: dict[nn.Module, list[Entry]] = {}
-    for name, owner in model.named_modules():
+    for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
         entries = [e for e in entries_of([(name, owner)]) if (id(owner), e.name) not in taken]
         if entries:
             callers.setdefault(_nearest_caller(model, name), []).extend(entries)
+        while entries and name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it
+            name = name.removesuffix(".base_layer")
+            callers.setdefault(model.get_submodule(name), []).extend(entries)
     for caller, entries in callers.items():
         Region(caller, entries, None)
     state.partial.resolve()

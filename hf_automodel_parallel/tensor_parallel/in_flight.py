@@ -32,12 +32,14 @@ class Entry:
         name: its name there.
         on_gradient: called when a backward reaches it (its gradient is partial), or None.
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
+        zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
     """
 
     owner: nn.Module
     name: str
     on_gradient: Callable[[torch.Tensor], None] | None = None
     bias_of: ReduceOutput | None = None
+    zero: bool = False
 
 
 class Region:
@@ -111,6 +113,8 @@ class Region:
                 tensor = parameter.to_local(grad_placements=parameter.placements)
                 if entry.on_gradient is not None and tensor.requires_grad:
                     tensor.register_hook(entry.on_gradient)
+                if entry.zero:
+                    tensor = tensor * 0
                 local[id(parameter)] = tensor
             if entry.bias_of is not None:
                 entry.bias_of.bias = tensor

@@ -100,7 +100,8 @@ def full_grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
 
 def full_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole parameters as plain tensors; a collective, to be called on all ranks of the model."""
-    return {normalize_name(name): _full(parameter.detach()) for name, parameter in model.named_parameters()}
+    with torch.no_grad():  # detach() would lose what compat marks in the spec of packed parameters before torch 2.13
+        return {normalize_name(name): _full(parameter).detach() for name, parameter in model.named_parameters()}
 
 
 def normalize_name(name: str) -> str:

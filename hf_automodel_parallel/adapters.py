@@ -1,0 +1,255 @@
+"""PEFT's operations on a sharded model: switching, merging, unloading, loading; what cannot be done is refused.
+
+PEFT computes with whole weights and knows nothing of shards. So its own code runs, on whole tensors: one layer at a time is
+gathered, PEFT merges it, and each rank keeps its part of the result. That is right for every method, placement and mesh,
+and never holds more than one whole layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from . import compat
+from .errors import UnsupportedError
+from .fsdp import fsdp_units
+from .plan.names import unwrapped
+
+if TYPE_CHECKING:
+    from .tensor_parallel.apply import TensorParallelState
+
+#: They change which parameters are trainable or there, which has to happen to the shards and not to gathered copies.
+SWITCHING = (
+    "set_adapter",
+    "delete_adapter",
+    "set_requires_grad",
+    "enable_adapter_layers",
+    "disable_adapter_layers",
+    "enable_adapters",
+    "disable_adapters",
+    "merge_adapter",
+    "unmerge_adapter",
+    "load_adapter",
+)
+#: They add parameters, for which no unit of FSDP2 and no place on the tp axis exists.
+ADDING = ("add_adapter", "add_weighted_adapter", "inject_adapter", "initialize_peft_layers")
+#: They put the base layers back into the place of PEFT's.
+UNLOADING = ("merge_and_unload", "unload")
+
+
+#: PEFT's methods whose model reads the weights of all layers outside of the layers' forward, where they are shards.
+_OUTSIDE_OF_LAYERS = {"ADALORA": "adds a penalty on the weights of its layers to the loss"}
+
+
+def check_trainable_as_shards(model: nn.Module) -> None:
+    """Refuse what sharding would train wrong in silence, on every mesh.
+
+    Raises:
+        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets only
+            a part of the gradient), or a PEFT method works with all weights outside of the layers.
+    """
+    hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
+    if hooked:
+        raise UnsupportedError(
+            f"{len(hooked)} parameters have hooks on their gradients ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), "
+            f"which their shards would not get. Remove the hooks and work on the gradients after backward, or, if they are "
+            f"those of a PEFT method (OSF, CPT), use another method."
+        )
+    for adapter, config in (getattr(model, "peft_config", None) or {}).items():
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        if method in _OUTSIDE_OF_LAYERS:
+            raise UnsupportedError(
+                f"the adapter {adapter!r} is PEFT's {method}, which {_OUTSIDE_OF_LAYERS[method]}, where they are shards; it "
+                f"is not available. Use LoRA (rank_pattern gives layers different ranks)."
+            )
+
+
+def manage_adapters(
+    model: nn.Module, state: TensorParallelState | None, on_unload: Callable[[nn.Module], None]
+) -> None:
+    """Let PEFT's operations on ``model`` do what they do in one process, or say why they cannot.
+
+    Args:
+        model: the sharded model: a ``PeftModel``, or a model that carries adapters without one.
+        state: its tensor parallelism, None without.
+        on_unload: called with the plain model after ``merge_and_unload`` or ``unload``.
+    """
+    model.register_load_state_dict_pre_hook(_shard_loaded_values)
+    tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
+    for layer in model.modules():
+        if tuner is not None and isinstance(layer, (tuner, auxiliary)):  # type: ignore[arg-type]
+            for name in ("merge", "unmerge"):
+                if callable(getattr(layer, name, None)):
+                    layer.__dict__[name] = _on_whole_weights(layer, getattr(layer, name))
+    inner, _ = unwrapped(model)
+    for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
+        if not isinstance(owner, nn.Module):
+            continue
+        for name in SWITCHING:
+            _bind(owner, name, lambda original: _at_rest(model, original))
+        # transformers' own load_adapter() always makes a new one.
+        for name in (*ADDING, "load_adapter") if not compat.is_peft_model(owner) else ADDING:
+            _bind(owner, name, lambda original: _refusal(original.__name__))
+        for name in UNLOADING:
+            _bind(owner, name, lambda original: _unloading(model, inner, state, original, on_unload))
+    if tuner is not None:
+        # Before FSDP2's hook, which gathers the parameters of the root.
+        model.register_forward_pre_hook(_unmerge_disabled, prepend=True)
+
+
+def _bind(owner: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Replace the method ``name`` of this one object, if its class (and not an object that it forwards to) has it."""
+    if callable(getattr(type(owner), name, None)):
+        owner.__dict__[name] = wrap(getattr(owner, name))
+
+
+def _at_rest(model: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, called when all parameters are shards: after a forward some units show gathered copies instead."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for unit in fsdp_units(model):
+            unit.reshard()
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"{name}() on a model that is sharded already: the new parameters would belong to no FSDP2 unit and have no place "
+            f"on the tp axis, so each rank would train its own copy. Add or load all adapters before accelerator.prepare and "
+            f"switch between them with set_adapter(); load_adapter() into an adapter that exists is possible."
+        )
+
+    return refuse
+
+
+# ---- merging -------------------------------------------------------------------------------------------------------
+
+
+def _on_whole_weights(layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(getattr(module, "quant_state", None) is not None for module in layer.modules()):
+            raise UnsupportedError(
+                f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises them anew. "
+                f"Save the adapter, load the base model unquantised in one process, and merge there."
+            )
+        with whole(layer):
+            return original(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def whole(layer: nn.Module) -> Iterator[None]:
+    """Show the parameters of ``layer`` as whole plain tensors; what is written to them is kept, each rank its part.
+
+    Collective: all ranks enter it for the same layers in the same order. The parameters must be at rest.
+    """
+    shown: dict[int, nn.Parameter] = {}
+    places: list[tuple[nn.Module, str, Any]] = []
+    methods: list[tuple[nn.Module, Any]] = []
+    for owner in layer.modules():
+        for name, parameter in owner._parameters.items():
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in shown:
+                with torch.no_grad():  # detach() would make a spec without what compat marks in it
+                    full = parameter.full_tensor().clone()
+                shown[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+            places.append((owner, name, parameter))
+        if "get_weight_norm" in owner.__dict__:  # DoRA's norm as a sum over ranks: here it sees whole rows
+            methods.append((owner, owner.__dict__.pop("get_weight_norm")))
+    for owner, name, parameter in places:
+        owner._parameters[name] = shown[id(parameter)]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in places:
+            value: Any = owner._parameters[name]
+            owner._parameters[name] = parameter
+            with torch.no_grad():
+                parameter.to_local().copy_(_shard_like(value.detach(), parameter).to_local())
+        for owner, method in methods:
+            owner.__dict__["get_weight_norm"] = method
+
+
+def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _unmerge_disabled(model: nn.Module, args: Any) -> None:
+    """Unmerge switched-off adapters before the forward; PEFT does it inside, where it would write to gathered copies."""
+    tuner = compat.peft_tuner_layer_type()
+    for layer in model.modules():
+        if tuner is not None and isinstance(layer, tuner) and layer.disable_adapters and layer.merged:
+            for unit in fsdp_units(model):
+                unit.reshard()
+            layer.unmerge()  # type: ignore[operator]
+
+
+# ---- unloading -----------------------------------------------------------------------------------------------------
+
+
+def _unloading(
+    model: nn.Module,
+    inner: nn.Module,
+    state: TensorParallelState | None,
+    original: Callable[..., Any],
+    on_unload: Callable[[nn.Module], None],
+) -> Callable[..., Any]:
+    """``merge_and_unload`` or ``unload``: what was attached to PEFT's layers moves to the layers that take their place."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> nn.Module:
+        for unit in fsdp_units(model):
+            unit.reshard()
+        before = dict(inner.named_modules(remove_duplicate=False))
+        result = original(*args, **kwargs)
+        after = dict(inner.named_modules(remove_duplicate=False))
+        for name, old in before.items():
+            new = after.get(name)
+            if new is None or new is old:
+                continue
+            if state is not None:
+                state.move_boundaries(old, new)
+            if isinstance(old, FSDPModule):
+                _gather_with(new, old)
+        if model is not inner and isinstance(model, FSDPModule):
+            compat.initialize_fsdp(model)
+            _gather_with(inner, model)
+        on_unload(inner)
+        return result
+
+    return call
+
+
+def _gather_with(module: nn.Module, unit: Any) -> None:
+    """Gather the parameters of ``unit``, whose own forward nobody calls any more, while ``module`` runs."""
+    module.register_forward_pre_hook(lambda *_: unit.unshard() and None, prepend=True)
+    module.register_forward_hook(lambda *_: unit.reshard(), always_call=True)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def _shard_loaded_values(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let whole plain tensors be loaded into shards: every rank reads the same file and keeps its part."""
+    for unit in fsdp_units(module):
+        unit.reshard()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        value = state_dict.get(prefix + name)
+        if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+            if value.shape == parameter.shape:
+                state_dict[prefix + name] = _shard_like(value, parameter)
