@@ -77,6 +77,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._is_accelerate_prepared", "its mark on prepared objects"),
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
+    ("torch", "Tensor._backward_hooks", "hooks of a parameter, which its sharded successor would not have"),
+    ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
     ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
@@ -95,6 +97,11 @@ def functional_collectives() -> ModuleType:
     import torch.distributed._functional_collectives as funcol
 
     return funcol
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """True if somebody registered a hook on the gradient of ``parameter``."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:

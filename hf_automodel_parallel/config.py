@@ -76,6 +76,8 @@ class AutoParallelismConfig(ParallelismConfig):
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
         compile: compile each layer: True, or the name of a ``torch.compile`` backend. False: what Accelerate's dynamo
             settings (``torch_compile=True`` in ``TrainingArguments``) say.
+        check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
+            parameters, and refuse it if not. False trusts it.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -96,6 +98,7 @@ class AutoParallelismConfig(ParallelismConfig):
     loss_parallel: bool | None = None
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
+    check_optimizer: bool = True
     audit: str | bool | None = None
     backend: str = "fsdp2"
 
@@ -163,6 +166,8 @@ class AutoParallelismConfig(ParallelismConfig):
                 raise ConfigError(f"activation_checkpointing={mode!r}: give one of {', '.join(CHECKPOINTING_MODES)}.")
         if not isinstance(self.compile, (bool, str)):
             raise ConfigError(f"compile={self.compile!r}: give true, false or the name of a torch.compile backend.")
+        if not isinstance(self.check_optimizer, bool):
+            raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None

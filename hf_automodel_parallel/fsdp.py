@@ -60,7 +60,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         "mp_policy": options.mp_policy,
         "offload_policy": options.offload_policy,
         "ignored_params": options.ignored_parameters or None,
-        "shard_placement_fn": functools.partial(_data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+        "shard_placement_fn": functools.partial(data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
     }
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
@@ -95,7 +95,7 @@ def _restore_class_names(model: nn.Module) -> None:
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
 
 
-def _data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
+def data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
     """FSDP2's dimension for ``parameter``: 0, except where tp already shards dimension 0 in packed blocks.
 
     DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the rows

@@ -29,7 +29,8 @@ from ..audit import check_replicated_gradients
 from ..config import AutoParallelismConfig
 from ..errors import ConfigError, PrepareError, not_available_yet
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
-from ..optimizer import check_optimizers, replace_parameters, switch_parameters
+from ..optimizer import check_optimizers, parameter_names, replace_parameters, switch_parameters
+from ..optimizer_check import check_on_shards
 from ..plan.names import unwrapped
 from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
@@ -189,6 +190,8 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             compile_options=_compile_options(accelerator, config),
         )
         strategy.plan(job)
+    strategy.compare_ranks(job)
+    _check_on_shards(job, raw, names)
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
@@ -207,8 +210,27 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     return record
 
 
+def _check_on_shards(job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]) -> None:
+    """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
+    if not optimizers or not job.config.check_optimizer:
+        return
+    parameters = dict(job.model.named_parameters())
+    with agreement("Accelerator.prepare"):
+        check_on_shards(
+            optimizers,
+            names,
+            {name: p.shape for name, p in parameters.items()},
+            job.spec.parameters if job.spec is not None else {},
+            job.mesh,
+            job.device,
+            job.options.offload_policy,
+            {name for name, p in parameters.items() if p in job.options.ignored_parameters},
+        )
+
+
 def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
+    owners = []
     with agreement("Accelerator.prepare"):
         for optimizer in map(_raw, optimizers):
             candidates = [record] if record is not None else all_prepared()
@@ -223,8 +245,14 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
                     f"optimizer from the parameters of the prepared model."
                 )
             replace_parameters(optimizer, sharded)
-            owner.trainable = True
-            _attach(optimizer, owner)
+            owners.append((optimizer, owner))
+    for optimizer, owner in owners:
+        names = parameter_names(owner.job.model)
+        _check_on_shards(
+            owner.job, [optimizer], [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]]
+        )
+        owner.trainable = True
+        _attach(optimizer, owner)
 
 
 def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -316,7 +344,7 @@ def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) ->
     plugin = accelerator.state.dynamo_plugin
     if plugin.disable:
         return None
-    options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v}
+    options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v is not None}
     if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(
             f"compile={config.compile!r} is no torch.compile backend here; there are "

@@ -99,6 +99,13 @@ class DefaultStrategy:
             raise UnsupportedError(
                 f"{', '.join(scalars[:4])}: FSDP2 cannot shard parameters without dimensions. Give them the shape (1,)."
             )
+        hooked = [name for name, p in job.model.named_parameters() if compat.has_gradient_hooks(p)]
+        if hooked:
+            raise UnsupportedError(
+                f"{len(hooked)} parameters have gradient hooks ({hooked[0]}, ...), as layer-wise optimizers (LOMO, layer-wise "
+                f"GaLore and APOLLO) register them. Sharding replaces the parameters, so the hooks would never run again, and "
+                f"they would see shards. Use an optimizer that works in step(), and register hooks after prepare."
+            )
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not job.load_on_rank_zero:
             raise not_available_yet(
@@ -126,9 +133,12 @@ class DefaultStrategy:
 
     # ---- carrying out: the same steps on every rank --------------------------------------------------------------
 
+    def compare_ranks(self, job: Job) -> None:
+        """Raise on all ranks unless they hold the same model and planned the same."""
+        check_same_structure(job.model, job.spec)
+
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
-        check_same_structure(job.model, job.spec)
         self.load_values(job)
         equalize_parameters(job.model)
         if job.tp_mesh is not None:
