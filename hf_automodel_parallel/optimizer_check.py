@@ -150,7 +150,7 @@ def _check_one(
     if not kinds:
         return
     generator = torch.Generator().manual_seed(0)
-    values = [_uneven(kind.shape, generator) for kind in kinds]
+    values = [torch.randn(kind.shape, generator=generator) for kind in kinds]
     gradients = [[_uneven(kind.shape, generator) for kind in kinds] for _ in range(_STEPS)]
     parameters = shard(values, kinds)
     sharded_gradients = [shard(step, kinds) for step in gradients]
@@ -196,7 +196,11 @@ def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _sharded(
-    values: list[torch.Tensor], kinds: list[_Kind], mesh: DeviceMesh, device: torch.device, offload_policy: OffloadPolicy
+    values: list[torch.Tensor],
+    kinds: list[_Kind],
+    mesh: DeviceMesh,
+    device: torch.device,
+    offload_policy: OffloadPolicy,
 ) -> list[nn.Parameter]:
     """``values`` as parameters that are sharded as those of the model will be, by the same code."""
     module = nn.Module()
@@ -212,7 +216,11 @@ def _sharded(
     dp_mesh = data_parallel_mesh(mesh)
     placement = functools.partial(data_parallel_placement, size=dp_mesh.size(dp_mesh.ndim - 1))
     fully_shard(
-        module, mesh=dp_mesh, shard_placement_fn=placement, offload_policy=offload_policy, ignored_params=ignored or None
+        module,
+        mesh=dp_mesh,
+        shard_placement_fn=placement,
+        offload_policy=offload_policy,
+        ignored_params=ignored or None,
     )
     return list(module.parameters())
 

@@ -344,7 +344,11 @@ def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) ->
     plugin = accelerator.state.dynamo_plugin
     if plugin.disable:
         return None
-    options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v is not None}
+    options = {
+        k: v
+        for k, v in plugin.to_kwargs().items()
+        if k in ("mode", "fullgraph", "dynamic", "options") and v is not None
+    }
     if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(
             f"compile={config.compile!r} is no torch.compile backend here; there are "

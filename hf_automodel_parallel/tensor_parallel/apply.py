@@ -94,6 +94,8 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    # Innermost: pre-hooks run last and hooks first, so that hooks which are there already (NEFTune's noise on the embedding)
+    # see what they would see in one process.
     if spec.input is Input.COPY:
         copy = boundaries.CopyInput(group)
         module.register_forward_pre_hook(copy, with_kwargs=True)
@@ -108,20 +110,20 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
         rows: int = cast(nn.Embedding, module).weight.shape[0] // size
         vocabulary = boundaries.VocabularySlice(group, rank, rows)
         module.register_forward_pre_hook(vocabulary.before, with_kwargs=True)
-        module.register_forward_hook(vocabulary.after, always_call=True)
+        module.register_forward_hook(vocabulary.after, always_call=True, prepend=True)
         return
     if spec.output is Output.REDUCE:
         bias_owner = None
         if spec.deferred_bias is not None:
             bias_owner = module.get_submodule(spec.deferred_bias)
         reduce = boundaries.ReduceOutput(group, bias_owner)
-        module.register_forward_hook(reduce)
+        module.register_forward_hook(reduce, prepend=True)
         if bias_owner is not None:
             state.deferred[bias_owner] = reduce
     elif spec.output is Output.GATHER:
-        module.register_forward_hook(boundaries.GatherOutput(group, rank, size))
+        module.register_forward_hook(boundaries.GatherOutput(group, rank, size), prepend=True)
     elif spec.output is Output.COPY_TAIL:
-        module.register_forward_hook(boundaries.CopyTail(group, spec.tail))
+        module.register_forward_hook(boundaries.CopyTail(group, spec.tail), prepend=True)
 
 
 def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
