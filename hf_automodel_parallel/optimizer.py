@@ -51,8 +51,8 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         elsewhere = _held_elsewhere(optimizer, names)
         if elsewhere:
             raise PrepareError(
-                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there it would go "
-                f"on using the unsharded ones, which no longer belong to the model. Let it find them in param_groups in each "
+                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there it would "
+                f"go on using the unsharded ones, which no longer belong to the model. Let it find them in param_groups in each "
                 f"step, or create it after prepare from the parameters of the prepared model."
             )
         result.append([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])

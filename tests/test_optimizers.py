@@ -85,22 +85,22 @@ def schedule_free(params: Parameters) -> torch.optim.Optimizer:
     return optimizer
 
 
-O = torch.optim
+optim = torch.optim
 ACCEPTED: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
-    "sgd": lambda p: O.SGD(p, lr=0.1),
-    "nesterov": lambda p: O.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adam": lambda p: O.Adam(p, lr=1e-3, eps=1e-4, amsgrad=True),
-    "adamw_fused": lambda p: O.AdamW(p, lr=1e-3, eps=1e-4, fused=True),
-    "adamw_foreach": lambda p: O.AdamW(p, lr=1e-3, eps=1e-4, foreach=True),
-    "adamw_tensor_lr": lambda p: O.AdamW(p, lr=torch.tensor(1e-3), eps=1e-4),
-    "adamw_groups": lambda p: O.AdamW(matrices_and_rest(p), eps=1e-4),
-    "adagrad": lambda p: O.Adagrad(p, lr=1e-2, eps=1e-4),
-    "adadelta": lambda p: O.Adadelta(p, lr=0.1, eps=1e-4),
-    "adamax": lambda p: O.Adamax(p, lr=1e-3, eps=1e-3),
-    "nadam": lambda p: O.NAdam(p, lr=1e-3, eps=1e-4),
-    "radam": lambda p: O.RAdam(p, lr=1e-3, eps=1e-4),
-    "rmsprop": lambda p: O.RMSprop(p, lr=1e-3, eps=1e-3, momentum=0.9, centered=True),
-    "asgd": lambda p: O.ASGD(p, lr=0.05),
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "nesterov": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: optim.Adam(p, lr=1e-3, eps=1e-4, amsgrad=True),
+    "adamw_fused": lambda p: optim.AdamW(p, lr=1e-3, eps=1e-4, fused=True),
+    "adamw_foreach": lambda p: optim.AdamW(p, lr=1e-3, eps=1e-4, foreach=True),
+    "adamw_tensor_lr": lambda p: optim.AdamW(p, lr=torch.tensor(1e-3), eps=1e-4),
+    "adamw_groups": lambda p: optim.AdamW(matrices_and_rest(p), eps=1e-4),
+    "adagrad": lambda p: optim.Adagrad(p, lr=1e-2, eps=1e-4),
+    "adadelta": lambda p: optim.Adadelta(p, lr=0.1, eps=1e-4),
+    "adamax": lambda p: optim.Adamax(p, lr=1e-3, eps=1e-3),
+    "nadam": lambda p: optim.NAdam(p, lr=1e-3, eps=1e-4),
+    "radam": lambda p: optim.RAdam(p, lr=1e-3, eps=1e-4),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=1e-3, eps=1e-3, momentum=0.9, centered=True),
+    "asgd": lambda p: optim.ASGD(p, lr=0.05),
     "lion": lambda p: Lion(p, lr=1e-3),
     "trust_ratio": lambda p: TrustRatio(p, lr=1e-2),
     "schedule_free": schedule_free,
@@ -108,9 +108,9 @@ ACCEPTED: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
 
 #: name -> (how it is made, what the error says)
 REFUSED: dict[str, tuple[Callable[[Parameters], torch.optim.Optimizer], str]] = {
-    "adafactor": (lambda p: O.Adafactor(p), "Adafactor does not work on sharded parameters.*Use an element-wise"),
-    "rprop": (lambda p: O.Rprop(p), "Rprop does not work on sharded parameters"),
-    "sgd_fused": (lambda p: O.SGD(p, fused=True), "SGD does not work on sharded parameters"),
+    "adafactor": (lambda p: optim.Adafactor(p), "Adafactor does not work on sharded parameters.*Use an element-wise"),
+    "rprop": (lambda p: optim.Rprop(p), "Rprop does not work on sharded parameters"),
+    "sgd_fused": (lambda p: optim.SGD(p, fused=True), "SGD does not work on sharded parameters"),
     "trust_ratio_of_shards": (lambda p: TrustRatioOfShards(p, lr=0.1), "TrustRatioOfShards computes something else"),
     "closed": (lambda p: Closed(p, "secret"), "Closed cannot be tried.*check_optimizer=False"),
 }
@@ -204,7 +204,7 @@ def check_trained(
         assert difference <= error * update + 1e-7 * value.detach().norm(), (name, parameter, difference / update)
 
 
-ACCEPTED["muon"] = lambda p: O.Muon(p, lr=1e-3)
+ACCEPTED["muon"] = lambda p: optim.Muon(p, lr=1e-3)
 
 
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
@@ -241,7 +241,7 @@ def train_with_closure(name: str, mesh: str) -> tuple[float, int]:
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     model = build(name, num_hidden_layers=1)
     batch = batches_for(model, dp_size, rows=4)[data_rank(accelerator)]
-    model, optimizer = accelerator.prepare(model, O.LBFGS(trainable(model), lr=0.1, max_iter=4))
+    model, optimizer = accelerator.prepare(model, optim.LBFGS(trainable(model), lr=0.1, max_iter=4))
     return minimise(model, optimizer, batch, accelerator.backward)
 
 
@@ -265,7 +265,9 @@ def test_lbfgs_on_even_shards(mesh):
     results = run_distributed(2, train_with_closure, "llama", mesh)
     model = build("llama", num_hidden_layers=1)
     batch = batches_for(model, 1, rows=4)[0]
-    loss, calls = minimise(model, O.LBFGS(trainable(model), lr=0.1, max_iter=4), batch, lambda loss: loss.backward())
+    loss, calls = minimise(
+        model, optim.LBFGS(trainable(model), lr=0.1, max_iter=4), batch, lambda loss: loss.backward()
+    )
     assert (results[0][1], calls) == (4, 4)
     assert (results[0][0] + results[1][0]) / 2 == pytest.approx(loss, rel=1e-6)
 
@@ -349,7 +351,7 @@ def test_layer_wise_optimizers_are_refused_by_their_hooks():
     expect_error(2, prepare_with_hooks, match=r"1 parameters have gradient hooks \(lm_head.weight")
 
 
-def trainer_losses(output_dir: str, optim: str, sizes: dict[str, int] | None, **arguments: Any) -> list[float]:
+def trainer_losses(output_dir: str, choice: str, sizes: dict[str, int] | None, **arguments: Any) -> list[float]:
     """Training and evaluation losses of the stock Trainer, which switches schedule-free optimizers between the two."""
     from transformers import Trainer, TrainingArguments
 
@@ -358,7 +360,7 @@ def trainer_losses(output_dir: str, optim: str, sizes: dict[str, int] | None, **
     args = TrainingArguments(
         output_dir,
         use_cpu=True,
-        optim=optim,
+        optim=choice,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         per_device_train_batch_size=4 // (sizes or {}).get("dp_shard_size", 1),
@@ -385,7 +387,7 @@ def test_schedule_free_in_the_trainer(tmp_path):
     assert got[0] == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("optim, name", [("adamw_bnb_8bit", "AdamW"), ("adafactor", "Adafactor")])
-def test_optimizers_of_training_arguments_are_refused(optim, name, tmp_path):
+@pytest.mark.parametrize("choice, name", [("adamw_bnb_8bit", "AdamW"), ("adafactor", "Adafactor")])
+def test_optimizers_of_training_arguments_are_refused(choice, name, tmp_path):
     sizes = {"dp_shard_size": 2}
-    expect_error(2, trainer_losses, str(tmp_path), optim, sizes, match=f"{name} does not work on sharded parameters")
+    expect_error(2, trainer_losses, str(tmp_path), choice, sizes, match=f"{name} does not work on sharded parameters")

@@ -27,8 +27,9 @@ from .. import compat
 from ..activation_checkpointing import normalized_mode
 from ..audit import check_replicated_gradients
 from ..config import AutoParallelismConfig
-from ..errors import ConfigError, PrepareError, not_available_yet
+from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
+from ..fsdp_dtypes import own_dtype_parameters
 from ..optimizer import check_optimizers, parameter_names, replace_parameters, switch_parameters
 from ..optimizer_check import check_on_shards
 from ..plan.names import unwrapped
@@ -120,10 +121,11 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
             f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
         )
-    if getattr(plugin, "activation_checkpointing_offload", False):
-        raise not_available_yet("fsdp_plugin.activation_checkpointing_offload", True, "Leave it out.")
     if accelerator.mixed_precision == "fp8":
-        raise not_available_yet("mixed_precision", "fp8", "Use 'bf16'.")
+        raise UnsupportedError(
+            "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
+            "MS-AMP) replace linear layers by others, which no tensor-parallel plan and no FSDP2 policy here knows. Use 'bf16'."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError(
             "mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'."
@@ -188,6 +190,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
             checkpointing=_checkpointing(accelerator, config, model),
             compile_options=_compile_options(accelerator, config),
+            offload_activations=_offload_activations(accelerator, config, model),
         )
         strategy.plan(job)
     strategy.compare_ranks(job)
@@ -305,6 +308,7 @@ def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, m
         options.offload_policy = _without_pinning(plugin.cpu_offload, accelerator.device)
     elif plugin.cpu_offload:
         raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
+    options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
     if plugin.ignored_modules is not None:
         options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)
     if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
@@ -337,6 +341,18 @@ def _checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, mode
             f"recomputed twice. Leave out gradient_checkpointing=True / gradient_checkpointing_enable(), or the option here."
         )
     return mode
+
+
+def _offload_activations(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> bool:
+    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in Accelerate."""
+    if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
+        return False
+    if _checkpointing(accelerator, config, model) != "full":
+        raise ConfigError(
+            "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the CPU. Set "
+            "activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or leave it out."
+        )
+    return True
 
 
 def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:

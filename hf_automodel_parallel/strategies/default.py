@@ -21,7 +21,14 @@ from ..activation_checkpointing import (
 from ..compile import compile_layers
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
-from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
+from ..fsdp import (
+    ShardingOptions,
+    check_packed_parameters,
+    data_parallel_mesh,
+    shard_data_parallel,
+    without_units_inside,
+)
+from ..fsdp_dtypes import install_companions
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
 from ..plan.names import unwrapped
@@ -51,6 +58,7 @@ class Job:
         sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
         checkpointing: "none", "full", "submodule" or "selective".
         compile_options: options of ``torch.compile`` for the layers, None for eager.
+        offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
         plan, spec, anatomy, tensor_parallel: results of the steps.
     """
 
@@ -64,6 +72,7 @@ class Job:
     sharded_checkpoints: bool = False
     checkpointing: str = "none"
     compile_options: dict[str, Any] | None = None
+    offload_activations: bool = False
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -118,6 +127,8 @@ class DefaultStrategy:
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        shapes = {name: p.shape for name, p in job.model.named_parameters()}
+        check_packed_parameters(shapes, job.spec, job.config.dp_shard_size)
         packed = job.spec.packed()
         if packed and job.sharded_checkpoints:
             raise UnsupportedError(
@@ -211,7 +222,8 @@ class DefaultStrategy:
             )
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
-                checkpoint_module(layer, selective=mode == "selective")
+                checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)
+        install_companions(job.model)
         if mode != "none":
             switch_cache_off(inner)
 
