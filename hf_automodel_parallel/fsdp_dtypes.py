@@ -83,7 +83,8 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
     policy: MixedPrecisionPolicy = options.pop("mp_policy", None) or MixedPrecisionPolicy()
     own = {id(p) for p in own_dtype}
     places = _places(roots, ignored)
-    main, others = _groups([places[key][0] for key in places], own, policy)
+    shared = {key for key, (_, owners, _) in places.items() if len(owners) > 1}
+    main, others = _groups([places[key][0] for key in places], own, policy, shared)
     made: list[tuple[nn.Module, Companion]] = []
     for group in others:
         per_root: dict[nn.Module, set[nn.Parameter]] = {}
@@ -91,8 +92,8 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
             owners = places[id(parameter)][1]
             if len(owners) > 1:
                 raise UnsupportedError(
-                    f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is shared by {len(owners)} modules that "
-                    f"are one FSDP2 unit of another dtype. Store both ends of the model in one dtype."
+                    f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is shared by {len(owners)} modules "
+                    f"that are one FSDP2 unit of another dtype. Store both ends of the model in one dtype."
                 )
             per_root.setdefault(owners[0], set()).add(parameter)
         for root, members in per_root.items():
@@ -137,9 +138,12 @@ def _places(
 
 
 def _groups(
-    parameters: list[nn.Parameter], own: set[int], policy: MixedPrecisionPolicy
+    parameters: list[nn.Parameter], own: set[int], policy: MixedPrecisionPolicy, shared: set[int]
 ) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
-    """The parameters of the unit itself, and the other groups. Only trainable ones have to agree in dtype within a group."""
+    """The parameters of the unit itself, and the other groups. Only trainable ones have to agree in dtype within a group.
+
+    What modules of the unit share (tied ends) belongs to the unit itself, which is gathered for the first of them that runs.
+    """
     groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
     frozen: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
@@ -148,15 +152,19 @@ def _groups(
             groups.setdefault((keeps, parameter.dtype), []).append(parameter)
         else:
             frozen.setdefault(keeps, []).append(parameter)
-    # The largest of those that follow the policy, so that the unit's inputs are cast as the policy says.
-    order = sorted(groups, key=lambda key: (key[0], -sum(p.numel() for p in groups[key])))
     for keeps, members in frozen.items():
-        home = next((key for key in order if key[0] == keeps), None)
-        if home is None:
-            home = (keeps, members[0].dtype)
-            groups[home] = []
-            order = [home, *order] if not keeps else [*order, home]
-        groups[home] = groups[home] + members
+        like = [key for key in groups if key[0] == keeps]
+        home = max(like, key=lambda key: sum(p.numel() for p in groups[key])) if like else (keeps, members[0].dtype)
+        groups[home] = groups.get(home, []) + members
+    # Else the largest of those that follow the policy, so that the unit's inputs are cast as the policy says.
+    order = sorted(
+        groups,
+        key=lambda key: (
+            not any(id(p) in shared for p in groups[key]),
+            key[0],
+            -sum(p.numel() for p in groups[key]),
+        ),
+    )
     ordered = [groups[key] for key in order]
     return (ordered[0], ordered[1:]) if ordered else ([], [])
 

@@ -169,7 +169,7 @@ def _check_one(
         ) from error
     try:
         _run(probe, parameters, sharded_gradients)
-        results = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+        results = [_whole(p) for p in parameters]
     except Exception as error:
         raise UnsupportedError(
             f"{cls} does not work on sharded parameters (DTensors): {type(error).__name__}: {_first_line(error)}. {_REMEDY}"
@@ -225,6 +225,21 @@ def _sharded(
     return list(module.parameters())
 
 
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    # Shards that are offloaded to the CPU are gathered where the process group works.
+    local = parameter.to_local().detach().to(parameter.device_mesh.device_type)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
+
 def _like(
     optimizer: torch.optim.Optimizer, groups: list[list[_Kind]], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
@@ -267,7 +282,7 @@ def _run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps
     torch.manual_seed(0)
     for gradients in steps:
 
-        def closure(gradients: list[Any] = gradients) -> torch.Tensor:
+        def closure(gradients: list[Any] = gradients) -> Any:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 # The part that follows the parameter gives a line search something to find.
                 parameter.grad = (gradient + 0.1 * parameter).detach()
