@@ -9,12 +9,14 @@ backward, and adapters lose their gradients silently. Hence non-reentrant everyw
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
@@ -31,22 +33,25 @@ class Checkpointed:
     Args:
         forward: the callable to checkpoint.
         selective: keep what is expensive to recompute (see :func:`selective_contexts`) instead of the inputs alone.
+        offload: keep what the checkpoint saves in the memory of the CPU (pinned on a GPU machine).
     """
 
-    def __init__(self, forward: Callable[..., Any], selective: bool = False) -> None:
+    def __init__(self, forward: Callable[..., Any], selective: bool = False, offload: bool = False) -> None:
         self.forward = forward
+        self.offload = offload
         self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
         functools.update_wrapper(self, forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else contextlib.nullcontext():
+            return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
 
 
-def checkpoint_module(module: nn.Module, selective: bool = False) -> None:
+def checkpoint_module(module: nn.Module, selective: bool = False, offload: bool = False) -> None:
     """Put a checkpoint around ``module.forward``, in place."""
-    module.forward = Checkpointed(module.forward, selective)  # type: ignore[method-assign]
+    module.forward = Checkpointed(module.forward, selective, offload)  # type: ignore[method-assign]
 
 
 def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:

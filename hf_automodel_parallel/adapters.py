@@ -58,9 +58,10 @@ def check_trainable_as_shards(model: nn.Module) -> None:
     hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
     if hooked:
         raise UnsupportedError(
-            f"{len(hooked)} parameters have hooks on their gradients ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), "
-            f"which their shards would not get. Remove the hooks and work on the gradients after backward, or, if they are "
-            f"those of a PEFT method (OSF, CPT), use another method."
+            f"{len(hooked)} parameters have gradient hooks ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), which the "
+            f"shards that take their place would not have. If they belong to a layer-wise optimizer (LOMO, layer-wise GaLore and "
+            f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else register them after "
+            f"prepare, where they see shards."
         )
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         method = str(getattr(config.peft_type, "value", config.peft_type))

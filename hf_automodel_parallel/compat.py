@@ -10,6 +10,7 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
+    (
+        "transformers.modeling_utils",
+        "PreTrainedModel._keep_in_fp32_modules_strict",
+        "modules whose parameters compute in float32",
+    ),
+    ("transformers.modeling_utils", "PreTrainedModel._keep_in_fp32_modules", "the same, for float16 only"),
     ("transformers.distributed.mixin", "DistributedMixin._tp_plan", "the plan that a model brings along"),
     ("transformers.distributed.mixin", "DistributedMixin._device_mesh", "tells a model that transformers has sharded"),
     (
@@ -232,6 +239,14 @@ def no_split_module_names(model: nn.Module) -> set[str]:
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
     return names
+
+
+def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the kind."""
+    listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        listed |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(rf"(?:^|\.){name}(?:$|\.)" for name in sorted(listed))) if listed else None
 
 
 def lm_head_module(model: nn.Module) -> nn.Module | None:

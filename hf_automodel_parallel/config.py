@@ -83,6 +83,8 @@ class AutoParallelismConfig(ParallelismConfig):
             parameters are equal on all ranks: "first_step" (the first optimizer step; also None and True),
             "every_n_steps" (again every ``audit_steps`` optimizer steps), "off" (also False).
         audit_steps: the n of "every_n_steps".
+        check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
+            parameters, and refuse it if not. False trusts it.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -103,6 +105,7 @@ class AutoParallelismConfig(ParallelismConfig):
     loss_parallel: bool | None = None
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
+    check_optimizer: bool = True
     audit: str | bool | None = None
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
@@ -184,6 +187,8 @@ class AutoParallelismConfig(ParallelismConfig):
             )
         if self.backend is None:  # an empty line in a YAML file
             self.backend = "fsdp2"
+        if not isinstance(self.check_optimizer, bool):
+            raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from . import compat
 from .errors import UnsupportedError
+from .fsdp_dtypes import Companion, companions, shard_unit
 from .layers import Anatomy
+from .plan.spec import ShardingSpec
 
 
 @dataclass
@@ -29,6 +31,7 @@ class ShardingOptions:
         backward_prefetch: units to gather ahead in backward.
         ignored_parameters: parameters FSDP2 leaves alone.
         minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
+        own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
     """
 
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
@@ -38,6 +41,7 @@ class ShardingOptions:
     backward_prefetch: int = 2
     ignored_parameters: set[nn.Parameter] = field(default_factory=set)
     minimum_unit_size: int | None = None
+    own_dtype: frozenset[str] = frozenset()
 
 
 def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
@@ -59,25 +63,26 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         "mp_policy": options.mp_policy,
         "offload_policy": options.offload_policy,
         "ignored_params": options.ignored_parameters or None,
-        "shard_placement_fn": functools.partial(_data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+        "shard_placement_fn": functools.partial(data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+        "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
     units = separable(model, anatomy.layers) if options.minimum_unit_size is None else []
     for layer in units:
-        fully_shard(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
+        shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
     tail = list(anatomy.head)
     embedding = anatomy.embedding
     if embedding is not None and anatomy.tied:
         tail = [embedding, *tail]
     elif embedding is not None and separable(model, [embedding]):
-        fully_shard(embedding, **common, reshard_after_forward=reshard)
+        shard_unit(embedding, **common, reshard_after_forward=reshard)
     tail = tail if _separable_together(model, tail) else separable(model, tail)
     if tail:
-        fully_shard(tail, **common, reshard_after_forward=False)
+        shard_unit(tail, **common, reshard_after_forward=False)
     if options.minimum_unit_size is not None:
         _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
-    fully_shard(model, **common, reshard_after_forward=False)
+    shard_unit(model, **common, reshard_after_forward=False)
     _restore_class_names(model)
     _set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
 
@@ -94,7 +99,7 @@ def _restore_class_names(model: nn.Module) -> None:
         cls.__name__, cls.__qualname__ = original.__name__, original.__qualname__
 
 
-def _data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
+def data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
     """FSDP2's dimension for ``parameter``: 0, except where tp already shards dimension 0 in packed blocks.
 
     DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the rows
@@ -104,14 +109,25 @@ def _data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None
         return None
     if not any(compat.is_strided_shard(p) and p.dim == 0 for p in parameter.placements):  # type: ignore[attr-defined]
         return None
-    for dim in range(1, parameter.ndim):
-        if parameter.shape[dim] % size == 0 and not any(p.is_shard(dim) for p in parameter.placements):
-            return Shard(dim)
+    return Shard(_dimension_beside_packed(tuple(parameter.shape), size, "a parameter"))
+
+
+def _dimension_beside_packed(shape: tuple[int, ...], size: int, name: str) -> int:
+    """The first dimension after 0 that ``size`` ranks can share evenly."""
+    for dim in range(1, len(shape)):
+        if shape[dim] % size == 0:
+            return dim
     raise UnsupportedError(
-        f"a parameter of shape {tuple(parameter.shape)} that packs several projections is sharded over tp on dimension 0, "
-        f"and none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA rank "
-        f"if the parameter is an adapter's."
+        f"{name} of shape {shape} packs several projections and is sharded over tp on dimension 0, and none of its other "
+        f"dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA rank if it is an adapter's."
     )
+
+
+def check_packed_parameters(shapes: dict[str, torch.Size], spec: ShardingSpec, size: int) -> None:
+    """Raise :class:`UnsupportedError` if FSDP2 over ``size`` ranks has no dimension for a packed parameter of ``spec``."""
+    for name in spec.packed():
+        if spec.parameters[name].dim == 0 and name in shapes:
+            _dimension_beside_packed(tuple(shapes[name]), size, name)
 
 
 def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
@@ -142,23 +158,31 @@ def _shard_large_modules(model: nn.Module, minimum: int, common: dict[str, Any])
             continue
         size = sum(p.numel() for p in module.parameters())
         if size > minimum and separable(model, [module]):
-            fully_shard(module, **common)
+            shard_unit(module, **common)
 
 
 def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
     """Those of ``layers`` that FSDP2 gathers at once: no module inside of them is a unit of its own."""
-    return [layer for layer in layers if not any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer)]
+
+    def is_unit(module: nn.Module) -> bool:
+        return isinstance(module, FSDPModule) and not isinstance(module, Companion)
+
+    return [layer for layer in layers if not any(is_unit(m) for m in layer.modules() if m is not layer)]
 
 
 def _set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
     """Gather the next units while one computes. Without resharding nothing is gathered again in backward."""
     for index, unit in enumerate(units):
-        ahead = units[index + 1 : index + 1 + options.forward_prefetch]
+        ahead = _with_companions(units[index + 1 : index + 1 + options.forward_prefetch])
         if ahead:
             unit.set_modules_to_forward_prefetch(ahead)
-        behind = units[max(0, index - options.backward_prefetch) : index][::-1]
+        behind = _with_companions(units[max(0, index - options.backward_prefetch) : index][::-1])
         if behind and reshard:
             unit.set_modules_to_backward_prefetch(behind)
+
+
+def _with_companions(units: list[FSDPModule]) -> list[FSDPModule]:
+    return [member for unit in units for member in (unit, *companions(unit))]  # type: ignore[arg-type,misc]
 
 
 def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -48,6 +48,13 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
                         f"shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded along. "
                         f"Call prepare before the first step."
                     )
+        elsewhere = _held_elsewhere(optimizer, names)
+        if elsewhere:
+            raise PrepareError(
+                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there it would "
+                f"go on using the unsharded ones, which no longer belong to the model. Let it find them in param_groups in each "
+                f"step, or create it after prepare from the parameters of the prepared model."
+            )
         result.append([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
         covered.update(name for group in result[-1] for name in group)
     missing = [name for name, p in shapes.items() if p.requires_grad and name not in covered]
@@ -57,6 +64,31 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
             f"would collect gradients and never change. Add them to the optimizer, or freeze them with requires_grad_(False)."
         )
     return result
+
+
+def _held_elsewhere(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[str]:
+    """``attribute: parameter`` for parameters that attributes of ``optimizer`` hold beside groups and state.
+
+    The very lists of the groups do not count, because they are changed in place.
+    """
+    lists = {id(group["params"]) for group in optimizer.param_groups}
+    found: list[str] = []
+
+    def walk(attribute: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            if id(value) in names:
+                found.append(f"{attribute}: {names[id(value)]}")
+        elif isinstance(value, dict) and depth:
+            for item in (*value.keys(), *value.values()):
+                walk(attribute, item, depth - 1)
+        elif isinstance(value, (list, tuple, set, frozenset)) and depth and id(value) not in lists:
+            for item in value:
+                walk(attribute, item, depth - 1)
+
+    for attribute, value in vars(optimizer).items():
+        if attribute not in ("param_groups", "state"):
+            walk(attribute, value, 4)
+    return list(dict.fromkeys(found))
 
 
 def switch_parameters(
@@ -77,7 +109,7 @@ def switch_parameters(
     state = dict(optimizer.state)
     optimizer.state.clear()
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
-        group["params"] = [new[name] for name in group_names]
+        group["params"][:] = [new[name] for name in group_names]  # in place: LBFGS keeps the list
         for name in group_names:
             values = state.get(old[name])
             if values is not None:
@@ -91,7 +123,7 @@ def replace_parameters(optimizer: torch.optim.Optimizer, replacements: dict[int,
             new = replacements[id(old)]
             if new is not old and old in optimizer.state:
                 optimizer.state[new] = _shard_state(optimizer.state.pop(old), new, tuple(old.shape))
-        group["params"] = [replacements[id(p)] for p in group["params"]]
+        group["params"][:] = [replacements[id(p)] for p in group["params"]]
 
 
 def _shard_state(values: Any, parameter: nn.Parameter, full_shape: tuple[int, ...]) -> Any:

@@ -28,9 +28,11 @@ from ..activation_checkpointing import normalized_mode
 from ..adapters import manage_adapters
 from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
-from ..errors import ConfigError, PrepareError, not_available_yet
+from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import ShardingOptions, fsdp_units, sharded_parameters, upcast_trainable
-from ..optimizer import check_optimizers, replace_parameters, switch_parameters
+from ..fsdp_dtypes import own_dtype_parameters
+from ..optimizer import check_optimizers, parameter_names, replace_parameters, switch_parameters
+from ..optimizer_check import check_on_shards
 from ..plan.names import unwrapped
 from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
@@ -120,10 +122,11 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
             f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
         )
-    if getattr(plugin, "activation_checkpointing_offload", False):
-        raise not_available_yet("fsdp_plugin.activation_checkpointing_offload", True, "Leave it out.")
     if accelerator.mixed_precision == "fp8":
-        raise not_available_yet("mixed_precision", "fp8", "Use 'bf16'.")
+        raise UnsupportedError(
+            "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
+            "MS-AMP) replace linear layers by others, which no tensor-parallel plan and no FSDP2 policy here knows. Use 'bf16'."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError(
             "mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'."
@@ -188,8 +191,11 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
             checkpointing=_checkpointing(accelerator, config, model),
             compile_options=_compile_options(accelerator, config),
+            offload_activations=_offload_activations(accelerator, config, model),
         )
         strategy.plan(job)
+    strategy.compare_ranks(job)
+    _check_on_shards(job, raw, names)
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
@@ -220,8 +226,27 @@ def _after_unload(plain: nn.Module, job: Job) -> None:
     _watch(plain)
 
 
+def _check_on_shards(job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]) -> None:
+    """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
+    if not optimizers or not job.config.check_optimizer:
+        return
+    parameters = dict(job.model.named_parameters())
+    with agreement("Accelerator.prepare"):
+        check_on_shards(
+            optimizers,
+            names,
+            {name: p.shape for name, p in parameters.items()},
+            job.spec.parameters if job.spec is not None else {},
+            job.mesh,
+            job.device,
+            job.options.offload_policy,
+            {name for name, p in parameters.items() if p in job.options.ignored_parameters},
+        )
+
+
 def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
+    owners = []
     with agreement("Accelerator.prepare"):
         for optimizer in map(_raw, optimizers):
             candidates = [record] if record is not None else all_prepared()
@@ -236,8 +261,14 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
                     f"optimizer from the parameters of the prepared model."
                 )
             replace_parameters(optimizer, sharded)
-            owner.trainable = True
-            _attach(optimizer, owner)
+            owners.append((optimizer, owner))
+    for optimizer, owner in owners:
+        names = parameter_names(owner.job.model)
+        _check_on_shards(
+            owner.job, [optimizer], [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]]
+        )
+        owner.trainable = True
+        _attach(optimizer, owner)
 
 
 def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -296,6 +327,7 @@ def _sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, m
         options.offload_policy = _without_pinning(plugin.cpu_offload, accelerator.device)
     elif plugin.cpu_offload:
         raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
+    options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
     if plugin.ignored_modules is not None:
         options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)
     if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
@@ -330,12 +362,28 @@ def _checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, mode
     return mode
 
 
+def _offload_activations(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> bool:
+    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in Accelerate."""
+    if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
+        return False
+    if _checkpointing(accelerator, config, model) != "full":
+        raise ConfigError(
+            "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the CPU. Set "
+            "activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or leave it out."
+        )
+    return True
+
+
 def _compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:
     """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.disable:
         return None
-    options = {k: v for k, v in plugin.to_kwargs().items() if k in ("mode", "fullgraph", "dynamic", "options") and v}
+    options = {
+        k: v
+        for k, v in plugin.to_kwargs().items()
+        if k in ("mode", "fullgraph", "dynamic", "options") and v is not None
+    }
     if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(
             f"compile={config.compile!r} is no torch.compile backend here; there are "

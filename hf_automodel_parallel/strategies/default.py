@@ -22,7 +22,14 @@ from ..adapters import check_trainable_as_shards
 from ..compile import compile_layers
 from ..config import AutoParallelismConfig
 from ..errors import PrepareError, UnsupportedError, not_available_yet
-from ..fsdp import ShardingOptions, data_parallel_mesh, shard_data_parallel, without_units_inside
+from ..fsdp import (
+    ShardingOptions,
+    check_packed_parameters,
+    data_parallel_mesh,
+    shard_data_parallel,
+    without_units_inside,
+)
+from ..fsdp_dtypes import install_companions
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
@@ -60,6 +67,7 @@ class Job:
         sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
         checkpointing: "none", "full", "submodule" or "selective".
         compile_options: options of ``torch.compile`` for the layers, None for eager.
+        offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
         plan, spec, anatomy, tensor_parallel: results of the steps.
     """
 
@@ -73,6 +81,7 @@ class Job:
     sharded_checkpoints: bool = False
     checkpointing: str = "none"
     compile_options: dict[str, Any] | None = None
+    offload_activations: bool = False
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -125,6 +134,8 @@ class DefaultStrategy:
         validate(job.model, job.spec, size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
+        shapes = {name: p.shape for name, p in job.model.named_parameters()}
+        check_packed_parameters(shapes, job.spec, job.config.dp_shard_size)
         packed = job.spec.packed()
         if packed and job.sharded_checkpoints:
             raise UnsupportedError(
@@ -140,9 +151,12 @@ class DefaultStrategy:
 
     # ---- carrying out: the same steps on every rank --------------------------------------------------------------
 
+    def compare_ranks(self, job: Job) -> None:
+        """Raise on all ranks unless they hold the same model and planned the same."""
+        check_same_structure(job.model, job.spec)
+
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
-        check_same_structure(job.model, job.spec)
         self.load_values(job)
         equalize_parameters(job.model)
         keep_layout(job.model)
@@ -220,7 +234,8 @@ class DefaultStrategy:
             )
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
-                checkpoint_module(layer, selective=mode == "selective")
+                checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)
+        install_companions(job.model)
         if mode != "none":
             switch_cache_off(inner)
 

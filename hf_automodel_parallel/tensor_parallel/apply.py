@@ -111,12 +111,14 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    # Innermost: pre-hooks run last and hooks first, so that hooks which are there already (NEFTune's noise on the embedding)
+    # see what they would see in one process.
 
     def before(hook: Callable[..., Any]) -> None:
         state.hook(module, lambda m: m.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(hook: Callable[..., Any], **options: bool) -> None:
-        state.hook(module, lambda m: m.register_forward_hook(hook, **options))
+        state.hook(module, lambda m: m.register_forward_hook(hook, prepend=True, **options))
 
     if spec.input is Input.COPY:
         state.copies[name] = boundaries.CopyInput(group)

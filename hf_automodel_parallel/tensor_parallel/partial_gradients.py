@@ -30,6 +30,7 @@ class PartialGradients:
     def __init__(self, mesh: DeviceMesh) -> None:
         self._group = mesh.get_group()
         self._size = mesh.size()
+        self._device_type = mesh.device_type
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         self._parameters: list[nn.Parameter] = []
         self._dirty = False
@@ -74,7 +75,9 @@ class PartialGradients:
         if not by_dtype:
             return
         for gradients in by_dtype.values():
-            total = all_reduce(torch.cat([g.reshape(-1) for g in gradients]), self._group)
+            # Offloaded gradients lie on the CPU, where the group of a GPU mesh may not communicate.
+            flat = torch.cat([g.reshape(-1) for g in gradients]).to(self._device_type)
+            total = all_reduce(flat, self._group)
             for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         self._dirty = False
