@@ -18,6 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
+from .errors import UnsupportedError
+from .plan.names import unwrapped
+
+#: Marks a layer that :func:`apply_selective_activation_checkpointing` has seen.
+_MARK = "_selective_checkpoint"
 
 
 def normalized_mode(value: str | bool | None) -> str:
@@ -118,16 +123,30 @@ _ALWAYS_SAVED = _operators(
 )
 
 
+def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if this call of ``operator`` draws random numbers; attention with ``dropout_p=0`` is tagged random, but does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
+        return False
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.name == "dropout_p":
+            given = kwargs.get("dropout_p", args[position] if position < len(args) else argument.default_value)
+            return given != 0.0
+    return True
+
+
 def selective_contexts() -> tuple[Any, Any]:
     """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
 
     Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
     (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
+
+    Whatever draws random numbers is recomputed, also attention with dropout: the recomputation starts from the random state of
+    the forward, and one operator that is not repeated would shift the stream under all that follow.
     """
     counts = {False: 0, True: 0}
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in _ALWAYS_SAVED:
+        if operator in _ALWAYS_SAVED and not _draws(operator, args, kwargs):
             return CheckpointPolicy.MUST_SAVE
         if operator in _MATMULS:
             counts[context.is_recompute] += 1
@@ -136,3 +155,43 @@ def selective_contexts() -> tuple[Any, Any]:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
+    """Put selective checkpoints around the layers of ``model``, in place, without any parallelism or process group.
+
+    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")`` does the
+    same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep their content.
+
+    Args:
+        model: a model with repeated layers, plain or PEFT-wrapped.
+        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the compiler sees
+            which operators to keep.
+
+    Raises:
+        UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
+            ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
+    """
+    from .layers import find_layers
+
+    inner, _ = unwrapped(model)
+    layers = find_layers(inner)
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
+        hasattr(layer, _MARK) or isinstance(layer.forward, Checkpointed) for layer in layers
+    ):
+        raise UnsupportedError(
+            f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "
+            f"once: leave out gradient_checkpointing_enable() or this call."
+        )
+    if enable_compile:
+        from .compile import compile_layers
+
+        compile_layers(layers, selective_checkpoint=True)
+    else:
+        for layer in layers:
+            checkpoint_module(layer, selective=True)
+    for layer in layers:
+        setattr(layer, _MARK, True)
+    switch_cache_off(inner)

@@ -33,6 +33,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
     ),
+    ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
         "_StridedShard",
@@ -330,3 +331,17 @@ def peft_dora_variant_type() -> type | None:
     from peft.tuners.lora.variants import DoraLinearVariant
 
     return DoraLinearVariant
+
+
+def peft_dora_layer_type() -> type | None:
+    """PEFT's module that holds the magnitude vector of a linear layer, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    return DoraLinearLayer
+
+
+def graph_break_type() -> type[Exception]:
+    """What ``torch.compile(fullgraph=True)`` raises while tracing code that it cannot put into one graph."""
+    return torch._dynamo.exc.Unsupported
