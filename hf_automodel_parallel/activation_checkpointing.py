@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
@@ -134,6 +135,25 @@ def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return True
 
 
+def _refuse_writing(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: dict[int, StorageWeakRef]
+) -> None:
+    """Raise if ``operator`` has written into something kept: the recomputation would start from the changed value.
+
+    torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version, so the
+    gradients would be wrong without a word.
+    """
+    for position, argument in enumerate(operator._schema.arguments):
+        written = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is None or not argument.alias_info.is_write or type(written) is not torch.Tensor:
+            continue
+        if StorageWeakRef(written.untyped_storage()).cdata in kept:
+            raise UnsupportedError(
+                f"activation_checkpointing='selective': the model changes the result of a matrix product, of attention or of a "
+                f"collective in place ({operator}), so that it cannot be kept for the backward. Use 'full' or 'submodule'."
+            )
+
+
 def selective_contexts() -> tuple[Any, Any]:
     """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
 
@@ -144,15 +164,27 @@ def selective_contexts() -> tuple[Any, Any]:
     the forward, and one operator that is not repeated would shift the stream under all that follow.
     """
     counts = {False: 0, True: 0}
+    kept: dict[int, StorageWeakRef] = {}
+
+    def keep(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
+        if operator in _ALWAYS_SAVED:
+            return not _draws(operator, args, kwargs)
+        if operator in _MATMULS:
+            counts[is_recompute] += 1
+            return counts[is_recompute] % 2 == 1
+        return False
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in _ALWAYS_SAVED and not _draws(operator, args, kwargs):
-            return CheckpointPolicy.MUST_SAVE
-        if operator in _MATMULS:
-            counts[context.is_recompute] += 1
-            if counts[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        if not context.is_recompute and operator._schema.is_mutable:
+            _refuse_writing(operator, args, kwargs, kept)
+        if not keep(operator, args, kwargs, context.is_recompute):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        output = getattr(context, "op_output", None)  # torch 2.11 does not tell, and nothing is noticed there
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if type(tensor) is torch.Tensor:  # not while the compiler traces: its graph has no writes in place
+                reference = StorageWeakRef(tensor.untyped_storage())
+                kept[reference.cdata] = reference
+        return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -33,6 +33,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
     ),
+    (
+        "torch._ops",
+        "OpOverload._schema",
+        "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
+    ),
     ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",

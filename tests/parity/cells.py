@@ -226,5 +226,8 @@ CI_CELLS = [
     Cell("llama_tied", "full", 0.0, "fsdp2", "submodule", False),
     Cell("gemma3", "lora", 0.0, "fsdp2", "selective", False),
     Cell("phi3", "full", 0.0, "tp2", "full", False),
+    # layers that read the keys of earlier layers
+    Cell("gemma3n", "full", 0.0, "fsdp2", "full", False),
+    Cell("gemma3n", "lora", 0.0, "tp2", "submodule", False),
     Cell("qwen3", "full", 0.0, "tp2", "selective", True),
 ]

@@ -92,9 +92,9 @@ def report(results: dict[Cell, Verdict], backend: str, seconds: float, only: str
     held = [verdict for verdict in results.values() if not verdict.problems]
     worst = max(held, key=lambda verdict: verdict.in_bounds, default=None)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
-    command = " ".join(["make parity" if not only and backend == "aot_eager" else "python -m parity.matrix"])
+    command = "make parity"
     if only or backend != "aot_eager":
-        command += f" --backend {backend}" + (f" --only {only}" if only else "")
+        command = f"python -m parity.matrix --backend {backend}" + (f" --only {only}" if only else "")
     today = datetime.datetime.now(datetime.timezone.utc).date()
     lines = [
         "# Parity with one process",
@@ -106,12 +106,13 @@ def report(results: dict[Cell, Verdict], backend: str, seconds: float, only: str
         f"* {versions}; {os.cpu_count()} CPU cores, gloo, float32; wall time {seconds / 60:.1f} minutes.",
         f"* Compiled cells: backend `{backend}`, each decoder layer in place.",
         "* A cell compares loss and every gradient of one step with the same model in one process, at equal weights. Bounds:",
-        "  loss 1e-6 (relative), each gradient 1e-5 of its own norm + 1e-8 of the norm of all. No gradient may be missing or new,",
-        "  and the trainable parameters have to be those of the model as it was built.",
+        "  loss 1e-6 (relative), each gradient 1e-5 of its own norm + 1e-8 of the norm of all. No gradient may be missing or",
+        "  new, and the trainable parameters have to be those of the model as it was built.",
         "* With dropout 0.1 the oracle replays the masks that the ranks drew; a mask that a checkpoint draws again has to be the",
         "  same (`tests/harness/dropout.py`). Fused expert weights have neither dropout nor DoRA in PEFT; such adapters of",
         "  Qwen3-MoE are on the attention, the others on all linear layers and the experts.",
-        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. `selective` then runs the layer uncompiled and says so.",
+        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. `selective` then runs the layer uncompiled and",
+        "  says so.",
         "",
         "An entry is the worst gradient's error in units of its bound (1 would be a failure), and its relative error.",
     ]
