@@ -106,7 +106,7 @@ def _make_dora_traceable(adapter: nn.Module) -> None:
     if isinstance(base, nn.Linear) and plain and base.weight.is_floating_point():
         for magnitude in getattr(adapter, "lora_magnitude_vector", {}).values():
             if type(magnitude) is compat.peft_dora_layer_type():
-                magnitude.forward = functools.partial(_dora, magnitude)
+                magnitude.forward = functools.partial(_dora, magnitude)  # type: ignore[attr-defined]
 
 
 def _dora(
