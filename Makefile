@@ -16,6 +16,7 @@ VENV    ?= .venv
 VENV517 ?= .venv517
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
+PARITY_ARGS ?=
 
 # Several processes share the cores, in the tests and in the demo.
 export OMP_NUM_THREADS ?= 1
@@ -66,6 +67,11 @@ test: lint ## ruff, mypy, all tests, then the tests at the oldest supported tran
 test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
 	@echo "[test] pytest -m both_ends, transformers 5.17"
 	@$(VENV517)/bin/python -m pytest -m both_ends $(PYTEST_ARGS)
+
+.PHONY: parity
+parity: $(STAMP) ## all cells of the parity matrix, written to docs/parity.md (about half an hour; PARITY_ARGS='--only llama-lora')
+	@echo "[parity] every model x adapter x mesh x checkpointing x compile, against one process"
+	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m parity.matrix $(PARITY_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy

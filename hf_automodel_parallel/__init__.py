@@ -16,6 +16,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .activation_checkpointing import apply_selective_activation_checkpointing
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
@@ -32,11 +33,13 @@ __all__ = [
     "PlanError",
     "PrepareError",
     "UnsupportedError",
+    "apply_selective_activation_checkpointing",
     "register_optimized_plan",
     "register_plan",
 ]
 
 _LAZY = {
+    "apply_selective_activation_checkpointing": ".activation_checkpointing",
     "AutoParallelArgumentsMixin": ".integrations.trainer",
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",

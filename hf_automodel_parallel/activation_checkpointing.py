@@ -17,9 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
+from .errors import UnsupportedError
+from .plan.names import unwrapped
+
+#: Marks a layer that :func:`apply_selective_activation_checkpointing` has seen.
+_MARK = "_selective_checkpoint"
 
 
 def normalized_mode(value: str | bool | None) -> str:
@@ -123,21 +129,106 @@ _ALWAYS_SAVED = _operators(
 )
 
 
+def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if this call of ``operator`` draws random numbers; attention with ``dropout_p=0`` is tagged random, but does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
+        return False
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.name == "dropout_p":
+            given = kwargs.get("dropout_p", args[position] if position < len(args) else argument.default_value)
+            return given != 0.0
+    return True
+
+
+def _refuse_writing(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: dict[int, StorageWeakRef]
+) -> None:
+    """Raise if ``operator`` has written into something kept: the recomputation would start from the changed value.
+
+    torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version, so the
+    gradients would be wrong without a word.
+    """
+    for position, argument in enumerate(operator._schema.arguments):
+        written = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is None or not argument.alias_info.is_write or type(written) is not torch.Tensor:
+            continue
+        if StorageWeakRef(written.untyped_storage()).cdata in kept:
+            raise UnsupportedError(
+                f"activation_checkpointing='selective': the model changes the result of a matrix product, of attention or of a "
+                f"collective in place ({operator}), so that it cannot be kept for the backward. Use 'full' or 'submodule'."
+            )
+
+
 def selective_contexts() -> tuple[Any, Any]:
     """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
 
     Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
     (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
+
+    Whatever draws random numbers is recomputed, also attention with dropout: the recomputation starts from the random state of
+    the forward, and one operator that is not repeated would shift the stream under all that follow.
     """
     counts = {False: 0, True: 0}
+    kept: dict[int, StorageWeakRef] = {}
+
+    def keep(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
+        if operator in _ALWAYS_SAVED:
+            return not _draws(operator, args, kwargs)
+        if operator in _MATMULS:
+            counts[is_recompute] += 1
+            return counts[is_recompute] % 2 == 1
+        return False
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in _ALWAYS_SAVED:
-            return CheckpointPolicy.MUST_SAVE
-        if operator in _MATMULS:
-            counts[context.is_recompute] += 1
-            if counts[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+        if not context.is_recompute and operator._schema.is_mutable:
+            _refuse_writing(operator, args, kwargs, kept)
+        if not keep(operator, args, kwargs, context.is_recompute):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        output = getattr(context, "op_output", None)  # torch 2.11 does not tell, and nothing is noticed there
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if type(tensor) is torch.Tensor:  # not while the compiler traces: its graph has no writes in place
+                reference = StorageWeakRef(tensor.untyped_storage())
+                kept[reference.cdata] = reference
+        return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
+    """Put selective checkpoints around the layers of ``model``, in place, without any parallelism or process group.
+
+    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")`` does the
+    same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep their content.
+
+    Args:
+        model: a model with repeated layers, plain or PEFT-wrapped.
+        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the compiler sees
+            which operators to keep.
+
+    Raises:
+        UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
+            ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
+    """
+    from .layers import find_layers
+
+    inner, _ = unwrapped(model)
+    layers = find_layers(inner)
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
+        hasattr(layer, _MARK) or isinstance(layer.forward, Checkpointed) for layer in layers
+    ):
+        raise UnsupportedError(
+            f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "
+            f"once: leave out gradient_checkpointing_enable() or this call."
+        )
+    if enable_compile:
+        from .compile import compile_layers
+
+        compile_layers(layers, selective_checkpoint=True)
+    else:
+        for layer in layers:
+            checkpoint_module(layer, selective=True)
+    for layer in layers:
+        setattr(layer, _MARK, True)
+    switch_cache_off(inner)

@@ -37,6 +37,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch._dynamo.eval_frame", "innermost_fn", "tells whether a forward is a product of torch.compile"),
     ("torch.nn", "Module._compiled_call_impl", "tells whether a module was compiled in place by Module.compile"),
     (
+        "torch._ops",
+        "OpOverload._schema",
+        "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
+    ),
+    ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
+    (
         "torch.distributed.tensor.placement_types",
         "_StridedShard",
         "placement of a dimension that packs several projections (gate|up); transformers describes it the same way",
@@ -377,3 +383,17 @@ def is_compiled(module: nn.Module) -> bool:
 
     forward = module.__dict__.get("forward")
     return forward is not None and innermost_fn(forward) is not forward
+
+
+def peft_dora_layer_type() -> type | None:
+    """PEFT's module that holds the magnitude vector of a linear layer, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    return DoraLinearLayer
+
+
+def graph_break_type() -> type[Exception]:
+    """What ``torch.compile(fullgraph=True)`` raises while tracing code that it cannot put into one graph."""
+    return torch._dynamo.exc.Unsupported

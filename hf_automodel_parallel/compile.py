@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from . import compat
 from .activation_checkpointing import Checkpointed
 from .tensor_parallel.in_flight import Region
+
+logger = logging.getLogger(__name__)
 
 
 def compile_layers(
@@ -31,18 +36,110 @@ def compile_layers(
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     for layer in layers:
+        for adapter in layer.modules():
+            _make_dora_traceable(adapter)
         forward = layer.forward
         region = forward if isinstance(forward, Region) else None
         body: Callable[..., Any] = forward if region is None else region.body
-        if selective_checkpoint:
-            body = Checkpointed(body, selective=True)
-        compiled = torch.compile(body, **options)
+        compiled_options = {**options, "fullgraph": True} if selective_checkpoint else options
+        compiled = torch.compile(
+            Checkpointed(body, selective=True) if selective_checkpoint else body, **compiled_options
+        )
         if checkpoint_inside or selective_checkpoint:
             compiled = _with_checkpoints_inside(compiled)
         if region is None:
             layer.forward = compiled  # type: ignore[method-assign]
         else:
             region.body = compiled
+        if selective_checkpoint and not options.get("fullgraph"):
+            layer.forward = _OneGraph(layer, body, region)  # type: ignore[method-assign]
+
+
+class _OneGraph:
+    """The forward of a layer with a selective checkpoint inside of its graph; uncompiled where it cannot be one graph.
+
+    If the compiler broke the graph inside of the checkpoint, it would run the pieces compiled in forward but eagerly in the
+    recomputation, and the operators that were kept could not be found again.
+
+    Args:
+        layer: the layer, its forward compiled.
+        body: what was compiled, as it was before.
+        region: the region around it, if any.
+    """
+
+    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None) -> None:
+        functools.update_wrapper(self, layer.forward)  # first: it copies attributes
+        self.forward: Callable[..., Any] = layer.forward
+        self.body, self.region = body, region
+        self.kind = type(layer).__name__
+        self.compiled = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.compiled:
+            return self.forward(*args, **kwargs)
+        try:
+            return self.forward(*args, **kwargs)
+        except compat.graph_break_type() as error:
+            # Raised while tracing: nothing has run yet, and the other ranks trace the same code.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "%s is not one graph (%s), which a selective checkpoint needs: this layer runs uncompiled. "
+            "activation_checkpointing='full' or 'submodule' compiles the parts of it that can be.",
+            self.kind,
+            reason,
+        )
+        self.compiled = False
+        if self.region is not None:
+            self.region.body = self.body
+        self.forward = Checkpointed(self.region or self.body, selective=True)
+        return self.forward(*args, **kwargs)
+
+
+def _make_dora_traceable(adapter: nn.Module) -> None:
+    """Replace the forward of PEFT's DoRA on this one layer by the same computation without a graph break.
+
+    PEFT (0.21) asks for the *name of the type* of the weight in every forward, to see whether it is quantised, and dynamo
+    cannot trace that question. Asked once here instead; a quantised weight keeps PEFT's code.
+    """
+    base = getattr(adapter, "base_layer", None)
+    plain = type(getattr(base, "weight", None)) in (nn.Parameter, torch.Tensor, DTensor)
+    if isinstance(base, nn.Linear) and plain and base.weight.is_floating_point():
+        for magnitude in getattr(adapter, "lora_magnitude_vector", {}).values():
+            if type(magnitude) is compat.peft_dora_layer_type():
+                magnitude.forward = functools.partial(_dora, magnitude)  # type: ignore[attr-defined]
+
+
+def _dora(
+    magnitude: Any,
+    x: torch.Tensor,
+    *,
+    lora_A: nn.Module,
+    lora_B: nn.Module,
+    scaling: float,
+    base_layer: nn.Linear,
+    base_result: torch.Tensor | None = None,
+    adapter_name: str = "default",
+) -> torch.Tensor:
+    """What DoRA adds to the base layer's output: ``m / |W + s B A|`` times (base + adapter), minus the base.
+
+    Args:
+        magnitude: PEFT's layer with the vector m (out_features) and its two methods for the weights.
+        x: (..., in_features), after dropout.
+        base_result: the base layer's output where there is no dropout, else None.
+
+    Returns:
+        (..., out_features); the bias is not scaled.
+    """
+    names = {"adapter_name": adapter_name}
+    update = magnitude.get_lora_weight(lora_A=lora_A, lora_B=lora_B, **names).detach().to(x.dtype)
+    weight = base_layer.weight.to(x.dtype)
+    norm = magnitude.get_weight_norm(weight=weight, lora_weight=update, scaling=scaling, **names).detach()
+    scale = magnitude.weight / norm
+    if base_result is None:
+        base_result = F.linear(x, weight)
+    elif base_layer.bias is not None:
+        base_result = base_result - base_layer.bias
+    return (scale - 1) * base_result + scale * scaling * lora_B(lora_A(x))
 
 
 def _with_checkpoints_inside(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -102,3 +102,49 @@ def test_two_all_reduces_forward_and_two_backward_per_layer(adapter, compiled):
     assert forward_2 == 2 * 2 + 1
     # With a frozen embedding nothing below layer 0 is trained: its first boundary costs nothing (4L - 1 in the layers).
     assert backward_2 == 2 * 2 + 1 - (adapter is not None)
+
+
+# ---- graphs under every checkpoint ---------------------------------------------------------------------------------
+
+MODES = ["none", "full", "submodule", "selective"]
+
+
+def graphs_while_training(mode: str, adapter: dict | None, layers: int, batches: int) -> dict[str, Any]:
+    """Graphs after each of some training batches of varying length and after evaluating, breaks, and the state dict's keys."""
+    from torch._dynamo.utils import counters
+
+    config = AutoParallelismConfig(tp_size=2, activation_checkpointing=mode, compile="aot_eager")
+    accelerator = Accelerator(parallelism_config=config)
+    model = build("llama", adapter, num_hidden_layers=layers)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    counters.clear()
+    counts = {"train": [], "eval": []}
+    for index in range(batches):
+        batch = make_batches(1, 2, 8 + (index * 7) % 20, 128, seed=index)[0]
+        model.train()
+        accelerator.backward(model(**batch, use_cache=False).loss)
+        model.zero_grad()
+        counts["train"].append(counters["stats"]["unique_graphs"])
+        if index >= 3 and index % 2:  # switching back and forth
+            model.eval()
+            with torch.no_grad():
+                model(**batch, use_cache=False)
+            counts["eval"].append(counters["stats"]["unique_graphs"])
+    return {**counts, "breaks": dict(counters["graph_break"]), "keys": list(model.state_dict())}
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_are_few_whole_and_constant(mode, adapter):
+    """At most two graphs (first length, any length) per kind of layer and of pass; none after the second batch."""
+    shallow = run_distributed(2, graphs_while_training, mode, adapter, 2, 20, timeout=240)[0]
+    deep = run_distributed(2, graphs_while_training, mode, adapter, 4, 4, timeout=240)[0]
+    kinds = 1 if adapter is None else 2  # a frozen embedding gives the first layer an input without gradient
+    assert not shallow["breaks"] and not deep["breaks"]
+    assert 1 <= shallow["train"][1] <= 2 * kinds
+    assert shallow["train"][1:4] == [shallow["train"][1]] * 3, "a graph after the second batch"
+    assert deep["train"][:4] == shallow["train"][:4], "graphs grow with the depth"
+    evaluation = shallow["eval"][-1] - shallow["train"][3]
+    assert evaluation <= 2 and len(set(shallow["eval"][1:])) == 1, shallow
+    assert shallow["train"][-1] == shallow["eval"][-1], "switching compiles again"
+    assert shallow["keys"] == list(build("llama", adapter).state_dict())

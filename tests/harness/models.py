@@ -50,6 +50,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    # its last two layers read keys and values that layers 2 and 3 write
+    "gemma3n": (
+        "gemma3n_text",
+        _DENSE
+        | {
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 4,
+            "head_dim": 16,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "pad_token_id": 0,
+        },
+    ),
     "phi3": ("phi3", _DENSE | {"original_max_position_embeddings": 128}),
     "olmo2": ("olmo2", _DENSE),
     "cohere": ("cohere", _DENSE),

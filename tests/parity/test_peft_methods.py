@@ -114,8 +114,8 @@ def sweep(sizes: dict[str, int], dp_size: int, methods: list[str]) -> dict[str, 
 #: What each mesh refuses, besides what tensor parallelism does not know: word of the message.
 REFUSED_EVERYWHERE = {
     "ADALORA": "penalty on the weights",
-    "OSF": "hooks on their gradients",
-    "CPT": "hooks on their gradients",
+    "OSF": "have gradient hooks",
+    "CPT": "have gradient hooks",
 }
 WITH_TENSOR_PARALLELISM = (
     "LORA",
