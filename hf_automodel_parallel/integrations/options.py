@@ -1,4 +1,4 @@
-"""What the config, Accelerate's plugins and the model ask for together, as the options of the steps; contradictions are refused."""
+"""What config, Accelerate's plugins and the model ask for together, as options of the steps; contradictions are refused."""
 
 from __future__ import annotations
 
