@@ -146,6 +146,9 @@ def guard_saving(model: nn.Module) -> None:
                 "accelerator.get_state_dict(model); model.save_pretrained(directory, state_dict=state_dict, "
                 "is_main_process=accelerator.is_main_process). Trainer.save_model() does all of it."
             )
+        if not given and not kwargs.get("is_main_process", True):
+            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank, though.
+            return None
         return original(save_directory, *args, **kwargs)
 
     model.save_pretrained = save_pretrained  # type: ignore[assignment]

@@ -119,6 +119,8 @@ class DefaultStrategy:
             raise UnsupportedError(
                 f"{', '.join(scalars[:4])}: FSDP2 cannot shard parameters without dimensions. Give them the shape (1,)."
             )
+        if job.tp_mesh is not None:
+            refuse_fused_loss(job.model)
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not job.load_on_rank_zero:
             raise not_available_yet(
@@ -248,6 +250,21 @@ class DefaultStrategy:
         if job.plan is not None and job.spec is not None:
             for line in plan_lines(job.plan, job.spec):
                 logger.info("%s", line)
+
+
+def refuse_fused_loss(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` if Liger has replaced the model's own forward.
+
+    Its loss multiplies hidden states with ``lm_head.weight`` in a kernel of its own, beside the head's forward, where under
+    tensor parallelism the weight is a DTensor.
+    """
+    inner, _ = unwrapped(model)
+    if str(getattr(inner.forward, "__module__", "")).startswith("liger_kernel"):
+        raise UnsupportedError(
+            "use_liger_kernel=True under tensor parallelism is not supported: Liger's fused cross entropy reads lm_head.weight, "
+            "which is sharded. Use use_liger_kernel=False, liger_kernel_config={'fused_linear_cross_entropy': False} or "
+            "tp_size=1."
+        )
 
 
 def refuse_sharded(model: nn.Module) -> None:
