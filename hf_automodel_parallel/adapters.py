@@ -73,7 +73,10 @@ def check_trainable_as_shards(model: nn.Module) -> None:
 
 
 def manage_adapters(
-    model: nn.Module, state: TensorParallelState | None, on_unload: Callable[[nn.Module], None]
+    model: nn.Module,
+    state: TensorParallelState | None,
+    on_unload: Callable[[nn.Module], None],
+    add: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> None:
     """Let PEFT's operations on ``model`` do what they do in one process, or say why they cannot.
 
@@ -81,14 +84,10 @@ def manage_adapters(
         model: the sharded model: a ``PeftModel``, or a model that carries adapters without one.
         state: its tensor parallelism, None without.
         on_unload: called with the plain model after ``merge_and_unload`` or ``unload``.
+        add: makes of a ``PeftModel``'s ``add_adapter`` the one for the sharded model.
     """
     model.register_load_state_dict_pre_hook(_shard_loaded_values)
-    tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
-    for layer in model.modules():
-        if tuner is not None and isinstance(layer, (tuner, auxiliary)):  # type: ignore[arg-type]
-            for name in ("merge", "unmerge"):
-                if callable(getattr(layer, name, None)):
-                    layer.__dict__[name] = _on_whole_weights(layer, getattr(layer, name))
+    merge_whole_weights(model)
     inner, _ = unwrapped(model)
     for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
         if not isinstance(owner, nn.Module):
@@ -98,11 +97,24 @@ def manage_adapters(
         # transformers' own load_adapter() always makes a new one.
         for name in (*ADDING, "load_adapter") if not compat.is_peft_model(owner) else ADDING:
             _bind(owner, name, lambda original: _refusal(original.__name__))
+        if compat.is_peft_model(owner):
+            del owner.__dict__["add_adapter"]
+            _bind(owner, "add_adapter", add)
         for name in UNLOADING:
             _bind(owner, name, lambda original: _unloading(model, inner, state, original, on_unload))
-    if tuner is not None:
+    if compat.peft_tuner_layer_type() is not None:
         # Before FSDP2's hook, which gathers the parameters of the root.
         model.register_forward_pre_hook(_unmerge_disabled, prepend=True)
+
+
+def merge_whole_weights(model: nn.Module) -> None:
+    """Let the PEFT layers of ``model`` merge and unmerge whole weights; may be called again for layers that are new."""
+    tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
+    for layer in model.modules():
+        if tuner is not None and isinstance(layer, (tuner, auxiliary)):  # type: ignore[arg-type]
+            for name in ("merge", "unmerge"):
+                if callable(getattr(layer, name, None)) and name not in layer.__dict__:
+                    layer.__dict__[name] = _on_whole_weights(layer, getattr(layer, name))
 
 
 def _bind(owner: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -127,8 +139,8 @@ def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
             f"{name}() on a model that is sharded already: the new parameters would belong to no FSDP2 unit and have no place "
-            f"on the tp axis, so each rank would train its own copy. Add or load all adapters before accelerator.prepare and "
-            f"switch between them with set_adapter(); load_adapter() into an adapter that exists is possible."
+            f"on the tp axis, so each rank would train its own copy. Use add_adapter() or load_adapter() of the PeftModel "
+            f"instead, or do it before accelerator.prepare."
         )
 
     return refuse

@@ -59,11 +59,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         options: see :class:`ShardingOptions`.
     """
     common: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": options.mp_policy,
-        "offload_policy": options.offload_policy,
-        "ignored_params": options.ignored_parameters or None,
-        "shard_placement_fn": functools.partial(data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+        **unit_options(mesh, options),
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
     reshard = options.reshard_after_forward
@@ -85,6 +81,17 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     shard_unit(model, **common, reshard_after_forward=False)
     _restore_class_names(model)
     _set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
+
+
+def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
+    """Arguments of ``fully_shard`` that all units of a model have in common."""
+    return {
+        "mesh": mesh,
+        "mp_policy": options.mp_policy,
+        "offload_policy": options.offload_policy,
+        "ignored_params": options.ignored_parameters or None,
+        "shard_placement_fn": functools.partial(data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+    }
 
 
 def _restore_class_names(model: nn.Module) -> None:

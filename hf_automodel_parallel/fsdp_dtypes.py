@@ -67,6 +67,26 @@ def install_companions(model: nn.Module) -> None:
                 module.forward = _Accompanied(companion, module.forward)  # type: ignore[method-assign]
 
 
+def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> None:
+    """Make the parameters of ``owners``, modules below ``unit``, an FSDP2 unit that is called around the forward of ``unit``.
+
+    For parameters that come after ``unit`` itself was sharded, and so cannot belong to it.
+
+    Args:
+        unit: a sharded module.
+        owners: the modules that hold the parameters.
+        options: of ``fully_shard``.
+    """
+    companion = Companion()
+    for index, owner in enumerate(owners):
+        companion.add_module(str(index), owner)
+    fully_shard(companion, **options)
+    for index in range(len(owners)):
+        delattr(companion, str(index))
+    unit.add_module(_NAME.format(len(companions(unit))), companion)
+    unit.forward = _Accompanied(companion, unit.forward)  # type: ignore[method-assign]
+
+
 def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), **options: Any) -> None:
     """Like ``fully_shard(modules, **options)``, for parameters of any dtypes. :func:`install_companions` completes it.
 

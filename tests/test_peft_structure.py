@@ -49,6 +49,12 @@ class Teller:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.seen: list[Any] = []
 
+    def use_optimizer(self, parameters: list[nn.Parameter]) -> None:
+        """Train these from here on."""
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-4)
+        if self.accelerator is not None:
+            self.optimizer = self.accelerator.prepare(self.optimizer)
+
     def _mean(self, losses: list[torch.Tensor]) -> float:
         total = torch.stack([loss.detach() for loss in losses]).mean()
         if self.accelerator is not None:
@@ -120,6 +126,30 @@ def unloading(teller: Teller) -> None:
     teller.look(teller.model.unload())
 
 
+def growing(teller: Teller) -> None:
+    """An adapter added after training has begun, also to layers without one; trained alone, beside another, and merged."""
+    model = teller.model
+    teller.train()
+    torch.manual_seed(5)
+    targets = ["k_proj", "o_proj", "down_proj", "lm_head"]
+    model.add_adapter("third", LoraConfig(r=3, init_lora_weights=False, target_modules=targets))
+    teller.train()
+    model.set_adapter("third")
+    teller.use_optimizer([p for n, p in model.named_parameters() if "third" in n])
+    teller.train()
+    teller.look()
+    teller.train()
+    model.base_model.set_adapter(["first", "third"])
+    teller.train()
+    with model.disable_adapter():
+        teller.look()
+    model.merge_adapter()
+    teller.look()
+    model.unmerge_adapter()
+    teller.train()
+    teller.look(model.merge_and_unload())
+
+
 def tell(story: Callable, model: str, adapter: str, sizes: dict[str, int], overrides: dict[str, Any]) -> list[Any]:
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     network = two_adapters(model, adapter, **overrides)
@@ -148,7 +178,7 @@ def assert_same_story(got, want) -> None:
             raise AssertionError(f"at step {step} ({g[0]}): {error}") from None
 
 
-STORIES = [switching, merging, unloading]
+STORIES = [switching, merging, unloading, growing]
 
 
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2", "tp2_fsdp2"])
@@ -166,6 +196,16 @@ def test_other_layers(story, model, adapter):
     compare(story, model, "tp2_fsdp2", adapter)
 
 
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "submodule"}, {"compile": "aot_eager"}], ids=str)
+def test_new_adapter_on_layers_without_one(options):
+    """Boundaries, random numbers and regions move to PEFT's new layers."""
+    world, sizes, dp_size = MESHES["tp2_fsdp2"]
+    got = run_distributed(world, tell, growing, "llama", "ends", {**sizes, **options}, {}, timeout=200)[0]
+    teller = Teller(two_adapters("llama", "ends"), dp_size, None)
+    growing(teller)
+    assert_same_story(got, teller.seen)
+
+
 # ---- what is refused, on every mesh ----------------------------------------------------------------------------------
 
 
@@ -175,7 +215,8 @@ def structural_errors(sizes: dict[str, int]) -> dict[str, str]:
     teller = Teller(two_adapters("llama", "lora"), accelerator.parallelism_config.data_parallel_size, accelerator)
     model, new = teller.model, LoraConfig(target_modules=["q_proj"])
     calls = {
-        "add_adapter": lambda: model.add_adapter("third", new),
+        "add_adapter": lambda: model.add_adapter("third", LoraConfig(target_modules=["q_proj"], use_dora=True)),
+        "add_adapter to the model inside": lambda: model.get_base_model().add_adapter(new),
         "add_weighted_adapter": lambda: model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "third"),
         "inject_adapter": lambda: model.base_model.inject_adapter(model.base_model.model, "third"),
     }
@@ -225,19 +266,21 @@ def test_new_parameters_after_prepare_are_refused(mesh):
     world, sizes, _ = MESHES[mesh]
     for messages in run_distributed(world, structural_errors, sizes):
         assert messages.pop("train unloaded").startswith("this model has been unloaded from its adapters")
+        assert "use_dora=True needs whole weights" in messages.pop("add_adapter")
         assert len(messages) == 3
         for name, message in messages.items():
-            assert message.startswith(f"{name}() on a model that is sharded already") and "before" in message
+            assert message.startswith(f"{name.split()[0]}() on a model that is sharded already") and "before" in message
 
 
-def save_and_reload(sizes: dict[str, int], directory: str) -> list[Any]:
-    """An adapter read from a file into an existing one, then the merged model saved."""
+def save_and_reload(sizes: dict[str, int], directory: str, name: str) -> list[Any]:
+    """An adapter read from a file into an existing or a new one, then the merged model saved."""
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     teller = Teller(two_adapters("llama", "lora"), accelerator.parallelism_config.data_parallel_size, accelerator)
     teller.look()
-    result = teller.model.load_adapter(f"{directory}/second", "second", is_trainable=True)
+    result = teller.model.load_adapter(f"{directory}/second", name, is_trainable=True)
     assert not result.unexpected_keys, result
-    teller.model.set_adapter("second")
+    teller.model.set_adapter(name)
+    teller.use_optimizer([p for n, p in teller.model.named_parameters() if name in n])
     teller.train()
     plain = teller.model.merge_and_unload()
     state = accelerator.get_state_dict(plain)
@@ -245,8 +288,9 @@ def save_and_reload(sizes: dict[str, int], directory: str) -> list[Any]:
     return teller.seen
 
 
+@pytest.mark.parametrize("name", ["second", "third"])
 @pytest.mark.parametrize("mesh", ["tp2_fsdp2", "fsdp2"])
-def test_load_adapter_and_save_merged(mesh, tmp_path):
+def test_load_adapter_and_save_merged(mesh, name, tmp_path):
     world, sizes, dp_size = MESHES[mesh]
     other = two_adapters("llama", "lora")
     with torch.no_grad():
@@ -254,12 +298,12 @@ def test_load_adapter_and_save_merged(mesh, tmp_path):
             if "second" in name:
                 parameter.mul_(0.5)
     other.save_pretrained(tmp_path, selected_adapters=["second"])
-    got = run_distributed(world, save_and_reload, sizes, str(tmp_path))[0]
+    got = run_distributed(world, save_and_reload, sizes, str(tmp_path), name)[0]
 
     teller = Teller(two_adapters("llama", "lora"), dp_size, None)
     teller.look()
-    teller.model.load_adapter(tmp_path / "second", "second", is_trainable=True)
-    teller.model.set_adapter("second")
+    teller.model.load_adapter(tmp_path / "second", name, is_trainable=True)
+    teller.model.set_adapter(name)
     teller.train()
     for g, w in zip(got, teller.seen, strict=True):
         assert_losses_equal(g[1], w[1])

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
-from ..adapters import manage_adapters
+from ..adapters import manage_adapters, merge_whole_weights
+from ..adapters_added import adding
 from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
 from ..errors import ConfigError, PrepareError, UnsupportedError
@@ -208,7 +209,12 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     for optimizer in raw:
         _attach(optimizer, record)
     _watch(model)
-    manage_adapters(model, job.tensor_parallel, lambda plain: _after_unload(plain, job))
+    manage_adapters(
+        model,
+        job.tensor_parallel,
+        on_unload=lambda plain: _after_unload(plain, job),
+        add=lambda original: adding(model, job, original, done=lambda: _after_adding(record)),
+    )
     return record
 
 
@@ -216,6 +222,12 @@ def _watch(model: nn.Module) -> None:
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     guard_saving(model)
+
+
+def _after_adding(record: Prepared) -> None:
+    """New adapters belong to the model now; they need an optimizer like everything that is trained."""
+    record.names = {name for name, _ in record.job.model.named_parameters()}
+    merge_whole_weights(record.job.model)
 
 
 def _after_unload(plain: nn.Module, job: Job) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
 from ..errors import UnsupportedError
@@ -111,7 +112,7 @@ def check_peft_method(model: nn.Module) -> None:
 
 def check_adapter(name: str, module: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard yet."""
-    kind = type(module)
+    kind = _kind(module)
     method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
     if kind not in compat.peft_layer_types() and not is_parameter_adapter(module):
@@ -124,10 +125,15 @@ def check_adapter(name: str, module: nn.Module) -> None:
         )
 
 
+def _kind(module: nn.Module) -> type:
+    """The class of ``module``; of a unit of FSDP2, which changes it, the one from before."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def is_parameter_adapter(module: nn.Module) -> bool:
     """True for PEFT's LoRA on a bare parameter (``target_parameters``; what "all-linear" does to expert weights)."""
     wrapper = compat.peft_parameter_wrapper_type()
-    return wrapper is not None and type(module) is wrapper
+    return wrapper is not None and _kind(module) is wrapper
 
 
 def parameter_adapter_out_dim(adapter: nn.Module) -> int:

@@ -92,6 +92,11 @@ class Job:
         """The tp axis, None when it has one rank."""
         return self.mesh["tp"] if "tp" in (self.mesh.mesh_dim_names or ()) else None
 
+    @property
+    def dp_mesh(self) -> DeviceMesh:
+        """The axes that FSDP2 works on."""
+        return data_parallel_mesh(self.mesh)
+
 
 class DefaultStrategy:
     """The flow for every Hugging Face model without one of its own.
@@ -200,12 +205,12 @@ class DefaultStrategy:
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:
-                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device, job.tensor_parallel.hook)  # type: ignore[arg-type]
             synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
-        shard_data_parallel(job.model, job.anatomy, data_parallel_mesh(job.mesh), job.options)  # type: ignore[arg-type]
+        shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())
 

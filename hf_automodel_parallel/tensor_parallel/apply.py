@@ -32,6 +32,7 @@ class TensorParallelState:
         once: names of the parameters that count on the first rank only.
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
+        regions: module -> the region around its forward.
     """
 
     mesh: DeviceMesh
@@ -42,6 +43,7 @@ class TensorParallelState:
     once: set[str] = field(default_factory=set)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
+    regions: dict[nn.Module, Region] = field(default_factory=dict)
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
         """Put a boundary on ``module``."""
@@ -52,6 +54,40 @@ class TensorParallelState:
         for handle, register in self.hooks.pop(old, []):
             handle.remove()
             self.hook(new, register)
+
+    def entries_of(self, modules: list[tuple[str, nn.Module]]) -> list[Entry]:
+        """What regions exchange of the parameters that ``modules`` (name, module) own themselves."""
+        foreign = {id(inner) for module in self.foreign for inner in module.modules()}
+        result = []
+        for name, owner in modules:
+            if id(owner) in foreign:
+                continue
+            for key, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                full = f"{name}.{key}" if name else key
+                mark = self.partial.mark if full in self.partial_names else None
+                bias_of = self.deferred.get(owner) if key == "bias" else None
+                zero = full in self.once and self.mesh.get_local_rank() > 0
+                result.append(Entry(owner, key, mark, bias_of, zero))
+        return result
+
+    def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
+        """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new one."""
+        _shard_parameters(model, spec, self, device)
+        by_region: dict[nn.Module, list[Entry]] = {}
+        for name in names:
+            path, _, key = name.rpartition(".")
+            (entry,) = [e for e in self.entries_of([(path, model.get_submodule(path))]) if e.name == key]
+            around = [path[:end] for end in range(len(path), -1, -1) if end == len(path) or path[end] == "."]
+            regions = [module for part in [*around, ""] if (module := model.get_submodule(part)) in self.regions]
+            for module in regions if any(m is not model for m in regions) else [_nearest_caller(model, path)]:
+                by_region.setdefault(module, []).append(entry)
+        for module, entries in by_region.items():
+            if module in self.regions:
+                self.regions[module].entries.extend(entries)
+            else:
+                self.regions[module] = Region(module, entries, None)
 
 
 def apply_tensor_parallel(
@@ -172,23 +208,8 @@ def install_regions(
         parts: modules inside of each unit that are recomputed on their own, so they need a region of their own too.
     """
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
-    foreign = {id(inner) for module in state.foreign for inner in module.modules()}
     taken: set[tuple[int, str]] = set()
-
-    def entries_of(modules: list[tuple[str, nn.Module]]) -> list[Entry]:
-        result = []
-        for name, owner in modules:
-            if id(owner) in foreign:
-                continue
-            for key, parameter in owner._parameters.items():
-                if parameter is None:
-                    continue
-                full = f"{name}.{key}" if name else key
-                mark = state.partial.mark if full in state.partial_names else None
-                bias_of = state.deferred.get(owner) if key == "bias" else None
-                zero = full in state.once and state.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero))
-        return result
+    entries_of = state.entries_of
 
     for unit in units:
         shared = boundaries.SharedInputs()
@@ -200,10 +221,10 @@ def install_regions(
         taken.update((id(entry.owner), entry.name) for entry in entries)
         for part in parts.get(unit, []):
             part_name = names[part]
-            Region(
+            state.regions[part] = Region(
                 part, entries_of([(f"{part_name}.{n}" if n else part_name, m) for n, m in part.named_modules()]), shared
             )
-        Region(unit, entries, shared)
+        state.regions[unit] = Region(unit, entries, shared)
 
     callers: dict[nn.Module, list[Entry]] = {}
     for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
@@ -214,7 +235,7 @@ def install_regions(
             name = name.removesuffix(".base_layer")
             callers.setdefault(model.get_submodule(name), []).extend(entries)
     for caller, entries in callers.items():
-        Region(caller, entries, None)
+        state.regions[caller] = Region(caller, entries, None)
     state.partial.resolve()
 
 

@@ -11,6 +11,7 @@ that restores the common state recomputes with the same masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,16 +117,29 @@ def install_sharded_dropout(model: nn.Module, spec: ShardingSpec, mesh: DeviceMe
             continue
         for adapter, dropout in list(dropouts.items()):
             place = spec.parameters.get(f"{name}.lora_A.{adapter}.weight", REPLICATED)
-            if place.dim == 1 and isinstance(dropout, nn.Dropout):
+            if place.dim == 1 and isinstance(dropout, nn.Dropout) and not isinstance(dropout, ShardedDropout):
                 sharded = ShardedDropout(dropout.p, mesh.get_local_rank(), mesh.size())
                 dropouts[adapter] = sharded.train(dropout.training)
 
 
-def install_own_numbers(model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh, device: torch.device) -> OwnNumbers:
+def install_own_numbers(
+    model: nn.Module,
+    spec: ShardingSpec,
+    mesh: DeviceMesh,
+    device: torch.device,
+    hook: Callable[[nn.Module, Callable[[nn.Module], Any]], None],
+) -> OwnNumbers:
     """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis ``mesh``.
 
     A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations are
     not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete gradient.
+
+    Args:
+        model: the model.
+        spec: its sharding spec.
+        mesh: the tp axis.
+        device: where the model's activations are.
+        hook: puts a hook, given by what registers it, on a module.
 
     Returns:
         The switch.
@@ -137,9 +151,9 @@ def install_own_numbers(model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh, 
         owned = [f"{name}.{key}" if name else key for key in module._parameters]
         replicated = any(spec.parameters.get(parameter, REPLICATED) == REPLICATED for parameter in owned)
         if boundary is not None or replicated or (tuner is not None and isinstance(module, tuner)):
-            module.register_forward_pre_hook(numbers.leave)
+            hook(module, lambda m: m.register_forward_pre_hook(numbers.leave))
         if boundary is not None and is_columnwise(boundary):
-            module.register_forward_hook(numbers.enter)
+            hook(module, lambda m: m.register_forward_hook(numbers.enter))
     model.register_forward_hook(numbers.leave, always_call=True)
     return numbers
 

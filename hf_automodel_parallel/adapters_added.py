@@ -1,0 +1,166 @@
+"""Adapters that are added to a model after it was sharded.
+
+PEFT builds the new layers as in one process: while it does, it is shown stand-ins of the sharded weights that have their whole
+shapes and no memory. Then the new parameters are made equal on all ranks, get their places on the tp axis, and form one more
+FSDP2 unit per layer, called around the layer's forward (a :class:`~.fsdp_dtypes.Companion`), because a unit that exists cannot
+take more parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .errors import UnsupportedError
+from .fsdp import fsdp_units, unit_options
+from .fsdp_dtypes import Companion, separate_unit
+from .plan.names import unwrapped
+from .plan.resolve import resolve
+from .synchronize import agreement, broadcast_from_rank_zero
+from .tensor_parallel.random import install_sharded_dropout
+
+if TYPE_CHECKING:
+    from .strategies.default import Job
+
+#: Initialisations that do not read the weight below the adapter.
+_BLIND_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Callable[[], None]) -> Callable[..., Any]:
+    """``PeftModel.add_adapter`` for a sharded model.
+
+    Args:
+        model: the prepared ``PeftModel``.
+        job: how it was sharded.
+        original: its own method.
+        done: called when the new parameters are in place.
+    """
+
+    @functools.wraps(original)
+    def add_adapter(adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        with agreement("add_adapter"):
+            _check(adapter_name, peft_config)
+            if kwargs.get("low_cpu_mem_usage"):
+                kwargs = {**kwargs, "low_cpu_mem_usage": False}  # the values have to be there to be sharded
+        for unit in fsdp_units(model):
+            unit.reshard()
+        inner, _ = unwrapped(model)
+        before = dict(inner.named_modules(remove_duplicate=False))
+        with agreement("add_adapter"), _peft_own_methods(model), _stand_ins(model):
+            original(adapter_name, peft_config, *args, **kwargs)
+        replaced = {
+            old: new
+            for name, new in inner.named_modules(remove_duplicate=False)
+            if (old := before.get(name)) is not None and old is not new
+        }
+        _shard_new_parameters(model, job, replaced)
+        done()
+
+    return add_adapter
+
+
+def _check(name: str, config: Any) -> None:
+    """Refuse what needs the values of the weights below, or puts parameters elsewhere than into the new adapter's layers."""
+    given = {
+        "peft_type": (str(getattr(config.peft_type, "value", config.peft_type)), ("LORA",)),
+        "init_lora_weights": (getattr(config, "init_lora_weights", True), _BLIND_INITS),
+        "use_dora": (bool(getattr(config, "use_dora", False)), (False,)),
+        "modules_to_save": (getattr(config, "modules_to_save", None) or None, (None,)),
+        "trainable_token_indices": (getattr(config, "trainable_token_indices", None) or None, (None,)),
+        "target_parameters": (getattr(config, "target_parameters", None) or None, (None,)),
+        "bias": (getattr(config, "bias", "none"), ("none",)),
+    }
+    for field, (value, possible) in given.items():
+        if value not in possible:
+            shown = ", ".join(map(repr, possible))
+            raise UnsupportedError(
+                f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} needs whole weights or parameters outside "
+                f"of the new adapter ({field} may be {shown} here). Add this adapter before accelerator.prepare and switch to it "
+                f"with set_adapter()."
+            )
+
+
+@contextmanager
+def _peft_own_methods(model: nn.Module) -> Iterator[None]:
+    """Let PEFT call its own methods meanwhile, and not those that are bound on the prepared model for users."""
+    owners: list[Any] = [model, getattr(model, "base_model", None), unwrapped(model)[0]]
+    bound = [
+        (owner, name, owner.__dict__.pop(name))
+        for owner in owners
+        if owner is not None
+        for name in _INTERNAL
+        if name in owner.__dict__
+    ]
+    try:
+        yield
+    finally:
+        for owner, name, method in bound:
+            owner.__dict__[name] = method
+
+
+_INTERNAL = ("inject_adapter", "set_adapter", "set_requires_grad")
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Show tensors of whole shape, without memory, in the places of sharded parameters; keep which of them are trainable."""
+    shown: dict[int, nn.Parameter] = {}
+    places: list[tuple[nn.Module, str, Any]] = []
+    for owner in model.modules():
+        for name, parameter in owner._parameters.items():
+            if isinstance(parameter, DTensor):
+                if id(parameter) not in shown:
+                    blank = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+                    shown[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+                places.append((owner, name, parameter))
+    for owner, name, parameter in places:
+        owner._parameters[name] = shown[id(parameter)]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in places:
+            parameter.requires_grad_(shown[id(parameter)].requires_grad)
+            owner._parameters[name] = parameter
+
+
+def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, nn.Module]) -> None:
+    new = {name for name, p in model.named_parameters() if not isinstance(p, DTensor) and p.is_floating_point()}
+    names = sorted(new)
+    for name in names:
+        broadcast_from_rank_zero(model.get_parameter(name))
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if job.tensor_parallel is not None:
+        for old, wrapper in replaced.items():
+            job.tensor_parallel.move_boundaries(old, wrapper)
+        job.spec = resolve(model, job.plan, job.tensor_parallel.mesh.size())  # type: ignore[arg-type]
+        job.tensor_parallel.grow(model, job.spec, names, job.device)
+        install_sharded_dropout(model, job.spec, job.tensor_parallel.mesh)
+    by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
+    for name, owner in zip(names, owners, strict=True):
+        members = by_unit[_unit_around(model, name), model.get_parameter(name).dtype]
+        if owner not in members:
+            members.append(owner)
+    for (unit, dtype), members in by_unit.items():
+        rest = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
+        separate_unit(unit, members, **{**unit_options(job.dp_mesh, job.options), "ignored_params": rest})
+    if job.tensor_parallel is not None:
+        job.tensor_parallel.partial.resolve()
+
+
+def _unit_around(model: nn.Module, name: str) -> nn.Module:
+    """The innermost FSDP2 unit with a forward of its own around the parameter ``name``."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, FSDPModule) and not isinstance(module, Companion):
+            return module
+    return model
