@@ -10,6 +10,7 @@ backward, and adapters lose their gradients silently. Hence non-reentrant everyw
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ class Checkpointed:
     """
 
     def __init__(self, forward: Callable[..., Any], selective: bool = False) -> None:
-        self.forward = forward
+        # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
+        # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
+        self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
         self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
         functools.update_wrapper(self, forward)
 
@@ -52,7 +55,12 @@ class Checkpointed:
 
 def checkpoint_module(module: nn.Module, selective: bool = False) -> None:
     """Put a checkpoint around ``module.forward``, in place."""
-    module.forward = Checkpointed(module.forward, selective)  # type: ignore[method-assign]
+    module.forward = Checkpointed(module.forward, selective).__call__  # type: ignore[method-assign]
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """True if :func:`checkpoint_module` has put a checkpoint around ``module``."""
+    return isinstance(getattr(module.forward, "__self__", None), Checkpointed)
 
 
 def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:
@@ -85,8 +93,6 @@ def switch_cache_off(model: nn.Module) -> None:
 
     The config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
-    import inspect
-
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return
 
@@ -211,7 +217,7 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
-        hasattr(layer, _MARK) or isinstance(layer.forward, Checkpointed) for layer in layers
+        hasattr(layer, _MARK) or is_checkpointed(layer) for layer in layers
     ):
         raise UnsupportedError(
             f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "
