@@ -9,9 +9,10 @@ backward, and adapters lose their gradients silently. Hence non-reentrant everyw
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Checkpointed:
     """
 
     def __init__(self, forward: Callable[..., Any], selective: bool = False, offload: bool = False) -> None:
-        self.forward = forward
+        # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
+        # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
+        self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
         self.offload = offload
         self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
         functools.update_wrapper(self, forward)
@@ -51,13 +54,18 @@ class Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else contextlib.nullcontext():
+        with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext():
             return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
 
 
 def checkpoint_module(module: nn.Module, selective: bool = False, offload: bool = False) -> None:
     """Put a checkpoint around ``module.forward``, in place."""
-    module.forward = Checkpointed(module.forward, selective, offload)  # type: ignore[method-assign]
+    module.forward = Checkpointed(module.forward, selective, offload).__call__  # type: ignore[method-assign]
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """True if :func:`checkpoint_module` has put a checkpoint around ``module``."""
+    return isinstance(getattr(module.forward, "__self__", None), Checkpointed)
 
 
 def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:
@@ -90,8 +98,6 @@ def switch_cache_off(model: nn.Module) -> None:
 
     The config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
-    import inspect
-
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return
 
@@ -216,7 +222,7 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
-        hasattr(layer, _MARK) or isinstance(layer.forward, Checkpointed) for layer in layers
+        hasattr(layer, _MARK) or is_checkpointed(layer) for layer in layers
     ):
         raise UnsupportedError(
             f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_automodel_parallel import UnsupportedError, activation_checkpointing, apply_selective_activation_checkpointing
-from hf_automodel_parallel.activation_checkpointing import Checkpointed, checkpoint_module, checkpointable_parts
+from hf_automodel_parallel.activation_checkpointing import checkpoint_module, checkpointable_parts, is_checkpointed
 from hf_automodel_parallel.layers import find_layers
 
 MODES = ("none", "selective", "submodule", "full")
@@ -224,7 +224,7 @@ def test_alone_on_one_device(adapter, compiled, monkeypatch):
     assert_gradients_equal(gradients, want)
     assert selective.config.to_dict() == config and list(selective.state_dict()) == keys
     if not compiled:
-        assert all(isinstance(layer.forward, Checkpointed) for layer in find_layers(selective))
+        assert all(is_checkpointed(layer) for layer in find_layers(selective))
 
 
 def test_alone_it_is_refused_where_it_would_do_nothing_or_double_work():
