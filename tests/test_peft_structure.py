@@ -294,8 +294,8 @@ def test_load_adapter_and_save_merged(mesh, name, tmp_path):
     world, sizes, dp_size = MESHES[mesh]
     other = two_adapters("llama", "lora")
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if "second" in name:
+        for path, parameter in other.named_parameters():
+            if "second" in path:
                 parameter.mul_(0.5)
     other.save_pretrained(tmp_path, selected_adapters=["second"])
     got = run_distributed(world, save_and_reload, sizes, str(tmp_path), name)[0]
