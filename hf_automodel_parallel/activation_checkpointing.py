@@ -44,12 +44,12 @@ class Checkpointed:
     """
 
     def __init__(self, forward: Callable[..., Any], selective: bool = False, offload: bool = False) -> None:
+        functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
         # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
         # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
         self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
         self.offload = offload
         self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
-        functools.update_wrapper(self, forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -231,7 +231,7 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
     if enable_compile:
         from .compile import compile_layers
 
-        compile_layers(layers, selective_checkpoint=True)
+        compile_layers(layers, "selective")
     else:
         for layer in layers:
             checkpoint_module(layer, selective=True)

@@ -21,6 +21,7 @@ from . import compat
 from .errors import UnsupportedError
 from .fsdp import fsdp_units
 from .plan.names import unwrapped
+from .synchronize import agreement
 
 if TYPE_CHECKING:
     from .tensor_parallel.apply import TensorParallelState
@@ -94,6 +95,8 @@ def manage_adapters(
             continue
         for name in SWITCHING:
             _bind(owner, name, lambda original: _at_rest(model, original))
+            if name == "load_adapter" and compat.is_peft_model(owner):
+                _bind(owner, name, _readable_everywhere)
         # transformers' own load_adapter() always makes a new one.
         for name in (*ADDING, "load_adapter") if not compat.is_peft_model(owner) else ADDING:
             _bind(owner, name, lambda original: _refusal(original.__name__))
@@ -133,6 +136,22 @@ def _at_rest(model: nn.Module, original: Callable[..., Any]) -> Callable[..., An
         return original(*args, **kwargs)
 
     return call
+
+
+def _readable_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_adapter``, after all ranks have seen that they can read the adapter's config: a rank may lack the files."""
+
+    @functools.wraps(original)
+    def load_adapter(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        from peft import PeftConfig
+
+        with agreement("load_adapter"):
+            PeftConfig.from_pretrained(
+                model_id, **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token")}
+            )
+        return original(model_id, *args, **kwargs)
+
+    return load_adapter
 
 
 def _refusal(name: str) -> Callable[..., Any]:

@@ -20,12 +20,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .errors import UnsupportedError
-from .fsdp import fsdp_units, unit_options
+from .fsdp import check_packed_parameters, fsdp_units, unit_options
 from .fsdp_dtypes import Companion, separate_unit
 from .plan.names import unwrapped
 from .plan.resolve import resolve
-from .synchronize import agreement, broadcast_from_rank_zero
-from .tensor_parallel.random import install_sharded_dropout
+from .synchronize import agreement, broadcast_from_rank_zero, check_same_structure, synchronize_rng
+from .tensor_parallel.random import (
+    draws_random_numbers,
+    install_sharded_dropout,
+    refuse_compiled_dropout,
+    synchronize_at_first_forward,
+)
 
 if TYPE_CHECKING:
     from .strategies.default import Job
@@ -45,23 +50,31 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
     """
 
     @functools.wraps(original)
-    def add_adapter(adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        with agreement("add_adapter"):
-            _check(adapter_name, peft_config)
-            if kwargs.get("low_cpu_mem_usage"):
-                kwargs = {**kwargs, "low_cpu_mem_usage": False}  # the values have to be there to be sharded
+    def add_adapter(
+        adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+    ) -> None:
+        # low_cpu_mem_usage would leave no values; they have to be there to be sharded.
         for unit in fsdp_units(model):
             unit.reshard()
         inner, _ = unwrapped(model)
         before = dict(inner.named_modules(remove_duplicate=False))
+        known = {name for name, _ in model.named_parameters()}
         with agreement("add_adapter"), _peft_own_methods(model), _stand_ins(model):
-            original(adapter_name, peft_config, *args, **kwargs)
+            _check(adapter_name, peft_config)
+            original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+            try:
+                _check_new(model, job, known)
+            except Exception:
+                type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
+                raise
+        names = [name for name, _ in model.named_parameters() if name not in known]
+        check_same_structure(model)
         replaced = {
             old: new
             for name, new in inner.named_modules(remove_duplicate=False)
             if (old := before.get(name)) is not None and old is not new
         }
-        _shard_new_parameters(model, job, replaced)
+        _shard_new_parameters(model, job, replaced, names)
         done()
 
     return add_adapter
@@ -131,9 +144,24 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, nn.Module]) -> None:
-    new = {name for name, p in model.named_parameters() if not isinstance(p, DTensor) and p.is_floating_point()}
-    names = sorted(new)
+def _check_new(model: nn.Module, job: Job, known: set[str]) -> None:
+    """Everything that ``prepare`` would refuse, for the parameters that are new."""
+    others = [name for name, _ in model.named_parameters() if name not in known and ".lora_" not in name]
+    if others:
+        raise UnsupportedError(
+            f"the new adapter brings {others[0]} along, a copy of a layer of the model (a head, modules_to_save), whose values "
+            f"are shards by now. Add this adapter before accelerator.prepare."
+        )
+    if job.tp_mesh is None:
+        return
+    spec = resolve(model, job.plan, job.tp_mesh.size())  # type: ignore[arg-type]
+    check_packed_parameters({name: p.shape for name, p in model.named_parameters()}, spec, job.dp_mesh.size(-1))
+    if job.compile_options is not None:
+        refuse_compiled_dropout(model, spec)
+
+
+def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, nn.Module], names: list[str]) -> None:
+    new = set(names)
     for name in names:
         broadcast_from_rank_zero(model.get_parameter(name))
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
@@ -143,14 +171,20 @@ def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, 
         job.spec = resolve(model, job.plan, job.tensor_parallel.mesh.size())  # type: ignore[arg-type]
         job.tensor_parallel.grow(model, job.spec, names, job.device)
         install_sharded_dropout(model, job.spec, job.tensor_parallel.mesh)
+        if draws_random_numbers(model):
+            synchronize_rng(job.tensor_parallel.mesh)
+            synchronize_at_first_forward(model, job.tensor_parallel.mesh)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):
         members = by_unit[_unit_around(model, name), model.get_parameter(name).dtype]
         if owner not in members:
             members.append(owner)
     for (unit, dtype), members in by_unit.items():
-        rest = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
-        separate_unit(unit, members, **{**unit_options(job.dp_mesh, job.options), "ignored_params": rest})
+        others = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
+        options = unit_options(job.dp_mesh, job.options)
+        options["ignored_params"] = others | job.options.ignored_parameters
+        # Said explicitly: FSDP2 takes a unit that comes late for a root, which it would not free after its forward.
+        separate_unit(unit, members, **options, reshard_after_forward=job.options.reshard_after_forward)
     if job.tensor_parallel is not None:
         job.tensor_parallel.partial.resolve()
 

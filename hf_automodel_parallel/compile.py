@@ -19,9 +19,7 @@ from .tensor_parallel.in_flight import Region
 logger = logging.getLogger(__name__)
 
 
-def compile_layers(
-    layers: list[nn.Module], checkpoint_inside: bool = False, selective_checkpoint: bool = False, **options: Any
-) -> None:
+def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **options: Any) -> None:
     """Compile the forward of each layer, in place.
 
     What is compiled is the ``forward``, not the module: FSDP2's hooks, the exchange of DTensors for local tensors and an
@@ -30,9 +28,9 @@ def compile_layers(
 
     Args:
         layers: the layers, after tensor parallelism and FSDP2 have been applied.
-        checkpoint_inside: parts of the layers are checkpointed, so checkpoints are inside of what is compiled.
-        selective_checkpoint: put a selective checkpoint inside of what is compiled, so that the compiler sees the operators
-            it has to keep.
+        checkpointing: "submodule": parts of the layers are checkpointed already, inside of what is compiled. "selective": put a
+            selective checkpoint inside of what is compiled, so that the compiler sees the operators it has to keep. "full":
+            a checkpoint will be put around the layers. "none".
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     for layer in layers:
@@ -41,36 +39,37 @@ def compile_layers(
         forward = layer.forward
         region = forward if isinstance(forward, Region) else None
         body: Callable[..., Any] = forward if region is None else region.body
-        compiled_options = {**options, "fullgraph": True} if selective_checkpoint else options
-        compiled = torch.compile(
-            Checkpointed(body, selective=True) if selective_checkpoint else body, **compiled_options
-        )
-        if checkpoint_inside or selective_checkpoint:
+        selective = checkpointing == "selective"
+        compiled_options = options if checkpointing == "none" else {**options, "fullgraph": True}
+        compiled = torch.compile(Checkpointed(body, selective=True) if selective else body, **compiled_options)
+        if checkpointing in ("submodule", "selective"):
             compiled = _with_checkpoints_inside(compiled)
         if region is None:
             layer.forward = compiled  # type: ignore[method-assign]
         else:
             region.body = compiled
-        if selective_checkpoint and not options.get("fullgraph"):
-            layer.forward = _OneGraph(layer, body, region)  # type: ignore[method-assign]
+        if checkpointing != "none" and not options.get("fullgraph"):
+            layer.forward = _OneGraph(layer, body, region, selective)  # type: ignore[method-assign]
 
 
 class _OneGraph:
-    """The forward of a layer with a selective checkpoint inside of its graph; uncompiled where it cannot be one graph.
+    """The forward of a layer that is compiled and checkpointed; uncompiled where it cannot be one graph.
 
-    If the compiler broke the graph inside of the checkpoint, it would run the pieces compiled in forward but eagerly in the
-    recomputation, and the operators that were kept could not be found again.
+    If the compiler breaks the graph, it runs pieces, and may run other pieces in the recomputation than in the forward (inside
+    of a checkpoint eagerly; around data-dependent shapes those that were compiled meanwhile). What the forward saved would
+    then not be found again.
 
     Args:
         layer: the layer, its forward compiled.
         body: what was compiled, as it was before.
         region: the region around it, if any.
+        selective: uncompiled, the layer needs a selective checkpoint around it.
     """
 
-    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None) -> None:
+    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None, selective: bool) -> None:
         functools.update_wrapper(self, layer.forward)  # first: it copies attributes
         self.forward: Callable[..., Any] = layer.forward
-        self.body, self.region = body, region
+        self.body, self.region, self.selective = body, region, selective
         self.kind = type(layer).__name__
         self.compiled = True
 
@@ -83,15 +82,16 @@ class _OneGraph:
             # Raised while tracing: nothing has run yet, and the other ranks trace the same code.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
-            "%s is not one graph (%s), which a selective checkpoint needs: this layer runs uncompiled. "
-            "activation_checkpointing='full' or 'submodule' compiles the parts of it that can be.",
+            "%s is not one graph (%s), which activation checkpointing needs: this layer runs uncompiled.",
             self.kind,
             reason,
         )
         self.compiled = False
         if self.region is not None:
             self.region.body = self.body
-        self.forward = Checkpointed(self.region or self.body, selective=True)
+        self.forward = self.region or self.body
+        if self.selective:
+            self.forward = Checkpointed(self.forward, selective=True)
         return self.forward(*args, **kwargs)
 
 

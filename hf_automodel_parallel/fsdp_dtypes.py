@@ -46,9 +46,9 @@ class _Accompanied:
     """A forward that is called through a companion."""
 
     def __init__(self, companion: Companion, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
         companion.around = forward
         self.companion = companion
-        functools.update_wrapper(self, forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.companion(*args, **kwargs)

@@ -12,6 +12,8 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from .errors import PrepareError, UnsupportedError
 from .fsdp import data_parallel_mesh, data_parallel_placement
 from .plan.spec import REPLICATED, ParameterSpec
+from .synchronize import agreement
 from .tensor_parallel.shards import shard_parameter
 
 #: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16 iterations
@@ -156,24 +159,14 @@ def _check_one(
     sharded_gradients = [shard(step, kinds) for step in gradients]
     home = parameters[0].device
     whole = [nn.Parameter(value.clone().to(home)) for value in values]
-    try:
+    # A rank that fails alone must not leave the others in the gathering below.
+    with agreement("trying the optimizer"), _explained(cls, "cannot be tried"):
         reference = _like(optimizer, groups, whole)
         _run(reference, whole, [[g.to(home) for g in step] for step in gradients])
         probe = _like(optimizer, groups, parameters)
-    except Exception as error:
-        raise PrepareError(
-            f"{cls} cannot be tried on small tensors ({type(error).__name__}: {_first_line(error)}), so nobody knows whether "
-            f"it computes on shards what it computes on whole parameters. Its class should be constructible from parameter "
-            f"groups and its defaults. If you know that it treats each element on its own, set "
-            f"AutoParallelismConfig(check_optimizer=False)."
-        ) from error
-    try:
+    with agreement("trying the optimizer"), _explained(cls, "does not work on shards"):
         _run(probe, parameters, sharded_gradients)
-        results = [_whole(p) for p in parameters]
-    except Exception as error:
-        raise UnsupportedError(
-            f"{cls} does not work on sharded parameters (DTensors): {type(error).__name__}: {_first_line(error)}. {_REMEDY}"
-        ) from error
+    results = [_whole(p) for p in parameters]
     for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
         update = (expected.detach().cpu() - value).double().norm().item()
         difference = (expected.detach().cpu() - result.detach().cpu()).double().norm().item()
@@ -184,6 +177,22 @@ def _check_one(
                 f"its update is off by {difference / update if update else math.inf:.0%}. It needs a statistic over the whole "
                 f"parameter and takes it over each shard. {_REMEDY}"
             )
+
+
+@contextmanager
+def _explained(cls: str, what: str) -> Iterator[None]:
+    """Turn what the optimizer's own code raises into an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if what == "cannot be tried":
+            raise PrepareError(
+                f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it "
+                f"computes on whole parameters. Its class should be constructible from parameter groups and its defaults. If you "
+                f"know that it treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
+            ) from error
+        raise UnsupportedError(f"{cls} does not work on sharded parameters (DTensors): {reason}. {_REMEDY}") from error
 
 
 def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -17,8 +17,9 @@ from .witnesses import Witnesses
 
 logger = logging.getLogger(__name__)
 
-#: Copies start out equal to the bit; later, equal gradients may round differently on different ranks.
-FIRST_TOLERANCE, LATER_TOLERANCE = 1e-9, 1e-4
+#: Copies start out equal to the bit, and their fingerprints up to the order of summation; later, equal gradients may round
+#: differently on different ranks.
+FIRST_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-4
 
 
 class GradientAuditError(AutoParallelError, RuntimeError):
@@ -47,20 +48,26 @@ class Audit:
         if every != 0:
             self._arm()
 
+    def again(self, trainable: set[str]) -> None:
+        """Look at the next step as at a first one, because parameters were added; ``trainable`` are all that may train now."""
+        self.trainable, self.done = trainable, 0
+        if self.every != 0:
+            self._arm()
+
     def _arm(self) -> None:
         model = self._model()
         if model is not None and self._witnesses is None:
             self._witnesses = Witnesses(model, self.compiled)
 
-    def before_step(self) -> None:
-        """Called before each optimizer step, with complete gradients. Collective in the steps that are audited.
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before each step of ``optimizer``, with complete gradients. Collective in the steps that are audited.
 
         Raises:
             GradientAuditError: on all ranks alike.
         """
         if (self.every is None and self.done) or self.every == 0:
             return
-        if self._witnesses is not None and not self._look(self._witnesses):
+        if self._witnesses is not None and not self._look(self._witnesses, optimizer):
             return  # nothing to see in this step (no gradients yet, or an overflow): look at the next one
         self.steps += 1
         if self._witnesses is not None:
@@ -70,12 +77,14 @@ class Audit:
         if self.every is not None and self.steps % self.every == 0:
             self._arm()  # for the step that begins now
 
-    def _look(self, witnesses: Witnesses) -> bool:
+    def _look(self, witnesses: Witnesses, optimizer: torch.optim.Optimizer) -> bool:
         model = self._model()
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
-        problems = [*self._flags(model), *self._lost(model, witnesses)]
+        problems = [*self._flags(model, optimizer), *self._lost(model, witnesses)]
         copies = compare_copies(model, LATER_TOLERANCE if self.done else FIRST_TOLERANCE, bool(problems))
+        if copies.gradients is None:
+            return False  # an overflow; a scaler will skip this step, or the next one shows the same
         if copies.gradients:
             problems.append(_forgotten_sum(copies.gradients))
         if copies.values:
@@ -86,13 +95,14 @@ class Audit:
             )
         if problems or copies.troubled:
             _raise_on_all(problems)
-        if copies.gradients is None:
-            return False
         if not self.done:
             logger.info("audit: gradients, flags and copies of the first step are in order")
         return True
 
-    def _flags(self, model: nn.Module) -> list[str]:
+    def _flags(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+        stepping = {
+            id(p) for group in optimizer.param_groups for p in group["params"]
+        }  # others may be frozen meanwhile
         held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         switched_on, switched_off = _adapter_parameters(model)
         unfrozen, frozen, orphaned = [], [], []
@@ -101,19 +111,22 @@ class Audit:
                 unfrozen.append(name)
             elif parameter.requires_grad and held and id(parameter) not in held:
                 orphaned.append(name)
-            if not parameter.requires_grad and name in self.trainable - switched_off and not self.done:
+            if id(parameter) in stepping and not parameter.requires_grad and not self.done:
+                if name not in self.trainable - switched_off:
+                    continue
                 frozen.append(name)
         problems = []
         if unfrozen:
             problems.append(
                 f"{_named(unfrozen, 'parameters were')} frozen when the model was prepared and are trainable now. Likely cause: "
-                f"requires_grad_(True) or model.train-like helpers called after prepare. Remedy: set requires_grad before "
+                f"requires_grad_(True) called after prepare. Remedy: set requires_grad before "
                 f"accelerator.prepare and pass these parameters to the optimizer, or freeze them again."
             )
         if frozen:
             problems.append(
                 f"{_named(frozen, 'parameters were')} trainable when the model was prepared and are frozen now: they would not "
-                f"be trained. Likely cause: requires_grad_(False) called after prepare. Remedy: freeze before prepare, or not."
+                f"be trained. Likely cause: requires_grad_(False) called after prepare. Remedy: freeze before prepare, or not at "
+                f"all; if they are to be trained later on, audit='off'."
             )
         if orphaned:
             problems.append(

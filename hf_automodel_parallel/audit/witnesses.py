@@ -44,10 +44,10 @@ class Witnesses:
     def __init__(self, model: nn.Module, compiled: list[nn.Module]) -> None:
         self.seen: dict[nn.Module, Seen] = {}
         self.compiled = {id(module) for module in compiled}
-        self._handles: list[Any] = []
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, prepend=True)]
         hidden = {id(inner) for module in compiled for inner in module.modules() if inner is not module}
         for module in model.modules():
-            if id(module) not in hidden and any(p.requires_grad for p in module.parameters()):
+            if id(module) not in hidden and module is not model and any(p.requires_grad for p in module.parameters()):
                 self.seen[module] = Seen()
                 self._handles.append(module.register_forward_hook(self._hook))
 
@@ -57,10 +57,17 @@ class Witnesses:
             handle.remove()
         self._handles.clear()
 
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        """Forget what was seen of a step that was not taken (skipped by a scaler, a forward to warm up)."""
+        if torch.is_grad_enabled() and all(p.grad is None for p in model.parameters()):
+            for module in self.seen:
+                self.seen[module] = Seen()
+
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        tensors = [tensor for tensor in _tensors_in(output) if tensor.is_floating_point()]
+        given = {id(tensor) for tensor in _tensors_in(args)}  # what comes back unchanged says nothing about the module
+        tensors = [t for t in _tensors_in(output) if t.is_floating_point() and id(t) not in given]
         if not tensors:
             return
         seen = self.seen[module]

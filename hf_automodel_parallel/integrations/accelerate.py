@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import IterableDataset, RandomSampler
 
 from .. import compat
@@ -29,9 +30,10 @@ from ..adapters_added import adding
 from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
 from ..errors import ConfigError, PrepareError, UnsupportedError
-from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable
+from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
 from ..optimizer import check_optimizers, parameter_names, replace_parameters, switch_parameters
 from ..optimizer_check import check_on_shards
+from ..plan.names import unwrapped
 from ..strategies.default import Job, refuse_sharded, strategy_for
 from ..synchronize import agreement
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
@@ -89,11 +91,9 @@ def _leave_cleanly() -> None:
 
     def leave() -> None:
         # After an uncaught exception other ranks may never answer; then the process just ends.
-        if dist.is_initialized() and getattr(sys, "last_value", None) is None:
-            uses_gloo = "gloo" in str(dist.get_backend_config())
+        if dist.is_initialized() and "gloo" in dist.get_backend_config() and getattr(sys, "last_value", None) is None:
             dist.destroy_process_group()
-            if uses_gloo:
-                time.sleep(0.1)
+            time.sleep(0.1)
 
     atexit.register(leave)
 
@@ -219,6 +219,10 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
 
 
 def _watch(model: nn.Module) -> None:
+    inner, _ = unwrapped(model)
+    if inner is not model and hasattr(model, "generate"):
+        # PEFT's wrapper hands generate() to the model inside, past the wrapper's forward, which is the root of FSDP2.
+        register_fsdp_forward_method(model, "generate")
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     guard_saving(model)
@@ -226,8 +230,11 @@ def _watch(model: nn.Module) -> None:
 
 def _after_adding(record: Prepared) -> None:
     """New adapters belong to the model now; they need an optimizer like everything that is trained."""
-    record.names = {name for name, _ in record.job.model.named_parameters()}
-    merge_whole_weights(record.job.model)
+    model = record.job.model
+    record.names = {name for name, _ in model.named_parameters()}
+    merge_whole_weights(model)
+    if record.audit is not None:
+        record.audit.again({name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
 def _after_unload(plain: nn.Module, job: Job) -> None:
@@ -273,6 +280,7 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
             replace_parameters(optimizer, sharded)
             owners.append((optimizer, owner))
     for optimizer, owner in owners:
+        owner.handed_over_late = not owner.trainable
         names = parameter_names(owner.job.model)
         _check_on_shards(
             owner.job, [optimizer], [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]]
@@ -301,24 +309,25 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
     if record.audit is None:
         record.audit = _audit(record)
     record.audit.optimizers.add(optimizer)
-    optimizer.register_step_pre_hook(lambda *_: _before_step(record))
-    units = fsdp_units(record.job.model)
-    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in units])  # type: ignore[arg-type,func-returns-value]
+    optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping))
+    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.job.model)])  # type: ignore[arg-type,func-returns-value]
 
 
 def _audit(record: Prepared) -> Audit:
     job = record.job
     every = {"off": 0, "every_n_steps": job.config.audit_steps}.get(normalized_audit(job.config.audit))
-    compiled = job.anatomy.layers if job.compile_options is not None and job.anatomy is not None else []
-    return Audit(job.model, set(record.trainable_names), compiled, every)
+    compiled = without_units_inside(job.anatomy.layers) if job.compile_options is not None and job.anatomy else []
+    # A model that was prepared for evaluation is handed over for training only now.
+    now = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+    return Audit(job.model, now if record.handed_over_late else set(record.trainable_names), compiled, every)
 
 
-def _before_step(record: Prepared) -> None:
+def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
     """Sum what is outstanding; in the steps that are audited, look at the gradients."""
     if record.job.tensor_parallel is not None:
         record.job.tensor_parallel.partial.flush()
     if record.audit is not None:
-        record.audit.before_step()
+        record.audit.before_step(optimizer)
 
 
 def _prepare_model(

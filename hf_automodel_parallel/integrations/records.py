@@ -26,6 +26,7 @@ class Prepared:
         job: the finished job.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         trainable_names: parameters that were trainable when the user handed the model over.
+        handed_over_late: it was prepared for evaluation first, and got an optimizer later.
         audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
         names: of the parameters it had when it was prepared.
         unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
@@ -34,6 +35,7 @@ class Prepared:
     job: Job
     trainable: bool
     trainable_names: frozenset[str] = frozenset()
+    handed_over_late: bool = False
     audit: Audit | None = None
     names: set[str] = field(default_factory=set)
     unloaded: bool = False

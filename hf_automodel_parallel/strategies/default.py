@@ -140,7 +140,7 @@ class DefaultStrategy:
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
         if job.compile_options is not None:
-            refuse_compiled_dropout(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
+            refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
         check_packed_parameters(shapes, job.spec, job.config.dp_shard_size)
         packed = job.spec.packed()
@@ -233,12 +233,7 @@ class DefaultStrategy:
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
         if job.compile_options is not None:
-            compile_layers(
-                layers,
-                checkpoint_inside=mode == "submodule",
-                selective_checkpoint=mode == "selective",
-                **job.compile_options,
-            )
+            compile_layers(layers, mode, **job.compile_options)
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
                 checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)

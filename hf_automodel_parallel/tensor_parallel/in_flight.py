@@ -57,12 +57,14 @@ class Region:
         entries: list[Entry],
         shared: SharedInputs | None,
     ) -> None:
+        functools.update_wrapper(
+            self, module.forward
+        )  # first: it copies the attributes of a forward that is an object, too
         self.module = module
         self.entries = entries
         self.shared = shared
         self.inner: Callable[..., Any] = module.forward
         self.body: Callable[..., Any] = self._run
-        functools.update_wrapper(self, self.inner)
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -198,7 +198,7 @@ def active_dropouts(module: nn.Module) -> dict[str, float]:
     return found
 
 
-def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> None:
+def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
     """Refuse to compile blocks that draw random numbers on sharded activations.
 
     Inside of a graph the random state cannot be switched, so the masks of the ranks would be equal.
@@ -206,16 +206,14 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec, layers: list[n
     Args:
         model: the model.
         spec: its sharding spec.
-        layers: what will be compiled. Their own dropout, beside the blocks, is on the replicated residual stream.
 
     Raises:
         UnsupportedError: a module around a column-wise layer has a dropout that is not zero.
     """
-    whole = {id(layer) for layer in layers}
     for name, boundary in spec.modules.items():
         parent_name = name.rpartition(".")[0]
         parent = model.get_submodule(parent_name)
-        if not is_columnwise(boundary) or id(parent) in whole:
+        if not is_columnwise(boundary):
             continue
         found = active_dropouts(parent)
         for key, child in parent.named_children():
