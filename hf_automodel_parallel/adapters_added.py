@@ -58,16 +58,18 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
             unit.reshard()
         inner, _ = unwrapped(model)
         before = dict(inner.named_modules(remove_duplicate=False))
-        known = {name for name, _ in model.named_parameters()}
         with agreement("add_adapter"), _peft_own_methods(model), _stand_ins(model):
+            known = {
+                id(parameter): parameter for parameter in model.parameters()
+            }  # a wrapped layer's have other names then
             _check(adapter_name, peft_config)
             original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
             try:
-                _check_new(model, job, known)
+                names = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+                _check_new(model, job, names)
             except Exception:
                 type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
                 raise
-        names = [name for name, _ in model.named_parameters() if name not in known]
         check_same_structure(model)
         replaced = {
             old: new
@@ -144,9 +146,9 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
-def _check_new(model: nn.Module, job: Job, known: set[str]) -> None:
+def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:
     """Everything that ``prepare`` would refuse, for the parameters that are new."""
-    others = [name for name, _ in model.named_parameters() if name not in known and ".lora_" not in name]
+    others = [name for name in names if ".lora_" not in name]
     if others:
         raise UnsupportedError(
             f"the new adapter brings {others[0]} along, a copy of a layer of the model (a head, modules_to_save), whose values "

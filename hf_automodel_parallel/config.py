@@ -172,7 +172,9 @@ class AutoParallelismConfig(ParallelismConfig):
             mode = self.activation_checkpointing
             if not isinstance(mode, bool) and mode not in CHECKPOINTING_MODES:
                 raise ConfigError(f"activation_checkpointing={mode!r}: give one of {', '.join(CHECKPOINTING_MODES)}.")
-        if not isinstance(self.compile, (bool, str)):
+        if self.compile is None:
+            self.compile = False
+        if not isinstance(self.compile, (bool, str)) or self.compile == "":
             raise ConfigError(f"compile={self.compile!r}: give true, false or the name of a torch.compile backend.")
         if not (self.audit is None or isinstance(self.audit, bool)) and self.audit not in AUDIT_MODES:
             raise ConfigError(f"audit={self.audit!r}: give one of {', '.join(AUDIT_MODES)}.")

@@ -302,3 +302,58 @@ def evaluated_first() -> int:
 
 def test_evaluation_and_empty_steps_are_not_audited():
     assert run_distributed(2, evaluated_first) == [1, 1]
+
+
+def rows_by_process() -> None:
+    """The rows of a stock data-parallel script: each process its own, also where processes form a tp group."""
+    model = build("llama", LORA)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    accelerator.backward(model(**batches_for(model, 2)[accelerator.process_index]).loss)
+    optimizer.step()
+
+
+def test_different_batches_in_a_tp_group():
+    """Activations and gradients come out equal on both ranks, those of a mixture; only the inputs tell."""
+    expect_error(2, rows_by_process, match="were given different batches")
+
+
+def skipped_step() -> int:
+    """A step that a scaler skips used a module that the next step does not use."""
+    model = build("llama", LORA)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    batch = batches_for(model, 1)[0]
+    accelerator.backward(model(**batch).loss)
+    optimizer.zero_grad()  # not stepped
+    model.base_model.model.model.layers[1].mlp.forward = lambda x: x  # this time nobody calls what is inside
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+def test_no_false_alarm_after_a_skipped_step():
+    assert run_distributed(2, skipped_step) == [1, 1]
+
+
+def later_adapter(held: bool) -> int:
+    """An adapter added after the audited step, with and without an optimizer for it."""
+    model = build("llama", LORA)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    batch = batches_for(model, 1)[0]
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    for name in ("second", "third"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
+    model.set_adapter("third")
+    if held:
+        optimizer = accelerator.prepare(torch.optim.SGD(trainable(model), lr=0.1))
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+def test_an_adapter_that_comes_later_needs_an_optimizer():
+    expect_error(2, later_adapter, False, match="third.* in no optimizer")
+    assert run_distributed(2, later_adapter, True) == [1, 1]

@@ -33,13 +33,17 @@ class Audit:
         model: the prepared model.
         trainable: names of the parameters that were trainable when the user handed the model over.
         compiled: layers whose forward is compiled.
+        tp_size: number of ranks of a tp group.
         every: look again after so many optimizer steps; None for the first step alone, 0 for never.
     """
 
-    def __init__(self, model: nn.Module, trainable: set[str], compiled: list[nn.Module], every: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, trainable: set[str], compiled: list[nn.Module], tp_size: int, every: int | None
+    ) -> None:
         self._model = weakref.ref(model)
         self.trainable = trainable
         self.compiled = compiled
+        self.tp_size = tp_size
         self.every = every
         self.done = 0
         self.steps = 0
@@ -82,9 +86,17 @@ class Audit:
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
         problems = [*self._flags(model, optimizer), *self._lost(model, witnesses)]
-        copies = compare_copies(model, LATER_TOLERANCE if self.done else FIRST_TOLERANCE, bool(problems))
+        tolerance = LATER_TOLERANCE if self.done else FIRST_TOLERANCE
+        copies = compare_copies(model, tolerance, witnesses.inputs, self.tp_size, bool(problems))
         if copies.gradients is None:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
+        if copies.inputs:
+            problems.append(
+                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: rows chosen by "
+                "process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data loader through "
+                "accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows by the rank among "
+                "the data-parallel ones."
+            )
         if copies.gradients:
             problems.append(_forgotten_sum(copies.gradients))
         if copies.values:
@@ -140,6 +152,11 @@ class Audit:
         missing = {
             name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and name not in inactive
         }
+        trainable = sum(p.requires_grad for p in model.parameters())
+        if 2 * len(missing) > trainable and dist.get_rank() == 0:
+            logger.warning(
+                "audit: %d of %d trainable parameters have no gradient in this step", len(missing), trainable
+            )
         lost = witnesses.lost(model, missing) if missing else []
         if not lost:
             return []

@@ -34,16 +34,18 @@ class Copies:
         gradients: names of the parameters whose copies have different gradients; None if a gradient is not finite, which
             says nothing about copies.
         values: names of the parameters whose copies have different values.
+        inputs: the ranks of a tp group were given different inputs.
         troubled: a rank has a problem of its own.
     """
 
     gradients: list[str] | None
     values: list[str]
+    inputs: bool
     troubled: bool
 
 
 @torch.no_grad()
-def compare_copies(model: nn.Module, tolerance: float, trouble: bool) -> Copies:
+def compare_copies(model: nn.Module, tolerance: float, inputs: torch.Tensor, tp_size: int, trouble: bool) -> Copies:
     """Compare gradients and values of the parameters that several ranks hold copies of.
 
     Collective over all ranks, one gather of three numbers per parameter; call it after outstanding partial gradients were
@@ -52,16 +54,22 @@ def compare_copies(model: nn.Module, tolerance: float, trouble: bool) -> Copies:
     Args:
         model: the sharded model, its parameters at rest.
         tolerance: relative difference that the values' fingerprints may have.
+        inputs: two numbers made of what this rank's forwards were given, float64 of shape (2,).
+        tp_size: number of ranks of a tp group, which are neighbours; they have to be given the same.
         trouble: this rank has a problem of its own that the others should know of.
     """
     # Every copied parameter, trainable or not, has its row: what a rank finds must not decide about a collective.
     copied = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and _is_copied(p)}
     device = communication_device()
     rows = [torch.cat([_gradient_norm(p), _fingerprint(p.to_local())]).to(device) for p in copied.values()]
-    mine = torch.stack([*rows, torch.tensor([float(trouble), 0.0, 0.0], dtype=torch.float64, device=device)])
+    mine = torch.stack(
+        [*rows, torch.cat([torch.tensor([float(trouble)], dtype=torch.float64), inputs.cpu()]).to(device)]
+    )
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     table = torch.stack(everyone).cpu()  # (world size, rows, 3)
+    groups = table[:, -1, 1:].view(-1, tp_size, 2).nan_to_num()
+    other_inputs = not torch.allclose(groups, groups[:, :1], rtol=1e-9, atol=0.0)
     troubled, table = bool(table[:, -1, 0].any()), table[:, :-1]
     norms = table[:, :, 0]
     largest = norms.max() if norms.numel() else torch.zeros(())
@@ -80,6 +88,7 @@ def compare_copies(model: nn.Module, tolerance: float, trouble: bool) -> Copies:
     return Copies(
         _disagreeing(copied, table, differing_gradients) if finite else None,
         _disagreeing(copied, table, differing_values),
+        other_inputs,
         troubled,
     )
 

@@ -319,7 +319,8 @@ def _audit(record: Prepared) -> Audit:
     compiled = without_units_inside(job.anatomy.layers) if job.compile_options is not None and job.anatomy else []
     # A model that was prepared for evaluation is handed over for training only now.
     now = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
-    return Audit(job.model, now if record.handed_over_late else set(record.trainable_names), compiled, every)
+    trainable = now if record.handed_over_late else set(record.trainable_names)
+    return Audit(job.model, trainable, compiled, job.config.tp_size or 1, every)
 
 
 def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:

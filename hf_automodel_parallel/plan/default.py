@@ -54,9 +54,17 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
             block = name.rpartition(".")[0]
             if entry.style in ("colwise", "rowwise") and block in sides and pattern_regex(pattern).fullmatch(name):
                 sides[block][entry.style] += 1
-    for block, count in sides.items():
+    for block, count in sorted(sides.items()):
         if not (count["colwise"] and count["rowwise"]):
             return {}, f"{block} has only one half of a column-wise / row-wise pair"
+        counted = [
+            k for k, v in vars(model.get_submodule(block)).items() if "heads" in k and isinstance(v, int) and v > 1
+        ]
+        if counted:
+            return (
+                {},
+                f"{block} counts its heads itself ({counted[0]}), so each rank would reshape to heads it does not have",
+            )
         for name, _ in model.get_submodule(block).named_parameters():
             full = f"{block}.{name}"
             # The owner, or a wrapper above it, must be one of the planned projections.

@@ -178,8 +178,12 @@ def is_columnwise(boundary: Any) -> bool:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """True if a module of ``model`` has a dropout of some kind that is not zero."""
-    return any(active_dropouts(module) for module in model.modules())
+    """True if a module of ``model`` has a dropout, jitter or noise of some kind that is not zero."""
+    return any(
+        active_dropouts(module)
+        or any(isinstance(v, float) and v > 0 for k, v in vars(module).items() if "jitter" in k or "noise" in k)
+        for module in model.modules()
+    )
 
 
 def active_dropouts(module: nn.Module) -> dict[str, float]:
