@@ -92,8 +92,8 @@ class Audit:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
         if copies.inputs:
             problems.append(
-                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: rows chosen by "
-                "process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data loader through "
+                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: rows chosen "
+                "by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data loader through "
                 "accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows by the rank among "
                 "the data-parallel ones."
             )
