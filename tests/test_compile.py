@@ -133,8 +133,11 @@ def graphs_while_training(mode: str, adapter: dict | None, layers: int, batches:
     return {**counts, "breaks": dict(counters["graph_break"]), "keys": list(model.state_dict())}
 
 
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode, adapter",
+    [*((mode, LORA) for mode in MODES), ("selective", None)],
+    ids=[*(f"{mode}-lora" for mode in MODES), "selective-full"],
+)
 def test_graphs_are_few_whole_and_constant(mode, adapter):
     """At most two graphs (first length, any length) per kind of layer and of pass; none after the second batch."""
     shallow = run_distributed(2, graphs_while_training, mode, adapter, 2, 20, timeout=240)[0]

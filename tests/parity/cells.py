@@ -221,6 +221,7 @@ CI_CELLS = [
     Cell("llama", "lora", 0.1, "tp2_fsdp2", "full", True),
     Cell("llama", "lora", 0.1, "tp2_fsdp2", "selective", True),
     Cell("qwen3_moe", "lora", 0.0, "tp2", "selective", True),
+    Cell("qwen3_moe", "lora", 0.0, "tp2", "full", True),
     # other families, for their own ways through a layer
     Cell("mixtral", "lora", 0.0, "tp2", "selective", False),
     Cell("llama_tied", "full", 0.0, "fsdp2", "submodule", False),
