@@ -111,8 +111,8 @@ def report(results: dict[Cell, Verdict], backend: str, seconds: float, only: str
         "* With dropout 0.1 the oracle replays the masks that the ranks drew; a mask that a checkpoint draws again has to be the",
         "  same (`tests/harness/dropout.py`). Fused expert weights have neither dropout nor DoRA in PEFT; such adapters of",
         "  Qwen3-MoE are on the attention, the others on all linear layers and the experts.",
-        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. With activation checkpointing such a layer runs uncompiled and",
-        "  says so.",
+        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. With activation checkpointing such a layer runs",
+        "  uncompiled and says so.",
         "",
         "An entry is the worst gradient's error in units of its bound (1 would be a failure), and its relative error.",
     ]
