@@ -77,12 +77,12 @@ def history(trainer: Any) -> list[tuple[float, float]]:
     return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def sft(sizes: dict[str, int] | None, rows: int, output_dir: str, packing: bool) -> list[tuple[float, float]]:
+def sft(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[float, float]]:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     config = AutoParallelismConfig(**sizes) if sizes else None
-    options = {"per_device_train_batch_size": rows, "max_length": 48, "packing": packing, "completion_only_loss": True}
+    options = {"per_device_train_batch_size": rows, "max_length": 48, "packing": True, "completion_only_loss": True}
     args = arguments(SFTConfig, output_dir, config, **options)
     assert args.gradient_checkpointing, "TRL's default"
     torch.manual_seed(0)
@@ -128,11 +128,10 @@ def assert_same(got: list[tuple[float, float]], want: list[tuple[float, float]])
         assert norm == pytest.approx(want_norm, rel=1e-5), (got, want)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_sft_lora_completion_only_with_checkpointing(packing, tmp_path):
+def test_sft_lora_packed_completion_only_with_checkpointing(tmp_path):
     sizes = {"tp_size": 2, "dp_shard_size": 2}
-    got = run_distributed(4, sft, sizes, 2, str(tmp_path), packing, timeout=240)[0]
-    assert_same(got, run_distributed(1, alone, sft, 4, str(tmp_path), packing, timeout=240)[0])
+    got = run_distributed(4, sft, sizes, 2, str(tmp_path), timeout=240)[0]
+    assert_same(got, run_distributed(1, alone, sft, 4, str(tmp_path), timeout=240)[0])
 
 
 def test_dpo_lora_with_the_disabled_adapter_as_reference(tmp_path):

@@ -33,11 +33,12 @@ MODELS = [
 LORA = {"target_modules": "all-linear"}
 LORA_ENDS = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
 
-CELLS = [
-    (model, mesh, adapter)
-    for mesh in ("tp2_fsdp2", "tp2", "fsdp2", "hsdp")
-    for model in MODELS
-    for adapter in (None, LORA)
+CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]
+# On the other meshes every model once, full and LoRA in turn.
+CELLS += [
+    (model, mesh, (None, LORA)[(row + column) % 2])
+    for column, mesh in enumerate(("tp2", "fsdp2", "hsdp"))
+    for row, model in enumerate(MODELS)
 ]
 CELLS += [("llama", "tp2_hsdp", LORA), ("qwen3", "tp2_hsdp", None), ("llama", "ddp_like", None)]
 CELLS += [(model, "tp2_fsdp2", LORA_ENDS) for model in ("llama", "llama_odd_vocab")]

@@ -60,8 +60,15 @@ CELLS = {
 }
 
 
-@pytest.mark.both_ends
-@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS.keys())
+@pytest.mark.parametrize(
+    "cell",
+    [
+        # transformers 5.17 checkpoints at another place
+        pytest.param(cell, marks=pytest.mark.both_ends if name in ("both", "both-own-reentrant") else ())
+        for name, cell in CELLS.items()
+    ],
+    ids=CELLS.keys(),
+)
 def test_masks_and_gradients(cell):
     """Per-rank seeds; the gradients are those of one process with the very masks that the ranks drew."""
     model, mesh, adapter, overrides, options, more = cell
