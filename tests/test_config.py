@@ -256,7 +256,7 @@ def test_size_of_a_wrong_type(axis, size):
         ),
         ({"activation_checkpointing": 2}, "activation_checkpointing=2"),
         ({"compile": 2}, "compile=2"),
-        ({"compile": None}, "compile=None"),
+        ({"compile": ""}, "compile=''"),
     ],
 )
 def test_value_of_a_wrong_type_names_field_and_value(values, message):
@@ -306,7 +306,7 @@ def test_options_that_have_not_landed_are_refused(field, value, form):
     [
         {"sequence_parallel": False, "async_tensor_parallel": False, "compile": False},
         {"loss_parallel": False, "activation_checkpointing": False, "audit": False},
-        {"loss_parallel": None, "activation_checkpointing": None, "audit": None, "backend": "fsdp2"},
+        {"loss_parallel": None, "activation_checkpointing": None, "audit": None, "compile": None, "backend": "fsdp2"},
         {"cp": 1, "sp": 1},
     ],
 )

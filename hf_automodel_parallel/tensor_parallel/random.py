@@ -11,6 +11,7 @@ that restores the common state recomputes with the same masks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ class OwnNumbers:
         self.rank = rank
         self.generator = _default_generator(device)
         self.common: Any = None  # while this rank draws its own numbers: how to go back
+        self.untouched = b""
 
     def enter(self, *_: Any) -> None:
         """Draw this rank's own numbers from here on. For use as a forward hook."""
@@ -79,9 +81,9 @@ class OwnNumbers:
             generator.manual_seed(self._mixed(self.common))
             generator.set_offset(place)
         else:
-            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
             self.common = generator.get_state()
-            generator.manual_seed(self._mixed(seed))
+            generator.manual_seed(self._mixed(int.from_bytes(_digest(self.common), "little")))
+            self.untouched = _digest(generator.get_state())
 
     def leave(self, *_: Any) -> None:
         """Go back to the numbers that all tp ranks share. For use as a forward (pre-)hook; does nothing if already there."""
@@ -93,10 +95,17 @@ class OwnNumbers:
             generator.manual_seed(common)
             generator.set_offset(place)
         else:
+            drew = _digest(generator.get_state()) != self.untouched
             generator.set_state(common)
+            if drew:  # move on, so that the next own numbers are others; else the stream stays that of one process
+                torch.randint(2, (), generator=generator, device=generator.device)
 
     def _mixed(self, seed: int) -> int:
         return (seed ^ ((self.rank + 1) * _STRIDE)) % 2**63
+
+
+def _digest(state: torch.Tensor) -> bytes:
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
