@@ -7,6 +7,7 @@ import pytest
 from harness.models import build_model, lora
 
 from hf_automodel_parallel import UnsupportedError
+from hf_automodel_parallel.fsdp import ShardingOptions
 from hf_automodel_parallel.strategies.default import DefaultStrategy
 
 
@@ -19,7 +20,7 @@ def test_fused_loss_is_refused_under_tensor_parallelism_only(wrap):
 
     lce_forward.__module__ = "liger_kernel.transformers.model.llama"
     model.forward = types.MethodType(lce_forward, model)
-    job = SimpleNamespace(model=wrap(model), tp_mesh=object(), load_on_rank_zero=False)
+    job = SimpleNamespace(model=wrap(model), tp_mesh=object(), load_on_rank_zero=False, options=ShardingOptions())
     with pytest.raises(UnsupportedError, match="use_liger_kernel=True .*use_liger_kernel=False"):
         DefaultStrategy().check_model(job)
     job.tp_mesh = None
@@ -28,5 +29,7 @@ def test_fused_loss_is_refused_under_tensor_parallelism_only(wrap):
 
 def test_a_plain_model_passes():
     DefaultStrategy().check_model(
-        SimpleNamespace(model=build_model("llama"), tp_mesh=object(), load_on_rank_zero=False)
+        SimpleNamespace(
+            model=build_model("llama"), tp_mesh=object(), load_on_rank_zero=False, options=ShardingOptions()
+        )
     )
