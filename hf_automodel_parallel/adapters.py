@@ -147,7 +147,7 @@ def _readable_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
 
         with agreement("load_adapter"):
             PeftConfig.from_pretrained(
-                model_id, **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token")}
+                model_id, **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
             )
         return original(model_id, *args, **kwargs)
 
@@ -188,32 +188,52 @@ def whole(layer: nn.Module) -> Iterator[None]:
 
     Collective: all ranks enter it for the same layers in the same order. The parameters must be at rest.
     """
+    # DoRA's norm as a sum over ranks: here it sees whole rows.
+    methods = [(m, m.__dict__.pop("get_weight_norm")) for m in layer.modules() if "get_weight_norm" in m.__dict__]
+
+    def keep(parameter: DTensor, value: torch.Tensor) -> None:
+        parameter.to_local().copy_(_shard_like(value.detach(), parameter).to_local())
+
+    try:
+        with shown_instead(layer, lambda parameter: parameter.full_tensor().clone(), keep):
+            yield
+    finally:
+        for owner, method in methods:
+            owner.__dict__["get_weight_norm"] = method
+
+
+@contextmanager
+def shown_instead(
+    module: nn.Module,
+    stand_in: Callable[[DTensor], torch.Tensor],
+    keep: Callable[[DTensor, torch.Tensor], Any],
+) -> Iterator[None]:
+    """Show plain parameters in the places of the sharded ones below ``module``; a shared one stays shared.
+
+    Args:
+        module: its parameters must be at rest.
+        stand_in: makes the tensor to show, without gradients.
+        keep: called at the end with each sharded parameter and what then stands in its place.
+    """
     shown: dict[int, nn.Parameter] = {}
     places: list[tuple[nn.Module, str, Any]] = []
-    methods: list[tuple[nn.Module, Any]] = []
-    for owner in layer.modules():
-        for name, parameter in owner._parameters.items():
-            if not isinstance(parameter, DTensor):
-                continue
-            if id(parameter) not in shown:
-                with torch.no_grad():  # detach() would make a spec without what compat marks in it
-                    full = parameter.full_tensor().clone()
-                shown[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
-            places.append((owner, name, parameter))
-        if "get_weight_norm" in owner.__dict__:  # DoRA's norm as a sum over ranks: here it sees whole rows
-            methods.append((owner, owner.__dict__.pop("get_weight_norm")))
+    with torch.no_grad():
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if isinstance(parameter, DTensor):
+                    if id(parameter) not in shown:
+                        shown[id(parameter)] = nn.Parameter(stand_in(parameter), parameter.requires_grad)
+                    places.append((owner, name, parameter))
     for owner, name, parameter in places:
         owner._parameters[name] = shown[id(parameter)]
     try:
         yield
     finally:
-        for owner, name, parameter in places:
-            value: Any = owner._parameters[name]
-            owner._parameters[name] = parameter
-            with torch.no_grad():
-                parameter.to_local().copy_(_shard_like(value.detach(), parameter).to_local())
-        for owner, method in methods:
-            owner.__dict__["get_weight_norm"] = method
+        with torch.no_grad():
+            for owner, name, parameter in places:
+                value: Any = owner._parameters[name]
+                owner._parameters[name] = parameter
+                keep(parameter, value)
 
 
 def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .adapters import shown_instead
 from .errors import UnsupportedError
 from .fsdp import check_packed_parameters, fsdp_units, unit_options
 from .fsdp_dtypes import Companion, separate_unit
@@ -53,24 +54,24 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
     def add_adapter(
         adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
-        # low_cpu_mem_usage would leave no values; they have to be there to be sharded.
         for unit in fsdp_units(model):
             unit.reshard()
         inner, _ = unwrapped(model)
         before = dict(inner.named_modules(remove_duplicate=False))
-        with agreement("add_adapter"), _peft_own_methods(model), _stand_ins(model):
-            known = {
-                id(parameter): parameter for parameter in model.parameters()
-            }  # a wrapped layer's have other names then
-            _check(adapter_name, peft_config)
-            original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-            try:
+        is_new = adapter_name not in model.peft_config  # type: ignore[operator]
+        try:
+            with agreement("add_adapter"), _peft_own_methods(model), shown_instead(model, _blank, _keep_flag):
+                # By identity: the parameters of a layer that PEFT wraps get other names.
+                known = {id(parameter): parameter for parameter in model.parameters()}
+                _check(adapter_name, peft_config, low_cpu_mem_usage)
+                original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
                 names = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
                 _check_new(model, job, names)
-            except Exception:
+            check_same_structure(model)
+        except Exception:  # on every rank, also where PEFT had no objection
+            if is_new and adapter_name in model.peft_config:  # type: ignore[operator]
                 type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
-                raise
-        check_same_structure(model)
+            raise
         replaced = {
             old: new
             for name, new in inner.named_modules(remove_duplicate=False)
@@ -82,7 +83,7 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
     return add_adapter
 
 
-def _check(name: str, config: Any) -> None:
+def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
     """Refuse what needs the values of the weights below, or puts parameters elsewhere than into the new adapter's layers."""
     given = {
         "peft_type": (str(getattr(config.peft_type, "value", config.peft_type)), ("LORA",)),
@@ -92,14 +93,15 @@ def _check(name: str, config: Any) -> None:
         "trainable_token_indices": (getattr(config, "trainable_token_indices", None) or None, (None,)),
         "target_parameters": (getattr(config, "target_parameters", None) or None, (None,)),
         "bias": (getattr(config, "bias", "none"), ("none",)),
+        "low_cpu_mem_usage": (low_cpu_mem_usage, (False,)),
     }
     for field, (value, possible) in given.items():
         if value not in possible:
             shown = ", ".join(map(repr, possible))
             raise UnsupportedError(
-                f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} needs whole weights or parameters outside "
-                f"of the new adapter ({field} may be {shown} here). Add this adapter before accelerator.prepare and switch to it "
-                f"with set_adapter()."
+                f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} is not possible ({field} may be {shown} "
+                f"here): it needs whole weights or parameters outside of the new adapter, or leaves no values to shard. Add this "
+                f"adapter before accelerator.prepare and switch to it with set_adapter()."
             )
 
 
@@ -124,26 +126,13 @@ def _peft_own_methods(model: nn.Module) -> Iterator[None]:
 _INTERNAL = ("inject_adapter", "set_adapter", "set_requires_grad")
 
 
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Show tensors of whole shape, without memory, in the places of sharded parameters; keep which of them are trainable."""
-    shown: dict[int, nn.Parameter] = {}
-    places: list[tuple[nn.Module, str, Any]] = []
-    for owner in model.modules():
-        for name, parameter in owner._parameters.items():
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in shown:
-                    blank = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-                    shown[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
-                places.append((owner, name, parameter))
-    for owner, name, parameter in places:
-        owner._parameters[name] = shown[id(parameter)]
-    try:
-        yield
-    finally:
-        for owner, name, parameter in places:
-            parameter.requires_grad_(shown[id(parameter)].requires_grad)
-            owner._parameters[name] = parameter
+def _blank(parameter: DTensor) -> torch.Tensor:
+    """A tensor of the whole shape of ``parameter``, without memory."""
+    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+
+def _keep_flag(parameter: DTensor, shown: torch.Tensor) -> None:
+    parameter.requires_grad_(shown.requires_grad)
 
 
 def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:

@@ -22,11 +22,13 @@ from . import compat
 from .errors import UnsupportedError
 from .plan.names import plan_name, unwrapped
 
-_NAME = "dtype_companion_{}"
+_NAME = "companion_{}"
 
 
 class Companion(nn.Module):
-    """The FSDP2 unit of those parameters of another unit that have another dtype. Its forward is the other's.
+    """The FSDP2 unit of parameters of another unit that cannot belong to it: of another dtype, or added later.
+
+    Its forward is the other's.
 
     FSDP2 looks for the owners of parameters below the modules it is given, so while this one is sharded the unit is its child;
     afterwards it is a child of the unit (without parameters, so no name changes), where FSDP2 finds it for ``no_sync``.
@@ -38,8 +40,7 @@ class Companion(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the unit's own forward, between this module's gathering and freeing."""
-        assert self.around is not None
-        return self.around(*args, **kwargs)
+        return self.around(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Accompanied:

@@ -55,6 +55,9 @@ class Audit:
     def again(self, trainable: set[str]) -> None:
         """Look at the next step as at a first one, because parameters were added; ``trainable`` are all that may train now."""
         self.trainable, self.done = trainable, 0
+        if self._witnesses is not None:  # they do not know the new modules
+            self._witnesses.dismiss()
+            self._witnesses = None
         if self.every != 0:
             self._arm()
 
@@ -86,7 +89,7 @@ class Audit:
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
         problems = [*self._flags(model, optimizer), *self._lost(model, witnesses)]
-        tolerance = LATER_TOLERANCE if self.done else FIRST_TOLERANCE
+        tolerance = LATER_TOLERANCE if self.steps else FIRST_TOLERANCE
         copies = compare_copies(model, tolerance, witnesses.inputs, self.tp_size, bool(problems))
         if copies.gradients is None:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
@@ -112,10 +115,11 @@ class Audit:
         return True
 
     def _flags(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-        stepping = {
-            id(p) for group in optimizer.param_groups for p in group["params"]
-        }  # others may be frozen meanwhile
-        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        def parameters_of(one: torch.optim.Optimizer) -> set[int]:
+            return {id(p) for group in one.param_groups for p in group["params"]}
+
+        stepping = parameters_of(optimizer)  # those of others may be frozen meanwhile
+        held = {p for one in self.optimizers for p in parameters_of(one)}
         switched_on, switched_off = _adapter_parameters(model)
         unfrozen, frozen, orphaned = [], [], []
         for name, parameter in model.named_parameters():
@@ -123,9 +127,8 @@ class Audit:
                 unfrozen.append(name)
             elif parameter.requires_grad and held and id(parameter) not in held:
                 orphaned.append(name)
-            if id(parameter) in stepping and not parameter.requires_grad and not self.done:
-                if name not in self.trainable - switched_off:
-                    continue
+            was_trained = name in self.trainable - switched_off and id(parameter) in stepping
+            if was_trained and not parameter.requires_grad and not self.done:
                 frozen.append(name)
         problems = []
         if unfrozen:
