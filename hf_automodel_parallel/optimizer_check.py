@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -160,11 +160,11 @@ def _check_one(
     home = parameters[0].device
     whole = [nn.Parameter(value.clone().to(home)) for value in values]
     # A rank that fails alone must not leave the others in the gathering below.
-    with agreement("trying the optimizer"), _explained(cls, "cannot be tried"):
+    with agreement("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
         reference = _like(optimizer, groups, whole)
         _run(reference, whole, [[g.to(home) for g in step] for step in gradients])
         probe = _like(optimizer, groups, parameters)
-    with agreement("trying the optimizer"), _explained(cls, "does not work on shards"):
+    with agreement("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
         _run(probe, parameters, sharded_gradients)
     results = [_whole(p) for p in parameters]
     for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
@@ -180,19 +180,24 @@ def _check_one(
 
 
 @contextmanager
-def _explained(cls: str, what: str) -> Iterator[None]:
-    """Turn what the optimizer's own code raises into an error of ours."""
+def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
+    """Turn what the optimizer's own code raises into the error that ``explain`` makes of it."""
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        if what == "cannot be tried":
-            raise PrepareError(
-                f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it "
-                f"computes on whole parameters. Its class should be constructible from parameter groups and its defaults. If you "
-                f"know that it treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
-            ) from error
-        raise UnsupportedError(f"{cls} does not work on sharded parameters (DTensors): {reason}. {_REMEDY}") from error
+        raise explain(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _cannot_be_tried(cls: str, reason: str) -> PrepareError:
+    return PrepareError(
+        f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it computes on "
+        f"whole parameters. Its class should be constructible from parameter groups and its defaults. If you know that it "
+        f"treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
+    )
+
+
+def _fails_on_shards(cls: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{cls} does not work on sharded parameters (DTensors): {reason}. {_REMEDY}")
 
 
 def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

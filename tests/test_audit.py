@@ -239,6 +239,17 @@ class ListedExperts(nn.Module):
         return self.experts[3](x) + self.experts[5](x)
 
 
+class NullToken(nn.Module):
+    """Replaces its input in some training steps only; in this one it hands the input back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 class Pooled(nn.Module):
     """A model with parts that take no part in the loss."""
 
@@ -247,11 +258,12 @@ class Pooled(nn.Module):
         self.body = nn.ModuleList(ListedExperts(16) for _ in range(2))
         self.tower = nn.Linear(16, 16)  # not run: the batch has no images
         self.pooler = nn.Sequential(nn.Linear(16, 16), nn.Tanh())  # runs, but nobody uses what it returns
+        self.null = NullToken()
         self.mask_token = nn.Parameter(torch.zeros(16))  # used in pre-training only
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for layer in self.body:
-            x = x + layer(x)
+            x = x + layer(self.null(x))
         return x, self.pooler(x)
 
 
@@ -266,7 +278,7 @@ def unused_parts() -> int:
 
 
 def test_no_false_alarm_for_parts_that_take_no_part():
-    """Experts not hit, a tower that did not run, a pooler nobody used, a token for another task."""
+    """Experts not hit, a tower that did not run, a pooler nobody used, tokens for other tasks."""
     assert run_distributed(2, unused_parts) == [1, 1]
 
 
@@ -357,3 +369,33 @@ def later_adapter(held: bool) -> int:
 def test_an_adapter_that_comes_later_needs_an_optimizer():
     expect_error(2, later_adapter, False, match="third.* in no optimizer")
     assert run_distributed(2, later_adapter, True) == [1, 1]
+
+
+def alternating() -> int:
+    """Two optimizers that take turns; what the other one trains is frozen meanwhile."""
+    model = build("llama")
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    parts = [list(model.model.layers.parameters()), [p for n, p in model.named_parameters() if ".layers." not in n]]
+    model, first, second = accelerator.prepare(model, *(torch.optim.SGD(part, lr=0.1) for part in parts))
+    for p in (p for group in second.param_groups for p in group["params"]):
+        p.requires_grad_(False)
+    accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+    first.step()
+    return prepared(model).audit.done
+
+
+def frozen_before_its_optimizer() -> int:
+    """Prepared to be evaluated; then a part is frozen, and the rest is trained."""
+    model = build("llama")
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = accelerator.prepare(model)
+    model.model.embed_tokens.requires_grad_(False)
+    optimizer = accelerator.prepare(torch.optim.SGD(trainable(model), lr=0.1))
+    accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+    optimizer.step()
+    return prepared(model).audit.done
+
+
+@pytest.mark.parametrize("job", [alternating, frozen_before_its_optimizer], ids=lambda job: job.__name__)
+def test_no_false_alarm_for_what_is_frozen_on_purpose(job):
+    assert run_distributed(2, job) == [1, 1]

@@ -13,6 +13,7 @@ from harness.compare import assert_losses_equal, full_parameters
 from harness.pool import expect_error, run_distributed
 from parity.jobs import _Rows, batches_for, build, data_rank, trainable
 from parity.test_gradients import LORA, MESHES
+from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError
 
@@ -319,6 +320,26 @@ def different_rates() -> None:
 
 def test_ranks_with_different_optimizers_are_refused():
     expect_error(2, different_rates, match="optimizer of rank 1 is not that of rank 0")
+
+
+class Empty(torch.optim.SGD):
+    """Its kernel cannot do without rows, which one rank of a small parameter has not got."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if isinstance(p, DTensor) and dist.get_rank() == 1:
+                raise RuntimeError("no rows on this rank")
+        super().step(closure)
+
+
+def fails_on_one_rank() -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2))
+    model = build("llama", num_hidden_layers=1)
+    accelerator.prepare(model, Empty(trainable(model), lr=0.1))
+
+
+def test_an_optimizer_that_fails_on_one_rank_is_refused_on_all():
+    expect_error(2, fails_on_one_rank, match="Empty does not work on sharded parameters.*no rows on this rank")
 
 
 class Hoarder(torch.optim.SGD):

@@ -272,6 +272,51 @@ def test_new_parameters_after_prepare_are_refused(mesh):
             assert message.startswith(f"{name.split()[0]}() on a model that is sharded already") and "before" in message
 
 
+def one_sided_additions(directory: str) -> dict[str, str]:
+    """Adapters that cannot be added alike on all ranks; each attempt leaves the model as it was."""
+    from peft import TaskType
+    from transformers import AutoModelForSequenceClassification
+
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2))
+    teller = Teller(two_adapters("llama", "lora"), 2, accelerator)
+    model, rank = teller.model, dist.get_rank()
+    head = get_peft_model(
+        AutoModelForSequenceClassification.from_config(build_model("llama").config),
+        LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_proj"]),
+    )
+    head, _ = accelerator.prepare(head, torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=0.1))
+
+    def plain(**values: Any) -> LoraConfig:
+        return LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **values})
+
+    calls = {
+        "other rank": lambda: model.add_adapter("third", plain(r=2 + rank)),
+        "one fails": lambda: model.add_adapter("third", plain(target_modules=["q_proj" if rank else "nothing"])),
+        "no files": lambda: model.load_adapter(f"{directory}/{'second' if rank else 'nowhere'}", "third"),
+        "no values": lambda: model.add_adapter("third", plain(), low_cpu_mem_usage=True),
+        "head": lambda: head.add_adapter("third", plain(task_type=TaskType.SEQ_CLS)),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+        for owner in (model, head):
+            assert "third" not in owner.peft_config and not any("third" in n for n, _ in owner.named_parameters()), name
+    teller.train()
+    return messages
+
+
+def test_additions_that_fail_on_one_rank_fail_on_all(tmp_path):
+    two_adapters("llama", "lora").save_pretrained(tmp_path, selected_adapters=["second"])
+    for messages in run_distributed(2, one_sided_additions, str(tmp_path), timeout=60):
+        assert "not the same on all ranks" in messages["other rank"]
+        assert "nothing" in messages["one fails"] and "nowhere" in messages["no files"]
+        assert "low_cpu_mem_usage=True is not possible" in messages["no values"]
+        assert "copy of a layer of the model" in messages["head"]
+
+
 def save_and_reload(sizes: dict[str, int], directory: str, name: str) -> list[Any]:
     """An adapter read from a file into an existing or a new one, then the merged model saved."""
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))

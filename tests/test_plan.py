@@ -1036,3 +1036,12 @@ def test_planning_needs_no_process_group_and_no_memory():
     assert modules == dict(model.named_modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not dist.is_initialized()
+
+
+def test_attention_that_counts_its_heads_itself_gets_no_default_plan():
+    """StableLM's attention reshapes to `num_heads`, of which a rank has a part; it would fail in the first forward."""
+    config = AutoConfig.for_model("stablelm", **MODELS["llama"][1])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(PlanError, match=r"layers\.0\.self_attn counts its heads itself \(num_heads\)"):
+        select_plan(model)

@@ -6,6 +6,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
 
+from hf_automodel_parallel.tensor_parallel.random import draws_random_numbers
 from parity.jobs import batches_for, build, first_gradients
 from parity.random_jobs import gradients_and_masks, replayed_masks
 from parity.test_gradients import MESHES
@@ -101,3 +102,12 @@ def test_compile_refuses_dropout_on_sharded_activations():
         overrides=ATTENTION,
         match="self_attn .* has attention_dropout=0.25",
     )
+
+
+@pytest.mark.parametrize("name, draws", [("router_jitter_noise", True), ("drop_path", True), ("width", False)])
+def test_what_counts_as_drawing(name, draws):
+    """Only models that draw are synchronised once more at their first training forward."""
+    model = build("llama")
+    assert not draws_random_numbers(model)
+    setattr(model.model.layers[0].mlp, name, 0.1)
+    assert draws_random_numbers(model) == draws
