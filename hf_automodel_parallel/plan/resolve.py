@@ -62,6 +62,7 @@ class _Resolver:
         check_peft_method(self.model)
         inner, self.prefix = unwrapped(self.model)
         self.config = getattr(inner, "config", None)
+        self.spec.notes.extend(self.plan.notes)
         modules, parameters = self._addressable()
         matches = self._match(modules, parameters)
         if not matches:

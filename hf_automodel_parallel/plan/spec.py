@@ -35,11 +35,13 @@ class Plan:
         origin: which source won ("explicit", "hf", "registry", "default").
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
         strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
+        notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
     """
 
     origin: str
     entries: dict[str, PlanEntry]
     strict: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Input(enum.Enum):
