@@ -142,7 +142,7 @@ FAMILIES: dict[str, Family] = {
     "Phi3ForCausalLM": Family("phi3"),
     "FalconH1ForCausalLM": Family("falcon_h1"),
     "Qwen3_5ForCausalLM": Family("own"),
-    "Qwen3_5ForConditionalGeneration": Family("own"),
+    "Qwen3_5ForConditionalGeneration": Family("own", text=_IN_VLM),
     "DeciLMForCausalLM": Family("llama", model_type="nemotron-nas"),
 }
 
