@@ -113,7 +113,9 @@ class Family:
             entries = huggingface_plan(model)
             if not entries:
                 raise PlanError("the model has no _tp_plan and its config no base_model_tp_plan")
-            return {pattern: entry.style for pattern, entry in entries.items() if matches(pattern)}
+            own = {pattern: entry.style for pattern, entry in entries.items() if matches(pattern)}
+            # transformers 5.17 has no entry for the head of some composite models
+            return own if self.head in own or not matches(self.head) else own | {self.head: "colwise_gather_output"}
         plan = {f"{self.text}.{key}": style for key, style in KINDS[self.kind].items()}
         plan[self.head] = "colwise_gather_output"
         plan = {pattern: style for pattern, style in plan.items() if style != _SUMMED or matches(pattern)}

@@ -34,3 +34,8 @@ def test_tp2_fsdp2(name):
 def test_tp2(name):
     """Full and LoRA in turn; vision-language models get text alone."""
     check(name, "tp2", [(FULL, LORA)[list(FAMILIES).index(name) % 2]])
+
+
+def test_layers_of_both_models_of_a_vision_language_model_are_checkpointed():
+    """The layers are found below the composite model, so that checkpointing does something and changes no gradient."""
+    check("Gemma3ForConditionalGeneration", "tp2", [LORA_WITH_IMAGES], activation_checkpointing="full")
