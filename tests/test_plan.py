@@ -81,11 +81,16 @@ def llama_placements(llama):
     return placements(llama, LLAMA)
 
 
+@pytest.fixture(autouse=True)
+def empty_registry(monkeypatch):
+    """No plan for any class, so that a test here sees the other sources; the real ones: test_optimized_plans.py."""
+    monkeypatch.setattr(optimized, "OPTIMIZED_PLANS", {})
+
+
 @pytest.fixture
 def named_plans(monkeypatch):
-    """The registries, put back after the test."""
+    """The named plans, put back after the test."""
     monkeypatch.setattr(selection, "NAMED_PLANS", dict(selection.NAMED_PLANS))
-    monkeypatch.setattr(optimized, "OPTIMIZED_PLANS", dict(optimized.OPTIMIZED_PLANS))
 
 
 # ---- the explicit plan in all its forms ---------------------------------------------------------------------------

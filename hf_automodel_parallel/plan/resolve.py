@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import PlanError, UnsupportedError
+from .heads import local_head_counts
 from .layers import (
     Matrix,
     as_matrix,
@@ -62,6 +63,7 @@ class _Resolver:
         check_peft_method(self.model)
         inner, self.prefix = unwrapped(self.model)
         self.config = getattr(inner, "config", None)
+        self.spec.notes.extend(self.plan.notes)
         modules, parameters = self._addressable()
         matches = self._match(modules, parameters)
         if not matches:
@@ -90,6 +92,8 @@ class _Resolver:
                 )
         self._tie(modules)
         self._check_experts()
+        if self.plan.origin != "hf":  # transformers writes its plans for classes that take the number from the tensor
+            self.spec.head_counts = local_head_counts(self.model, self.spec, self.tp_size)
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
             if count:

@@ -35,11 +35,13 @@ class Plan:
         origin: which source won ("explicit", "hf", "registry", "default").
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
         strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
+        notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
     """
 
     origin: str
     entries: dict[str, PlanEntry]
     strict: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Input(enum.Enum):
@@ -116,6 +118,7 @@ class ShardingSpec:
     Attributes:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
         modules: module name -> spec; a module that is not listed has no boundary.
+        head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded projections.
         summed_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is a sum over the ranks.
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
@@ -124,6 +127,7 @@ class ShardingSpec:
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    head_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     summed_norms: list[str] = field(default_factory=list)
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)

@@ -116,6 +116,9 @@ def apply_tensor_parallel(
         else:
             _install_boundary(model, name, module_spec, state)
     _shard_parameters(model, spec, state, device)
+    for name, attributes in spec.head_counts.items():
+        for attribute, count in attributes.items():
+            setattr(model.get_submodule(name), attribute, count)
     for name in spec.summed_norms:
         sum_weight_norm(model.get_submodule(name), mesh)
     return state
