@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness.decilm import DeciLMForCausalLM
 from harness.models import MODELS
-from parity.families import CONFIGS, REGISTRY_FIRST, adapted, build_family
+from parity.planned_models import CONFIGS, REGISTRY_FIRST, adapted, build_family
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mistral3Config, Qwen3ForCausalLM
 from transformers import Mistral3ForConditionalGeneration as Mistral3

@@ -6,7 +6,7 @@ from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
 from hf_automodel_parallel.plan.families import FAMILIES
-from parity.families import adapted, build_family, family_batches, family_gradients
+from parity.planned_models import adapted, build_family, family_batches, family_gradients
 from parity.test_gradients import MESHES
 
 FULL, LORA, FULL_WITH_IMAGES, LORA_WITH_IMAGES = (False, False), (True, False), (False, True), (True, True)
