@@ -247,6 +247,15 @@ def no_split_module_names(model: nn.Module) -> set[str]:
     return names
 
 
+def transformers_layer_type() -> type | None:
+    """The base class of transformers' layers that can be checkpointed (all decoder and encoder layers), None without it."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return GradientCheckpointingLayer
+
+
 def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the kind."""
     listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -89,7 +89,11 @@ def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], s
             return {}, f"its _tp_plan names no layer that the model has, only {', '.join(entries)}"
         return entries, None
     if source == "registry":
-        entries = optimized_plan(inner)
+        try:
+            entries = optimized_plan(inner)
+        except Exception as error:  # somebody's function runs here; another source may do
+            logger.info("registry: the plan of %s failed: %s", type(inner).__name__, error)
+            return {}, f"the plan registered for {type(inner).__name__} failed: {error}"
         return entries, None if entries else f"no optimised plan is registered for {type(inner).__name__}"
     if type(inner).__module__.startswith("transformers_modules."):
         return {}, "not used for custom code, whose layers it cannot know"

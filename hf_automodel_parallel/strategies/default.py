@@ -37,6 +37,7 @@ from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.spec import Plan, ShardingSpec
+from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
@@ -137,6 +138,7 @@ class DefaultStrategy:
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
+        check_sequence_layouts(job.plan, job.config.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
         if job.compile_options is not None:
