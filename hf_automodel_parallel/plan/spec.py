@@ -24,7 +24,9 @@ class PlanEntry:
     @property
     def style_name(self) -> str:
         """The style as shown to people: its name (a :class:`~.torch_styles.NamedStyle` has one, too), or its class."""
-        return str(getattr(self.style, "style_name", self.style if isinstance(self.style, str) else type(self.style).__name__))
+        return str(
+            getattr(self.style, "style_name", self.style if isinstance(self.style, str) else type(self.style).__name__)
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
-from .. import compat
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
 from ..layers import dissect
 from .default import llama_like_plan
@@ -171,8 +170,8 @@ def _laid_out(pattern: str, style: ParallelStyle, is_table: bool) -> ParallelSty
     if getattr(style, "style_name", None) == "replicated_with_grad_allreduce":
         return style  # between sharded projections, where the sequence is whole
     raise UnsupportedError(
-        f"sequence_parallel=True: how the plan entry {pattern!r} ({style!r}) meets activations that are sharded along the sequence "
-        f"cannot be derived. Use sequence_parallel=False, or write the plan as a dict."
+        f"sequence_parallel=True: how the plan entry {pattern!r} ({style!r}) meets activations that are sharded along the "
+        f"sequence cannot be derived. Use sequence_parallel=False, or write the plan as a dict."
     )
 
 
@@ -187,6 +186,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _not_derivable(inner: nn.Module, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"sequence_parallel=True cannot be derived for {type(inner).__name__}: {reason}. Use sequence_parallel=False, or write the "
-        f"plan as a dict."
+        f"sequence_parallel=True cannot be derived for {type(inner).__name__}: {reason}. Use sequence_parallel=False, or write "
+        f"the plan as a dict."
     )

@@ -67,8 +67,8 @@ class NamedStyle(ParallelStyle):
             sum_gradients(module, device_mesh)
         elif self.style_name not in ("replicate", "local_params"):
             raise UnsupportedError(
-                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so parallelize_module cannot "
-                f"apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose own engine can."
+                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so parallelize_module "
+                f"cannot apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose own engine can."
             )
         return module
 

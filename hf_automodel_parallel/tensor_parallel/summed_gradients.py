@@ -34,7 +34,7 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
                 if parameter is None or not parameter.requires_grad:
                     continue
                 if id(parameter) not in copies:
-                    local = parameter
+                    local: torch.Tensor = parameter
                     if isinstance(parameter, DTensor):
                         local = parameter.to_local(grad_placements=parameter.placements)
                     copies[id(parameter)] = copy_to_tp(local, group)
