@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,6 +206,17 @@ def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+#: Units inside of :func:`unshard_fsdp2_model`.
+_HELD: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free the gathered parameters of all units below ``model`` that nobody holds by :func:`unshard_fsdp2_model`."""
+    for unit in fsdp_units(model):
+        if unit not in _HELD:
+            unit.reshard()
+
+
 @contextlib.contextmanager
 def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
     """Gather the parameters of all FSDP2 units below ``model``, and free them again at the end.
@@ -217,13 +229,15 @@ def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
     their parameters after forward as before.
 
     Args:
-        model: any module; without FSDP2 units nothing happens.
+        model: any module; without FSDP2 units, or within another such context, nothing happens.
     """
-    units = fsdp_units(model)
+    units = [unit for unit in fsdp_units(model) if unit not in _HELD]
     with contextlib.ExitStack() as stack:  # runs all of these, even if one of them fails
         for unit in units:
             stack.callback(unit.reshard)
             stack.callback(compat.keep_gathered_after_forward(unit))
+            stack.callback(_HELD.discard, unit)
+            _HELD.add(unit)
         try:
             for unit in units:
                 unit.unshard()
