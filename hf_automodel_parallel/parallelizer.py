@@ -13,12 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from .activation_checkpointing import apply_selective_activation_checkpointing, is_checkpointed
+from .activation_checkpointing import apply_selective_activation_checkpointing
 from .fsdp_recursive import apply_fsdp2_sharding_recursively
 from .strategies.base import GivenPlan, ParallelizationStrategy
 from .strategies.default import DefaultParallelizationStrategy
 from .strategies.registry import (
-    DEFAULT_STRATEGY,
     PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
     register_parallel_strategy,
@@ -102,7 +101,6 @@ def fsdp2_strategy_parallelize(
         fsdp2_forward_prefetch_depth=fsdp2_forward_prefetch_depth,
         reshard_after_forward=reshard_after_forward,
     )
-
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
     """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
 
     Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an integer,
-    has "heads" in its name and equals the number of heads that a projection below the module makes or takes.
+    has "head" in its name and equals the number of heads that a projection below the module makes or takes, or their width.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.
@@ -26,7 +26,7 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
     for name, boundary in spec.modules.items():
         parent_name = name.rpartition(".")[0]
         parent = model.get_submodule(parent_name)
-        head_dim = getattr(parent, "head_dim", None)
+        head_dim = getattr(parent, "head_dim", getattr(parent, "attention_head_size", None))
         if boundary.foreign is not None or not isinstance(head_dim, int):
             continue
         base_name = f"{name}.base_layer" if f"{name}.base_layer.weight" in spec.parameters else name
@@ -40,6 +40,6 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
         else:
             continue
         for attribute, value in vars(parent).items():
-            if "heads" in attribute and type(value) is int and value * head_dim == features:
+            if "head" in attribute and type(value) is int and features in (value * head_dim, value):
                 counts.setdefault(parent_name, {})[attribute] = value // tp_size
     return counts

@@ -72,6 +72,10 @@ class _Resolver:
                 f"of {type(inner).__name__}: {', '.join(list(self.plan.entries)[:4])}, ... Keys are paths as in "
                 f"model.named_modules(), without PEFT's prefix."
             )
+        from .torch_styles import read_torch_styles  # imports torch's styles, which not every plan needs
+
+        matches, notes = read_torch_styles(matches, modules, parameters)
+        self.spec.notes.extend(notes)
         placements: dict[str, str] = {}
         for name, entry in matches.items():
             if name in parameters:

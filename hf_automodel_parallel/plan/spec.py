@@ -23,8 +23,10 @@ class PlanEntry:
 
     @property
     def style_name(self) -> str:
-        """The style as shown to people."""
-        return self.style if isinstance(self.style, str) else type(self.style).__name__
+        """The style as shown to people: its name (a :class:`~.torch_styles.NamedStyle` has one, too), or its class."""
+        return str(
+            getattr(self.style, "style_name", self.style if isinstance(self.style, str) else type(self.style).__name__)
+        )
 
 
 @dataclass(frozen=True)

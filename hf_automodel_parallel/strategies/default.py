@@ -39,6 +39,7 @@ from ..plan.layers import check_peft_method
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
+from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
@@ -192,6 +193,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
+        check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
         if job.compile_options is not None:

@@ -14,6 +14,7 @@ from .. import compat
 from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from . import boundaries
 from .adapters import sum_weight_norm
+from .head_counts import set_local_counts
 from .in_flight import Entry, Region
 from .partial_gradients import PartialGradients
 from .shards import shard_parameter
@@ -117,8 +118,7 @@ def apply_tensor_parallel(
             _install_boundary(model, name, module_spec, state)
     _shard_parameters(model, spec, state, device)
     for name, attributes in spec.head_counts.items():
-        for attribute, count in attributes.items():
-            setattr(model.get_submodule(name), attribute, count)
+        set_local_counts(model.get_submodule(name), attributes, mesh.size())
     for name in spec.summed_norms:
         sum_weight_norm(model.get_submodule(name), mesh)
     return state

@@ -72,6 +72,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", _DENSE),
     "cohere": ("cohere", _DENSE),
     "gpt2": ("gpt2", COMMON | {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    # its attention counts heads itself
+    "gptj": (
+        "gptj",
+        COMMON | {"n_inner": 128, "rotary_dim": 8, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
     "mixtral": ("mixtral", _MIXTRAL),
     "mixtral_aux": ("mixtral", _MIXTRAL | _AUXILIARY_LOSS),
     "qwen3_moe": ("qwen3_moe", _QWEN3_MOE),
