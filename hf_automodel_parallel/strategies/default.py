@@ -33,6 +33,7 @@ from ..fsdp_dtypes import install_companions
 from ..layers import Anatomy, dissect
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
+from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
@@ -139,6 +140,7 @@ class DefaultStrategy:
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        keep_logits_sharded(job.model, job.spec, job.config.loss_parallel, job.config.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
