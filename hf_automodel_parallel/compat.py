@@ -90,6 +90,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch", "Tensor._backward_hooks", "hooks on a gradient, which sharding would lose"),
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
     ("torch", "Tensor._make_wrapper_subclass", "a tensor without numbers of its own, see wrapper_subclass"),
+    ("torch._C", "DisableTorchFunctionSubclass", "see without_torch_function"),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
@@ -409,3 +410,8 @@ def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, devi
 def version_of(tensor: torch.Tensor) -> int:
     """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def without_torch_function() -> Any:
+    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__`` uses."""
+    return torch._C.DisableTorchFunctionSubclass()

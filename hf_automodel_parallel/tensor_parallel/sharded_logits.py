@@ -70,6 +70,10 @@ class ShardedLogits(torch.Tensor):
                 "the logits were modified in place after this copy or view of them in another dtype was taken; do not modify "
                 "them in place (logits = logits / temperature instead of logits.div_(temperature)), or set loss_parallel=False."
             )
+        if torch.is_grad_enabled() and self.requires_grad and not self._slice.requires_grad:
+            # The result of somebody's autograd function, which has recorded the wrapper alone.
+            with compat.without_torch_function():
+                self._slice = _Leave.apply(self, self._slice)
         return self._slice
 
     def own(self) -> torch.Tensor:
@@ -103,7 +107,8 @@ class ShardedLogits(torch.Tensor):
         """The slice has changed in place: let the gathered copy go, and the wrapper's place in the autograd graph follow."""
         self._whole = None
         if torch.is_grad_enabled() and self._slice.requires_grad:
-            _Follow.apply(self._slice, self)
+            with compat.without_torch_function():
+                _Follow.apply(self._slice, self)
 
     def replace(self, whole: torch.Tensor) -> None:
         """Make the values of ``whole`` (..., V), equal on all ranks, those of these logits, in place."""
@@ -186,6 +191,19 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return _own_part(gradient, ctx), None
+
+
+class _Leave(torch.autograd.Function):
+    """A wrapper that autograd knows -> its slice; the gradient goes back sharded likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardedLogits, part: torch.Tensor) -> torch.Tensor:
+        ctx.vocabulary, ctx.dtype = wrapper.vocabulary, wrapper.dtype
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ShardedLogits(gradient, ctx.vocabulary, ctx.dtype), None
 
 
 def _own_part(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
