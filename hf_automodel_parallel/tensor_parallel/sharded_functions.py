@@ -6,6 +6,7 @@ whole values. Functions without a handler always do (:func:`on_whole`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,7 +44,7 @@ def with_whole(value: Any) -> Any:
         return value.whole()
     if isinstance(value, (tuple, list)):
         items = [with_whole(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
         return {key: with_whole(item) for key, item in value.items()}
     return value
@@ -68,15 +69,17 @@ def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
 
-_ATTRIBUTES = (
-    "shape dtype device ndim layout requires_grad is_leaf grad_fn output_nr names itemsize nbytes is_cuda is_cpu is_xpu is_mps "
-    "is_meta is_sparse is_quantized is_nested is_mkldnn is_sparse_csr is_ipu is_maia is_mtia is_vulkan is_xla _version"
-).split()
+#: Attributes that give numbers; all others describe the tensor.
+_WITH_NUMBERS = {"data", "grad", "T", "H", "mT", "mH", "real", "imag", "retains_grad", "__cuda_array_interface__", "_grad"}
 _METHODS = (
     "size dim numel nelement ndimension element_size is_floating_point is_complex is_signed is_conj is_neg is_inference get_device "
     "stride storage_offset is_same_size __len__ is_tensor is_shared is_pinned has_names"
 ).split()
-METADATA.update(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(torch.Tensor, name))
+METADATA.update(
+    attribute.__get__
+    for name in dir(torch.Tensor)
+    if name not in _WITH_NUMBERS and inspect.isdatadescriptor(attribute := getattr(torch.Tensor, name))
+)
 METADATA.update(_functions(_METHODS))
 
 
