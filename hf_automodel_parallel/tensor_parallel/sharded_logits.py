@@ -134,6 +134,7 @@ class ShardedLogits(torch.Tensor):
     # ---- the protocols -----------------------------------------------------------------------------------------
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -146,6 +147,7 @@ class ShardedLogits(torch.Tensor):
         return on_whole(function, args, kwargs or {}) if result is NotImplemented else result
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -235,5 +237,6 @@ class KeepSharded:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return map_tensor(output, lambda x: shard_logits(x, self.vocabulary))
