@@ -42,6 +42,7 @@ def plan(
 
     from .config import AutoParallelismConfig
     from .plan.explain import plan_table
+    from .plan.loss import keep_logits_sharded
     from .plan.resolve import resolve
     from .plan.selection import select_plan
     from .plan.validate import validate
@@ -55,6 +56,7 @@ def plan(
         chosen = select_plan(network, config.tp_plan, config.plan_order)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
+        keep_logits_sharded(network, spec)
     except (AutoParallelError, OSError, ValueError) as error:
         typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

@@ -94,6 +94,9 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
     ("torch", "Tensor._backward_hooks", "hooks on a gradient, which sharding would lose"),
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
+    ("torch", "Tensor._make_wrapper_subclass", "a tensor without numbers of its own, see wrapper_subclass"),
+    ("torch._C", "DisableTorchFunctionSubclass", "see without_torch_function"),
+    ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     (
@@ -575,3 +578,18 @@ def is_transformers_v5_or_higher() -> bool:
     from importlib.metadata import version
 
     return int(version("transformers").split(".")[0]) >= 5
+
+
+def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of class ``cls`` with these properties and no storage (what DTensor is made with, torch 2.11 to 2.13)."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def without_torch_function() -> Any:
+    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__`` uses."""
+    return torch._C.DisableTorchFunctionSubclass()

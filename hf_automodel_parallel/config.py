@@ -52,7 +52,6 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 _NOT_YET: dict[str, tuple[Any, str]] = {
     "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
-    "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
     "backend": ("fsdp2", "Use backend='fsdp2'."),
 }
 
@@ -74,6 +73,10 @@ class AutoParallelismConfig(ParallelismConfig):
             else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
+        loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
+            parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
+            tensors.
+        loss_chunk_size: rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB.
         activation_checkpointing: "none", "full" (whole layers), "submodule" (attention and MLP of each layer) or
             "selective" (keep attention, collectives and half of the matrix products); True means "full". None: what the
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
@@ -103,6 +106,7 @@ class AutoParallelismConfig(ParallelismConfig):
     sequence_parallel: bool = False
     async_tensor_parallel: bool = False
     loss_parallel: bool | None = None
+    loss_chunk_size: int | None = None
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     check_optimizer: bool = True
@@ -153,6 +157,16 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.reshard_after_forward not in (None, True, False):
             raise ConfigError(
                 f"reshard_after_forward={self.reshard_after_forward!r}: give true, false or leave it out."
+            )
+        if self.loss_parallel not in (None, True, False):
+            raise ConfigError(f"loss_parallel={self.loss_parallel!r}: give true, false or leave it out.")
+        rows = self.loss_chunk_size
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ConfigError(f"loss_chunk_size={rows!r}: give a number of rows (tokens), at least 1, or leave it out.")
+        if rows is not None and self.loss_parallel is False:
+            raise ConfigError(
+                f"loss_chunk_size={rows} has a meaning with loss parallelism alone, which loss_parallel=False switches off. "
+                f"Leave out one of the two."
             )
         if isinstance(self.plan_order, str):
             self.plan_order = tuple(part for part in self.plan_order.replace("+", " ").split() if part)
@@ -238,10 +252,19 @@ class AutoParallelismConfig(ParallelismConfig):
             )
         if absorber is not None:
             self._set_size(absorber, rest)
+        self._check_loss_has_ranks()
         if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
 
             self.tp_handler = TorchTensorParallelConfig()
+
+    def _check_loss_has_ranks(self) -> None:
+        for name, value in (("loss_parallel", self.loss_parallel or None), ("loss_chunk_size", self.loss_chunk_size)):
+            if value is not None and self.tp_size == 1:  # type: ignore[has-type]
+                raise ConfigError(
+                    f"{name}={value!r} needs a tp axis, over which the vocabulary is spread, but tp_size is 1. Use tp_size=2 or "
+                    f"more, or leave it out."
+                )
 
     @property
     def dp_shard_enabled(self) -> bool:

@@ -191,6 +191,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             plan_order=config.plan_order,
             sequence_parallel=config.sequence_parallel,
             loss_parallel=config.loss_parallel,
+            loss_chunk_size=config.loss_chunk_size,
             async_tensor_parallel=config.async_tensor_parallel,
             layer_classes=layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),

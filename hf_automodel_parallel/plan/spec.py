@@ -63,6 +63,7 @@ class Output(enum.Enum):
     NONE = "none"
     REDUCE = "reduce"  # all-reduce / identity
     GATHER = "gather"  # all-gather the last dim / take this rank's slice
+    LOGITS = "keep logits sharded"  # nothing; reading them whole gathers / takes this rank's slice
     COPY_TAIL = "copy tail"  # identity / all-reduce, of the last `tail` features only
 
 
@@ -103,6 +104,7 @@ class ModuleSpec:
         deferred_bias: name of the module, relative to this one ("" or "base_layer"), whose bias is added once after the
             reduction instead of once per rank before it; None if there is none.
         tail: number of trailing features for :attr:`Output.COPY_TAIL`.
+        chunk_rows: rows whose logits the loss has in float32 at a time, for :attr:`Output.LOGITS`; None: chosen by memory.
         foreign: a style object of torch or of the user that runs on its own engine; all other fields are then unused.
     """
 
@@ -110,6 +112,7 @@ class ModuleSpec:
     output: Output = Output.NONE
     deferred_bias: str | None = None
     tail: int = 0
+    chunk_rows: int | None = None
     foreign: Any = None
 
 

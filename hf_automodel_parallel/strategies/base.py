@@ -45,6 +45,7 @@ class Job:
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
+        loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
         layer_classes: class names of the layers if the user gave them.
         load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
@@ -65,6 +66,7 @@ class Job:
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
     loss_parallel: bool | None = None
+    loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
     layer_classes: list[str] | None = None
     load_on_rank_zero: bool = False
@@ -147,6 +149,7 @@ class ParallelizationStrategy(ABC):
             "transformer_cls_names_to_wrap": job.layer_classes is not None,
             "activation_checkpointing_offload": job.offload_activations,
             "loss_parallel": job.loss_parallel is True,
+            "loss_chunk_size": job.loss_chunk_size is not None,
         }
         for field_name, given in asked.items():
             if given:

@@ -36,6 +36,7 @@ from ..layers import dissect
 from ..mesh import MeshAxes
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
+from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
@@ -196,6 +197,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}

@@ -16,7 +16,9 @@ from . import boundaries
 from .adapters import sum_weight_norm
 from .head_counts import set_local_counts
 from .in_flight import Entry, Region
+from .loss import Vocabulary
 from .partial_gradients import PartialGradients
+from .sharded_logits import KeepSharded
 from .shards import shard_parameter
 
 
@@ -182,6 +184,8 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
             state.deferred[bias_owner] = reduce
     elif spec.output is Output.GATHER:
         after(boundaries.GatherOutput(group, rank, size))
+    elif spec.output is Output.LOGITS:
+        after(KeepSharded(Vocabulary(group, rank, size, spec.chunk_rows)))
     elif spec.output is Output.COPY_TAIL:
         after(boundaries.CopyTail(group, spec.tail))
 

@@ -124,7 +124,7 @@ class ReduceOutput:
         self.bias: torch.Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        output = _map_tensor(output, lambda x: reduce_from_tp(x, self.group))
+        output = map_tensor(output, lambda x: reduce_from_tp(x, self.group))
         if self.bias_owner is not None:
             bias = self.bias if self.bias is not None else self.bias_owner.bias
             output = output + (bias.to_local() if isinstance(bias, DTensor) else bias)
@@ -138,7 +138,7 @@ class GatherOutput:
         self.group, self.rank, self.size = group, rank, size
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _map_tensor(output, lambda x: gather_from_tp(x, self.group, self.rank, self.size))
+        return map_tensor(output, lambda x: gather_from_tp(x, self.group, self.rank, self.size))
 
 
 class CopyTail:
@@ -184,7 +184,7 @@ class VocabularySlice:
         return reduce_from_tp(output.masked_fill(mask.unsqueeze(-1), 0), self.group)
 
 
-def _map_tensor(output: Any, function: Any) -> Any:
+def map_tensor(output: Any, function: Any) -> Any:
     """Apply ``function`` to a tensor output or to the first tensor of a tuple output."""
     if isinstance(output, torch.Tensor):
         return function(output)

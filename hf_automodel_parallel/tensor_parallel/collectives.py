@@ -16,9 +16,9 @@ from .. import compat
 funcol = compat.functional_collectives()
 
 
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum over ``group``, out of place, without autograd. Shape and dtype are kept."""
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
+    """Sum (or "max") over ``group``, out of place, without autograd. Shape and dtype are kept."""
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
