@@ -36,6 +36,7 @@ from ..plan.layers import check_peft_method
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
+from ..plan.sequence_parallel import derive
 from ..plan.spec import Plan, ShardingSpec
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
@@ -139,6 +140,8 @@ class DefaultStrategy:
         job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        if job.config.sequence_parallel:
+            derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
@@ -205,7 +208,15 @@ class DefaultStrategy:
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:
-                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device, job.tensor_parallel.hook)  # type: ignore[arg-type]
+                numbers = install_own_numbers(
+                    job.model,
+                    job.spec,  # type: ignore[arg-type]
+                    job.tp_mesh,  # type: ignore[arg-type]
+                    job.device,
+                    job.tensor_parallel.hook,
+                )
+                if job.tensor_parallel.sequence is not None:
+                    job.tensor_parallel.sequence.numbers = numbers
             synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
