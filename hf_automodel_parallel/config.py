@@ -192,6 +192,8 @@ class AutoParallelismConfig(ParallelismConfig):
             self.backend = "fsdp2"
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
+        if self.sequence_parallel is None:
+            self.sequence_parallel = False
         if not isinstance(self.sequence_parallel, bool):
             raise ConfigError(f"sequence_parallel={self.sequence_parallel!r}: give true or false.")
         for name, (off, remedy) in _NOT_YET.items():

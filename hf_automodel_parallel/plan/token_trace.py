@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 #: Label of activations whose features are spread over the ranks.
 FEATURES = "\0features"

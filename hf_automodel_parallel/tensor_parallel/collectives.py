@@ -127,9 +127,7 @@ def _own_tokens(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
         ctx.rank, ctx.size = rank, size
         return _all_gather_tokens(x, group, length)
 

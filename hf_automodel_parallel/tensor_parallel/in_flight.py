@@ -134,7 +134,7 @@ class _CheckpointInRegion:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         shared = self.region.shared
-        inside = functools.partial(self.region.inside, function)
+        inside: Callable[..., Any] = functools.partial(self.region.inside, function)
         if shared is not None and shared.length is not None:
             inside = shared.resumed(inside)
         return self.function(inside, *args, **kwargs)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..plan.spec import SequenceBlock, SequenceSpec
 from ..errors import UnsupportedError
+from ..plan.spec import SequenceBlock, SequenceSpec
 from .boundaries import CopyInput, ReduceOutput, SharedInputs, first_tensor, map_tensor, replace_first
 from .collectives import copy_to_tp, gather_sequence, is_gathered, partial_view, scatter_sequence, split_sequence
 from .in_flight import Region
@@ -49,7 +49,7 @@ class SharedSequence(SharedInputs):
         self.gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.numbers: OwnNumbers | None = None
 
-    def run(self, length: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, length: int | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function``, which works on shares of a sequence of ``length``, with random numbers of this rank's own."""
         around, self.length = self.length, length
         self.draw_own()
@@ -128,7 +128,12 @@ def _is_unchanged(whole: torch.Tensor) -> bool:
 
 
 def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.shape, a.stride(), a.dtype, a.data_ptr()) == (b.shape, b.stride(), b.dtype, b.data_ptr()) and a.numel() > 0
+    return (a.shape, a.stride(), a.dtype, a.data_ptr()) == (
+        b.shape,
+        b.stride(),
+        b.dtype,
+        b.data_ptr(),
+    ) and a.numel() > 0
 
 
 class ScatterOutput(ReduceOutput):
@@ -151,7 +156,6 @@ class LayerForward:
     """The forward of a layer on shares: told the length, it tells the boundaries inside."""
 
     def __init__(self, layer: nn.Module) -> None:
-        functools.update_wrapper(self, layer.forward)  # first: it copies the attributes of a forward that is an object, too
         self.inner: Callable[..., Any] = layer.forward
         self.shared: SharedSequence | None = None
 
@@ -171,7 +175,6 @@ class BlockForward:
     """
 
     def __init__(self, block: nn.Module, spec: SequenceBlock) -> None:
-        functools.update_wrapper(self, block.forward)
         self.inner: Callable[..., Any] = block.forward
         self.spec = spec
         self.shared: SharedSequence | None = None
@@ -373,4 +376,3 @@ def _map_known(value: Any, known: set[int], function: Callable[[torch.Tensor], t
         items = [_map_known(item, known, function) for item in value]
         return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
-
