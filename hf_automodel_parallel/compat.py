@@ -34,6 +34,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
     (
+        "torch._subclasses.fake_tensor",
+        "FakeTensorMode",
+        "running a layer without values, to see which of its operators keep tokens apart; the same in torch 2.11 to 2.13",
+    ),
+    (
         "torch._dynamo.config",
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
@@ -160,6 +165,20 @@ def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     funcol = functional_collectives()
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
     return funcol.wait_tensor(gather(x, dim, group))
+
+
+def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """Sum over ``group`` and keep this rank's part of ``dim``: ``reduce_scatter_single`` from torch 2.13 on."""
+    funcol = functional_collectives()
+    scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+    return funcol.wait_tensor(scatter(x, "sum", dim, group))
+
+
+def fake_tensor_mode() -> Any:
+    """A mode under which tensors have shapes and no values, and constants of a module may stay real."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

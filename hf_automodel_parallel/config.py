@@ -50,7 +50,6 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 
 # Fields whose step has not landed: value that means "off", and what to do instead.
 _NOT_YET: dict[str, tuple[Any, str]] = {
-    "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
     "backend": ("fsdp2", "Use backend='fsdp2'."),
 }
@@ -73,6 +72,8 @@ class AutoParallelismConfig(ParallelismConfig):
             else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
+        sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
+            dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
             tensors.
@@ -205,6 +206,10 @@ class AutoParallelismConfig(ParallelismConfig):
             self.backend = "fsdp2"
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
+        if self.sequence_parallel is None:
+            self.sequence_parallel = False
+        if not isinstance(self.sequence_parallel, bool):
+            raise ConfigError(f"sequence_parallel={self.sequence_parallel!r}: give true or false.")
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None
@@ -253,6 +258,11 @@ class AutoParallelismConfig(ParallelismConfig):
         if absorber is not None:
             self._set_size(absorber, rest)
         self._check_loss_has_ranks()
+        if self.sequence_parallel and self.tp_size == 1:
+            raise ConfigError(
+                "sequence_parallel=True with tp_size=1: sequences are split over the ranks of the tp axis. Use tp_size=2 or "
+                "more, or sequence_parallel=False."
+            )
         if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
 

@@ -65,6 +65,7 @@ class Output(enum.Enum):
     GATHER = "gather"  # all-gather the last dim / take this rank's slice
     LOGITS = "keep logits sharded"  # nothing; reading them whole gathers / takes this rank's slice
     COPY_TAIL = "copy tail"  # identity / all-reduce, of the last `tail` features only
+    SCATTER_SEQUENCE = "scatter sequence"  # reduce-scatter along the sequence / all-gather
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,39 @@ class ModuleSpec:
     foreign: Any = None
 
 
+@dataclass(frozen=True)
+class SequenceBlock:
+    """A part of a layer that works on the whole sequence, between parts that work on this rank's share of it.
+
+    Attributes:
+        gathers: its first tensor argument is gathered along the sequence.
+        splits: its output is the same on all ranks, and each keeps its share. False: it is split already, or no activation
+            of the layer's width.
+    """
+
+    gathers: bool
+    splits: bool
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """Where the hidden states of a stack of layers are split along the sequence, and where they are whole.
+
+    Attributes:
+        stack: name of the module whose forward runs the layers.
+        layers: names of the layers in forward order. The first one's input is split.
+        blocks: name of a module inside of a layer -> how it is entered and left.
+        tail: name of the module at whose output the hidden states are gathered again (the final norm or the last layer).
+        on_shards: modules whose parameters work on this rank's share of the sequence.
+    """
+
+    stack: str
+    layers: tuple[str, ...]
+    blocks: dict[str, SequenceBlock]
+    tail: str
+    on_shards: frozenset[str]
+
+
 @dataclass
 class ShardingSpec:
     """A plan resolved on one model. Names are those of ``named_modules`` / ``named_parameters`` of the given object.
@@ -128,6 +162,7 @@ class ShardingSpec:
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
         notes: decisions taken on the way, one sentence each.
+        sequence: where sequence parallelism splits and gathers, None without it.
     """
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
@@ -137,6 +172,7 @@ class ShardingSpec:
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sequence: SequenceSpec | None = None
 
     def packed(self) -> list[str]:
         """Names of the parameters that are sharded in more than one block."""

@@ -40,6 +40,7 @@ from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
+from ..plan.sequence_parallel import derive
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
@@ -197,6 +198,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        if job.sequence_parallel:
+            derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
@@ -245,7 +248,15 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:
-                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device, job.tensor_parallel.hook)  # type: ignore[arg-type]
+                numbers = install_own_numbers(
+                    job.model,
+                    job.spec,  # type: ignore[arg-type]
+                    job.tp_mesh,  # type: ignore[arg-type]
+                    job.device,
+                    job.tensor_parallel.hook,
+                )
+                if job.tensor_parallel.sequence is not None:
+                    job.tensor_parallel.sequence.numbers = numbers
             synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
