@@ -9,6 +9,8 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import re
 import sys
@@ -108,6 +110,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
     (
+        "transformers.configuration_utils",
+        "PreTrainedConfig._attn_implementation",
+        "which attention a model computes; its copy for attention modules is config_with_attention",
+    ),
+    ("transformers.configuration_utils", "PreTrainedConfig._attn_implementation_internal", "see config_with_attention"),
+    (
         "transformers.modeling_utils",
         "PreTrainedModel._keep_in_fp32_modules_strict",
         "modules whose parameters compute in float32",
@@ -135,6 +143,29 @@ def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     funcol = functional_collectives()
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
     return funcol.wait_tensor(gather(x, dim, group))
+
+
+def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """Sum over ``group``, of which each rank takes its part along ``dim``; named as :func:`all_gather_dim` is, by version."""
+    funcol = functional_collectives()
+    scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+    return funcol.wait_tensor(scatter(x, "sum", dim, group))
+
+
+def config_with_attention(config: Any, name: str) -> Any:
+    """A copy of a transformers config whose attention implementation is ``name``.
+
+    The public setter would write into the sub-configs too, which the copy shares with the original.
+    """
+    result = copy.copy(config)
+    result._attn_implementation_internal = name
+    return result
+
+
+def uses_attention_registry(module: nn.Module) -> bool:
+    """True if the forward of ``module`` looks attention up in transformers' registry (5.17 to 5.24: by this name)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:
