@@ -46,6 +46,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "OpOverload._schema",
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
+    ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
     ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
@@ -150,6 +151,35 @@ def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     funcol = functional_collectives()
     scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
     return funcol.wait_tensor(scatter(x, "sum", dim, group))
+
+
+def flash_attention_of_last_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float | None
+) -> torch.Tensor | None:
+    """Causal flash attention of the last n queries of a sequence to all N keys, None where this kernel cannot be used.
+
+    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel. The
+    call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made neither
+    inside of a compiled graph nor under a selective checkpoint.
+
+    Args:
+        query: (B, heads, n, D).
+        key: (B, heads, N, D).
+        value: (B, heads, N, D).
+        dropout: probability to drop a weight.
+        scale: factor of the scores, None for ``1 / sqrt(D)``.
+
+    Returns:
+        (B, heads, n, D).
+    """
+    if query.device.type != "cuda" or query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
+        return None
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, True, False)
+    if not torch.backends.cuda.can_use_flash_attention(parameters):
+        return None
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
+    )[0]
 
 
 def config_with_attention(config: Any, name: str) -> Any:

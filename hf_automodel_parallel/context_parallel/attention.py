@@ -141,14 +141,11 @@ def _causal(
 ) -> torch.Tensor:
     """SDPA of the last queries of a sequence to all of its keys: (B, heads, n, D) to (B, heads, N, D), n <= N."""
     n, total = query.shape[-2], key.shape[-2]
-    if torch.is_autocast_enabled(query.device.type):  # the operators below are not on autocast's list
+    if torch.is_autocast_enabled(query.device.type):  # the operator that is called below is not on autocast's list
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    bias: torch.Tensor
-    if torch.compiler.is_compiling():  # dynamo cannot make the subclass
-        bias = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)
-    else:
-        from torch.nn.attention.bias import causal_lower_right
-
-        bias = causal_lower_right(n, total)  # flash attention where there is one, else a mask
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+    output = compat.flash_attention_of_last_queries(query, key, value, dropout, scaling)
+    if output is not None:
+        return output
+    mask = torch.ones(n, total, dtype=torch.bool, device=query.device).tril(total - n)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)

@@ -89,7 +89,9 @@ def _checked(
     """The buffers with their dimension, each once."""
     where = f"maybe_context_parallel (cp_size={layout.size})"
     if _active is not None:
-        raise PrepareError(f"{where} was entered inside of another one; a batch can be sharded once. Leave the outer one.")
+        raise PrepareError(
+            f"{where} was entered inside of another one; a batch can be sharded once. Leave the outer one."
+        )
     if not buffers or not dims or len(buffers) != len(dims):
         raise ConfigError(
             f"{where}: buffers has {len(buffers or ())} tensors and buffer_seq_dims {len(dims or ())} numbers. Give the tensors "

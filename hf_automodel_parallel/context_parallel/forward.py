@@ -118,11 +118,15 @@ class _Hooks:
         self._check_mask(where, kwargs.get("attention_mask"))
         for name in ("cache", "past_key_values"):
             if kwargs.get(name) is not None:
-                raise UnsupportedError(f"{where}: {name} holds keys of other sequences. Generate outside of the context.")
+                raise UnsupportedError(
+                    f"{where}: {name} holds keys of other sequences. Generate outside of the context."
+                )
         for name in ("use_cache", "output_attentions", "output_router_logits", "logits_to_keep", "num_logits_to_keep"):
             value = kwargs.get(name)
             if isinstance(value, torch.Tensor) or value:
-                raise UnsupportedError(f"{where}: {name}={value!r} is not supported on a part of a sequence. Leave it out.")
+                raise UnsupportedError(
+                    f"{where}: {name}={value!r} is not supported on a part of a sequence. Leave it out."
+                )
         self._check_labels(where, kwargs, length)
         for module in self.suitable.attention:
             if getattr(module.config, "_attn_implementation", None) != attention.NAME:
@@ -179,8 +183,8 @@ class _Hooks:
             raise ConfigError(f"{where}: shift_labels have the shape {tuple(shift.shape)}. Put them into buffers.")
         if self.suitable.no_loss:
             raise UnsupportedError(
-                f"{where}: {self.suitable.no_loss}, so it cannot be used with labels that were shifted before. Pass no labels and "
-                f"compute the loss from the logits and your own shift_labels."
+                f"{where}: {self.suitable.no_loss}, so it cannot be used with labels that were shifted before. Pass no labels "
+                f"and compute the loss from the logits and your own shift_labels."
             )
 
 

@@ -67,6 +67,8 @@ def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel
         )
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise refuse("it has an encoder; only causal language models are supported.")
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
+        raise refuse(f"its layers have a sliding window of {config.sliding_window} tokens.")
     kinds = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"})
     if kinds:
         raise refuse(f"it has layers of type {', '.join(kinds)}; every layer has to be full causal attention.")

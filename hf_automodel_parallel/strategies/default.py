@@ -172,9 +172,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
         if job.cp_mesh is not None:
-            job.suitable = check_for_context_parallel(
-                job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel
-            )
+            job.suitable = check_for_context_parallel(job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel)
         if job.tp_mesh is not None:
             self.select_tensor_parallel(job)
 
