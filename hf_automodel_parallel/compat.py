@@ -9,7 +9,9 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
 import re
 import sys
@@ -50,6 +52,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "OpOverload._schema",
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
+    ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
     ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
@@ -138,6 +141,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
     (
+        "transformers.configuration_utils",
+        "PreTrainedConfig._attn_implementation",
+        "which attention a model computes; its copy for attention modules is config_with_attention",
+    ),
+    ("transformers.configuration_utils", "PreTrainedConfig._attn_implementation_internal", "see config_with_attention"),
+    (
         "transformers.modeling_utils",
         "PreTrainedModel._keep_in_fp32_modules_strict",
         "modules whose parameters compute in float32",
@@ -179,6 +188,51 @@ def fake_tensor_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def flash_attention_of_last_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float | None
+) -> torch.Tensor | None:
+    """Causal flash attention of the last n queries of a sequence to all N keys, None where this kernel cannot be used.
+
+    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel. The
+    call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made neither
+    inside of a compiled graph nor under a selective checkpoint.
+
+    Args:
+        query: (B, heads, n, D).
+        key: (B, heads, N, D).
+        value: (B, heads, N, D).
+        dropout: probability to drop a weight.
+        scale: factor of the scores, None for ``1 / sqrt(D)``.
+
+    Returns:
+        (B, heads, n, D).
+    """
+    if query.device.type != "cuda" or query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
+        return None
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, True, False)
+    if not torch.backends.cuda.can_use_flash_attention(parameters):
+        return None
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
+    )[0]
+
+
+def config_with_attention(config: Any, name: str) -> Any:
+    """A copy of a transformers config whose attention implementation is ``name``.
+
+    The public setter would write into the sub-configs too, which the copy shares with the original.
+    """
+    result = copy.copy(config)
+    result._attn_implementation_internal = name
+    return result
+
+
+def uses_attention_registry(module: nn.Module) -> bool:
+    """True if the forward of ``module`` looks attention up in transformers' registry (5.17 to 5.24: by this name)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .errors import ConfigError, not_available_yet
+from .errors import ConfigError, UnsupportedError, not_available_yet
 
 if TYPE_CHECKING:
     import yaml
@@ -93,6 +93,7 @@ class AutoParallelismConfig(ParallelismConfig):
     Raises:
         ConfigError: a value is of the wrong type or out of range.
         NotAvailableYetError: an option whose implementation has not landed was asked for.
+        UnsupportedError: a ``cp_handler`` asks for ring attention.
 
     Example:
         >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
@@ -126,7 +127,16 @@ class AutoParallelismConfig(ParallelismConfig):
         self.dp_shard_size = 2
         super().__post_init__()
         self._set_size("dp_shard", 1 if dp_shard_size is None else dp_shard_size)
+        self._check_context_parallel()
         self._check_no_other_accelerator()
+
+    def _check_context_parallel(self) -> None:
+        strategy = getattr(self.cp_handler, "cp_comm_strategy", "allgather")
+        if self.cp_size > 1 and strategy != "allgather":  # type: ignore[operator]
+            raise UnsupportedError(
+                f"cp_handler has cp_comm_strategy={strategy!r}: keys and values are gathered over the cp axis, once per layer. "
+                f"Use cp_comm_strategy='allgather' (the default), or cp_size=1."
+            )
 
     def _read_sizes_from_environment(self) -> None:
         """Take sizes that nobody gave from ``accelerate launch``, before the checks, which they have to pass too."""
@@ -215,8 +225,6 @@ class AutoParallelismConfig(ParallelismConfig):
             said_false = value is False and off is None
             if value is not None and value != off and not said_false:
                 raise not_available_yet(name, value, remedy)
-        if self.cp_size is not None and self.cp_size > 1:
-            raise not_available_yet("cp_size", self.cp_size, "Use cp_size=1; tp and dp_shard also spread activations.")
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
@@ -285,7 +293,7 @@ class AutoParallelismConfig(ParallelismConfig):
         """Infer open sizes, then build the mesh (Accelerate calls this first, before any other method).
 
         Returns:
-            The mesh with axes (dp_replicate,) dp_shard (, tp), or None in a process without a process group.
+            The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp), or None in a process without a process group.
 
         Raises:
             ConfigError: the sizes do not fit the world size.

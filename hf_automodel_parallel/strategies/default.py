@@ -22,6 +22,8 @@ from ..activation_checkpointing import (
 from ..adapters import check_trainable_as_shards, manage_adapters
 from ..adapters_added import adding
 from ..compile import compile_layers
+from ..context_parallel import forward as context_parallel
+from ..context_parallel.models import check_model as check_for_context_parallel
 from ..errors import UnsupportedError
 from ..fsdp import (
     ShardingOptions,
@@ -172,6 +174,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        if job.cp_mesh is not None:
+            job.suitable = check_for_context_parallel(job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel)
         if job.tp_mesh is not None:
             self.select_tensor_parallel(job)
 
@@ -229,10 +233,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         self.load_values(job)
         equalize_parameters(job.model, job.group)
         keep_layout(job.model)
+        if job.cp_mesh is not None:
+            synchronize_rng(job.cp_mesh)  # before tp, so that all ranks with one batch have the state of their first
         if job.tp_mesh is not None:
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
+        self.apply_context_parallel(job)
         self.finish_layers(job)
         self.report(job)
 
@@ -264,6 +271,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())
+
+    def apply_context_parallel(self, job: Job) -> None:
+        """Let attention see whole sequences where a rank holds a part of each. After the other hooks of the model."""
+        if job.cp_mesh is None:
+            return
+        if draws_random_numbers(job.model):
+            synchronize_at_first_forward(job.model, job.cp_mesh)
+        context_parallel.install(job.model, job.suitable, job.cp_mesh, job.device)  # type: ignore[arg-type]
 
     def finish_layers(self, job: Job) -> None:
         """Regions, checkpoints and compilation of the layers, from the inside out.
