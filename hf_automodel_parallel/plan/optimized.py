@@ -7,12 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from .hybrid import nemotron_h
 from .spec import PlanEntry
+from .video import HUNYUAN_VIDEO, WAN
 
 PlanFunction = Callable[[nn.Module], Mapping[str, Any]]
 
 #: class name -> function of the (unwrapped) model that returns pattern -> style.
-OPTIMIZED_PLANS: dict[str, PlanFunction] = {}
+OPTIMIZED_PLANS: dict[str, PlanFunction] = {
+    "NemotronHForCausalLM": nemotron_h,
+    "WanTransformer3DModel": lambda model: WAN,
+    "HunyuanVideo15Transformer3DModel": lambda model: HUNYUAN_VIDEO,
+}
 
 
 def register_optimized_plan(class_name: str, function: PlanFunction) -> None:
