@@ -246,6 +246,19 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
     return names
 
 
+def wider_parameters(model: nn.Module, param_dtype: torch.dtype | None, components: Iterable[str]) -> list[str]:
+    """Names of parameters with one of ``components`` in their path that are stored in a wider dtype than ``param_dtype``."""
+    wanted = set(components)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if param_dtype is not None
+        and parameter.is_floating_point()
+        and parameter.dtype.itemsize > param_dtype.itemsize
+        and not wanted.isdisjoint(name.split("."))
+    ]
+
+
 def fully_shard_by_dtype(
     module: nn.Module,
     mesh: DeviceMesh,

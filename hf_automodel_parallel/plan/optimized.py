@@ -7,10 +7,17 @@ import inspect
 from torch import nn
 
 from .families import FAMILIES, PlanFunction
+from .hybrid import nemotron_h
 from .spec import PlanEntry
+from .video import HUNYUAN_VIDEO, WAN
 
 #: Class name, bare or as ``module.qualname`` -> function of the (unwrapped) model that returns pattern -> style.
-OPTIMIZED_PLANS: dict[str, PlanFunction] = dict(FAMILIES)
+OPTIMIZED_PLANS: dict[str, PlanFunction] = {
+    **FAMILIES,
+    "NemotronHForCausalLM": nemotron_h,
+    "WanTransformer3DModel": lambda model, sequence_parallel=False: WAN,
+    "HunyuanVideo15Transformer3DModel": lambda model, sequence_parallel=False: HUNYUAN_VIDEO,
+}
 
 #: The reference API's name for the same mapping: every function in it can be called as ``(model, sequence_parallel)``.
 PARALLELIZE_FUNCTIONS = OPTIMIZED_PLANS
