@@ -1,0 +1,64 @@
+"""What the ranks run in the tests of megatron-fsdp."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness.cuda_standins import cuda_standins
+from parity.jobs import batches_for, build, trainable
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_automodel_parallel.megatron import megatron_fsdp_strategy_parallelize
+from hf_automodel_parallel.megatron.sharding import managed_by_megatron
+
+
+def steps(
+    name: str,
+    sizes: tuple[int, ...] = (2, 1),
+    names: tuple[str, ...] = ("dp", "tp"),
+    adapter: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    count: int = 2,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+    groups: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Losses, norms, first gradients and last values of `count` steps with AdamW."""
+    with cuda_standins():
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        model = build(name, adapter, **(overrides or {}))
+        data = dist.get_world_size() // (sizes[names.index("tp")] if "tp" in names else 1)
+        mine = dist.get_rank() // (dist.get_world_size() // data)
+        batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(count)]
+        optimizer = torch.optim.AdamW(parameter_groups(model, groups), lr=1e-3, weight_decay=0.1)
+        wrapped, optimizer = megatron_fsdp_strategy_parallelize(model, mesh, optimizer, **options)
+        managed = managed_by_megatron(wrapped)
+        result: dict[str, Any] = {"losses": [], "norms": [], "classes": sorted({type(m).__name__ for m in wrapped.modules()})}
+        for step in range(count):
+            total = torch.zeros(())
+            for micro in range(accumulation):
+                managed.set_gradient_sync(micro == accumulation - 1)
+                loss = wrapped(**batches[step][micro * data + mine], use_cache=False).loss / accumulation
+                loss.backward()
+                total += loss.detach()
+            managed.flush()
+            dist.all_reduce(total)
+            if step == 0:
+                result["gradients"] = {n: managed.places.whole(n, p.grad) for n, p in managed.parameters.items() if p.requires_grad}
+            result["losses"].append(total.item() / dist.get_world_size())
+            result["norms"].append(managed.clip_grad_norm_(max_grad_norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        result["values"] = managed.state_dict()
+        return result
+
+
+def parameter_groups(model: torch.nn.Module, several: bool) -> Any:
+    if not several:
+        return trainable(model)
+    vectors = [p for p in trainable(model) if p.ndim == 1]
+    return [
+        {"params": [p for p in trainable(model) if p.ndim > 1]},
+        {"params": vectors, "weight_decay": 0.0, "lr": 1e-2},
+    ]
