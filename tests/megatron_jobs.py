@@ -62,3 +62,24 @@ def parameter_groups(model: torch.nn.Module, several: bool) -> Any:
         {"params": [p for p in trainable(model) if p.ndim > 1]},
         {"params": vectors, "weight_decay": 0.0, "lr": 1e-2},
     ]
+
+
+def unwrapped_steps(name: str) -> dict[str, Any]:
+    """One data-parallel rank: tensor parallel, not wrapped."""
+    from harness.compare import full_grads
+    from harness.oracle import loss_and_grads
+
+    with cuda_standins():
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        model = build(name)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model, optimizer = megatron_fsdp_strategy_parallelize(model, mesh, optimizer)
+        batches = batches_for(model, 1)
+        model(**batches[0], use_cache=False).loss.backward()
+        optimizer.register_step_pre_hook(lambda *_: None)
+        optimizer.step()
+        return {
+            "gradients": full_grads(model),
+            "wanted": loss_and_grads(build(name), batches)[1],
+            "class": type(model).__name__,
+        }

@@ -59,3 +59,23 @@ def test_data_parallel(strategy):
     """Two parameter groups: their learning rates and weight decays survive."""
     for result in run_distributed(2, jobs.steps, "llama", DP2, groups=True, zero_dp_strategy=strategy):
         assert_like_one_process(result, "llama", 2, groups=True)
+
+
+def test_tensor_parallel_alone_is_returned_unwrapped():
+    for result in run_distributed(2, jobs.unwrapped_steps, "qwen3"):
+        assert_gradients_equal(result["gradients"], result["wanted"])
+        assert result["class"] == "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "options"),
+    [
+        ("qwen3", None, {}),
+        ("llama_tied", LORA, {"zero_dp_strategy": 1}),
+        ("phi3", None, {"zero_dp_strategy": 2}),
+    ],
+)
+def test_tensor_and_data_parallel(name, adapter, options):
+    """q_norm and k_norm, whose gradients are partial; tied ends with LoRA; packed projections."""
+    for result in run_distributed(4, jobs.steps, name, (2, 2), adapter=adapter, **options):
+        assert_like_one_process(result, name, 2, adapter)
