@@ -12,6 +12,7 @@ from .errors import (
     NotAvailableYetError,
     PlanError,
     PrepareError,
+    RegistrationError,
     UnsupportedError,
 )
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
+    from .strategies.base import ParallelizationStrategy
+    from .strategies.default import DefaultParallelizationStrategy
+    from .strategies.registry import get_parallelization_strategy, register_parallel_strategy
 
 __version__ = "0.1.0"
 
@@ -29,12 +33,17 @@ __all__ = [
     "AutoParallelTrainingArguments",
     "AutoParallelismConfig",
     "ConfigError",
+    "DefaultParallelizationStrategy",
     "NotAvailableYetError",
+    "ParallelizationStrategy",
     "PlanError",
     "PrepareError",
+    "RegistrationError",
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
+    "get_parallelization_strategy",
     "register_optimized_plan",
+    "register_parallel_strategy",
     "register_plan",
 ]
 
@@ -44,6 +53,10 @@ _LAZY = {
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
+    "ParallelizationStrategy": ".strategies.base",
+    "DefaultParallelizationStrategy": ".strategies.default",
+    "get_parallelization_strategy": ".strategies.registry",
+    "register_parallel_strategy": ".strategies.registry",
 }
 
 

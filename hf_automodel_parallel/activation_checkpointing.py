@@ -22,7 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
-from .errors import UnsupportedError
+from .config import CHECKPOINTING_MODES
+from .errors import ConfigError, UnsupportedError
 from .plan.names import unwrapped
 
 #: Marks a layer that :func:`apply_selective_activation_checkpointing` has seen.
@@ -32,6 +33,27 @@ _MARK = "_selective_checkpoint"
 def normalized_mode(value: str | bool | None) -> str:
     """The mode that a checked config value asks for: None and False mean "none", True means "full"."""
     return "full" if value is True else value or "none"
+
+
+def mode_of_argument(value: str | bool | None) -> str:
+    """The mode that an ``activation_checkpointing`` argument of the reference API asks for.
+
+    Args:
+        value: a truth value (True means "full"), or a mode in any case and with "-" for "_"; "off" means "none".
+
+    Raises:
+        ConfigError: a word that is no mode.
+    """
+    if value is None or isinstance(value, bool):
+        return normalized_mode(value)
+    mode = str(value).lower().replace("-", "_").replace("_", "")
+    if mode in ("off", "false", ""):
+        return "none"
+    if mode not in CHECKPOINTING_MODES:
+        raise ConfigError(
+            f"activation_checkpointing={value!r}: give True, False or one of {', '.join(CHECKPOINTING_MODES)}."
+        )
+    return mode
 
 
 class Checkpointed:

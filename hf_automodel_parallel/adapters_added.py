@@ -34,7 +34,7 @@ from .tensor_parallel.random import (
 )
 
 if TYPE_CHECKING:
-    from .strategies.default import Job
+    from .strategies.base import Job
 
 #: Initialisations that do not read the weight below the adapter.
 _BLIND_INITS = (True, False, "gaussian", "orthogonal")

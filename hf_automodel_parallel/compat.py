@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
+from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: ``(module, attribute, reason)`` of every private name used in the package; the compat test walks this list.
 PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
@@ -91,6 +94,17 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
+    (
+        "torch.distributed.device_mesh",
+        "DeviceMesh._flatten",
+        "joins dp_shard and cp to the axis that FSDP2 shards over",
+    ),
+    ("torch.distributed.device_mesh", "DeviceMesh._get_root_mesh", "a pipeline axis beside the axes of a sub-mesh"),
+    (
+        "torch.autograd",
+        "Variable._execution_engine",
+        "its queue_callback sums partial gradients at the end of a backward where no Accelerator does; FSDP2's own way",
+    ),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
     (
@@ -153,6 +167,38 @@ def is_strided_shard(placement: object) -> bool:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     return isinstance(placement, _StridedShard)
+
+
+def slice_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
+    """The axes ``names`` of ``mesh``, also joined ones, which torch (2.11 to 2.13) wants to be asked for differently one day."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        return mesh[names if len(names) > 1 else names[0]]
+
+
+def has_joined_axis(mesh: DeviceMesh, name: str) -> bool:
+    """True if an axis ``name`` was made of axes of ``mesh`` before (``_flatten``)."""
+    try:
+        slice_mesh(mesh, (name,))
+    except (KeyError, RuntimeError):
+        return False
+    return True
+
+
+def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh:
+    """One axis ``name`` of the axes ``names`` of ``mesh``; collective where torch has to make its process group."""
+    return slice_mesh(mesh, names)._flatten(name)
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The mesh that ``mesh`` is a part of; a stand-in that has none is its own."""
+    root = getattr(mesh, "_get_root_mesh", None)
+    return root() if callable(root) else mesh
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the running backward is over, after what was queued before; only inside of a backward."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def accelerator_already_exists() -> Any | None:

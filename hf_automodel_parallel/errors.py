@@ -27,6 +27,10 @@ class NotAvailableYetError(UnsupportedError, NotImplementedError):
     """The option is part of the design and refused until it is implemented, never ignored."""
 
 
+class RegistrationError(ConfigError, AssertionError):
+    """Something that is no strategy, or whose name is taken, was registered (the reference API promises AssertionError)."""
+
+
 def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYetError:
     """Build the uniform refusal of an option that this version does not implement.
 

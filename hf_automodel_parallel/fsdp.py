@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from . import compat
@@ -32,6 +33,7 @@ class ShardingOptions:
         ignored_parameters: parameters FSDP2 leaves alone.
         minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
         own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
+        fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
     """
 
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
@@ -42,6 +44,7 @@ class ShardingOptions:
     ignored_parameters: set[nn.Parameter] = field(default_factory=set)
     minimum_unit_size: int | None = None
     own_dtype: frozenset[str] = frozenset()
+    fully_shard_fn: Callable[..., Any] | None = None
 
 
 def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
@@ -80,7 +83,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
     shard_unit(model, **common, reshard_after_forward=False)
     _restore_class_names(model)
-    _set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
+    set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
 
 
 def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
@@ -91,7 +94,18 @@ def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
         "offload_policy": options.offload_policy,
         "ignored_params": options.ignored_parameters or None,
         "shard_placement_fn": functools.partial(data_parallel_placement, size=mesh.size(mesh.ndim - 1)),
+        "fully_shard_fn": options.fully_shard_fn or fully_shard,
     }
+
+
+def on_device(kind: str) -> torch.device:
+    """The device of ``kind`` ("cpu", "cuda") that this process computes on."""
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def without_pinning(policy: OffloadPolicy, device: torch.device) -> OffloadPolicy:
+    """``policy`` without the pinned memory that training on the CPU cannot have."""
+    return CPUOffloadPolicy(pin_memory=False) if device.type == "cpu" and type(policy) is CPUOffloadPolicy else policy
 
 
 def _restore_class_names(model: nn.Module) -> None:
@@ -177,7 +191,7 @@ def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
     return [layer for layer in layers if not any(is_unit(m) for m in layer.modules() if m is not layer)]
 
 
-def _set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
+def set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
     """Gather the next units while one computes. Without resharding nothing is gathered again in backward."""
     for index, unit in enumerate(units):
         ahead = _with_companions(units[index + 1 : index + 1 + options.forward_prefetch])
@@ -190,12 +204,6 @@ def _set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptio
 
 def _with_companions(units: list[FSDPModule]) -> list[FSDPModule]:
     return [member for unit in units for member in (unit, *companions(unit))]  # type: ignore[arg-type,misc]
-
-
-def data_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes of the root ``mesh`` that FSDP2 works on: ``dp_shard``, or ``(dp_replicate, dp_shard)`` for HSDP."""
-    names = mesh.mesh_dim_names or ()
-    return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:

@@ -81,7 +81,7 @@ def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> N
     companion = Companion()
     for index, owner in enumerate(owners):
         companion.add_module(str(index), owner)
-    fully_shard(companion, **options)
+    options.pop("fully_shard_fn", fully_shard)(companion, **options)
     for index in range(len(owners)):
         delattr(companion, str(index))
     unit.add_module(_NAME.format(len(companions(unit))), companion)
@@ -94,7 +94,7 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
     Args:
         modules: one module, or several that form one unit.
         own_dtype: parameters that compute in the dtype they are stored in, whatever the policy says.
-        options: of ``fully_shard``; ``mp_policy`` is that of all other parameters.
+        options: of ``fully_shard``; ``mp_policy`` is that of all other parameters. ``fully_shard_fn`` is called in its place.
 
     Raises:
         UnsupportedError: modules of one unit share a parameter that differs from the unit's dtype.
@@ -102,6 +102,7 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
     roots = modules if isinstance(modules, list) else [modules]
     ignored = set(options.pop("ignored_params", None) or ())
     policy: MixedPrecisionPolicy = options.pop("mp_policy", None) or MixedPrecisionPolicy()
+    shard = options.pop("fully_shard_fn", fully_shard)
     own = {id(p) for p in own_dtype}
     places = _places(roots, ignored)
     shared = {key for key, (_, owners, _) in places.items() if len(owners) > 1}
@@ -121,15 +122,13 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
             companion = Companion()
             companion.add_module("unit", root)
             rest = {entry[0] for entry in places.values()} - members
-            fully_shard(
-                companion, ignored_params=ignored | rest, mp_policy=_policy_of(group[0], own, policy), **options
-            )
+            shard(companion, ignored_params=ignored | rest, mp_policy=_policy_of(group[0], own, policy), **options)
             del companion.unit
             made.append((root, companion))
             sharded = {places[id(p)][2] for p in members}
             ignored |= {owner._parameters[name] for owner, name in sharded}  # type: ignore[misc]
     main_policy = _policy_of(main[0], own, policy) if main else policy
-    fully_shard(modules, ignored_params=ignored or None, mp_policy=main_policy, **options)
+    shard(modules, ignored_params=ignored or None, mp_policy=main_policy, **options)
     for root, companion in made:
         root.add_module(_NAME.format(len(companions(root))), companion)
 

@@ -101,3 +101,9 @@ def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
         return None
     norms = [child for child in base.children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
+
+
+def all_frozen(module: nn.Module) -> bool:
+    """True if there are parameters below ``module`` and none of them is trained."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .errors import PrepareError, UnsupportedError
-from .fsdp import data_parallel_mesh, data_parallel_placement
+from .fsdp import data_parallel_placement
 from .plan.spec import REPLICATED, ParameterSpec
 from .synchronize import agreement
 from .tensor_parallel.shards import shard_parameter
@@ -56,14 +56,15 @@ def check_on_shards(
     names: list[list[list[str]]],
     shapes: dict[str, torch.Size],
     specs: dict[str, ParameterSpec],
-    mesh: DeviceMesh,
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
     device: torch.device,
     offload_policy: OffloadPolicy | None = None,
     unsharded: frozenset[str] | set[str] = frozenset(),
 ) -> None:
     """Raise unless every optimizer computes on shards what it computes on whole parameters.
 
-    Collective over ``mesh``; every rank has to call it with the same arguments. The optimizers, their parameters and the
+    Collective over both meshes; every rank has to call it with the same arguments. The optimizers, their parameters and the
     random state are left as they are.
 
     Args:
@@ -71,7 +72,8 @@ def check_on_shards(
         names: ``names[optimizer][group][i]``, names of their parameters.
         shapes: shape of each parameter, by name.
         specs: places on the tp axis; a name that is missing is replicated there.
-        mesh: root mesh with axes (dp_replicate,) dp_shard (, tp).
+        dp_mesh: the axes that FSDP2 works on.
+        tp_mesh: the tp axis, None without tensor parallelism.
         device: where the shards are.
         offload_policy: FSDP2's, which may put the shards on the CPU.
         unsharded: names of parameters that are not sharded at all.
@@ -81,33 +83,35 @@ def check_on_shards(
         PrepareError: an optimizer cannot be tried, or ranks have different ones.
     """
     kinds = [
-        [_kinds_of(group, shapes, specs, mesh, unsharded) for group in optimizer_names] for optimizer_names in names
+        [_kinds_of(group, shapes, specs, dp_mesh, tp_mesh, unsharded) for group in optimizer_names]
+        for optimizer_names in names
     ]
     _check_same([_described(optimizer) for optimizer in optimizers], names)
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
         for optimizer, groups in zip(optimizers, kinds, strict=True):
-            _check_one(optimizer, groups, mesh, device, offload_policy or OffloadPolicy())
+            _check_one(optimizer, groups, dp_mesh, tp_mesh, device, offload_policy or OffloadPolicy())
 
 
 def _kinds_of(
     group: list[str],
     shapes: dict[str, torch.Size],
     specs: dict[str, ParameterSpec],
-    mesh: DeviceMesh,
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
     unsharded: frozenset[str] | set[str],
 ) -> list[_Kind]:
     found: dict[_Kind, None] = {}
-    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    tp_size, dp_size = 1 if tp_mesh is None else tp_mesh.size(), dp_mesh.size(dp_mesh.ndim - 1)
     for name in group:
         spec = specs.get(name, REPLICATED)
         spec = ParameterSpec(spec.dim, spec.blocks)
-        unit = spec.blocks * sizes.get("tp", 1)
+        unit = spec.blocks * tp_size
         shape = tuple(shapes[name])
         targets = [4] * (len(shape) - 2) + [64, 64] if len(shape) > 1 else [4160] * len(shape)
         small = []
         for dim, (size, target) in enumerate(zip(shape, targets, strict=True)):
-            multiple = unit * sizes["dp_shard"] if dim == 0 or spec.blocks > 1 else unit
+            multiple = unit * dp_size if dim == 0 or spec.blocks > 1 else unit
             # What counts is whether shards are even, or empty where there are fewer rows than ranks.
             small.append(size if size < multiple else math.ceil(target / multiple) * multiple + size % multiple)
         found.setdefault(_Kind(tuple(small), spec, name not in unsharded))
@@ -143,12 +147,13 @@ def _shortened(described: list[str]) -> str:
 def _check_one(
     optimizer: torch.optim.Optimizer,
     groups: list[list[_Kind]],
-    mesh: DeviceMesh,
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
     device: torch.device,
     offload_policy: OffloadPolicy,
 ) -> None:
     cls = type(optimizer).__name__
-    shard = functools.partial(_sharded, mesh=mesh, device=device, offload_policy=offload_policy)
+    shard = functools.partial(_sharded, dp_mesh=dp_mesh, tp_mesh=tp_mesh, device=device, offload_policy=offload_policy)
     kinds = [kind for group in groups for kind in group]
     if not kinds:
         return
@@ -212,13 +217,13 @@ def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def _sharded(
     values: list[torch.Tensor],
     kinds: list[_Kind],
-    mesh: DeviceMesh,
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
     device: torch.device,
     offload_policy: OffloadPolicy,
 ) -> list[nn.Parameter]:
     """``values`` as parameters that are sharded as those of the model will be, by the same code."""
     module = nn.Module()
-    tp_mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else None
     ignored: set[nn.Parameter] = set()
     for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
         parameter = nn.Parameter(value.clone().to(device))
@@ -227,7 +232,6 @@ def _sharded(
         if not kind.sharded:
             ignored.add(parameter)
         module.register_parameter(str(index), parameter)
-    dp_mesh = data_parallel_mesh(mesh)
     placement = functools.partial(data_parallel_placement, size=dp_mesh.size(dp_mesh.ndim - 1))
     fully_shard(
         module,

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def agreement(what: str) -> Iterator[None]:
+def agreement(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank; if any rank raises, all of them do, so that none waits for another one.
 
     Args:
         what: what is being done, for the message on the ranks that had no error of their own.
+        group: the ranks that have to agree; None means all.
 
     Raises:
         PrepareError: another rank failed; its rank and message are quoted.
@@ -36,8 +37,8 @@ def agreement(what: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
         raise error
     failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
@@ -64,7 +65,9 @@ def check_same_sizes(sizes: dict[str, int]) -> None:
     )
 
 
-def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> None:
+def check_same_structure(
+    model: nn.Module, spec: ShardingSpec | None = None, group: dist.ProcessGroup | None = None
+) -> None:
     """Raise on all ranks unless they hold models with the same parameters and buffers.
 
     The same means: names, shapes, dtypes, which parameters are tied, which are trainable, and their place in the plan.
@@ -72,6 +75,7 @@ def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> 
     Args:
         model: the model, on every rank.
         spec: where its parameters are going to be on the tp axis, which has to be the same too.
+        group: the ranks that hold the model; None means all.
 
     Raises:
         PrepareError: with the first difference between rank 0 and this rank.
@@ -86,12 +90,12 @@ def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> 
     ]
     described += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers()]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    digests: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest, group=group)
     if len(set(digests)) == 1:
         return
-    reference: list[list[str] | None] = [described if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(reference, src=0)
+    reference: list[list[str] | None] = [described if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(reference, group_src=0, group=group)
     first = reference[0] or []
     differences = sorted(set(first) ^ set(described))
     ranks = [rank for rank, value in enumerate(digests) if value != digests[0]]
@@ -103,12 +107,16 @@ def check_same_structure(model: nn.Module, spec: ShardingSpec | None = None) -> 
 
 
 @torch.no_grad()
-def equalize_parameters(model: nn.Module) -> list[str]:
+def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
     """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
 
     Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
     their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and one
     small gather.
+
+    Args:
+        model: the model, on every rank.
+        group: the ranks that hold it; None means all.
 
     Returns:
         Names of the tensors that were broadcast.
@@ -117,12 +125,12 @@ def equalize_parameters(model: nn.Module) -> list[str]:
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
     device = communication_device()
     mine = torch.tensor([_fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
     changed = (torch.stack(everyone) != everyone[0][None]).any(0).tolist()
     names = [name for name, flag in zip(tensors, changed, strict=True) if flag]
     for name in names:
-        broadcast_from_rank_zero(tensors[name])
+        broadcast_from_rank_zero(tensors[name], group)
     if names:
         logger.info(
             "%d tensors differed between ranks and were set to rank 0's values: %s", len(names), ", ".join(names[:4])
@@ -131,11 +139,11 @@ def equalize_parameters(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def broadcast_from_rank_zero(tensor: torch.Tensor) -> None:
+def broadcast_from_rank_zero(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Overwrite ``tensor`` with rank 0's value, through the device that the process group needs."""
     device = communication_device()
     moved = tensor.detach().to(device).contiguous()
-    dist.broadcast(moved, src=0)
+    dist.broadcast(moved, group_src=0, group=group)
     tensor.copy_(moved)
 
 

@@ -8,7 +8,7 @@ from harness.models import build_model, lora
 
 from hf_automodel_parallel import UnsupportedError
 from hf_automodel_parallel.fsdp import ShardingOptions
-from hf_automodel_parallel.strategies.default import DefaultStrategy
+from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["plain", "lora"])
@@ -20,16 +20,26 @@ def test_fused_loss_is_refused_under_tensor_parallelism_only(wrap):
 
     lce_forward.__module__ = "liger_kernel.transformers.model.llama"
     model.forward = types.MethodType(lce_forward, model)
-    job = SimpleNamespace(model=wrap(model), tp_mesh=object(), load_on_rank_zero=False, options=ShardingOptions())
+    job = SimpleNamespace(
+        model=wrap(model),
+        tp_mesh=object(),
+        load_on_rank_zero=False,
+        options=ShardingOptions(),
+        sums_after_backward=False,
+    )
     with pytest.raises(UnsupportedError, match="use_liger_kernel=True .*use_liger_kernel=False"):
-        DefaultStrategy().check_model(job)
+        DefaultParallelizationStrategy().check_model(job)
     job.tp_mesh = None
-    DefaultStrategy().check_model(job)
+    DefaultParallelizationStrategy().check_model(job)
 
 
 def test_a_plain_model_passes():
-    DefaultStrategy().check_model(
+    DefaultParallelizationStrategy().check_model(
         SimpleNamespace(
-            model=build_model("llama"), tp_mesh=object(), load_on_rank_zero=False, options=ShardingOptions()
+            model=build_model("llama"),
+            tp_mesh=object(),
+            load_on_rank_zero=False,
+            options=ShardingOptions(),
+            sums_after_backward=False,
         )
     )

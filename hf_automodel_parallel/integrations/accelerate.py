@@ -31,10 +31,11 @@ from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
-from ..optimizer import check_optimizers, parameter_names, replace_parameters, switch_parameters
+from ..optimizer import check_optimizers, parameter_names, replace_parameters
 from ..optimizer_check import check_on_shards
 from ..plan.names import unwrapped
-from ..strategies.default import Job, refuse_sharded, strategy_for
+from ..strategies.base import Job, refuse_sharded
+from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
 from .records import (
@@ -145,6 +146,8 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
+        args = tuple(record.job.model if obj is models[0] else obj for obj in args)  # a strategy may replace the model
+        models = [record.job.model]
     elif optimizers:
         _adopt_optimizers(self, record, optimizers)
     result: list[Any] = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args]
@@ -170,10 +173,10 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
-    strategy = strategy_for(model)
     config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
     raw = [_raw(optimizer) for optimizer in optimizers]
     with agreement("Accelerator.prepare"):
+        strategy = get_parallelization_strategy(model)
         if accelerator.verify_device_map(model):
             raise PrepareError(
                 "the model was loaded with a device_map over several devices; load it without device_map."
@@ -181,10 +184,14 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         names = check_optimizers(model, raw) if raw else []
         job = Job(
             model=model,
-            config=config,
             mesh=accelerator.torch_device_mesh,
             device=accelerator.device,
             options=sharding_options(accelerator, config, model),
+            tp_plan=config.tp_plan,
+            plan_order=config.plan_order,
+            sequence_parallel=config.sequence_parallel,
+            loss_parallel=config.loss_parallel,
+            async_tensor_parallel=config.async_tensor_parallel,
             layer_classes=layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
             sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
@@ -194,7 +201,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         )
         strategy.plan(job)
     strategy.compare_ranks(job)
-    _check_on_shards(job, raw, names)
+    _check_on_shards(config, job, raw, names)
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
@@ -203,8 +210,9 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
     strategy.carry_out(job)
     for optimizer, groups in zip(raw, names, strict=True):
-        switch_parameters(optimizer, groups, model, before)
-    record = Prepared(job, trainable=bool(optimizers), trainable_names=trainable_names)
+        strategy.switch_optimizer(job, optimizer, groups, before)
+    model = job.model
+    record = Prepared(job, config, trainable=bool(optimizers), trainable_names=trainable_names)
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -212,7 +220,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     manage_adapters(
         model,
         job.tensor_parallel,
-        on_unload=lambda plain: _after_unload(plain, job),
+        on_unload=lambda plain: _after_unload(plain, record),
         add=lambda original: adding(model, job, original, done=lambda: _after_adding(record)),
     )
     return record
@@ -237,15 +245,17 @@ def _after_adding(record: Prepared) -> None:
         record.audit.again({name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
-def _after_unload(plain: nn.Module, job: Job) -> None:
+def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(job, trainable=False, unloaded=True))
+    remember(plain, Prepared(record.job, record.config, trainable=False, unloaded=True))
     _watch(plain)
 
 
-def _check_on_shards(job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]) -> None:
+def _check_on_shards(
+    config: AutoParallelismConfig, job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]
+) -> None:
     """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
-    if not optimizers or not job.config.check_optimizer:
+    if not optimizers or not config.check_optimizer:
         return
     parameters = dict(job.model.named_parameters())
     with agreement("Accelerator.prepare"):
@@ -254,7 +264,8 @@ def _check_on_shards(job: Job, optimizers: list[torch.optim.Optimizer], names: l
             names,
             {name: p.shape for name, p in parameters.items()},
             job.spec.parameters if job.spec is not None else {},
-            job.mesh,
+            job.dp_mesh,
+            job.tp_mesh,
             job.device,
             job.options.offload_policy,
             {name for name, p in parameters.items() if p in job.options.ignored_parameters},
@@ -283,7 +294,10 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
         owner.handed_over_late = not owner.trainable
         names = parameter_names(owner.job.model)
         _check_on_shards(
-            owner.job, [optimizer], [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]]
+            owner.config,
+            owner.job,
+            [optimizer],
+            [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]],
         )
         owner.trainable = True
         _attach(optimizer, owner)
@@ -315,12 +329,12 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
 
 def _audit(record: Prepared) -> Audit:
     job = record.job
-    every = {"off": 0, "every_n_steps": job.config.audit_steps}.get(normalized_audit(job.config.audit))
+    every = {"off": 0, "every_n_steps": record.config.audit_steps}.get(normalized_audit(record.config.audit))
     compiled = without_units_inside(job.anatomy.layers) if job.compile_options is not None and job.anatomy else []
     # A model that was prepared for evaluation is handed over for training only now.
     now = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
     trainable = now if record.handed_over_late else set(record.trainable_names)
-    return Audit(job.model, trainable, compiled, job.config.tp_size or 1, every)
+    return Audit(job.model, trainable, compiled, record.config.tp_size or 1, every)
 
 
 def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from .. import compat
 from ..activation_checkpointing import normalized_mode
 from ..config import AutoParallelismConfig
 from ..errors import ConfigError
-from ..fsdp import ShardingOptions
+from ..fsdp import ShardingOptions, without_pinning
 from ..fsdp_dtypes import own_dtype_parameters
 from ..plan.names import unwrapped
 
@@ -33,7 +33,7 @@ def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, mo
         backward_prefetch=config.backward_prefetch,
     )
     if not isinstance(plugin.cpu_offload, (bool, type(None))):
-        options.offload_policy = _without_pinning(plugin.cpu_offload, accelerator.device)
+        options.offload_policy = without_pinning(plugin.cpu_offload, accelerator.device)
     elif plugin.cpu_offload:
         raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
     options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
@@ -42,13 +42,6 @@ def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, mo
     if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
         options.minimum_unit_size = plugin.min_num_params
     return options
-
-
-def _without_pinning(policy: Any, device: torch.device) -> Any:
-    """``policy`` (what ``cpu_offload=True`` becomes), without the pinned memory that training on the CPU cannot have."""
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    return CPUOffloadPolicy(pin_memory=False) if device.type == "cpu" and type(policy) is CPUOffloadPolicy else policy
 
 
 def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from ..audit import Audit
 from ..config import AXES, AutoParallelismConfig
 from ..errors import PrepareError
 from ..fsdp import fsdp_units
-from ..strategies.default import Job
+from ..strategies.base import Job
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Prepared:
 
     Attributes:
         job: the finished job.
+        config: the user's config.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         trainable_names: parameters that were trainable when the user handed the model over.
         handed_over_late: it was prepared for evaluation first, and got an optimizer later.
@@ -33,6 +34,7 @@ class Prepared:
     """
 
     job: Job
+    config: AutoParallelismConfig
     trainable: bool
     trainable_names: frozenset[str] = frozenset()
     handed_over_late: bool = False
@@ -96,9 +98,9 @@ def check_use(model: nn.Module, args: Any) -> None:
     if record is None:
         return
     state = compat.accelerator_already_exists()
-    if state is not None and not _same_mesh(state.parallelism_config, record.job.config):
+    if state is not None and not _same_mesh(state.parallelism_config, record.config):
         raise PrepareError(
-            f"this model is sharded by {record.job.config!r}, but the Accelerator of this process has "
+            f"this model is sharded by {record.config!r}, but the Accelerator of this process has "
             f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the second "
             f"Trainer or Accelerator the same AutoParallelismConfig."
         )

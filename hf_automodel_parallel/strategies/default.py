@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from .. import compat
 from ..activation_checkpointing import (
     checkpoint_module,
     checkpointable_parts,
+    mode_of_argument,
     shares_keys_and_values,
     switch_cache_off,
 )
-from ..adapters import check_trainable_as_shards
+from ..adapters import check_trainable_as_shards, manage_adapters
+from ..adapters_added import adding
 from ..compile import compile_layers
-from ..config import AutoParallelismConfig
-from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..errors import UnsupportedError
 from ..fsdp import (
     ShardingOptions,
     check_packed_parameters,
-    data_parallel_mesh,
+    on_device,
     shard_data_parallel,
+    without_pinning,
     without_units_inside,
 )
-from ..fsdp_dtypes import install_companions
-from ..layers import Anatomy, dissect
+from ..fsdp_dtypes import install_companions, own_dtype_parameters
+from ..layers import dissect
+from ..mesh import MeshAxes
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
-from ..plan.spec import Plan, ShardingSpec
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
-from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
-from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
+from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
+from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
 from ..tensor_parallel.random import (
     draws_random_numbers,
     install_own_numbers,
@@ -48,62 +50,118 @@ from ..tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from .base import (
+    GivenPlan,
+    Job,
+    ParallelizationStrategy,
+    materialize_empty,
+    refuse_meta,
+    refuse_sharded,
+)
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Job:
-    """One model on its way through the steps.
-
-    Attributes:
-        model: the model, changed in place.
-        config: the user's config.
-        mesh: root mesh with axes (dp_replicate,) dp_shard (, tp).
-        device: where this rank computes.
-        options: behaviour of FSDP2.
-        layer_classes: class names of the layers if the user gave them.
-        load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
-        sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
-        checkpointing: "none", "full", "submodule" or "selective".
-        compile_options: options of ``torch.compile`` for the layers, None for eager.
-        offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
-        plan, spec, anatomy, tensor_parallel: results of the steps.
-    """
-
-    model: nn.Module
-    config: AutoParallelismConfig
-    mesh: DeviceMesh
-    device: torch.device
-    options: ShardingOptions
-    layer_classes: list[str] | None = None
-    load_on_rank_zero: bool = False
-    sharded_checkpoints: bool = False
-    checkpointing: str = "none"
-    compile_options: dict[str, Any] | None = None
-    offload_activations: bool = False
-    plan: Plan | None = None
-    spec: ShardingSpec | None = None
-    anatomy: Anatomy | None = None
-    tensor_parallel: TensorParallelState | None = None
-
-    @property
-    def tp_mesh(self) -> DeviceMesh | None:
-        """The tp axis, None when it has one rank."""
-        return self.mesh["tp"] if "tp" in (self.mesh.mesh_dim_names or ()) else None
-
-    @property
-    def dp_mesh(self) -> DeviceMesh:
-        """The axes that FSDP2 works on."""
-        return data_parallel_mesh(self.mesh)
-
-
-class DefaultStrategy:
+class DefaultParallelizationStrategy(ParallelizationStrategy):
     """The flow for every Hugging Face model without one of its own.
 
     :meth:`plan` only reads and raises everything a user can have got wrong; :meth:`carry_out` changes the model. Between
     the two the ranks agree that nobody failed, so an error on one of them is an error on all.
     """
+
+    #: Order in which :meth:`parallelize` looks for a plan, that of the reference API. ``Accelerator.prepare`` has its own.
+    plan_order = ("registry", "hf", "default")
+
+    #: What :meth:`parallelize` computes in if no policy is given, that of the reference API.
+    mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+
+    def parallelize(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        device_mesh: DeviceMesh,
+        mp_policy: MixedPrecisionPolicy | None = None,
+        offload_policy: OffloadPolicy | None = None,
+        sequence_parallel: bool = False,
+        activation_checkpointing: bool | str | None = False,
+        tp_shard_plan: GivenPlan = None,
+        dp_replicate_mesh_name: str = "dp_replicate",
+        dp_shard_cp_mesh_name: str = "dp_shard_cp",
+        tp_mesh_name: str = "tp",
+        enable_async_tensor_parallel: bool = False,
+        enable_compile: bool = False,
+        enable_fsdp2_prefetch: bool = True,
+        fsdp2_backward_prefetch_depth: int = 2,
+        fsdp2_forward_prefetch_depth: int = 1,
+        reshard_after_forward: bool | None = None,
+        fully_shard_fn: Any = None,
+    ) -> nn.Module:
+        """Parallelise ``model`` in place without an Accelerator, and return it. Collective over ``device_mesh``.
+
+        Create the optimizer afterwards, from ``model.parameters()``. Partial gradients of replicated parameters are summed at
+        the end of each backward, so clipping and stepping need nothing special.
+
+        Args:
+            model: on the CPU, the device, or meta (then ``model.to_empty(device=...)`` and a checkpoint fill it).
+            device_mesh: root mesh with the axes named below; ``pp`` may be one of them.
+            mp_policy: dtypes of FSDP2; None: parameters in bfloat16, reduction and output in float32.
+            offload_policy: FSDP2's; None keeps shards on the device.
+            sequence_parallel: shard activations between the boundaries along the sequence.
+            activation_checkpointing: False, True (whole layers), "submodule" or "selective".
+            tp_shard_plan: explicit plan in any form of ``AutoParallelismConfig.tp_plan``.
+            dp_replicate_mesh_name: axis of replicas, used if it has more than one rank.
+            dp_shard_cp_mesh_name: axis that FSDP2 shards over.
+            tp_mesh_name: axis of tensor parallelism.
+            enable_async_tensor_parallel: overlap tensor-parallel collectives with matrix products.
+            enable_compile: compile each layer in place.
+            enable_fsdp2_prefetch: False switches both prefetch depths off.
+            fsdp2_backward_prefetch_depth: units to gather ahead in backward.
+            fsdp2_forward_prefetch_depth: units to gather ahead in forward.
+            reshard_after_forward: free gathered layers after forward; None: yes, except under pipeline parallelism, which
+                would gather them again for each micro-batch.
+            fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
+
+        Raises:
+            AutoParallelError: what cannot be honoured, on all ranks alike, before anything has changed.
+        """
+        axes = MeshAxes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
+        device = on_device(device_mesh.device_type)
+        if reshard_after_forward is None:
+            reshard_after_forward = axes.pipeline_size(device_mesh) == 1
+        dp_mesh = axes.data_parallel(device_mesh)
+        options = ShardingOptions(
+            mp_policy=mp_policy or self.mp_policy,
+            offload_policy=without_pinning(offload_policy or OffloadPolicy(), device),
+            reshard_after_forward=reshard_after_forward and dp_mesh.size(dp_mesh.ndim - 1) > 1,
+            forward_prefetch=fsdp2_forward_prefetch_depth if enable_fsdp2_prefetch else 0,
+            backward_prefetch=fsdp2_backward_prefetch_depth if enable_fsdp2_prefetch else 0,
+            fully_shard_fn=fully_shard_fn,
+        )
+        options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
+        job = Job(
+            model=model,
+            mesh=device_mesh,
+            device=device,
+            options=options,
+            axes=axes,
+            tp_plan=tp_shard_plan,
+            plan_order=self.plan_order,
+            sequence_parallel=sequence_parallel,
+            async_tensor_parallel=enable_async_tensor_parallel,
+            checkpointing=mode_of_argument(activation_checkpointing),
+            compile_options={} if enable_compile else None,
+            sums_after_backward=True,
+        )
+        with agreement(f"{type(self).__name__}.parallelize", job.group):
+            self.plan(job)
+        self.compare_ranks(job)
+        self.carry_out(job)
+        manage_adapters(
+            model,
+            job.tensor_parallel,
+            on_unload=lambda plain: None,
+            add=lambda original: adding(model, job, original, done=lambda: None),
+        )
+        return job.model
 
     # ---- deciding: no collective, no change ----------------------------------------------------------------------
 
@@ -126,23 +184,20 @@ class DefaultStrategy:
             )
         if job.tp_mesh is not None:
             refuse_fused_loss(job.model)
-        meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
-        if meta and not job.load_on_rank_zero:
-            raise not_available_yet(
-                "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
-            )
+        if not job.sums_after_backward:  # without an Accelerator the model is filled afterwards
+            refuse_meta(job)
 
     def select_tensor_parallel(self, job: Job) -> None:
         """Choose the plan and resolve it on the model."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.config.tp_plan, job.config.plan_order)
+        job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
-        check_packed_parameters(shapes, job.spec, job.config.dp_shard_size)
+        check_packed_parameters(shapes, job.spec, job.dp_mesh.size(-1))
         packed = job.spec.packed()
         if packed and job.sharded_checkpoints:
             raise UnsupportedError(
@@ -160,12 +215,12 @@ class DefaultStrategy:
 
     def compare_ranks(self, job: Job) -> None:
         """Raise on all ranks unless they hold the same model and planned the same."""
-        check_same_structure(job.model, job.spec)
+        check_same_structure(job.model, job.spec, job.group)
 
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
         self.load_values(job)
-        equalize_parameters(job.model)
+        equalize_parameters(job.model, job.group)
         keep_layout(job.model)
         if job.tp_mesh is not None:
             synchronize_rng(job.tp_mesh)
@@ -175,33 +230,14 @@ class DefaultStrategy:
         self.report(job)
 
     def load_values(self, job: Job) -> None:
-        """Give ranks without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
-        if not job.load_on_rank_zero:
-            return
-        made: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # a tied tensor stays one; the old one keeps its id taken
-        for module in job.model.modules():
-            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for store in stores:
-                for name, tensor in store.items():
-                    if tensor is None or tensor.device.type != "meta":
-                        continue
-                    if id(tensor) not in made:
-                        empty = torch.empty_like(tensor, device="cpu")
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        made[id(tensor)] = (
-                            tensor,
-                            nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty,
-                        )
-                    store[name] = made[id(tensor)][1]
-        tie_weights = getattr(job.model, "tie_weights", None)
-        if callable(tie_weights):
-            tie_weights()
+        """Give ranks without weights empty tensors, to be filled from rank 0."""
+        if job.load_on_rank_zero:
+            materialize_empty(job.model)
 
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
         job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
+        job.tensor_parallel.partial.sums_after_backward = job.sums_after_backward
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:
@@ -243,7 +279,7 @@ class DefaultStrategy:
 
     def report(self, job: Job) -> None:
         """One log line per decision, on rank 0."""
-        if torch.distributed.get_rank() != 0:
+        if dist.get_rank() != 0:
             return
         shape = ", ".join(f"{n}={s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True))
         logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(job.anatomy.layers))  # type: ignore[union-attr]
@@ -267,26 +303,9 @@ def refuse_fused_loss(model: nn.Module) -> None:
         )
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise :class:`PrepareError` if somebody else has sharded ``model`` already."""
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    if sharded:
-        by = "transformers' DistributedConfig" if getattr(model, "_device_mesh", None) is not None else "other code"
-        raise PrepareError(
-            f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
-            f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
-            f"AutoParallelismConfig."
-        )
-
-
 def _refuse_loading_packed(*_: Any) -> None:
     raise UnsupportedError(
         "loading a checkpoint into a tensor-parallel model with packed projections (fused expert weights) is not available "
         "yet: torch would cut the weights in the wrong places. Load the weights before accelerator.prepare, or resume with "
         "tp_size=1."
     )
-
-
-def strategy_for(model: nn.Module) -> DefaultStrategy:
-    """The strategy for ``model``."""
-    return DefaultStrategy()

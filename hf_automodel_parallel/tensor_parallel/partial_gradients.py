@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from .collectives import all_reduce
 
 
@@ -25,7 +26,12 @@ class PartialGradients:
     State: *dirty* means that a backward has added summands since the last flush. A backward after a flush (gradients
     accumulated by hand, without telling Accelerate) adds new summands to an already summed gradient; then the sum is first
     divided by the axis size, so that every rank holds an equal part of it and the next flush restores it.
+
+    Attributes:
+        sums_after_backward: flush at the end of each backward, for loops in which nobody calls :meth:`flush`.
     """
+
+    sums_after_backward = False
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._group = mesh.get_group()
@@ -35,6 +41,7 @@ class PartialGradients:
         self._parameters: list[nn.Parameter] = []
         self._dirty = False
         self._flushed = False
+        self._queued = False  # the end of the running backward is awaited
 
     def add(self, module: nn.Module, name: str) -> None:
         """Register the parameter ``name`` of ``module`` (whatever object stands there after sharding)."""
@@ -57,7 +64,15 @@ class PartialGradients:
                 if parameter.grad is not None:
                     _local(parameter.grad).div_(self._size)
             self._flushed = False
+        if self.sums_after_backward and not self._queued:
+            self._queued = True
+            compat.after_backward(self._after_backward)
         self._dirty = True
+
+    def _after_backward(self) -> None:
+        self._queued = False
+        self.resolve()  # a model from the meta device got other parameter objects when it was filled
+        self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -1,0 +1,266 @@
+"""What a strategy is: the interface that families and third parties implement, and the job that the steps share."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from ..compile import compile_layers
+from ..config import PLAN_SOURCES
+from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..fsdp import ShardingOptions
+from ..layers import Anatomy, find_layers
+from ..mesh import MeshAxes
+from ..optimizer import switch_parameters
+from ..plan.names import unwrapped
+from ..plan.spec import Plan, ShardingSpec
+from ..synchronize import check_same_structure, equalize_parameters
+from ..tensor_parallel.apply import TensorParallelState
+
+#: Forms in which a tensor-parallel plan can be given; see ``AutoParallelismConfig.tp_plan``.
+GivenPlan = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None
+
+
+@dataclass
+class Job:
+    """One model on its way through the steps.
+
+    Attributes:
+        model: the model, changed in place; a strategy may also put another object here, which is then used instead.
+        mesh: root mesh with an axis to shard over, and further ones.
+        device: where this rank computes.
+        options: behaviour of FSDP2.
+        axes: what the axes of ``mesh`` are called.
+        tp_plan: explicit tensor-parallel plan, or None.
+        plan_order: sources of plans to try without an explicit one.
+        sequence_parallel: shard activations between the boundaries along the sequence.
+        loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
+        async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
+        layer_classes: class names of the layers if the user gave them.
+        load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
+        sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
+        checkpointing: "none", "full", "submodule" or "selective".
+        compile_options: options of ``torch.compile`` for the layers, None for eager.
+        offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
+        sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
+        plan, spec, anatomy, tensor_parallel: results of the steps.
+    """
+
+    model: nn.Module
+    mesh: DeviceMesh
+    device: torch.device
+    options: ShardingOptions = field(default_factory=ShardingOptions)
+    axes: MeshAxes = field(default_factory=MeshAxes)
+    tp_plan: GivenPlan = None
+    plan_order: tuple[str, ...] = PLAN_SOURCES
+    sequence_parallel: bool = False
+    loss_parallel: bool | None = None
+    async_tensor_parallel: bool = False
+    layer_classes: list[str] | None = None
+    load_on_rank_zero: bool = False
+    sharded_checkpoints: bool = False
+    checkpointing: str = "none"
+    compile_options: dict[str, Any] | None = None
+    offload_activations: bool = False
+    sums_after_backward: bool = False
+    plan: Plan | None = None
+    spec: ShardingSpec | None = None
+    anatomy: Anatomy | None = None
+    tensor_parallel: TensorParallelState | None = None
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """The tp axis, None when it has one rank."""
+        return self.axes.tensor_parallel(self.mesh)
+
+    @property
+    def dp_mesh(self) -> DeviceMesh:
+        """The axes that FSDP2 works on."""
+        return self.axes.data_parallel(self.mesh)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold this model; None means all."""
+        return self.axes.holders(self.mesh)
+
+
+class ParallelizationStrategy(ABC):
+    """How models of one family are parallelised. Subclass it and register the subclass with
+    :func:`~hf_automodel_parallel.register_parallel_strategy`.
+
+    A family that differs from the default in a step should subclass
+    :class:`~hf_automodel_parallel.strategies.default.DefaultParallelizationStrategy` and override that step. A strategy with
+    its own flow implements :meth:`parallelize` alone; ``Accelerator.prepare`` then compares the ranks before, calls it with
+    what the user asked for, and hands the optimizer over to the sharded parameters after it.
+    """
+
+    @abstractmethod
+    def parallelize(
+        self,
+        model: nn.Module,
+        device_mesh: DeviceMesh,
+        mp_policy: MixedPrecisionPolicy | None = None,
+        offload_policy: OffloadPolicy | None = None,
+        sequence_parallel: bool = False,
+        activation_checkpointing: bool = False,
+        tp_shard_plan: GivenPlan = None,
+        dp_replicate_mesh_name: str = "dp_replicate",
+        dp_shard_cp_mesh_name: str = "dp_shard_cp",
+        tp_mesh_name: str = "tp",
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Parallelise ``model`` and return it (or what replaces it); the root of the result is an ``FSDPModule``.
+
+        Args:
+            model: the model with equal values on all ranks.
+            device_mesh: root mesh.
+            mp_policy: dtypes of FSDP2; None means the strategy's default.
+            offload_policy: FSDP2's, None to keep shards where they are.
+            sequence_parallel: shard activations between the tensor-parallel boundaries along the sequence.
+            activation_checkpointing: False, True (whole layers) or the name of a mode ("submodule", "selective").
+            tp_shard_plan: explicit tensor-parallel plan in any form.
+            dp_replicate_mesh_name: axis of replicas.
+            dp_shard_cp_mesh_name: axis to shard over.
+            tp_mesh_name: axis of tensor parallelism.
+            kwargs: further options; one that cannot be honoured is refused, not ignored.
+        """
+
+    # ---- the steps that Accelerator.prepare takes ----------------------------------------------------------------
+
+    def plan(self, job: Job) -> None:
+        """Decide, and raise everything that a user can have got wrong. No collective, no change."""
+        refuse_sharded(job.model)
+        name = type(self).__name__
+        asked = {
+            "ignored_modules": bool(job.options.ignored_parameters),
+            "min_num_params": job.options.minimum_unit_size is not None,
+            "transformer_cls_names_to_wrap": job.layer_classes is not None,
+            "activation_checkpointing_offload": job.offload_activations,
+            "loss_parallel": job.loss_parallel is True,
+        }
+        for field_name, given in asked.items():
+            if given:
+                raise UnsupportedError(
+                    f"{field_name} cannot be honoured for {type(job.model).__name__}: it is parallelised by {name}, a "
+                    f"strategy with a flow of its own that does not take it. Leave {field_name} out."
+                )
+        call_arguments(self.parallelize, self._asked_for(job), name)
+
+    def compare_ranks(self, job: Job) -> None:
+        """Raise on all ranks unless they hold the same model."""
+        check_same_structure(job.model, job.spec, job.group)
+
+    def carry_out(self, job: Job) -> None:
+        """Parallelise ``job.model``; the same collectives on every rank."""
+        if job.load_on_rank_zero:
+            materialize_empty(job.model)
+        equalize_parameters(job.model, job.group)
+        arguments = call_arguments(self.parallelize, self._asked_for(job), type(self).__name__)
+        result = self.parallelize(job.model, job.mesh, **arguments)
+        if not isinstance(result, FSDPModule):
+            raise PrepareError(
+                f"{type(self).__name__}.parallelize returned a {type(result).__name__} that FSDP2 does not manage. End it with "
+                f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
+            )
+        job.model = result
+        if job.compile_options is not None:
+            compile_layers(find_layers(unwrapped(result)[0]), **job.compile_options)
+
+    def switch_optimizer(
+        self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
+    ) -> None:
+        """Let ``optimizer`` work on the sharded parameters: ``names[group][i]`` as they were called before sharding."""
+        switch_parameters(optimizer, names, job.model, before)
+
+    def _asked_for(self, job: Job) -> dict[str, tuple[Any, Any]]:
+        """Argument of :meth:`parallelize` -> (value, the value that asks for nothing)."""
+        options = job.options
+        mode: Any = {"none": False, "full": True}.get(job.checkpointing, job.checkpointing)
+        return {
+            "mp_policy": (options.mp_policy, MixedPrecisionPolicy()),
+            "offload_policy": (
+                None if type(options.offload_policy) is OffloadPolicy else options.offload_policy,
+                None,
+            ),
+            "sequence_parallel": (job.sequence_parallel, False),
+            "activation_checkpointing": (mode, False),
+            "tp_shard_plan": (job.tp_plan, None),
+            "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),
+            "dp_shard_cp_mesh_name": (job.axes.shard, "dp_shard_cp"),
+            "tp_mesh_name": (job.axes.tp, "tp"),
+            "enable_async_tensor_parallel": (job.async_tensor_parallel, False),
+            "enable_compile": (job.compile_options is not None, job.compile_options is not None),
+            "fsdp2_backward_prefetch_depth": (options.backward_prefetch, 2),
+            "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
+            "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
+        }
+
+
+def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
+    """The keyword arguments to call ``function`` with.
+
+    Args:
+        function: a strategy's ``parallelize``; one without ``**kwargs`` gets what its signature names.
+        asked: argument -> (value, the value that asks for nothing).
+        name: of the strategy, for the message.
+
+    Raises:
+        UnsupportedError: something was asked for that ``function`` does not take.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {key: value for key, (value, _) in asked.items()}
+    for key, (value, nothing) in asked.items():
+        if key not in parameters and value != nothing:
+            raise UnsupportedError(f"{key}={value!r} cannot be honoured: {name}.parallelize does not take {key}.")
+    return {key: value for key, (value, _) in asked.items() if key in parameters}
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise :class:`PrepareError` if somebody else has sharded ``model`` already."""
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        by = "transformers' DistributedConfig" if getattr(model, "_device_mesh", None) is not None else "other code"
+        raise PrepareError(
+            f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
+            f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
+            f"AutoParallelismConfig."
+        )
+
+
+def refuse_meta(job: Job) -> None:
+    """Raise unless the model has values, or rank 0 has them for all."""
+    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
+    if meta and not job.load_on_rank_zero:
+        raise not_available_yet(
+            "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
+        )
+
+
+def materialize_empty(model: nn.Module) -> None:
+    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a tied tensor stays one; the old one keeps its id taken
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = (tensor, nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty)
+                store[name] = made[id(tensor)][1]
+    tie_weights = getattr(model, "tie_weights", None)
+    if callable(tie_weights):
+        tie_weights()

@@ -1,0 +1,189 @@
+"""Which strategy parallelises which model: by class name, through base classes and wrappers, lazily, open to packages."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..errors import ConfigError, RegistrationError
+from ..plan.names import unwrapped
+from .base import ParallelizationStrategy
+from .default import DefaultParallelizationStrategy
+
+logger = logging.getLogger(__name__)
+
+#: Group of entry points of installed packages: name of the model class = "package.module:StrategyClass".
+ENTRY_POINTS = "hf_automodel_parallel.strategies"
+
+_FAMILIES = "hf_automodel_parallel.strategies"
+
+#: The families of this package, in the form of an entry point: nothing is imported before a model of theirs comes.
+BUILT_IN: dict[str, str] = {}
+
+_Class = TypeVar("_Class", bound=type)
+
+
+class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
+    """Name of a model class -> strategy instance, as a dict; instances are made when they are first asked for.
+
+    A name is looked up among what was registered in this process, then among the entry points of installed packages, then
+    among the families of this package.
+    """
+
+    def __init__(self) -> None:
+        self._registered: dict[str, ParallelizationStrategy] = {}
+        self._loaded: dict[str, ParallelizationStrategy] = {}
+        self._removed: set[str] = set()
+
+    def __getitem__(self, name: str) -> ParallelizationStrategy:
+        if name in self._registered:
+            return self._registered[name]
+        if name in self._removed:
+            raise KeyError(name)
+        if name not in self._loaded:
+            target = _targets().get(name)
+            if target is None:
+                raise KeyError(name)
+            self._loaded[name] = _load(name, target)
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, strategy: ParallelizationStrategy) -> None:
+        if not isinstance(strategy, ParallelizationStrategy):
+            raise RegistrationError(
+                f"the strategy for {name!r} is {strategy!r}; give an instance of a subclass of ParallelizationStrategy."
+            )
+        self._registered[name] = strategy
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._registered.pop(name, None)
+        if name in _targets():
+            self._removed.add(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._registered
+        yield from (name for name in _targets() if name not in self._registered and name not in self._removed)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:  # without loading anything
+        return name in self._registered or (name in _targets() and name not in self._removed)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self)})"
+
+
+@functools.cache
+def _targets() -> dict[str, str]:
+    """Name of a model class -> "package.module:StrategyClass", installed packages before our own families."""
+    result = dict(BUILT_IN)
+    seen: dict[str, str] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if seen.setdefault(point.name, point.value) != point.value:
+            raise ConfigError(
+                f"two installed packages register a strategy for {point.name!r}: {seen[point.name]} and {point.value} (entry "
+                f"points of the group {ENTRY_POINTS!r}). Uninstall one, or choose by register_parallel_strategy(name=...)."
+            )
+        if point.name in BUILT_IN:
+            logger.info("the strategy for %s comes from the installed %s", point.name, point.value)
+        result[point.name] = point.value
+    return result
+
+
+def _load(name: str, target: str) -> ParallelizationStrategy:
+    module_name, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # somebody's module runs here, and may raise anything
+        raise ConfigError(
+            f"the strategy for {name!r}, {target!r} (an entry point of the group {ENTRY_POINTS!r}), cannot be loaded: "
+            f"{type(error).__name__}: {error}. Repair or uninstall that package."
+        ) from error
+    if inspect.isclass(found) and issubclass(found, ParallelizationStrategy):
+        found = found()
+    if not isinstance(found, ParallelizationStrategy):
+        raise ConfigError(f"the strategy for {name!r}, {target!r}, is no subclass of ParallelizationStrategy.")
+    return found
+
+
+#: The registry. Use :func:`register_parallel_strategy` to add to it.
+PARALLELIZATION_STRATEGIES = StrategyRegistry()
+
+#: The strategy of every model without an entry.
+DEFAULT_STRATEGY = DefaultParallelizationStrategy()
+
+
+def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> Callable[[_Class], _Class]:
+    """Class decorator that registers a strategy for the model class called ``name`` and its subclasses.
+
+    An installed package can do without a call of its own by an entry point of the group
+    ``hf_automodel_parallel.strategies``: ``name = "package.module:StrategyClass"``.
+
+    Args:
+        arg: not used; it catches the decorator without arguments.
+        name: name of the model class, bare (``"LlamaForCausalLM"``) or with its module where two share a name.
+
+    Returns:
+        A decorator that returns the class unchanged. The class is constructed once, without arguments.
+
+    Raises:
+        ValueError: ``name`` is missing.
+        RegistrationError: (also an ``AssertionError``) the decorated object is no strategy class, or the name is taken.
+
+    Example:
+        >>> @register_parallel_strategy(name="MyForCausalLM")
+        ... class MyStrategy(DefaultParallelizationStrategy): ...
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigError("name is required: @register_parallel_strategy(name='MyModelClass')")
+
+    def register(cls: _Class) -> _Class:
+        if not (inspect.isclass(cls) and issubclass(cls, ParallelizationStrategy)):
+            raise RegistrationError(
+                f"{cls!r} cannot be registered for {name!r}: it is no subclass of ParallelizationStrategy."
+            )
+        if name in PARALLELIZATION_STRATEGIES:
+            raise RegistrationError(
+                f"a strategy for {name!r} is registered already. To replace it, delete it first: "
+                f"del PARALLELIZATION_STRATEGIES[{name!r}]."
+            )
+        PARALLELIZATION_STRATEGIES[name] = cls()
+        return cls
+
+    return register
+
+
+def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
+    """The strategy for ``model``: that of its class, else of its nearest base class, else the default.
+
+    Wrappers of PEFT, of ``torch.compile`` and of data parallelism are looked through.
+    """
+    for cls in type(_innermost(model)).__mro__:
+        for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
+            if name in PARALLELIZATION_STRATEGIES:
+                return PARALLELIZATION_STRATEGIES[name]
+    return DEFAULT_STRATEGY
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model inside of PEFT's wrapper, ``torch.compile``'s and DDP's."""
+    while True:
+        inner, _ = unwrapped(model)
+        children = dict(inner.named_children())
+        # A wrapper has nothing else; a model with a part that happens to be called so has more.
+        if children.keys() in ({"_orig_mod"}, {"module"}) and not any(True for _ in inner.parameters(recurse=False)):
+            (inner,) = children.values()
+        if inner is model:
+            return model
+        model = inner
