@@ -36,7 +36,11 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
     if norm_type <= 0 and not math.isinf(norm_type):
         raise UnsupportedError(f"norm_type={norm_type}: give a positive number or inf.")
     names = tuple(mesh.mesh_dim_names or ())
-    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(mesh.device_type, torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu")
+    )
     infinite = math.isinf(norm_type)
     # One cell for every set of axes that a parameter can be sharded over; sums run over the axes one after the other.
     cells = torch.zeros(2 ** len(names), dtype=torch.float32, device=device)
@@ -49,7 +53,9 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
             own = gradient.device_mesh.mesh_dim_names or ()
             for axis, placement in zip(own, gradient.placements, strict=True):
                 if placement.is_partial():
-                    raise UnsupportedError("the norm of a gradient that is still a sum over ranks is not known; reduce it first.")
+                    raise UnsupportedError(
+                        "the norm of a gradient that is still a sum over ranks is not known; reduce it first."
+                    )
                 if not placement.is_replicate():
                     cell |= 1 << names.index(axis)
             local = gradient.to_local()
@@ -68,7 +74,9 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
 
 
 @torch.no_grad()
-def clip_(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+def clip_(
+    parameters: Iterable[torch.Tensor], mesh: DeviceMesh, max_norm: float, norm_type: float = 2.0
+) -> torch.Tensor:
     """Scale the gradients of ``parameters`` so that their norm is at most ``max_norm``; the gradients themselves, not a copy.
 
     Arguments and result are those of :func:`total_norm`: the norm before clipping.

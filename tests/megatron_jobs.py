@@ -31,10 +31,14 @@ def steps(
         data = dist.get_world_size() // (sizes[names.index("tp")] if "tp" in names else 1)
         mine = dist.get_rank() // (dist.get_world_size() // data)
         batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(count)]
-        optimizer = torch.optim.AdamW(parameter_groups(model, groups), lr=1e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(parameter_groups(model, groups), lr=1e-3, weight_decay=0.1, eps=1e-3)
         wrapped, optimizer = megatron_fsdp_strategy_parallelize(model, mesh, optimizer, **options)
         managed = managed_by_megatron(wrapped)
-        result: dict[str, Any] = {"losses": [], "norms": [], "classes": sorted({type(m).__name__ for m in wrapped.modules()})}
+        result: dict[str, Any] = {
+            "losses": [],
+            "norms": [],
+            "classes": sorted({type(m).__name__ for m in wrapped.modules()}),
+        }
         for step in range(count):
             total = torch.zeros(())
             for micro in range(accumulation):
@@ -45,7 +49,9 @@ def steps(
             managed.flush()
             dist.all_reduce(total)
             if step == 0:
-                result["gradients"] = {n: managed.places.whole(n, p.grad) for n, p in managed.parameters.items() if p.requires_grad}
+                result["gradients"] = {
+                    n: managed.places.whole(n, p.grad) for n, p in managed.parameters.items() if p.requires_grad
+                }
             result["losses"].append(total.item() / dist.get_world_size())
             result["norms"].append(managed.clip_grad_norm_(max_grad_norm).item())
             optimizer.step()

@@ -6,7 +6,7 @@ Light to import: the package ``megatron_fsdp`` is loaded when it is first needed
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .strategy import megatron_fsdp_strategy_parallelize
+    from .parallelize import megatron_fsdp_strategy_parallelize
 
     #: True if ``megatron_fsdp`` can be imported here; found out when it is read.
     HAVE_MEGATRON_FSDP: bool
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return importable()
     if name == "megatron_fsdp_strategy_parallelize":
-        from .strategy import megatron_fsdp_strategy_parallelize
+        from .parallelize import megatron_fsdp_strategy_parallelize
 
         return megatron_fsdp_strategy_parallelize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

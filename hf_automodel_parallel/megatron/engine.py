@@ -63,7 +63,9 @@ def load() -> types.ModuleType:
     version = str(getattr(module, "__version__", "unknown"))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not VERSIONS[0] <= numbers < VERSIONS[1]:
-        raise UnsupportedError(f"megatron-fsdp {version} is installed, but its arguments are known for 0.5 and 0.6: {_INSTALL}.")
+        raise UnsupportedError(
+            f"megatron-fsdp {version} is installed, but its arguments are known for 0.5 and 0.6: {_INSTALL}."
+        )
     return module
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -52,8 +52,34 @@ class Layout:
         return self.mesh[self.tp] if self.mesh[self.tp].size() > 1 else None
 
 
-def layout_of(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "tp") -> Layout:
-    """Find the axes in ``mesh``; make a mesh of the right form if it does not have it. Collective if a mesh is made.
+@dataclass(frozen=True)
+class Axes:
+    """Which axes of a user's mesh do what.
+
+    Attributes:
+        shard: those to shard over.
+        tp: that of tensor parallelism, or None.
+        replicas: that of replicas, or None.
+    """
+
+    shard: tuple[str, ...]
+    tp: str | None
+    replicas: str | None
+
+    def data_size(self, mesh: DeviceMesh) -> int:
+        """Ranks that reduce gradients together."""
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+        return math.prod(sizes[name] for name in (*self.shard, *filter(None, [self.replicas])))
+
+    def layout(self, mesh: DeviceMesh) -> Layout:
+        """The mesh for megatron-fsdp: the user's, or a new one if that has another form (then collective)."""
+        if self.replicas is None and len(self.shard) == 1 and self.tp is not None:
+            return Layout(mesh, self.shard[0], self.tp)
+        return _new_layout(mesh, self.shard, self.tp, self.replicas)
+
+
+def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "tp") -> Axes:
+    """Find the axes in ``mesh``.
 
     Args:
         mesh: the user's mesh with named axes.
@@ -61,7 +87,7 @@ def layout_of(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
         tp_dim: axis of tensor parallelism, None if there is none.
 
     Returns:
-        The layout. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it covers
+        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it covers
         them: each of them saw a part of the sequence. A ``dp_replicate`` axis makes replicas (HSDP).
 
     Raises:
@@ -69,26 +95,21 @@ def layout_of(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
     """
     names = tuple(mesh.mesh_dim_names or ())
     if tp_dim is not None and tp_dim not in names:
-        raise ConfigError(f"tp_dim={tp_dim!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}.")
+        raise ConfigError(
+            f"tp_dim={tp_dim!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
+        )
     covered = _axes_of(mesh, dp_shard_dim, tp_dim)
     sizes = dict(zip(names, mesh.shape, strict=True))
     if CONTEXT in names and CONTEXT not in covered and CONTEXT != tp_dim:
         covered = tuple(name for name in names if name in covered or name == CONTEXT)
     replicas = REPLICAS if REPLICAS in names and REPLICAS not in covered and sizes[REPLICAS] > 1 else None
-    left = [
-        name
-        for name in names
-        if name not in (*covered, tp_dim, replicas, *INDEPENDENT) and sizes[name] > 1
-    ]
+    left = [name for name in names if name not in (*covered, tp_dim, replicas, *INDEPENDENT) and sizes[name] > 1]
     if left:
         raise ConfigError(
             f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither dp_shard_dim={dp_shard_dim!r} nor "
             f"tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or use a mesh without it."
         )
-    shard_axes = [name for name in covered if sizes[name] > 1] or list(covered[:1])
-    if replicas is None and len(shard_axes) == 1 and tp_dim is not None:
-        return Layout(mesh, shard_axes[0], tp_dim)
-    return _new_layout(mesh, tuple(shard_axes), tp_dim, replicas)
+    return Axes(tuple(name for name in covered if sizes[name] > 1) or covered[:1], tp_dim, replicas)
 
 
 def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]:
@@ -96,7 +117,9 @@ def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]
     names = tuple(mesh.mesh_dim_names or ())
     if name in names:
         if name == tp_dim:
-            raise ConfigError(f"dp_shard_dim and tp_dim are both {name!r}; give them different axes of the device mesh.")
+            raise ConfigError(
+                f"dp_shard_dim and tp_dim are both {name!r}; give them different axes of the device mesh."
+            )
         return (name,)
     try:
         ranks = mesh[name].mesh.flatten().tolist()
@@ -111,7 +134,9 @@ def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]
             index = tuple(slice(None) if axis in axes else place[i] for i, axis in enumerate(names))  # type: ignore[index]
             if mesh.mesh[index].flatten().tolist() == ranks:
                 return axes
-    raise ConfigError(f"dp_shard_dim={name!r}: cannot tell which axes of the device mesh ({', '.join(names)}) it consists of.")
+    raise ConfigError(
+        f"dp_shard_dim={name!r}: cannot tell which axes of the device mesh ({', '.join(names)}) it consists of."
+    )
 
 
 def _new_layout(mesh: DeviceMesh, shard: tuple[str, ...], tp_dim: str | None, replicas: str | None) -> Layout:
@@ -121,10 +146,9 @@ def _new_layout(mesh: DeviceMesh, shard: tuple[str, ...], tp_dim: str | None, re
     ranks = mesh.mesh.permute([names.index(name) for name in (*rest, *used)])
     sizes = dict(zip(names, mesh.shape, strict=True))
 
-    def product(axes: tuple[str, ...] | list[str]) -> int:
-        return int(torch.tensor([sizes[axis] for axis in axes] or [1]).prod())
-
-    shape = (product(rest), product([replicas] if replicas else []), product(shard), product([tp_dim] if tp_dim else []))
+    shape = [
+        math.prod(sizes[axis] for axis in axes if axis is not None) for axes in (rest, [replicas], shard, [tp_dim])
+    ]
     name = "_".join(shard)
     ranks = ranks.reshape(shape)
     tp = tp_dim or "tp"

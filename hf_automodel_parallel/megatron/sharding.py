@@ -105,7 +105,9 @@ class MegatronModel:
         self.wrapper.is_last_microbatch = sync
         self.wrapper.set_model_auto_sync(sync)
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Any] | None = None) -> torch.Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Any] | None = None
+    ) -> torch.Tensor:
         """Clip the gradients, of all parameters or of some; the norm before is returned. Collective."""
         self.flush()
         chosen = list(self.parameters.values() if parameters is None else parameters)

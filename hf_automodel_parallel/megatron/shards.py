@@ -128,4 +128,3 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows(local: torch.Tensor, shape: torch.Size) -> int:
     return local.shape[0] if local.numel() else 0
-

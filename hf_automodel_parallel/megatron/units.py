@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from ..fsdp import separable
 from ..layers import dissect
 
 
-def unit_classes(model: nn.Module, given: tuple[str | type[nn.Module], ...] | None) -> list[type[nn.Module]]:
+def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None) -> list[type[nn.Module]]:
     """The unit classes of ``model``.
 
     Args:
