@@ -89,3 +89,63 @@ def unwrapped_steps(name: str) -> dict[str, Any]:
             "wanted": loss_and_grads(build(name), batches)[1],
             "class": type(model).__name__,
         }
+
+
+def accelerate_steps(
+    name: str,
+    sizes: dict[str, int],
+    adapter: dict[str, Any] | None = None,
+    data: int = 2,
+    accumulation: int = 1,
+    directory: str | None = None,
+    mixed_precision: str = "no",
+    **config: Any,
+) -> dict[str, Any]:
+    """Two steps of a plain Accelerate loop; with a directory, the second one once more from a saved state."""
+    from accelerate import Accelerator
+
+    from hf_automodel_parallel import AutoParallelismConfig
+
+    with cuda_standins():
+        accelerator = Accelerator(
+            parallelism_config=AutoParallelismConfig(**sizes, backend="megatron_fsdp", **config),
+            gradient_accumulation_steps=accumulation,
+            mixed_precision=mixed_precision,
+        )
+        model = build(name, adapter)
+        optimizer = torch.optim.AdamW(parameter_groups(model, True), lr=1e-3, weight_decay=0.1, eps=1e-3)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        mine = dist.get_rank() // accelerator.parallelism_config.tp_size
+        result: dict[str, Any] = {"losses": [], "norms": [], "class": type(model).__name__}
+
+        def step(number: int) -> None:
+            batches = batches_for(model, data * accumulation, rows=8, seed=10 + number)
+            total = torch.zeros(())
+            for micro in range(accumulation):
+                with accelerator.accumulate(model):
+                    loss = model(**batches[micro * data + mine], use_cache=False).loss
+                    accelerator.backward(loss)
+                    total += loss.detach() / accumulation
+                    if accelerator.sync_gradients:
+                        result["norms"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).item())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            dist.all_reduce(total)
+            result["losses"].append(total.item() / dist.get_world_size())
+
+        step(0)
+        if directory is not None:
+            accelerator.save_state(directory)
+        model.eval()
+        with torch.no_grad():
+            result["evaluated"] = model(**batches_for(model, 1)[0]).loss.item()
+        model.train()
+        step(1)
+        if directory is not None:
+            first = accelerator.get_state_dict(model)
+            accelerator.load_state(directory)
+            step(1)
+            second = accelerator.get_state_dict(model)
+            result["again"] = all(torch.equal(first[key], second[key]) for key in first)
+        result["values"] = accelerator.get_state_dict(model)
+        return result

@@ -35,7 +35,7 @@ def assert_like_one_process(
     assert_losses_equal(result["losses"], [entry["loss"] for entry in history])
     assert_losses_equal(result["norms"], [entry["grad_norm"] for entry in history], rtol=1e-5)
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(result["values"][key], value, rtol=1e-4, atol=2e-5, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(result["values"][key], value, rtol=1e-4, atol=2e-5, msg=key)
 
 
 def train(model: torch.nn.Module, batches: list[list[dict]], groups: bool) -> list[dict[str, float]]:
@@ -79,3 +79,22 @@ def test_tensor_and_data_parallel(name, adapter, options):
     """q_norm and k_norm, whose gradients are partial; tied ends with LoRA; packed projections."""
     for result in run_distributed(4, jobs.steps, name, (2, 2), adapter=adapter, **options):
         assert_like_one_process(result, name, 2, adapter)
+
+
+def assert_accelerate_like_one_process(results, name, data, adapter=None, accumulation=1):
+    model = build(name, adapter)
+    batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(2)]
+    history = train(model, batches, groups=True)
+    for result in results:
+        assert_losses_equal(result["losses"][:2], [entry["loss"] for entry in history])
+        assert_losses_equal(result["norms"][:2], [entry["grad_norm"] for entry in history], rtol=1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(results[0]["values"][key], value, rtol=1e-4, atol=2e-5, msg=key)
+    assert results[1]["values"] == {}
+
+
+def test_accelerate_loop_with_a_saved_and_loaded_state(tmp_path):
+    results = run_distributed(2, jobs.accelerate_steps, "llama_tied", {"dp_shard_size": 2}, directory=str(tmp_path))
+    assert results[0]["class"] == "LlamaForCausalLM"
+    assert all(result["again"] for result in results)
+    assert_accelerate_like_one_process(results, "llama_tied", 2)

@@ -108,7 +108,8 @@ def translate(options: MegatronOptions, units: list[type[nn.Module]], has_optimi
     unknown = sorted(arguments.keys() - known.keys())
     if unknown:
         raise UnsupportedError(
-            f"megatron-fsdp {package.__version__} has no argument {', '.join(unknown)}. Install a version of 0.5 or 0.6: {_INSTALL}."
+            f"megatron-fsdp {package.__version__} has no argument {', '.join(unknown)}. Install a version of 0.5 or 0.6: "
+            f"{_INSTALL}."
         )
     return arguments
 
@@ -151,7 +152,7 @@ def install_values(wrapper: Any) -> None:
     wrapper.install_optimized_model_weights()
 
 
-def wrap_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def wrap_optimizer(optimizer: torch.optim.Optimizer, for_dcp: bool) -> None:
     """Let ``step`` and ``zero_grad`` of ``optimizer``, which holds sharded parameters, do megatron-fsdp's part too, in place.
 
     ``fully_shard_optimizer`` steps once with gradients of zero, to have the state made. AdamW would decay the weights in it and
@@ -159,7 +160,7 @@ def wrap_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """
     package = load()
     with _without_step(optimizer), _filled_group_first(optimizer):
-        package.fully_shard_optimizer(optimizer)
+        package.fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=for_dcp)
 
 
 @contextmanager

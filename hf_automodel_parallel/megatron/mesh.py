@@ -106,8 +106,8 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
     left = [name for name in names if name not in (*covered, tp_dim, replicas, *INDEPENDENT) and sizes[name] > 1]
     if left:
         raise ConfigError(
-            f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither dp_shard_dim={dp_shard_dim!r} nor "
-            f"tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or use a mesh without it."
+            f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither dp_shard_dim={dp_shard_dim!r} "
+            f"nor tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or use a mesh without it."
         )
     return Axes(tuple(name for name in covered if sizes[name] > 1) or covered[:1], tp_dim, replicas)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,19 +130,26 @@ class MegatronModel:
         dist.all_gather_object(everyone, bad)
         names = sorted({name for some in everyone for name in some})
         raise NonFiniteGradientError(
-            f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the learning rate "
-            f"or look at the data; check_for_nan_in_grad=False steps nevertheless."
+            f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the learning "
+            f"rate or look at the data; check_for_nan_in_grad=False steps nevertheless."
         )
 
     # ---- optimizers and state ----------------------------------------------------------------------------------------
 
-    def adopt(self, optimizer: torch.optim.Optimizer, names: list[list[str]], old: dict[str, nn.Parameter]) -> None:
+    def adopt(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: list[list[str]],
+        old: dict[str, nn.Parameter],
+        for_dcp: bool = True,
+    ) -> None:
         """Give ``optimizer`` the sharded parameters, by name, in place; groups, their settings and existing state stay.
 
         Args:
             optimizer: the torch optimizer.
             names: ``names[group][i]``, the names of its parameters.
             old: name -> parameter that it has held so far.
+            for_dcp: let its state dict hold megatron-fsdp's shards, prepared for ``torch.distributed.checkpoint``.
         """
         new = self.parameters
         state = dict(optimizer.state)
@@ -151,15 +159,15 @@ class MegatronModel:
             for name in group_names:
                 values = state.get(old[name])
                 if values is not None:
-                    optimizer.state[new[name]] = {key: self._sharded(name, value) for key, value in values.items()}
+                    optimizer.state[new[name]] = {key: self.sharded(name, value) for key, value in values.items()}
         if any(group["params"] for group in optimizer.param_groups):
-            engine.wrap_optimizer(optimizer)
+            engine.wrap_optimizer(optimizer, for_dcp)
         optimizer.register_step_pre_hook(lambda *_: self.flush())
         if self.options.check_for_nan_in_grad:
             optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
         optimizer.register_step_post_hook(lambda *_: engine.show_sharded(self.wrapper))
 
-    def _sharded(self, name: str, value: Any) -> Any:
+    def sharded(self, name: str, value: Any) -> Any:
         """A state of the whole parameter ``name`` as one of its shard; anything else unchanged."""
         place, parameter = self.places.by_name[name], self.parameters[name]
         if not isinstance(value, torch.Tensor) or not value.ndim or value.shape != place.shape:
@@ -175,43 +183,6 @@ class MegatronModel:
             stride=parameter.stride(),
         )
 
-    def state_dict(self, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The whole parameters and buffers on the CPU, by the names of ``model.state_dict()``. Collective.
-
-        Args:
-            keep: False on ranks that take part, but do not need the result; theirs is empty.
-        """
-        engine.show_sharded(self.wrapper)
-        by_id = {id(parameter): name for name, parameter in self.parameters.items()}
-        tied: dict[str, torch.Tensor] = {}
-        result: dict[str, torch.Tensor] = {}
-        for key, value in nn.Module.state_dict(self.model, keep_vars=True).items():
-            name = by_id.get(id(value))
-            if name is None:
-                whole = value.detach()
-            elif name in tied:
-                whole = tied[name]
-            else:
-                whole = self.places.whole(name, value)
-                tied[name] = whole = whole.cpu() if keep else whole.new_empty(0)
-            if keep:
-                result[key] = whole.cpu()
-        return result
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over whole parameters and buffers, as :meth:`state_dict` gives them; every rank has to hold ``state``."""
-        engine.show_sharded(self.wrapper)
-        by_id = {id(parameter): name for name, parameter in self.parameters.items()}
-        for key, value in nn.Module.state_dict(self.model, keep_vars=True).items():
-            name = by_id.get(id(value))
-            if name is None:
-                value.copy_(state[key])
-            else:
-                part = local_part(value)
-                part.copy_(self.places.local(name, state[key]).reshape(part.shape))
-        engine.install_values(self.wrapper)
-
 
 def shard_with_megatron(
     model: nn.Module,
@@ -223,6 +194,7 @@ def shard_with_megatron(
     device: torch.device,
     has_optimizer: bool,
     tensor_parallel: TensorParallelState | None = None,
+    autocast: torch.dtype | None = None,
 ) -> MegatronModel:
     """Wrap ``model`` with megatron-fsdp, in place.
 
@@ -240,11 +212,14 @@ def shard_with_megatron(
         device: where the shards go.
         has_optimizer: an optimizer follows.
         tensor_parallel: what tensor parallelism left behind.
+        autocast: compute in this dtype under autocast; parameters and gradients keep theirs.
     """
     package = engine.load()
     hybrid = {} if layout.replicas is None else {"dp_outer_dim": layout.replicas, "hybrid_fsdp_group": layout.everyone}
     if layout.replicas is not None:
         hybrid["hybrid_fsdp_expt_group"] = layout.everyone
+    if autocast is not None:
+        model.forward = _under_autocast(model.forward, device.type, autocast)  # type: ignore[method-assign]
     wrapper = package.fully_shard_model(
         model,
         device_mesh=layout.mesh,
@@ -261,6 +236,18 @@ def shard_with_megatron(
     managed = MegatronModel(model, wrapper, layout, options, places, tensor_parallel)
     managed.watch()
     return managed
+
+
+def _under_autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """``forward`` as Accelerate's mixed precision has it without FSDP: under autocast, with float32 results."""
+    from accelerate.utils import convert_to_fp32
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype):
+            return convert_to_fp32(forward(*args, **kwargs))
+
+    return call
 
 
 def managed_by_megatron(model: nn.Module) -> MegatronModel | None:

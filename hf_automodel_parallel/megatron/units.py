@@ -36,8 +36,8 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
         inner = next((m for m in unit.modules() if m is not unit and isinstance(m, tuple(classes))), None)
         if inner is not None:
             raise UnsupportedError(
-                f"megatron_fsdp_unit_modules: {type(unit).__name__} contains {type(inner).__name__}; megatron-fsdp would free the "
-                f"inner one while the outer one needs it. Name one of the two."
+                f"megatron_fsdp_unit_modules: {type(unit).__name__} contains {type(inner).__name__}; megatron-fsdp would free "
+                f"the inner one while the outer one needs it. Name one of the two."
             )
     whole = {id(unit) for unit in separable(model, units)}
     for unit in units:

@@ -15,6 +15,7 @@ from ..megatron import engine
 from ..megatron.mesh import find_axes
 from ..megatron.options import MegatronOptions
 from ..megatron.sharding import MegatronModel, managed_by_megatron, shard_with_megatron
+from ..megatron.state import WholeStates
 from ..megatron.tensor_parallel import check_local, local_plan, make_local
 from ..megatron.units import unit_classes
 from ..plan.layers import check_peft_method
@@ -74,6 +75,9 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             "sequence_parallel": job.sequence_parallel,
             "async_tensor_parallel": job.async_tensor_parallel,
             "loss_parallel": job.loss_parallel is True,
+            "state_dict_type=SHARDED_STATE_DICT": job.sharded_checkpoints,
+            "init_fsdp_with_meta_device": self.options.init_fsdp_with_meta_device and not job.sums_after_backward,
+            "mixed_precision='fp16'": job.options.mp_policy.param_dtype is torch.float16,
         }
         for name, given in asked.items():
             if given:
@@ -106,8 +110,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not (self.options.init_fsdp_with_meta_device or job.load_on_rank_zero):
             raise UnsupportedError(
-                f"{len(meta)} parameters have no values ({meta[0]}, ...): the model is on the meta device. Load it on the CPU, or "
-                f"use init_fsdp_with_meta_device=True if its modules can initialise themselves."
+                f"{len(meta)} parameters have no values ({meta[0]}, ...): the model is on the meta device. Load it on the CPU, "
+                f"or use init_fsdp_with_meta_device=True if its modules can initialise themselves."
             )
         if meta and self.options.init_fsdp_with_meta_device:
             _check_resettable(job.model, job.tp_mesh is not None)
@@ -135,7 +139,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         }  # of DTensors: the whole ones
         if job.spec is not None:
             make_local(job.model, job.spec)
-        shard_with_megatron(
+        managed = shard_with_megatron(
             job.model,
             self.axes.layout(job.mesh),
             self.options,
@@ -145,7 +149,10 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             job.device,
             self.has_optimizer,
             job.tensor_parallel,
+            job.options.mp_policy.param_dtype,
         )
+        if not job.sums_after_backward:  # with an Accelerator, which saves by state dicts
+            self.states = WholeStates(managed)
 
     def switch_optimizer(
         self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
@@ -154,15 +161,17 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         managed: MegatronModel | None = managed_by_megatron(job.model)
         if managed is None:
             super().switch_optimizer(job, optimizer, names, before)
-        else:
-            managed.adopt(optimizer, names, before)
+            return
+        managed.adopt(optimizer, names, before, for_dcp=job.sums_after_backward)
+        if not job.sums_after_backward:
+            self.states.of_optimizer(optimizer)
 
 
 def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
     if tensor_parallel:
         raise UnsupportedError(
-            "init_fsdp_with_meta_device=True with tensor parallelism: each rank would initialise its shard on its own, and replicated "
-            "parameters differently. Build the model on the CPU, or use tp=1."
+            "init_fsdp_with_meta_device=True with tensor parallelism: each rank would initialise its shard on its own, and "
+            "replicated parameters differently. Build the model on the CPU, or use tp=1."
         )
     unable = [
         f"{name or type(module).__name__} ({type(module).__name__})"
