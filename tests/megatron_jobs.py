@@ -56,7 +56,7 @@ def steps(
             result["norms"].append(managed.clip_grad_norm_(max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
-        result["values"] = managed.state_dict()
+        result["values"] = {n: managed.places.whole(n, p) for n, p in managed.parameters.items()}
         return result
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ from ..plan.names import unwrapped
 from ..strategies.base import Job, refuse_sharded
 from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
-from .megatron import megatron_strategy, owner_of, whole_state
+from .megatron import loading_whole, megatron_strategy, owner_of, whole_state
 from .megatron import sharded_parameters as megatron_parameters
 from .megatron import watch as watch_megatron
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
@@ -516,6 +517,14 @@ def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: b
     return data[:remainder] if not tensors else recursively_apply(lambda x: x[:remainder], data)
 
 
+def _load_state(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+    """Like ``Accelerator.load_state``, which would cut the weights for megatron-fsdp's uneven shards evenly."""
+    with ExitStack() as stack:
+        for model in self._models:
+            stack.enter_context(loading_whole(model))
+        type(self).load_state(self, *args, **kwargs)
+
+
 #: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
 BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare": _prepare,
@@ -525,5 +534,6 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "backward": _backward,
     "clip_grad_norm_": _clip_grad_norm_,
     "get_state_dict": _get_state_dict,
+    "load_state": _load_state,
     "gather_for_metrics": _gather_for_metrics,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,3 +112,9 @@ def whole_state(managed: MegatronModel, keep: bool) -> dict[str, torch.Tensor]:
     """The whole state dict on the CPU of the ranks that ``keep`` it; collective."""
     state = managed.model.state_dict()
     return {name: value.detach().cpu() for name, value in state.items()} if keep else {}
+
+
+def loading_whole(model: nn.Module) -> AbstractContextManager[None]:
+    """Lets code that loads a checkpoint into ``model`` meet whole parameters, if megatron-fsdp manages it."""
+    managed = managed_by_megatron(model)
+    return nullcontext() if managed is None or managed.states is None else managed.states.shown_whole()

@@ -53,6 +53,6 @@ def _check_one(optimizer: torch.optim.Optimizer, kinds: list[list[int]]) -> None
         if not (expected.detach() - result).norm().item() <= TOLERANCE * update + 1e-6 * value.norm().item():
             raise UnsupportedError(
                 f"{type(optimizer).__name__} needs a statistic over whole parameters, which megatron-fsdp cuts at any row. Use "
-                f"an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...), or backend='fsdp2'. If you know better, set "
-                f"check_optimizer=False."
+                f"an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...), or backend='fsdp2'. If you know better, "
+                f"set check_optimizer=False."
             )

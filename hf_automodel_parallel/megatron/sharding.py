@@ -47,6 +47,7 @@ class MegatronModel:
         options: what was asked for.
         places: which rows of each parameter this rank holds.
         tensor_parallel: what tensor parallelism left behind, None without it.
+        states: makes its state dicts whole (:class:`.state.WholeStates`), None where megatron-fsdp's own are wanted.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class MegatronModel:
     options: MegatronOptions
     places: Places
     tensor_parallel: TensorParallelState | None = None
+    states: Any = None
     depth: int = field(default=0, repr=False)
 
     # ---- around a forward ------------------------------------------------------------------------------------------

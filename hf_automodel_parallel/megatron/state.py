@@ -7,14 +7,19 @@ back. Checkpoints are the same files as with every other backend and mesh.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from ..errors import UnsupportedError
 from . import engine
 from .sharding import MegatronModel
+from .shards import local_part
 
 
 class WholeStates:
@@ -22,8 +27,11 @@ class WholeStates:
 
     def __init__(self, managed: MegatronModel) -> None:
         self.managed = managed
+        self.whole: dict[str, nn.Parameter] | None = None
+        self.names = self._names()
         managed.model.register_state_dict_post_hook(lambda *args: self._model_saved(*args))
         managed.model.register_load_state_dict_pre_hook(self._model_loaded)
+        managed.model.register_load_state_dict_post_hook(self._keep)
 
     def of_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the state dict of ``optimizer`` whole, too."""
@@ -39,9 +47,11 @@ class WholeStates:
         return {name: by_id[id(parameter)] for name, parameter in shown if id(parameter) in by_id}
 
     def _model_saved(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self.whole is not None:
+            return
         engine.show_sharded(self.managed.wrapper)
         tied: dict[str, torch.Tensor] = {}
-        for name, first in self._names().items():
+        for name, first in self.names.items():
             if f"{prefix}{name}" not in state:
                 continue
             if first not in tied:
@@ -49,11 +59,54 @@ class WholeStates:
             state[f"{prefix}{name}"] = tied[first]
 
     def _model_loaded(self, model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if self.whole is not None:
+            return
         engine.show_sharded(self.managed.wrapper)
-        for name, first in self._names().items():
+        for name, first in self.names.items():
             value = state.get(f"{prefix}{name}")
+            if isinstance(value, DTensor):
+                raise UnsupportedError(
+                    "loading DTensors into a model that megatron-fsdp manages: its shards are uneven, theirs are not. Load whole "
+                    "tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state(); the Trainer cannot "
+                    "resume with backend='megatron_fsdp' (its checkpoints fit backend='fsdp2')."
+                )
             if isinstance(value, torch.Tensor):
                 state[f"{prefix}{name}"] = self.managed.sharded(first, value)
+
+    @contextmanager
+    def shown_whole(self) -> Iterator[None]:
+        """Show whole plain parameters until ``model.load_state_dict()`` has run; what it writes is kept, each rank its part.
+
+        For code that distributes what it loads by the parameters that it finds, and cuts those of DTensors evenly. Collective.
+        """
+        engine.show_sharded(self.managed.wrapper)
+        self.whole = {
+            name: nn.Parameter(self._home(self.managed.places.whole(name, parameter)), parameter.requires_grad)
+            for name, parameter in self.managed.parameters.items()
+        }
+        self._show(self.names, self.whole)
+        try:
+            yield
+        finally:
+            self._keep()
+
+    @torch.no_grad()
+    def _keep(self, *_: Any) -> None:
+        """Go back to the sharded parameters, with this rank's part of what the whole ones hold now."""
+        if self.whole is None:
+            return
+        whole, self.whole = self.whole, None
+        sharded = self.managed.parameters
+        self._show(self.names, sharded)
+        for name, parameter in sharded.items():
+            part = local_part(parameter)
+            part.copy_(self.managed.places.local(name, whole[name].detach()).reshape(part.shape))
+        engine.install_values(self.managed.wrapper)
+
+    def _show(self, names: dict[str, str], parameters: dict[str, nn.Parameter]) -> None:
+        for name, first in names.items():
+            path, _, key = name.rpartition(".")
+            self.managed.model.get_submodule(path)._parameters[key] = parameters[first]
 
     def _home(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` on the CPU, where whole models fit, unless the process group could not broadcast it from there again."""

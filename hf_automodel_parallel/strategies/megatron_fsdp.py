@@ -152,7 +152,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             job.options.mp_policy.param_dtype,
         )
         if not job.sums_after_backward:  # with an Accelerator, which saves by state dicts
-            self.states = WholeStates(managed)
+            managed.states = WholeStates(managed)
 
     def switch_optimizer(
         self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
@@ -163,8 +163,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             super().switch_optimizer(job, optimizer, names, before)
             return
         managed.adopt(optimizer, names, before, for_dcp=job.sums_after_backward)
-        if not job.sums_after_backward:
-            self.states.of_optimizer(optimizer)
+        if managed.states is not None:
+            managed.states.of_optimizer(optimizer)
 
 
 def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
