@@ -38,6 +38,9 @@ PLAN_SOURCES = ("hf", "registry", "default")
 #: Values of ``activation_checkpointing``.
 CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
 
+#: Values of ``backend``.
+BACKENDS = ("fsdp2", "megatron_fsdp")
+
 #: Values of ``audit``.
 AUDIT_MODES = ("first_step", "every_n_steps", "off")
 DEFAULT_AUDIT_STEPS = 100
@@ -51,7 +54,6 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 # Fields whose step has not landed: value that means "off", and what to do instead.
 _NOT_YET: dict[str, tuple[Any, str]] = {
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
-    "backend": ("fsdp2", "Use backend='fsdp2'."),
 }
 
 
@@ -86,6 +88,10 @@ class AutoParallelismConfig(ParallelismConfig):
         audit: when to check that no trainable parameter lost its gradient, none was frozen or unfrozen unasked, and copies of
             parameters are equal on all ranks: "first_step" (the first optimizer step; also None and True),
             "every_n_steps" (again every ``audit_steps`` optimizer steps), "off" (also False).
+        backend: what shards parameters over the data-parallel ranks: "fsdp2", or "megatron_fsdp", NVIDIA's package of that name
+            (extra ``megatron``).
+        megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
+            ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
         check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
             parameters, and refuse it if not. False trusts it.
@@ -115,6 +121,7 @@ class AutoParallelismConfig(ParallelismConfig):
     audit: str | bool | None = None
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
+    megatron_fsdp: Mapping[str, Any] | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -214,6 +221,7 @@ class AutoParallelismConfig(ParallelismConfig):
             )
         if self.backend is None:  # an empty line in a YAML file
             self.backend = "fsdp2"
+        self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
         if self.sequence_parallel is None:
@@ -230,6 +238,32 @@ class AutoParallelismConfig(ParallelismConfig):
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
                 f"Use sp_size=1."
             )
+
+    def _check_backend(self) -> None:
+        if self.backend not in BACKENDS:
+            hint = difflib.get_close_matches(str(self.backend), BACKENDS, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"backend={self.backend!r}: give one of {', '.join(BACKENDS)}"
+                + (f"; did you mean {hint[0]!r}?" if hint else ".")
+            )
+        if self.megatron_fsdp is not None and not isinstance(self.megatron_fsdp, Mapping):
+            raise ConfigError(f"megatron_fsdp={self.megatron_fsdp!r}: give a mapping of option names to values.")
+        if self.backend != "megatron_fsdp":
+            if self.megatron_fsdp is not None:
+                raise ConfigError(
+                    f"megatron_fsdp={dict(self.megatron_fsdp)!r} has a meaning with backend='megatron_fsdp' alone, not "
+                    f"{self.backend!r}."
+                )
+            return
+        from .megatron.options import MegatronOptions
+
+        MegatronOptions.from_mapping(self.megatron_fsdp)
+        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "
+                    f"it out; its own options stand in megatron_fsdp={{...}}."
+                )
 
     def _check_no_other_accelerator(self) -> None:
         """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to tell."""

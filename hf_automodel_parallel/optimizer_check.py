@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -159,18 +159,18 @@ def _check_one(
         return
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(kind.shape, generator=generator) for kind in kinds]
-    gradients = [[_uneven(kind.shape, generator) for kind in kinds] for _ in range(_STEPS)]
+    gradients = [[uneven_numbers(kind.shape, generator) for kind in kinds] for _ in range(_STEPS)]
     parameters = shard(values, kinds)
     sharded_gradients = [shard(step, kinds) for step in gradients]
     home = parameters[0].device
     whole = [nn.Parameter(value.clone().to(home)) for value in values]
     # A rank that fails alone must not leave the others in the gathering below.
     with agreement("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
-        reference = _like(optimizer, groups, whole)
-        _run(reference, whole, [[g.to(home) for g in step] for step in gradients])
-        probe = _like(optimizer, groups, parameters)
+        reference = like_on(optimizer, groups, whole)
+        run_steps(reference, whole, [[g.to(home) for g in step] for step in gradients])
+        probe = like_on(optimizer, groups, parameters)
     with agreement("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
-        _run(probe, parameters, sharded_gradients)
+        run_steps(probe, parameters, sharded_gradients)
     results = [_whole(p) for p in parameters]
     for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
         update = (expected.detach().cpu() - value).double().norm().item()
@@ -205,7 +205,7 @@ def _fails_on_shards(cls: str, reason: str) -> UnsupportedError:
     return UnsupportedError(f"{cls} does not work on sharded parameters (DTensors): {reason}. {_REMEDY}")
 
 
-def _uneven(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def uneven_numbers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Random numbers with heavy tails that grow along every dimension: no statistic of a shard is that of the whole."""
     result = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(2).exp()
     for dim, size in enumerate(shape):
@@ -258,8 +258,8 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
     ).full_tensor()
 
 
-def _like(
-    optimizer: torch.optim.Optimizer, groups: list[list[_Kind]], parameters: list[nn.Parameter]
+def like_on(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Any]], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """An optimizer of the same class and settings for ``parameters``, which lie in the order of ``groups``.
 
@@ -296,7 +296,8 @@ def _learning_rate(given: Any) -> Any:
     return torch.full_like(given, _LEARNING_RATE) if isinstance(given, torch.Tensor) else _LEARNING_RATE
 
 
-def _run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: list[list[Any]]) -> None:
+def run_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: list[list[Any]]) -> None:
+    """Let ``optimizer`` step on ``parameters``, once with each list of gradients."""
     torch.manual_seed(0)
     for gradients in steps:
 

@@ -13,15 +13,33 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from .activation_checkpointing import apply_selective_activation_checkpointing
+from .activation_checkpointing import apply_selective_activation_checkpointing, is_checkpoint_wrapped
+from .compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
+from .compile import apply_per_layer_compile
+from .fsdp import unshard_fsdp2_model
 from .fsdp_recursive import apply_fsdp2_sharding_recursively
+from .layers import all_frozen, largest_container, model_layers, submodule
+from .megatron import megatron_fsdp_strategy_parallelize
+from .plan.imports import import_class_from_path, import_classes_from_paths
+from .plan.optimized import PARALLELIZE_FUNCTIONS
+from .plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
+from .plan.torch_styles import translate_to_torch_parallel_style
+from .plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
+from .strategies.bagel import BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS, apply_bagel_full_layer_activation_checkpointing
 from .strategies.base import GivenPlan, ParallelizationStrategy
+from .strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy
 from .strategies.default import DefaultParallelizationStrategy
+from .strategies.hunyuan_video import HunyuanParallelizationStrategy
+from .strategies.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
+from .strategies.qwen3_5 import Qwen3_5ParallelizationStrategy
 from .strategies.registry import (
+    DEFAULT_STRATEGY,
     PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
     register_parallel_strategy,
 )
+from .strategies.wan import WanParallelizationStrategy
+from .tensor_parallel.head_counts import attention_is_head_sharded, update_attention_head_counts_for_tp
 
 if TYPE_CHECKING:
     HAVE_MEGATRON_FSDP: bool
@@ -103,12 +121,29 @@ def fsdp2_strategy_parallelize(
     )
 
 
+_BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS = BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS
+_DEFAULT_STRATEGY = DEFAULT_STRATEGY
+_apply_bagel_full_layer_activation_checkpointing = apply_bagel_full_layer_activation_checkpointing
+_apply_per_layer_compile = apply_per_layer_compile
+_attention_is_head_sharded = attention_is_head_sharded
+_extract_model_layers = model_layers
+_find_largest_module_list = largest_container
+_get_module_by_fqn = submodule
+_get_parallel_plan = get_parallel_plan
+_is_checkpoint_wrapped = is_checkpoint_wrapped
+_is_transformers_v5_or_higher = is_transformers_v5_or_higher
+_nemotronh_decoder_blocks = nemotronh_decoder_blocks
+_patch_dtensor_spec_hash_for_symint = hash_specs_of_symbolic_shapes
+_subtree_all_frozen = all_frozen
+_update_attention_head_counts_for_tp = update_attention_head_counts_for_tp
+
+
 def __getattr__(name: str) -> Any:
     # What would import a large library is looked up when it is asked for.
     if name == "HAVE_MEGATRON_FSDP":
-        from .megatron import have_megatron_fsdp
+        from . import megatron
 
-        return have_megatron_fsdp()
+        return megatron.HAVE_MEGATRON_FSDP
     if name == "Gemma4ForConditionalGeneration":
         from .compat import gemma4_class
 

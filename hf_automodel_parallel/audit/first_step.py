@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..errors import AutoParallelError
@@ -153,7 +154,9 @@ class Audit:
     def _lost(self, model: nn.Module, witnesses: Witnesses) -> list[str]:
         _, inactive = _adapter_parameters(model)
         missing = {
-            name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and name not in inactive
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.grad is None and name not in inactive and _has_part(p)
         }
         trainable = sum(p.requires_grad for p in model.parameters())
         if 2 * len(missing) > trainable and dist.get_rank() == 0:
@@ -170,6 +173,11 @@ class Audit:
             f"(activation_checkpointing=..., compile=True), use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or "
             f"freeze what is not to be trained."
         ]
+
+
+def _has_part(parameter: nn.Parameter) -> bool:
+    """False where this rank holds nothing of ``parameter``, and so nothing of its gradient either (megatron-fsdp)."""
+    return not isinstance(parameter, DTensor) or parameter.to_local().numel() > 0
 
 
 def _named(names: list[str], what: str) -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ from ..config import AutoParallelismConfig, normalized_audit
 from ..context_parallel.buffers import check_whole, sharded_buffers
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
+from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
 from ..optimizer import check_optimizers, parameter_names, replace_parameters
 from ..optimizer_check import check_on_shards
@@ -40,6 +41,9 @@ from ..plan.names import unwrapped
 from ..strategies.base import Job, refuse_sharded
 from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
+from .megatron import loading_whole, megatron_strategy, owner_of, whole_state
+from .megatron import sharded_parameters as megatron_parameters
+from .megatron import watch as watch_megatron
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
 from .records import (
     Prepared,
@@ -180,6 +184,8 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     raw = [_raw(optimizer) for optimizer in optimizers]
     with agreement("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
+        if config.backend == "megatron_fsdp":
+            strategy = megatron_strategy(accelerator, config, strategy)
         if accelerator.verify_device_map(model):
             raise PrepareError(
                 "the model was loaded with a device_map over several devices; load it without device_map."
@@ -217,11 +223,14 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     for optimizer, groups in zip(raw, names, strict=True):
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
-    record = Prepared(job, config, trainable=bool(optimizers), trainable_names=trainable_names)
+    record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
     _watch(model)
+    if managed_by_megatron(model) is not None:
+        watch_megatron(model)
+        return record
     manage_adapters(
         model,
         job.tensor_parallel,
@@ -252,7 +261,7 @@ def _after_adding(record: Prepared) -> None:
 
 def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(record.job, record.config, trainable=False, unloaded=True))
+    remember(plain, Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True))
     _watch(plain)
 
 
@@ -263,6 +272,12 @@ def _check_on_shards(
     if not optimizers or not config.check_optimizer:
         return
     parameters = dict(job.model.named_parameters())
+    if config.backend == "megatron_fsdp":
+        from ..megatron.optimizer_check import check_elementwise
+
+        with agreement("Accelerator.prepare"):
+            check_elementwise(optimizers, names, {name: p.shape for name, p in parameters.items()})
+        return
     with agreement("Accelerator.prepare"):
         check_on_shards(
             optimizers,
@@ -284,7 +299,8 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
         for optimizer in map(_raw, optimizers):
             candidates = [record] if record is not None else all_prepared()
             for owner in candidates:
-                sharded = sharded_parameters(owner.job.model)
+                managed = managed_by_megatron(owner.job.model)
+                sharded = sharded_parameters(owner.job.model) if managed is None else megatron_parameters(managed)
                 if all(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
                     break
             else:
@@ -298,12 +314,10 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
     for optimizer, owner in owners:
         owner.handed_over_late = not owner.trainable
         names = parameter_names(owner.job.model)
-        _check_on_shards(
-            owner.config,
-            owner.job,
-            [optimizer],
-            [[[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]],
-        )
+        groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        _check_on_shards(owner.config, owner.job, [optimizer], [groups])
+        if managed_by_megatron(owner.job.model) is not None and attached_to(optimizer) is not owner:
+            owner.strategy.switch_optimizer(owner.job, optimizer, groups, dict(owner.job.model.named_parameters()))
         owner.trainable = True
         _attach(optimizer, owner)
 
@@ -423,7 +437,19 @@ def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
 def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
     """Like ``Accelerator.clip_grad_norm_``, over complete gradients."""
     _flush_all(self)
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    managed = owner_of(self._models, parameters)
+    if managed is not None:
+        return managed.clip_grad_norm_(max_norm, norm_type, parameters)
     return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
+
+
+def _get_state_dict(self: Accelerator, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+    """Like ``Accelerator.get_state_dict``, which gathers by DTensor's even shards; megatron-fsdp's are uneven."""
+    managed = managed_by_megatron(model)
+    if managed is not None:
+        return whole_state(managed, self.is_main_process)
+    return type(self).get_state_dict(self, model, unwrap)
 
 
 class _DataParallelScheduler(AcceleratedScheduler):
@@ -515,6 +541,14 @@ def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: b
     return data[:remainder] if not tensors else recursively_apply(lambda x: x[:remainder], data)
 
 
+def _load_state(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+    """Like ``Accelerator.load_state``, which would cut the weights for megatron-fsdp's uneven shards evenly."""
+    with ExitStack() as stack:
+        for model in self._models:
+            stack.enter_context(loading_whole(model))
+        type(self).load_state(self, *args, **kwargs)
+
+
 #: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
 BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare": _prepare,
@@ -524,5 +558,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "backward": _backward,
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
+    "get_state_dict": _get_state_dict,
+    "load_state": _load_state,
     "gather_for_metrics": _gather_for_metrics,
 }

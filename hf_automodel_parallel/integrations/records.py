@@ -15,7 +15,7 @@ from ..audit import Audit
 from ..config import AXES, AutoParallelismConfig
 from ..errors import PrepareError
 from ..fsdp import free_gathered
-from ..strategies.base import Job
+from ..strategies.base import Job, ParallelizationStrategy
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Prepared:
     Attributes:
         job: the finished job.
         config: the user's config.
+        strategy: what parallelised it.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         trainable_names: parameters that were trainable when the user handed the model over.
         handed_over_late: it was prepared for evaluation first, and got an optimizer later.
@@ -35,6 +36,7 @@ class Prepared:
 
     job: Job
     config: AutoParallelismConfig
+    strategy: ParallelizationStrategy
     trainable: bool
     trainable_names: frozenset[str] = frozenset()
     handed_over_late: bool = False

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -101,18 +101,21 @@ class Region:
         if function is not None and not isinstance(function, _CheckpointInRegion):
             self.module._gradient_checkpointing_func = _CheckpointInRegion(function, self)  # type: ignore[assignment]
 
-    def _enter(self) -> list[tuple[Entry, DTensor]]:
-        replaced: list[tuple[Entry, DTensor]] = []
+    def _enter(self) -> list[tuple[Entry, nn.Parameter]]:
+        replaced: list[tuple[Entry, nn.Parameter]] = []
         local: dict[int, torch.Tensor] = {}
         for entry in self.entries:
             parameter = entry.owner._parameters.get(entry.name)
-            # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
-            if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim != 1:
+            if not _to_exchange(parameter, entry):
                 continue
             tensor = local.get(id(parameter))
             if tensor is None:
                 # The gradient is declared complete: a partial one is summed later, once, by PartialGradients.
-                tensor = parameter.to_local(grad_placements=parameter.placements)
+                tensor = (
+                    parameter.to_local(grad_placements=parameter.placements)
+                    if isinstance(parameter, DTensor)
+                    else parameter.view_as(parameter)
+                )
                 if entry.on_gradient is not None and tensor.requires_grad:
                     tensor.register_hook(entry.on_gradient)
                 if entry.zero:
@@ -123,6 +126,16 @@ class Region:
             entry.owner._parameters[entry.name] = None if entry.bias_of is not None else tensor  # type: ignore[assignment]
             replaced.append((entry, parameter))
         return replaced
+
+
+def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:
+    """True if ``parameter`` is one to exchange, and not exchanged yet by a region around this one."""
+    if isinstance(parameter, DTensor):
+        # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
+        return parameter.device_mesh.ndim == 1
+    # megatron-fsdp's parameters are local already; what is left is to mark, to move or to hide them.
+    special = entry.on_gradient is not None or entry.bias_of is not None or entry.zero
+    return special and isinstance(parameter, nn.Parameter)
 
 
 class _CheckpointInRegion:

@@ -1,0 +1,120 @@
+"""``Accelerator.prepare`` with ``backend="megatron_fsdp"``: the strategy, and answers that Accelerate expects from FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..config import AutoParallelismConfig
+from ..errors import ConfigError, UnsupportedError
+from ..megatron.options import MegatronOptions
+from ..megatron.sharding import MegatronModel, managed_by_megatron
+from ..plan.names import unwrapped
+from ..strategies.base import ParallelizationStrategy
+from ..strategies.default import DefaultParallelizationStrategy
+from ..strategies.megatron_fsdp import MegatronFsdpStrategy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in buffers.
+_CHANGING = (
+    "add_adapter",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "inject_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "set_adapter",
+    "set_requires_grad",
+    "unload",
+    "unmerge_adapter",
+)
+
+
+def megatron_strategy(
+    accelerator: Accelerator, config: AutoParallelismConfig, usual: ParallelizationStrategy
+) -> MegatronFsdpStrategy:
+    """The strategy for a config with ``backend="megatron_fsdp"``.
+
+    Args:
+        accelerator: its plugin must not contradict.
+        config: the user's config.
+        usual: the strategy that the model has with FSDP2.
+
+    Raises:
+        UnsupportedError: the model has a strategy of its own, which is written for FSDP2.
+        ConfigError: the ``fsdp_plugin`` asks for something else than the options of megatron-fsdp.
+    """
+    if type(usual) is not DefaultParallelizationStrategy:
+        raise UnsupportedError(
+            f"backend='megatron_fsdp': this model is parallelised by {type(usual).__name__}, which is written for FSDP2. Use "
+            f"backend='fsdp2'."
+        )
+    options = MegatronOptions.from_mapping(config.megatron_fsdp)
+    if accelerator.state.fsdp_plugin.reshard_after_forward is False and options.zero_dp_strategy == 3:
+        raise ConfigError(
+            "fsdp_plugin.reshard_after_forward=False keeps parameters gathered, zero_dp_strategy=3 of megatron_fsdp frees them. "
+            "Use megatron_fsdp={'zero_dp_strategy': 2}, or leave reshard_after_forward out."
+        )
+    names = config.device_mesh.mesh_dim_names or ()  # type: ignore[union-attr]
+    return MegatronFsdpStrategy(options, "dp_shard", "tp" if "tp" in names else None)
+
+
+def watch(model: nn.Module) -> None:
+    """Let Accelerate's calls on a model that megatron-fsdp manages do what they do with FSDP2, and refuse what cannot be done."""
+    managed = managed_by_megatron(model)
+    if managed is None:
+        return
+    # Called by Accelerator.no_sync and accumulate.
+    model.set_requires_gradient_sync = managed.set_gradient_sync  # type: ignore[assignment]
+    inner, _ = unwrapped(model)
+    for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
+        for name in _CHANGING:
+            if isinstance(owner, nn.Module) and callable(getattr(type(owner), name, None)):
+                owner.__dict__[name] = _refusal(name)
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"{name}() on a model that megatron-fsdp manages: it holds parameters and gradients in buffers made for those that "
+            f"were there at prepare. Do it before accelerator.prepare, or use backend='fsdp2'."
+        )
+
+    return refuse
+
+
+def owner_of(models: Iterable[nn.Module], parameters: list[Any]) -> MegatronModel | None:
+    """The managed model among ``models`` that all of ``parameters`` belong to, or None."""
+    for model in models:
+        managed = managed_by_megatron(model)
+        if managed is not None and parameters:
+            known = {id(p) for p in managed.parameters.values()}
+            if all(id(p) in known for p in parameters):
+                return managed
+    return None
+
+
+def sharded_parameters(managed: MegatronModel) -> dict[int, nn.Parameter]:
+    """Sharded parameter by the ``id`` of each object that somebody may hold for it."""
+    sharded = managed.parameters
+    raw = dict(managed.wrapper.raw_param)
+    return {id(raw[name]): p for name, p in sharded.items()} | {id(p): p for p in sharded.values()}
+
+
+def whole_state(managed: MegatronModel, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU of the ranks that ``keep`` it; collective."""
+    state = managed.model.state_dict()
+    return {name: value.detach().cpu() for name, value in state.items()} if keep else {}
+
+
+def loading_whole(model: nn.Module) -> AbstractContextManager[None]:
+    """Lets code that loads a checkpoint into ``model`` meet whole parameters, if megatron-fsdp manages it."""
+    managed = managed_by_megatron(model)
+    return nullcontext() if managed is None or managed.states is None else managed.states.shown_whole()

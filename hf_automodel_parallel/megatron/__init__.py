@@ -1,0 +1,26 @@
+"""NVIDIA's megatron-fsdp as the data-parallel engine under our tensor parallelism.
+
+Light to import: the package ``megatron_fsdp`` is loaded when it is first needed, or when :data:`HAVE_MEGATRON_FSDP` is read.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .parallelize import megatron_fsdp_strategy_parallelize
+
+    #: True if ``megatron_fsdp`` can be imported here; found out when it is read.
+    HAVE_MEGATRON_FSDP: bool
+
+__all__ = ["HAVE_MEGATRON_FSDP", "megatron_fsdp_strategy_parallelize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HAVE_MEGATRON_FSDP":
+        from .engine import importable
+
+        return importable()
+    if name == "megatron_fsdp_strategy_parallelize":
+        from .parallelize import megatron_fsdp_strategy_parallelize
+
+        return megatron_fsdp_strategy_parallelize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

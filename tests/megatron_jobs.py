@@ -1,0 +1,151 @@
+"""What the ranks run in the tests of megatron-fsdp."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness.cuda_standins import cuda_standins
+from parity.jobs import batches_for, build, trainable
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_automodel_parallel.megatron import megatron_fsdp_strategy_parallelize
+from hf_automodel_parallel.megatron.sharding import managed_by_megatron
+
+
+def steps(
+    name: str,
+    sizes: tuple[int, ...] = (2, 1),
+    names: tuple[str, ...] = ("dp", "tp"),
+    adapter: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    count: int = 2,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+    groups: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Losses, norms, first gradients and last values of `count` steps with AdamW."""
+    with cuda_standins():
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        model = build(name, adapter, **(overrides or {}))
+        data = dist.get_world_size() // (sizes[names.index("tp")] if "tp" in names else 1)
+        mine = dist.get_rank() // (dist.get_world_size() // data)
+        batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(count)]
+        optimizer = torch.optim.AdamW(parameter_groups(model, groups), lr=1e-3, weight_decay=0.1, eps=1e-3)
+        wrapped, optimizer = megatron_fsdp_strategy_parallelize(model, mesh, optimizer, **options)
+        managed = managed_by_megatron(wrapped)
+        result: dict[str, Any] = {
+            "losses": [],
+            "norms": [],
+            "classes": sorted({type(m).__name__ for m in wrapped.modules()}),
+        }
+        for step in range(count):
+            total = torch.zeros(())
+            for micro in range(accumulation):
+                managed.set_gradient_sync(micro == accumulation - 1)
+                loss = wrapped(**batches[step][micro * data + mine], use_cache=False).loss / accumulation
+                loss.backward()
+                total += loss.detach()
+            managed.flush()
+            dist.all_reduce(total)
+            if step == 0:
+                result["gradients"] = {
+                    n: managed.places.whole(n, p.grad) for n, p in managed.parameters.items() if p.requires_grad
+                }
+            result["losses"].append(total.item() / dist.get_world_size())
+            result["norms"].append(managed.clip_grad_norm_(max_grad_norm).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        result["values"] = {n: managed.places.whole(n, p) for n, p in managed.parameters.items()}
+        return result
+
+
+def parameter_groups(model: torch.nn.Module, several: bool) -> Any:
+    if not several:
+        return trainable(model)
+    vectors = [p for p in trainable(model) if p.ndim == 1]
+    return [
+        {"params": [p for p in trainable(model) if p.ndim > 1]},
+        {"params": vectors, "weight_decay": 0.0, "lr": 1e-2},
+    ]
+
+
+def unwrapped_steps(name: str) -> dict[str, Any]:
+    """One data-parallel rank: tensor parallel, not wrapped."""
+    from harness.compare import full_grads
+    from harness.oracle import loss_and_grads
+
+    with cuda_standins():
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        model = build(name)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model, optimizer = megatron_fsdp_strategy_parallelize(model, mesh, optimizer)
+        batches = batches_for(model, 1)
+        model(**batches[0], use_cache=False).loss.backward()
+        optimizer.register_step_pre_hook(lambda *_: None)
+        optimizer.step()
+        return {
+            "gradients": full_grads(model),
+            "wanted": loss_and_grads(build(name), batches)[1],
+            "class": type(model).__name__,
+        }
+
+
+def accelerate_steps(
+    name: str,
+    sizes: dict[str, int],
+    adapter: dict[str, Any] | None = None,
+    data: int = 2,
+    accumulation: int = 1,
+    directory: str | None = None,
+    mixed_precision: str = "no",
+    **config: Any,
+) -> dict[str, Any]:
+    """Two steps of a plain Accelerate loop; with a directory, the second one once more from a saved state."""
+    from accelerate import Accelerator
+
+    from hf_automodel_parallel import AutoParallelismConfig
+
+    with cuda_standins():
+        accelerator = Accelerator(
+            parallelism_config=AutoParallelismConfig(**sizes, backend="megatron_fsdp", **config),
+            gradient_accumulation_steps=accumulation,
+            mixed_precision=mixed_precision,
+        )
+        model = build(name, adapter)
+        optimizer = torch.optim.AdamW(parameter_groups(model, True), lr=1e-3, weight_decay=0.1, eps=1e-3)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        mine = dist.get_rank() // accelerator.parallelism_config.tp_size
+        result: dict[str, Any] = {"losses": [], "norms": [], "class": type(model).__name__}
+
+        def step(number: int) -> None:
+            batches = batches_for(model, data * accumulation, rows=8, seed=10 + number)
+            total = torch.zeros(())
+            for micro in range(accumulation):
+                with accelerator.accumulate(model):
+                    loss = model(**batches[micro * data + mine], use_cache=False).loss
+                    accelerator.backward(loss)
+                    total += loss.detach() / accumulation
+                    if accelerator.sync_gradients:
+                        result["norms"].append(accelerator.clip_grad_norm_(model.parameters(), 1.0).item())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            dist.all_reduce(total)
+            result["losses"].append(total.item() / dist.get_world_size())
+
+        step(0)
+        if directory is not None:
+            accelerator.save_state(directory)
+        model.eval()
+        with torch.no_grad():
+            result["evaluated"] = model(**batches_for(model, 1)[0]).loss.item()
+        model.train()
+        step(1)
+        if directory is not None:
+            first = accelerator.get_state_dict(model)
+            accelerator.load_state(directory)
+            step(1)
+            second = accelerator.get_state_dict(model)
+            result["again"] = all(torch.equal(first[key], second[key]) for key in first)
+        result["values"] = accelerator.get_state_dict(model)
+        return result
