@@ -135,10 +135,10 @@ def model_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at the dotted ``path`` below ``module`` ("" is itself), None if there is no module of that name."""
+def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
+    """The module at the dotted path ``fqn`` below ``module`` ("" is itself), None if there is no module of that name."""
     try:
-        return module.get_submodule(path)
+        return module.get_submodule(fqn)
     except AttributeError:
         return None
 

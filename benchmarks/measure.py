@@ -1,0 +1,197 @@
+"""What the benchmarks share: variants of one small Llama, counters for collectives and saved activations, processes.
+
+Everything is counted, nothing is timed, so the figures are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Tokens of one batch: 2 rows.
+ROWS, LENGTH = 2, 256
+
+_KINDS = {
+    "all_reduce": ("_c10d_functional::all_reduce", "c10d::allreduce_"),
+    "all_gather": ("_c10d_functional::all_gather_into_tensor", "c10d::allgather_", "c10d::_allgather_base_"),
+    "reduce_scatter": (
+        "_c10d_functional::reduce_scatter_tensor",
+        "c10d::reduce_scatter_",
+        "c10d::_reduce_scatter_base_",
+    ),
+}
+_BY_OPERATOR = {operator: kind for kind, operators in _KINDS.items() for operator in operators}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to parallelise the model.
+
+    Attributes:
+        name: as shown.
+        fields: of ``AutoParallelismConfig``, beside ``tp_size``.
+        lora: adapters on all linear layers, everything else frozen.
+        native: transformers' own tensor parallelism instead.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    lora: bool = False
+    native: bool = False
+
+
+VARIANTS = [
+    Variant("transformers' own TP", {}, native=True),
+    Variant("TP, whole logits", {"loss_parallel": False}),
+    Variant("TP", {}),
+    Variant("TP + SP", {"sequence_parallel": True}),
+    Variant("TP, LoRA", {}, lora=True),
+    Variant("TP + SP, LoRA", {"sequence_parallel": True}, lora=True),
+]
+
+
+def build(layers: int, lora: bool = False) -> nn.Module:
+    """A Llama of width 256 with a vocabulary of 8192, optionally with LoRA of rank 8 on all linear layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=LENGTH,
+        )
+    )
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Token ids and labels, (2, 256)."""
+    ids = torch.randint(8192, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids}
+
+
+def parallel(variant: Variant, layers: int) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    """The parallelised model, and what runs its backward."""
+    if variant.native:
+        import tempfile
+
+        from transformers import LlamaForCausalLM
+        from transformers.distributed import DistributedConfig
+
+        with tempfile.TemporaryDirectory() as directory:
+            build(layers).save_pretrained(directory)
+            dist.barrier()
+            config = DistributedConfig(tp_size=dist.get_world_size())
+            return LlamaForCausalLM.from_pretrained(directory, distributed_config=config), torch.Tensor.backward
+    from accelerate import Accelerator
+
+    from hf_automodel_parallel import AutoParallelismConfig
+
+    accelerator = Accelerator(
+        cpu=True, parallelism_config=AutoParallelismConfig(tp_size=dist.get_world_size(), **variant.fields)
+    )
+    model = build(layers, variant.lora)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model, _ = accelerator.prepare(model, optimizer)
+    return model, accelerator.backward
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by kind, and the bytes that each rank has of their larger side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        kind = _BY_OPERATOR.get(function.name().partition(".")[0])
+        if kind is not None:
+            sizes = [t.numel() * t.element_size() for t in _tensors((args, result))]
+            self.count[kind] += 1
+            self.bytes[kind] += max(sizes, default=0)
+        return result
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+@contextmanager
+def saved_bytes(model: nn.Module, result: list[int]) -> Any:
+    """Append to ``result`` the bytes that autograd keeps for the backward of the block, parameters apart, views once."""
+    own = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        own.add(local.untyped_storage().data_ptr())
+    found: dict[int, int] = {}
+    keep = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+                keep.append(tensor)  # an address is only its own as long as it is taken
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    result.append(sum(found.values()))
+
+
+def launch(script: str, ranks: int, arguments: list[str]) -> None:
+    """Run ``script`` again on ``ranks`` gloo processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv_backend", "c10d"]
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **os.environ}
+    result = subprocess.run(
+        [*command, "--rdzv_endpoint", "127.0.0.1:0", script, *arguments], env=environment, check=False
+    )
+    raise SystemExit(result.returncode)
+
+
+def reset() -> None:
+    """Forget the Accelerator of the last variant."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def each(measure: Callable[[Variant, int], Any], layers: tuple[int, int]) -> list[tuple[Variant, Any, Any]]:
+    """``measure`` of every variant with few and with many layers; an error in the place of both where one cannot run."""
+    rows = []
+    for variant in VARIANTS:
+        try:
+            few, many = (measure(variant, n) for n in layers)
+        except Exception as error:  # of another library's code
+            few, many = None, f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+        finally:
+            reset()
+        rows.append((variant, few, many))
+    return rows
