@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from parity.test_torch_plans import llama_plan
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -19,7 +20,6 @@ from hf_automodel_parallel.plan.torch_plans import get_hf_tp_shard_plan, get_par
 from hf_automodel_parallel.plan.torch_styles import translate_to_torch_parallel_style
 from hf_automodel_parallel.plan.validate import validate_tp_mesh
 from hf_automodel_parallel.tensor_parallel.head_counts import update_attention_head_counts_for_tp
-from parity.test_torch_plans import llama_plan
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
@@ -30,7 +30,7 @@ def build(model_type, auto=transformers.AutoModelForCausalLM, **values):
 
 
 def vision_language(model_type, heads=4):
-    text = TINY | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    text = TINY | {"hidden_size": 96, "num_attention_heads": heads, "num_key_value_heads": heads}
     vision = {"hidden_size": 32, "num_hidden_layers": 2, "depth": 2, "num_heads": 2, "num_attention_heads": 2}
     return build(
         model_type,

@@ -31,7 +31,7 @@ from hf_automodel_parallel.plan.torch_styles import (
 
 pytestmark = pytest.mark.both_ends
 
-UP, DOWN, Q, O = (
+UP, DOWN, Q, OUT = (
     f"model.layers.*.{name}" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
 )
 
@@ -106,8 +106,8 @@ LAYOUTS = {
         {UP: "colwise", DOWN: "rowwise"},
     ),
     "grouped heads through DTensors": (
-        {key: ColwiseParallel(use_local_output=False) for key in (Q, Q.replace("q_", "k_"))} | {O: RowwiseParallel()},
-        {Q: "colwise", Q.replace("q_", "k_"): "colwise", O: "rowwise"},
+        {key: ColwiseParallel(use_local_output=False) for key in (Q, Q.replace("q_", "k_"))} | {OUT: RowwiseParallel()},
+        {Q: "colwise", Q.replace("q_", "k_"): "colwise", OUT: "rowwise"},
     ),
     "DTensor without a partner": ({UP: ColwiseParallel(use_local_output=False)}, {UP: "colwise_gather_output"}),
     "head": (
