@@ -20,6 +20,9 @@ from .tensor_parallel.in_flight import Region
 
 logger = logging.getLogger(__name__)
 
+#: Marks a layer that :func:`compile_layers` has compiled, wherever that now is inside of its forward.
+_MARK = "_compiled_as_layer"
+
 
 def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **options: Any) -> None:
     """Compile the forward of each layer, in place.
@@ -36,6 +39,7 @@ def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **optio
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     for layer in layers:
+        setattr(layer, _MARK, True)
         for adapter in layer.modules():
             _make_dora_traceable(adapter)
         forward = layer.forward
@@ -81,7 +85,7 @@ def _compile_finished(layer: nn.Module, options: dict[str, Any]) -> None:
     if wrapped is not None and "context_fn" not in _keywords(layer.checkpoint_fn):
         _compile_finished(wrapped, {**options, "fullgraph": True})
         return
-    if compat.is_compiled(layer):
+    if hasattr(layer, _MARK) or compat.is_compiled(layer):
         return
     put_back: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = []
     forward: Callable[..., Any] = layer.forward
