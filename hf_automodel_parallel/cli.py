@@ -45,6 +45,8 @@ def plan(
     from .plan.resolve import resolve
     from .plan.selection import select_plan
     from .plan.validate import validate
+    from .strategies.default import DefaultParallelizationStrategy
+    from .strategies.registry import get_parallelization_strategy
 
     console = Console()
     if not console.is_terminal:
@@ -52,7 +54,11 @@ def plan(
     try:
         config = AutoParallelismConfig(tp_plan=tp_plan, plan_order=plan_order)  # type: ignore[arg-type]
         network = _empty_model(model, lora)
-        chosen = select_plan(network, config.tp_plan, config.plan_order)
+        strategy = get_parallelization_strategy(network)
+        order = config.plan_order
+        if isinstance(strategy, DefaultParallelizationStrategy):
+            order = strategy.sources(order)
+        chosen = select_plan(network, config.tp_plan, order)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
     except (AutoParallelError, OSError, ValueError) as error:
