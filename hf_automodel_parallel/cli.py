@@ -52,6 +52,8 @@ def plan(
     from .plan.selection import select_plan
     from .plan.sequence_parallel import derive
     from .plan.validate import validate
+    from .strategies.default import DefaultParallelizationStrategy
+    from .strategies.registry import get_parallelization_strategy
 
     console = Console()
     if not console.is_terminal:
@@ -63,7 +65,11 @@ def plan(
             )
         config = AutoParallelismConfig(tp_plan=tp_plan, plan_order=plan_order)  # type: ignore[arg-type]
         network = _empty_model(model, lora)
-        chosen = select_plan(network, config.tp_plan, config.plan_order)
+        strategy = get_parallelization_strategy(network)
+        order = config.plan_order
+        if isinstance(strategy, DefaultParallelizationStrategy):
+            order = strategy.sources(order)
+        chosen = select_plan(network, config.tp_plan, order)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
         keep_logits_sharded(network, spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ class ShardingOptions:
         minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
         own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
+        cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
     """
 
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
@@ -47,6 +49,7 @@ class ShardingOptions:
     minimum_unit_size: int | None = None
     own_dtype: frozenset[str] = frozenset()
     fully_shard_fn: Callable[..., Any] | None = None
+    cast_between_layers: bool = True
 
 
 def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
@@ -63,10 +66,14 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
-    common: dict[str, Any] = {
+    outermost: dict[str, Any] = {
         **unit_options(mesh, options),
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
+    # The output dtype is that of the model. What a layer hands on inside of it is what the model's code expects.
+    cast = options.mp_policy.cast_forward_inputs and options.cast_between_layers
+    inside = dataclasses.replace(options.mp_policy, output_dtype=None, cast_forward_inputs=cast)
+    common = {**outermost, "mp_policy": inside}
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
     units = separable(model, anatomy.layers) if options.minimum_unit_size is None else []
@@ -83,7 +90,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         shard_unit(tail, **common, reshard_after_forward=False)
     if options.minimum_unit_size is not None:
         _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
-    shard_unit(model, **common, reshard_after_forward=False)
+    shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
 

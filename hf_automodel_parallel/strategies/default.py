@@ -194,11 +194,15 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if not job.sums_after_backward:  # without an Accelerator the model is filled afterwards
             refuse_meta(job)
 
+    def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """The order of sources of plans for this family, where the config asks for ``asked``."""
+        return asked
+
     def select_tensor_parallel(self, job: Job) -> None:
         """Choose the plan and resolve it on the model."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
+        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order))
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)

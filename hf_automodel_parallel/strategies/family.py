@@ -42,10 +42,12 @@ class FamilyParallelizationStrategy(DefaultParallelizationStrategy):
                 f"sequence_parallel=True is not available for the {family} family: {self.no_sequence_parallel}. Use "
                 f"sequence_parallel=False; tensor parallelism alone computes the same."
             )
-        if self.own_plan_first and job.plan_order == PLAN_SOURCES:
-            job.plan_order = type(self).plan_order
         job.options.own_dtype |= self.own_dtype(job)
         super().plan(job)
+
+    def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """The plan written for the family first where it is the better one; an order of the user's own is kept."""
+        return self.plan_order if self.own_plan_first and asked == PLAN_SOURCES else asked
 
     def own_dtype(self, job: Job) -> frozenset[str]:
         """Names of parameters that keep their dtype under ``job.options.mp_policy``, beyond those of every model."""

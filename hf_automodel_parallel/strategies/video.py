@@ -27,6 +27,11 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
         "its blocks scale and shift by vectors of each sample, and attend to a second sequence of another length"
     )
 
+    def plan(self, job: Job) -> None:
+        """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one process."""
+        job.options.cast_between_layers = False
+        super().plan(job)
+
     def select_tensor_parallel(self, job: Job) -> None:
         """Choose and resolve the plan, and complete it at the attentions that it shards by heads."""
         super().select_tensor_parallel(job)

@@ -244,12 +244,26 @@ def parallelized(
     arguments: dict[str, Any] | None = None,
     policy: MixedPrecisionPolicy | None = MixedPrecisionPolicy(),  # noqa: B008
     **options: Any,
-) -> tuple[float, dict[str, torch.Tensor | None]]:
-    """The same through the family's ``parallelize``."""
+) -> tuple[float, dict[str, torch.Tensor | None], dict[str, torch.dtype]]:
+    """The same through the family's ``parallelize``, and the dtypes of parameters in flight."""
     tp, shard = sizes.get("tp_size", 1), sizes.get("dp_shard_size", 1)
     mesh = init_device_mesh("cpu", (shard, tp), mesh_dim_names=("dp_shard_cp", "tp"))
     model = build(family, **(arguments or {}))
     model = get_parallelization_strategy(model).parallelize(model, mesh, mp_policy=policy, **options)
+    seen = _in_flight(model)
     loss = loss_of(model, batches_for(family, dp_size)[dist.get_rank() // tp])
     loss.backward()
-    return _result(loss, model)
+    return *_result(loss, model), seen
+
+
+def _in_flight(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of each parameter when its module is called, filled by the next forward."""
+    seen: dict[str, torch.dtype] = {}
+
+    def note(name: str, module: nn.Module) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            seen[f"{name}.{key}" if name else key] = parameter.dtype
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: note(name, module))
+    return seen
