@@ -5,10 +5,11 @@ unit per layer; this one overrides that single step and inherits the rest (plan,
 checks). Registering it is all: `Accelerator.prepare`, the Trainer and the launcher ask the registry for the model's class.
 
   # two CPU processes, FSDP2 over both
-  OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/custom_strategy.py
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/custom_strategy.py --tp 1
 
-  # four: tensor parallel 2 x FSDP2 2
-  OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 examples/custom_strategy.py --tp 2
+  # four: tensor parallel 2 x FSDP2 2, by the launcher
+  OMP_NUM_THREADS=1 torchrun --nproc_per_node 4 -m hf_automodel_parallel.launch --auto_parallel tp=2 \\
+      examples/custom_strategy.py
 
 A package can register its strategies without being imported, by an entry point in its pyproject.toml:
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -56,11 +58,12 @@ class PairsOfLayers(DefaultParallelizationStrategy):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=1, help="ranks on the tp axis; dp_shard takes the rest")
+    parser.add_argument("--tp", type=int, help="ranks on the tp axis; without it the launcher's config counts")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
 
-    accelerator = Accelerator(cpu=True, parallelism_config=AutoParallelismConfig(tp_size=args.tp))
+    config = None if args.tp is None else AutoParallelismConfig(tp_size=args.tp)
+    accelerator = Accelerator(cpu=True, parallelism_config=config)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -74,7 +77,8 @@ def main() -> None:
         )
     )
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
-    with CommDebugMode() as collectives, torch.no_grad():
+    with warnings.catch_warnings(), CommDebugMode() as collectives, torch.no_grad():
+        warnings.simplefilter("ignore")  # CommDebugMode's hooks and transformers' output classes
         model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
     logger.info("collectives of one forward: %s", {str(k): n for k, n in collectives.get_comm_counts().items() if n})
 

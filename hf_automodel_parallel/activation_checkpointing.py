@@ -69,9 +69,14 @@ class Checkpointed:
         functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
         # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
         # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
-        self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
-        self.offload = offload
+        self.put_inside(forward)
+        self.offload, self.selective = offload, selective
         self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
+
+    def put_inside(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Checkpoint ``forward`` from now on; returns what a module's forward should be."""
+        self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
+        return self.__call__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -88,6 +93,11 @@ def checkpoint_module(module: nn.Module, selective: bool = False, offload: bool 
 def is_checkpointed(module: nn.Module) -> bool:
     """True if :func:`checkpoint_module` has put a checkpoint around ``module``."""
     return isinstance(getattr(module.forward, "__self__", None), Checkpointed)
+
+
+def is_checkpoint_wrapped(module: nn.Module) -> bool:
+    """True if ``module`` is recomputed in backward: torch's wrapper, or our own around its forward."""
+    return compat.checkpoint_wrapped_module(module) is not None or is_checkpointed(module)
 
 
 def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:

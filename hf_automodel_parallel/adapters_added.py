@@ -25,6 +25,7 @@ from .fsdp import check_packed_parameters, fsdp_units, unit_options
 from .fsdp_dtypes import Companion, separate_unit
 from .plan.names import unwrapped
 from .plan.resolve import resolve
+from .plan.sequence_parallel import carry_over
 from .synchronize import agreement, broadcast_from_rank_zero, check_same_structure, synchronize_rng
 from .tensor_parallel.random import (
     draws_random_numbers,
@@ -159,7 +160,9 @@ def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, 
     if job.tensor_parallel is not None:
         for old, wrapper in replaced.items():
             job.tensor_parallel.move_boundaries(old, wrapper)
-        job.spec = resolve(model, job.plan, job.tensor_parallel.mesh.size())  # type: ignore[arg-type]
+        spec = resolve(model, job.plan, job.tensor_parallel.mesh.size())  # type: ignore[arg-type]
+        carry_over(job.spec, spec, names)  # type: ignore[arg-type]
+        job.spec = spec
         job.tensor_parallel.grow(model, job.spec, names, job.device)
         install_sharded_dropout(model, job.spec, job.tensor_parallel.mesh)
         if draws_random_numbers(model):

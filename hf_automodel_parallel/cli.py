@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .errors import AutoParallelError
+from .errors import AutoParallelError, ConfigError
 
 app = typer.Typer(
     help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
@@ -33,6 +33,9 @@ def plan(
         Optional[str], typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")  # noqa: UP045
     ] = None,
     plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default",
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Derive where sequences are split, gathered and scattered.")
+    ] = False,
     lora: Annotated[
         Optional[str], typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules.")  # noqa: UP045
     ] = None,
@@ -41,20 +44,31 @@ def plan(
     from rich.console import Console
 
     from .config import AutoParallelismConfig
+    from .layers import find_layers
     from .plan.explain import plan_table
+    from .plan.loss import keep_logits_sharded
+    from .plan.names import unwrapped
     from .plan.resolve import resolve
     from .plan.selection import select_plan
+    from .plan.sequence_parallel import derive
     from .plan.validate import validate
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file or a pipe has no width of its own
     try:
+        if sequence_parallel and tp == 1:
+            raise ConfigError(
+                "--sequence-parallel with --tp 1: sequences are split over the tp ranks; give --tp 2 or more."
+            )
         config = AutoParallelismConfig(tp_plan=tp_plan, plan_order=plan_order)  # type: ignore[arg-type]
         network = _empty_model(model, lora)
         chosen = select_plan(network, config.tp_plan, config.plan_order)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
+        keep_logits_sharded(network, spec)
+        if sequence_parallel:
+            derive(network, spec, find_layers(unwrapped(network)[0]))
     except (AutoParallelError, OSError, ValueError) as error:
         typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

@@ -9,6 +9,9 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import logging
 import re
 import sys
@@ -33,6 +36,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
     (
+        "torch._subclasses.fake_tensor",
+        "FakeTensorMode",
+        "running a layer without values, to see which of its operators keep tokens apart; the same in torch 2.11 to 2.13",
+    ),
+    (
         "torch._dynamo.config",
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
@@ -44,6 +52,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "OpOverload._schema",
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
+    ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
     ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
@@ -89,9 +98,13 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._is_accelerate_prepared", "its mark on prepared objects"),
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
+    ("torch.nn", "Module._modules", "a child by its name, where attribute access is forwarded to another module"),
     ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
     ("torch", "Tensor._backward_hooks", "hooks on a gradient, which sharding would lose"),
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
+    ("torch", "Tensor._make_wrapper_subclass", "a tensor without numbers of its own, see wrapper_subclass"),
+    ("torch._C", "DisableTorchFunctionSubclass", "see without_torch_function"),
+    ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     (
@@ -105,8 +118,34 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "Variable._execution_engine",
         "its queue_callback sums partial gradients at the end of a backward where no Accelerator does; FSDP2's own way",
     ),
+    ("torch.distributed.tensor._dtensor_spec", "DTensorSpec._hash_impl", "see hash_specs_of_symbolic_shapes"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "CheckpointWrapper._checkpoint_wrapped_module",
+        "the module inside of torch's checkpoint wrapper (2.11 to 2.13), which has no public accessor",
+    ),
+    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see forget_unfinished_forward"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._training_state", "see forget_unfinished_forward"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_state",
+        "FSDPState._modules_to_run_forward",
+        "see forget_unfinished_forward",
+    ),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._state_ctx", "see forget_unfinished_forward"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._is_root", "see keep_gathered_after_forward"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_state",
+        "FSDPState._auto_reshard_after_forward",
+        "see keep_gathered_after_forward",
+    ),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
+    (
+        "transformers.configuration_utils",
+        "PreTrainedConfig._attn_implementation",
+        "which attention a model computes; its copy for attention modules is config_with_attention",
+    ),
+    ("transformers.configuration_utils", "PreTrainedConfig._attn_implementation_internal", "see config_with_attention"),
     (
         "transformers.modeling_utils",
         "PreTrainedModel._keep_in_fp32_modules_strict",
@@ -135,6 +174,65 @@ def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     funcol = functional_collectives()
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
     return funcol.wait_tensor(gather(x, dim, group))
+
+
+def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """Sum over ``group`` and keep this rank's part of ``dim``: ``reduce_scatter_single`` from torch 2.13 on."""
+    funcol = functional_collectives()
+    scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+    return funcol.wait_tensor(scatter(x, "sum", dim, group))
+
+
+def fake_tensor_mode() -> Any:
+    """A mode under which tensors have shapes and no values, and constants of a module may stay real."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def flash_attention_of_last_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float | None
+) -> torch.Tensor | None:
+    """Causal flash attention of the last n queries of a sequence to all N keys, None where this kernel cannot be used.
+
+    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel. The
+    call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made neither
+    inside of a compiled graph nor under a selective checkpoint.
+
+    Args:
+        query: (B, heads, n, D).
+        key: (B, heads, N, D).
+        value: (B, heads, N, D).
+        dropout: probability to drop a weight.
+        scale: factor of the scores, None for ``1 / sqrt(D)``.
+
+    Returns:
+        (B, heads, n, D).
+    """
+    if query.device.type != "cuda" or query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
+        return None
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, dropout, True, False)
+    if not torch.backends.cuda.can_use_flash_attention(parameters):
+        return None
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
+    )[0]
+
+
+def config_with_attention(config: Any, name: str) -> Any:
+    """A copy of a transformers config whose attention implementation is ``name``.
+
+    The public setter would write into the sub-configs too, which the copy shares with the original.
+    """
+    result = copy.copy(config)
+    result._attn_implementation_internal = name
+    return result
+
+
+def uses_attention_registry(module: nn.Module) -> bool:
+    """True if the forward of ``module`` looks attention up in transformers' registry (5.17 to 5.24: by this name)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:
@@ -293,6 +391,15 @@ def no_split_module_names(model: nn.Module) -> set[str]:
     return names
 
 
+def transformers_layer_type() -> type | None:
+    """The base class of transformers' layers that can be checkpointed (all decoder and encoder layers), None without it."""
+    if "transformers" not in sys.modules:
+        return None
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return GradientCheckpointingLayer
+
+
 def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the kind."""
     listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
@@ -416,6 +523,49 @@ def initialize_fsdp(model: nn.Module) -> None:
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
 
+def _fsdp_groups(state: Any) -> list[Any]:
+    """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name in 2.13."""
+    value = next((value for name, value in vars(state).items() if name.startswith("_fsdp_param_group")), None)
+    return [group for group in (value if isinstance(value, list) else [value]) if group is not None]
+
+
+def keep_gathered_after_forward(unit: Any) -> Callable[[], None]:
+    """Let the FSDP2 unit keep its parameters after forward; the result takes that back.
+
+    The public ``set_reshard_after_forward`` sets it, but nothing tells what was set before (torch 2.11 to 2.13).
+    """
+    state = unit._get_fsdp_state()
+    automatic = state._auto_reshard_after_forward
+    before = [(group, group.post_forward_mesh_info) for group in _fsdp_groups(state)]
+    unit.set_reshard_after_forward(False, recurse=False)
+
+    def undo() -> None:
+        state._auto_reshard_after_forward = automatic
+        for group, value in before:
+            # What torch decides by itself for a root, when it learns from the first forward that it is one.
+            group.post_forward_mesh_info = None if automatic and state._is_root else value
+
+    return undo
+
+
+def forget_unfinished_forward(units: list[Any]) -> None:
+    """After an exception left the forward of FSDP2 units: let the next one begin anew, and :meth:`reshard` free parameters.
+
+    torch 2.13 has ``reset_iter_state`` for this, which also drops gradients that were accumulated before.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    for state in (unit._get_fsdp_state() for unit in units):
+        if state._state_ctx.iter_forward_root is None:
+            continue
+        for part in (state, *_fsdp_groups(state)):
+            if part._training_state is TrainingState.FORWARD:
+                part._training_state = TrainingState.IDLE
+        state._modules_to_run_forward.clear()
+    for unit in units:
+        unit._get_fsdp_state()._state_ctx.iter_forward_root = None
+
+
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """True if somebody has registered a hook on the gradient of this very tensor object."""
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
@@ -443,3 +593,76 @@ def peft_dora_layer_type() -> type | None:
 def graph_break_type() -> type[Exception]:
     """What ``torch.compile(fullgraph=True)`` raises while tracing code that it cannot put into one graph."""
     return torch._dynamo.exc.Unsupported
+
+
+def checkpoint_wrapped_module(module: nn.Module) -> nn.Module | None:
+    """What torch's checkpoint wrapper (or a wrapper made like it) has inside, None if ``module`` is no such wrapper."""
+    inner = module._modules.get("_checkpoint_wrapped_module")
+    return inner if isinstance(inner, nn.Module) else None
+
+
+_unhashed: list[Any] = []
+
+
+def hash_specs_of_symbolic_shapes() -> None:
+    """Let a ``DTensorSpec`` with symbolic sizes be hashed, by its mesh and placements alone (torch 2.11 to 2.13).
+
+    While torch.compile traces DTensors with dynamic shapes, sizes are ``SymInt``, which have no hash, and the cache of sharding
+    decisions fails with a ``TypeError``. Equality still compares shapes, so a coarser hash costs time and changes no result.
+    For the whole process until :func:`restore_spec_hash`; a second call changes nothing.
+    """
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    if _unhashed:
+        return
+    original = DTensorSpec._hash_impl
+
+    def hash_impl(self: Any) -> int:
+        try:
+            return original(self)
+        except TypeError:
+            return hash((self.mesh, self.placements))
+
+    _unhashed.append(original)
+    DTensorSpec._hash_impl = hash_impl  # type: ignore[method-assign]
+
+
+def restore_spec_hash() -> None:
+    """Take :func:`hash_specs_of_symbolic_shapes` back."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    if _unhashed:
+        DTensorSpec._hash_impl = _unhashed.pop()  # type: ignore[method-assign]
+
+
+@functools.cache
+def gemma4_class() -> type:
+    """transformers' ``Gemma4ForConditionalGeneration``, or an empty class of that name where there is none: one class per
+    process, so that tests like ``type(model) in [...]`` hold. Imports the model's code, so it is to be called only on demand."""
+    try:
+        from transformers import Gemma4ForConditionalGeneration
+    except ImportError:
+        return type("Gemma4ForConditionalGeneration", (), {"__doc__": "Stands in where transformers has no Gemma4."})
+    return Gemma4ForConditionalGeneration
+
+
+def is_transformers_v5_or_higher() -> bool:
+    """True if the installed transformers is of version 5 or later."""
+    from importlib.metadata import version
+
+    return int(version("transformers").split(".")[0]) >= 5
+
+
+def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of class ``cls`` with these properties and no storage (what DTensor is made with, torch 2.11 to 2.13)."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def without_torch_function() -> Any:
+    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__`` uses."""
+    return torch._C.DisableTorchFunctionSubclass()

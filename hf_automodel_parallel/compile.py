@@ -13,7 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from . import compat
-from .activation_checkpointing import Checkpointed
+from .activation_checkpointing import Checkpointed, is_checkpoint_wrapped
+from .errors import UnsupportedError
+from .fsdp_dtypes import Accompanied
 from .tensor_parallel.in_flight import Region
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,80 @@ def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **optio
             region.body = compiled
         if checkpointing != "none" and not options.get("fullgraph"):
             layer.forward = _OneGraph(layer, body, region, selective)  # type: ignore[method-assign]
+
+
+def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
+    """Compile every layer of ``model``, in place, after it has been sharded and checkpointed; names do not change.
+
+    At the granularity of layers, so that forward and backward of a layer are traced together, with gradients: a part that is
+    compiled below a reentrant checkpoint would be traced without, and its adapters would not train. A checkpoint around a layer
+    (ours or torch's wrapper) stays around what is compiled; a selective one, and those around parts of a layer, are compiled with
+    it. Layers that are compiled already are left alone.
+
+    Args:
+        model: the model; every tower, see :func:`layers.model_layers`.
+        options: of ``torch.compile``.
+
+    Raises:
+        UnsupportedError: no layers are found, or a reentrant checkpoint lies inside of one.
+    """
+    from .layers import model_layers
+
+    compat.hash_specs_of_symbolic_shapes()
+    for layer in model_layers(model):
+        _compile_finished(layer, options)
+
+
+def _compile_finished(layer: nn.Module, options: dict[str, Any]) -> None:
+    wrapped = compat.checkpoint_wrapped_module(layer)
+    if wrapped is not None and "context_fn" not in _keywords(layer.checkpoint_fn):
+        _compile_finished(wrapped, {**options, "fullgraph": True})
+        return
+    if compat.is_compiled(layer):
+        return
+    put_back: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = []
+    forward: Callable[..., Any] = layer.forward
+    mode = "none"
+    while True:  # from the outside in, see the order of the steps in strategies/default.py
+        owner = getattr(forward, "__self__", None)
+        if isinstance(forward, Accompanied):
+            put_back.append(forward.put_inside)
+            forward = forward.inside
+        elif isinstance(owner, Checkpointed) and not owner.selective:
+            mode = "full"
+            put_back.append(owner.put_inside)
+            forward = owner.forward
+        elif isinstance(owner, Checkpointed):
+            mode = "selective"
+            forward = owner.forward
+        else:
+            break
+    if isinstance(getattr(forward, "__self__", None), Region):
+        forward = forward.__self__  # type: ignore[attr-defined]
+    parts = [module for module in layer.modules() if module is not layer]
+    if mode == "none" and (wrapped is not None or any(map(is_checkpoint_wrapped, parts))):
+        mode = "submodule"
+    own = (
+        layer.__dict__.get("_gradient_checkpointing_func") if getattr(layer, "gradient_checkpointing", False) else None
+    )
+    if own is not None:
+        mode = "submodule"
+    for checkpoint in (own, *(getattr(part, "checkpoint_fn", None) for part in (layer, *parts))):
+        if _keywords(checkpoint).get("use_reentrant"):
+            raise UnsupportedError(
+                f"{type(layer).__name__} has a reentrant checkpoint inside of what would be compiled: its first forward runs "
+                f"without gradients, and the compiled graph would not train adapters. Use use_reentrant=False."
+            )
+    layer.forward = forward  # type: ignore[method-assign]
+    compile_layers([layer], mode, **options)
+    for function in reversed(put_back):
+        layer.forward = function(layer.forward)  # type: ignore[method-assign]
+
+
+def _keywords(function: Any) -> dict[str, Any]:
+    """What a partial function (or a wrapper of one that names it) is called with."""
+    function = getattr(function, "function", function)
+    return dict(function.keywords) if isinstance(function, functools.partial) else {}
 
 
 class _OneGraph:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .errors import ConfigError, not_available_yet
+from .errors import ConfigError, UnsupportedError, not_available_yet
 
 if TYPE_CHECKING:
     import yaml
@@ -53,9 +53,7 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 
 # Fields whose step has not landed: value that means "off", and what to do instead.
 _NOT_YET: dict[str, tuple[Any, str]] = {
-    "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
     "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
-    "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
 }
 
 
@@ -76,6 +74,12 @@ class AutoParallelismConfig(ParallelismConfig):
             else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
+        sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
+            dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
+        loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
+            parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
+            tensors.
+        loss_chunk_size: rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB.
         activation_checkpointing: "none", "full" (whole layers), "submodule" (attention and MLP of each layer) or
             "selective" (keep attention, collectives and half of the matrix products); True means "full". None: what the
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
@@ -95,6 +99,7 @@ class AutoParallelismConfig(ParallelismConfig):
     Raises:
         ConfigError: a value is of the wrong type or out of range.
         NotAvailableYetError: an option whose implementation has not landed was asked for.
+        UnsupportedError: a ``cp_handler`` asks for ring attention.
 
     Example:
         >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
@@ -109,6 +114,7 @@ class AutoParallelismConfig(ParallelismConfig):
     sequence_parallel: bool = False
     async_tensor_parallel: bool = False
     loss_parallel: bool | None = None
+    loss_chunk_size: int | None = None
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     check_optimizer: bool = True
@@ -128,7 +134,16 @@ class AutoParallelismConfig(ParallelismConfig):
         self.dp_shard_size = 2
         super().__post_init__()
         self._set_size("dp_shard", 1 if dp_shard_size is None else dp_shard_size)
+        self._check_context_parallel()
         self._check_no_other_accelerator()
+
+    def _check_context_parallel(self) -> None:
+        strategy = getattr(self.cp_handler, "cp_comm_strategy", "allgather")
+        if self.cp_size > 1 and strategy != "allgather":  # type: ignore[operator]
+            raise UnsupportedError(
+                f"cp_handler has cp_comm_strategy={strategy!r}: keys and values are gathered over the cp axis, once per layer. "
+                f"Use cp_comm_strategy='allgather' (the default), or cp_size=1."
+            )
 
     def _read_sizes_from_environment(self) -> None:
         """Take sizes that nobody gave from ``accelerate launch``, before the checks, which they have to pass too."""
@@ -160,6 +175,16 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.reshard_after_forward not in (None, True, False):
             raise ConfigError(
                 f"reshard_after_forward={self.reshard_after_forward!r}: give true, false or leave it out."
+            )
+        if self.loss_parallel not in (None, True, False):
+            raise ConfigError(f"loss_parallel={self.loss_parallel!r}: give true, false or leave it out.")
+        rows = self.loss_chunk_size
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ConfigError(f"loss_chunk_size={rows!r}: give a number of rows (tokens), at least 1, or leave it out.")
+        if rows is not None and self.loss_parallel is False:
+            raise ConfigError(
+                f"loss_chunk_size={rows} has a meaning with loss parallelism alone, which loss_parallel=False switches off. "
+                f"Leave out one of the two."
             )
         if isinstance(self.plan_order, str):
             self.plan_order = tuple(part for part in self.plan_order.replace("+", " ").split() if part)
@@ -199,13 +224,15 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
+        if self.sequence_parallel is None:
+            self.sequence_parallel = False
+        if not isinstance(self.sequence_parallel, bool):
+            raise ConfigError(f"sequence_parallel={self.sequence_parallel!r}: give true or false.")
         for name, (off, remedy) in _NOT_YET.items():
             value = getattr(self, name)
             said_false = value is False and off is None
             if value is not None and value != off and not said_false:
                 raise not_available_yet(name, value, remedy)
-        if self.cp_size is not None and self.cp_size > 1:
-            raise not_available_yet("cp_size", self.cp_size, "Use cp_size=1; tp and dp_shard also spread activations.")
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
@@ -272,10 +299,24 @@ class AutoParallelismConfig(ParallelismConfig):
             )
         if absorber is not None:
             self._set_size(absorber, rest)
+        self._check_loss_has_ranks()
+        if self.sequence_parallel and self.tp_size == 1:
+            raise ConfigError(
+                "sequence_parallel=True with tp_size=1: sequences are split over the ranks of the tp axis. Use tp_size=2 or "
+                "more, or sequence_parallel=False."
+            )
         if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
 
             self.tp_handler = TorchTensorParallelConfig()
+
+    def _check_loss_has_ranks(self) -> None:
+        for name, value in (("loss_parallel", self.loss_parallel or None), ("loss_chunk_size", self.loss_chunk_size)):
+            if value is not None and self.tp_size == 1:  # type: ignore[has-type]
+                raise ConfigError(
+                    f"{name}={value!r} needs a tp axis, over which the vocabulary is spread, but tp_size is 1. Use tp_size=2 or "
+                    f"more, or leave it out."
+                )
 
     @property
     def dp_shard_enabled(self) -> bool:
@@ -286,7 +327,7 @@ class AutoParallelismConfig(ParallelismConfig):
         """Infer open sizes, then build the mesh (Accelerate calls this first, before any other method).
 
         Returns:
-            The mesh with axes (dp_replicate,) dp_shard (, tp), or None in a process without a process group.
+            The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp), or None in a process without a process group.
 
         Raises:
             ConfigError: the sizes do not fit the world size.

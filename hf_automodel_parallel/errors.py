@@ -15,6 +15,10 @@ class PlanError(AutoParallelError):
     """A tensor-parallel plan cannot be found, read, matched or applied."""
 
 
+class PlanAssertionError(PlanError, AssertionError):
+    """A :class:`PlanError` that code written for NeMo AutoModel's functions of the same names catches as ``AssertionError``."""
+
+
 class UnsupportedError(AutoParallelError):
     """The request is understood but this version does not support it; the message says what to use instead."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,6 +211,47 @@ def _with_companions(units: list[FSDPModule]) -> list[FSDPModule]:
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     """The modules of ``model`` that FSDP2 gathers and frees, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+#: Units inside of :func:`unshard_fsdp2_model`.
+_HELD: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free the gathered parameters of all units below ``model`` that nobody holds by :func:`unshard_fsdp2_model`."""
+    for unit in fsdp_units(model):
+        if unit not in _HELD:
+            unit.reshard()
+
+
+@contextlib.contextmanager
+def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
+    """Gather the parameters of all FSDP2 units below ``model``, and free them again at the end.
+
+    For several forwards without gradients (log-probabilities of a policy), or for reading parameters: each is gathered once.
+    Under tensor parallelism parameters stay DTensors on the tp axis, of which forwards use the local part as usual. Collective:
+    all ranks have to enter, and each needs memory for the whole model (its tp part).
+
+    Inside, no forward frees parameters. On the way out every unit is freed, also if gathering or the body raised; and units free
+    their parameters after forward as before.
+
+    Args:
+        model: any module; without FSDP2 units, or within another such context, nothing happens.
+    """
+    units = [unit for unit in fsdp_units(model) if unit not in _HELD]
+    with contextlib.ExitStack() as stack:  # runs all of these, even if one of them fails
+        for unit in units:
+            stack.callback(unit.reshard)
+            stack.callback(compat.keep_gathered_after_forward(unit))
+            stack.callback(_HELD.discard, unit)
+            _HELD.add(unit)
+        try:
+            for unit in units:
+                unit.unshard()
+            yield
+        except BaseException:
+            compat.forget_unfinished_forward(units)
+            raise
 
 
 def sharded_parameters(model: nn.Module) -> dict[int, nn.Parameter]:

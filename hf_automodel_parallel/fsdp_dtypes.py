@@ -43,7 +43,7 @@ class Companion(nn.Module):
         return self.around(*args, **kwargs)  # type: ignore[misc]
 
 
-class _Accompanied:
+class Accompanied:
     """A forward that is called through a companion."""
 
     def __init__(self, companion: Companion, forward: Callable[..., Any]) -> None:
@@ -53,6 +53,16 @@ class _Accompanied:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.companion(*args, **kwargs)
+
+    @property
+    def inside(self) -> Callable[..., Any]:
+        """The forward that is called."""
+        return self.companion.around  # type: ignore[return-value]
+
+    def put_inside(self, forward: Callable[..., Any]) -> Accompanied:
+        """Call ``forward`` instead; returns self."""
+        self.companion.around = forward
+        return self
 
 
 def companions(unit: nn.Module) -> list[Companion]:
@@ -65,7 +75,7 @@ def install_companions(model: nn.Module) -> None:
     for module in list(model.modules()):
         for companion in companions(module):
             if companion.around is None:
-                module.forward = _Accompanied(companion, module.forward)  # type: ignore[method-assign]
+                module.forward = Accompanied(companion, module.forward)  # type: ignore[method-assign]
 
 
 def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> None:
@@ -85,7 +95,7 @@ def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> N
     for index in range(len(owners)):
         delattr(companion, str(index))
     unit.add_module(_NAME.format(len(companions(unit))), companion)
-    unit.forward = _Accompanied(companion, unit.forward)  # type: ignore[method-assign]
+    unit.forward = Accompanied(companion, unit.forward)  # type: ignore[method-assign]
 
 
 def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), **options: Any) -> None:
@@ -234,6 +244,19 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
             if listed or (stored_low and vector):
                 names.append(name)
     return names
+
+
+def wider_parameters(model: nn.Module, param_dtype: torch.dtype | None, components: Iterable[str]) -> list[str]:
+    """Names of parameters with one of ``components`` in their path that are stored in a wider dtype than ``param_dtype``."""
+    wanted = set(components)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if param_dtype is not None
+        and parameter.is_floating_point()
+        and parameter.dtype.itemsize > param_dtype.itemsize
+        and not wanted.isdisjoint(name.split("."))
+    ]
 
 
 def fully_shard_by_dtype(

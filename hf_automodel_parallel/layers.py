@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import compat
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .plan.names import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -62,31 +62,113 @@ def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy
 
 
 def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> list[nn.Module]:
-    """The repeated layers of ``model`` in the order of its module tree, without duplicates; empty if there are none."""
-    wanted = set(layer_classes) if layer_classes else compat.no_split_module_names(model)
-    found = [m for m in model.modules() if type(m).__name__ in wanted and any(True for _ in m.parameters())]
+    """The repeated layers of ``model`` in the order of its module tree, without duplicates; empty if there are none.
+
+    Without ``layer_classes`` they are found by what the model says of itself: ``_no_split_modules`` of it and of every model
+    inside of it (both towers of a vision-language model), and transformers' base class of layers. A layer is an item of a
+    container (``ModuleList``, ``Sequential``, or the ``ModuleDict`` keyed by numbers that a pipeline split leaves): some models
+    list attentions, embeddings or whole towers as not to be split, too; the former stand for the layer around them. Only if
+    nothing of this is found, the largest container is taken.
+    """
     if layer_classes:
-        missing = wanted - {type(m).__name__ for m in found}
-        if missing:
-            raise ConfigError(
-                f"transformer_cls_names_to_wrap={sorted(layer_classes)!r}: no module of class {', '.join(sorted(missing))} in "
-                f"{type(model).__name__}. Its most frequent classes: "
-                f"{', '.join(name for name, _ in Counter(type(m).__name__ for m in model.modules()).most_common(6))}."
-            )
-    if not found:
-        found = _longest_module_list(model)
+        return _layers_of_classes(model, set(layer_classes))
+    wanted, layer_type = compat.no_split_module_names(model), compat.transformers_layer_type()
+    items = _items_of_containers(model)
+    around: dict[nn.Module, nn.Module] = {}  # module -> the item of a container that it is or lies in
+    hits = []
+    for module in model.modules():  # parents come before children
+        if module in items:
+            around[module] = module
+        for child in module.children():
+            if module in around:
+                around.setdefault(child, around[module])
+        named = any(cls.__name__ in wanted for cls in type(module).__mro__)  # FSDP2 extends the class
+        if named or (module in items and layer_type is not None and isinstance(module, layer_type)):
+            hits.append(module)
+    hits = [m for m in hits if any(True for _ in m.parameters())]
+    found = list(dict.fromkeys(around[m] for m in hits if m in around)) or hits
+    inside = {inner for layer in found for inner in layer.modules() if inner is not layer}
+    return [layer for layer in found if layer not in inside] or _layers_by_layout(model)
+
+
+def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
+    found = [m for m in model.modules() if type(m).__name__ in wanted and any(True for _ in m.parameters())]
+    missing = wanted - {type(m).__name__ for m in found}
+    if missing:
+        raise ConfigError(
+            f"transformer_cls_names_to_wrap={sorted(wanted)!r}: no module of class {', '.join(sorted(missing))} in "
+            f"{type(model).__name__}. Its most frequent classes: "
+            f"{', '.join(name for name, _ in Counter(type(m).__name__ for m in model.modules()).most_common(6))}."
+        )
     return found
 
 
-def _longest_module_list(model: nn.Module) -> list[nn.Module]:
-    best: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(best):
-            candidates = [m for m in module if compat.has_implemented_forward(m) and any(True for _ in m.parameters())]
-            if len(candidates) == len(module):
-                best = candidates
+def is_layer_container(module: nn.Module) -> bool:
+    """True for a ``ModuleList``, and for a ``ModuleDict`` whose keys are numbers, into which pipeline splitting turns one."""
+    if isinstance(module, nn.ModuleDict):
+        return len(module) > 0 and all(key.isdigit() for key in module)
+    return isinstance(module, nn.ModuleList)
+
+
+def largest_container(model: nn.Module) -> nn.ModuleList | nn.ModuleDict | None:
+    """The container (:func:`is_layer_container`) in ``model`` with the most modules, the first of equal ones; None if there
+    is none with a module in it."""
+    containers = [m for m in model.modules() if is_layer_container(m) and any(True for _ in m.children())]
+    return max(containers, key=lambda m: len(list(m.children())), default=None)  # type: ignore[arg-type,return-value]
+
+
+def model_layers(model: nn.Module) -> list[nn.Module]:
+    """All layers of ``model``, plain or PEFT-wrapped: those of every tower, see :func:`find_layers`.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
+    inner, _ = unwrapped(model)
+    layers = find_layers(inner)
+    if not layers and (container := largest_container(inner)) is not None:
+        layers = list(container.children())
+    if not layers:
+        raise UnsupportedError(
+            f"{type(inner).__name__} has no repeated layers: no module of a class in _no_split_modules and no ModuleList. Give "
+            f"the class a _no_split_modules with the class names of its layers."
+        )
+    return layers
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at the dotted ``path`` below ``module`` ("" is itself), None if there is no module of that name."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def all_frozen(module: nn.Module) -> bool:
+    """True if there are parameters below ``module`` and none of them is trained."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _items_of_containers(model: nn.Module) -> set[nn.Module]:
+    containers = (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential))
+    return {item for container in containers for item in container.children() if compat.has_implemented_forward(item)}
+
+
+def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that says nothing of itself: where they usually are, else the largest container of such modules."""
+
+    def items(container: nn.Module | None) -> list[nn.Module]:
+        if container is None or not is_layer_container(container):
+            return []
+        children = list(container.children())
+        usable = all(compat.has_implemented_forward(m) and any(True for _ in m.parameters()) for m in children)
+        return children if usable else []
+
+    best = items(submodule(model, "model.layers")) or items(submodule(model, "layers"))
+    if not best:
+        best = max(map(items, model.modules()), key=len)
     if best:
-        logger.info("layers: no _no_split_modules matched; using the longest ModuleList (%d modules)", len(best))
+        logger.info("layers: no _no_split_modules matched; using a container of %d modules", len(best))
     return best
 
 
@@ -101,9 +183,3 @@ def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
         return None
     norms = [child for child in base.children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
-
-
-def all_frozen(module: nn.Module) -> bool:
-    """True if there are parameters below ``module`` and none of them is trained."""
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)

@@ -20,12 +20,14 @@ class MeshAxes:
         shard: axis over which FSDP2 shards; the default is the name of data-parallel sharding and context parallelism
             together, and means ``dp_shard`` (and ``cp``) in a mesh that has these but no axis of that name.
         tp: axis of tensor parallelism.
+        cp: axis over which sequences are spread.
         pipeline: axis whose ranks hold different parts of a model; only looked at, never used for sharding.
     """
 
     replicate: str = "dp_replicate"
     shard: str = "dp_shard_cp"
     tp: str = "tp"
+    cp: str = "cp"
     pipeline: str = "pp"
 
     def tensor_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
@@ -41,6 +43,10 @@ class MeshAxes:
             return None
         axis = mesh[self.tp]
         return axis if axis.size() > 1 else None
+
+    def context_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
+        """The cp axis of ``mesh``, None if it has none, or one of a single rank."""
+        return mesh[self.cp] if self.cp in (mesh.mesh_dim_names or ()) and mesh[self.cp].size() > 1 else None
 
     def data_parallel(self, mesh: DeviceMesh) -> DeviceMesh:
         """The axes of ``mesh`` that FSDP2 works on: 1-D, or (replicate, shard) for HSDP.
@@ -62,7 +68,7 @@ class MeshAxes:
         if self.shard in names:
             return self.shard
         # Fewest names first: over a single axis there is nothing to join.
-        parts = [name for name in ("dp_shard", "cp") if name in names] if self.shard == MeshAxes.shard else []
+        parts = [name for name in ("dp_shard", self.cp) if name in names] if self.shard == MeshAxes.shard else []
         if parts and all(mesh[name].size() == 1 for name in parts[1:]):
             return parts[0]
         if compat.has_joined_axis(mesh, self.shard):

@@ -281,9 +281,7 @@ def test_wrong_plan_order(order):
 NOT_YET = [
     ("sequence_parallel", True),
     ("async_tensor_parallel", True),
-    ("loss_parallel", True),
     ("backend", "megatron_fsdp"),
-    ("cp_size", 2),
 ]
 
 
@@ -319,12 +317,25 @@ def test_sp_size_is_refused_with_the_reason():
         AutoParallelismConfig(sp_size=2)
 
 
-@pytest.mark.parametrize("name, error", [("CP", NotAvailableYetError), ("SP", ConfigError)])
-def test_axes_from_the_environment_are_refused_too(monkeypatch, name, error):
+def test_axes_from_the_environment_are_refused_too(monkeypatch):
     """`accelerate launch` hands the sizes of a config file on in the environment."""
-    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
-    with pytest.raises(error, match=f"{name.lower()}_size=2"):
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    with pytest.raises(ConfigError, match="sp_size=2"):
         AutoParallelismConfig(tp_size=2)
+
+
+def test_context_parallel_gathers_and_refuses_the_ring(monkeypatch):
+    from accelerate.utils import TorchContextParallelConfig
+
+    given = AutoParallelismConfig.parse({"cp": 2, "cp_handler": {"cp_comm_strategy": "allgather"}})
+    assert AutoParallelismConfig.from_dict(given.to_dict()).to_dict() == given.to_dict()
+    ring = TorchContextParallelConfig(cp_comm_strategy="alltoall")
+    with pytest.raises(UnsupportedError, match="cp_comm_strategy='alltoall'.*Use cp_comm_strategy='allgather'"):
+        AutoParallelismConfig(cp_size=2, cp_handler=ring)
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_COMM_STRATEGY", "alltoall")
+    with pytest.raises(UnsupportedError, match="alltoall"):
+        AutoParallelismConfig()
 
 
 # ---- sizes --------------------------------------------------------------------------------------------------------
@@ -359,6 +370,9 @@ def test_axes_from_the_environment_are_refused_too(monkeypatch, name, error):
         ({"dp_replicate": 2, "dp_shard": 1, "tp": 2}, 4, (2, 1, 2)),
         ({"dp_replicate": 1, "dp_shard": 1, "tp": 1}, 1, (1, 1, 1)),
         ({"dp_shard": 4, "cp": 1, "sp": 1}, 8, (2, 4, 1)),
+        # cp is never inferred, and what it takes is not there for the others
+        ({"cp": 2}, 8, (1, 4, 1)),
+        ({"cp": 2, "tp": 2}, 4, (1, 1, 2)),
     ],
 )
 def test_open_sizes_are_inferred(given, world, want):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from harness.models import LORA_7, MODELS
 from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -81,11 +81,16 @@ def llama_placements(llama):
     return placements(llama, LLAMA)
 
 
+@pytest.fixture(autouse=True)
+def empty_registry(monkeypatch):
+    """No plan for any class, so that a test here sees the other sources; the real ones: test_optimized_plans.py."""
+    monkeypatch.setattr(optimized, "OPTIMIZED_PLANS", {})
+
+
 @pytest.fixture
 def named_plans(monkeypatch):
-    """The registries, put back after the test."""
+    """The named plans, put back after the test."""
     monkeypatch.setattr(selection, "NAMED_PLANS", dict(selection.NAMED_PLANS))
-    monkeypatch.setattr(optimized, "OPTIMIZED_PLANS", dict(optimized.OPTIMIZED_PLANS))
 
 
 # ---- the explicit plan in all its forms ---------------------------------------------------------------------------
@@ -301,22 +306,23 @@ def test_register_plan(llama, llama_placements, named_plans):
         select_plan(llama, "other")
 
 
-def test_torch_styles_are_taken_as_they_are(llama):
-    """A style object runs on torch's own engine; it may stand beside style names."""
-    column, row = ColwiseParallel(), RowwiseParallel()
-    _, spec = plan_and_spec(
-        llama, ATTENTION | {"model.layers.*.mlp.up_proj": column, "model.layers.*.mlp.down_proj": row}
-    )
+class OwnColwise(ColwiseParallel):
+    """A subclass, whose code only torch's engine can run."""
+
+
+def test_a_subclass_of_a_torch_style_is_taken_as_it_is(llama):
+    """It runs on torch's own engine, and may stand beside style names. (Torch's own styles: tests/test_torch_styles.py.)"""
+    column = OwnColwise()
+    _, spec = plan_and_spec(llama, ATTENTION | {"model.layers.*.mlp.up_proj": column})
     assert spec.modules["model.layers.0.mlp.up_proj"].foreign is column
-    assert spec.modules["model.layers.1.mlp.down_proj"].foreign is row
     assert not any("mlp" in name for name in spec.parameters)
     assert spec.parameters["model.layers.0.self_attn.o_proj.weight"] == ParameterSpec(1)
 
 
-def test_torch_style_on_an_adapter_is_refused():
+def test_a_style_of_ones_own_on_an_adapter_is_refused():
     model = wrap(build("llama"), target_modules=["up_proj"])
-    with pytest.raises(PlanError, match=r"up_proj carries a PEFT adapter.*ColwiseParallel"):
-        plan_and_spec(model, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(PlanError, match=r"up_proj carries a PEFT adapter.*OwnColwise"):
+        plan_and_spec(model, {"model.layers.*.mlp.up_proj": OwnColwise()})
 
 
 def test_style_that_a_user_registered_with_transformers(llama, monkeypatch):

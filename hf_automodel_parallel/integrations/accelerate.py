@@ -13,8 +13,8 @@ import logging
 import sys
 import time
 import types
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +30,11 @@ from ..adapters import manage_adapters, merge_whole_weights
 from ..adapters_added import adding
 from ..audit import Audit
 from ..config import AutoParallelismConfig, normalized_audit
+from ..context_parallel.buffers import check_whole, sharded_buffers
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
 from ..megatron.sharding import managed_by_megatron
+from ..mesh import MeshAxes
 from ..optimizer import check_optimizers, parameter_names, replace_parameters
 from ..optimizer_check import check_on_shards
 from ..plan.names import unwrapped
@@ -198,7 +200,9 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             plan_order=config.plan_order,
             sequence_parallel=config.sequence_parallel,
             loss_parallel=config.loss_parallel,
+            loss_chunk_size=config.loss_chunk_size,
             async_tensor_parallel=config.async_tensor_parallel,
+            context_parallel=config.cp_enabled,
             layer_classes=layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
             sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
@@ -378,20 +382,20 @@ def _prepare_data_loader(
 
     Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to use it.
     """
-    tp = self.parallelism_config.tp_enabled  # type: ignore[union-attr]
+    shared = self.parallelism_config.tp_enabled or self.parallelism_config.cp_enabled  # type: ignore[union-attr]
     dispatch = self.dispatch_batches
-    if tp and dispatch:
+    if shared and dispatch:
         raise ConfigError(
-            "dispatch_batches=True does not know tensor parallelism: it would send different data to the ranks of one tp "
-            "group. Leave it out; every rank then reads the data set itself."
+            "dispatch_batches=True does not know tensor and context parallelism: it would send different data to the ranks of "
+            "one tp or cp group. Leave it out; every rank then reads the data set itself."
         )
-    if tp and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
+    if shared and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
         self.dataloader_config.dispatch_batches = False
     try:
         loader = type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
     finally:
         self.dataloader_config.dispatch_batches = dispatch
-    if tp and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
+    if shared and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
         _shuffle_alike(loader)
     return loader
 
@@ -399,7 +403,7 @@ def _prepare_data_loader(
 def _shuffle_alike(loader: Any) -> None:
     """Synchronise the shuffling of the ranks at the start of each epoch, as Accelerate does.
 
-    With one data-parallel rank it sees no reason to; the ranks of a tp group would then shuffle by their own seeds.
+    With one data-parallel rank it sees no reason to; the ranks of a tp or cp group would then shuffle by their own seeds.
     """
     from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, get_sampler
 
@@ -470,6 +474,23 @@ class _DataParallelScheduler(AcceleratedScheduler):
             super().step(*args, **kwargs)
 
 
+@contextmanager
+def _maybe_context_parallel(
+    self: Accelerator,
+    buffers: list[torch.Tensor] | None = None,
+    buffer_seq_dims: list[int] | None = None,
+    no_restore_buffers: set[torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Like ``Accelerator.maybe_context_parallel``, on every device: torch's ring attention knows CUDA's operators alone."""
+    mesh = MeshAxes().context_parallel(self.torch_device_mesh)
+    if mesh is None:
+        with type(self).maybe_context_parallel(self, buffers, buffer_seq_dims, no_restore_buffers):
+            yield
+        return
+    with sharded_buffers(mesh, buffers, buffer_seq_dims, no_restore_buffers):
+        yield
+
+
 def _prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
     """Like ``Accelerator.prepare_scheduler``, with the pace of the data-parallel ranks."""
     result = type(self).prepare_scheduler(self, scheduler)
@@ -490,7 +511,7 @@ def _prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
 
 
 def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
-    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp group hold the same samples."""
+    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp or cp group hold the same samples."""
     from accelerate.utils import gather_object
     from accelerate.utils.operations import recursively_apply
 
@@ -501,11 +522,14 @@ def _gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: b
         except TypeError:
             tensors = False
     copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
+    tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tensors:
         whole = self.gather(input_data)
 
         def once(x: torch.Tensor) -> torch.Tensor:
             per_rank = x.reshape(self.num_processes, x.shape[0] // self.num_processes, *x.shape[1:])
+            if copies > tp:
+                check_whole(per_rank.unflatten(0, (-1, copies))[:, ::tp])
             return per_rank[::copies].flatten(0, 1)
 
         data = recursively_apply(once, whole)
@@ -533,6 +557,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare_scheduler": _prepare_scheduler,
     "backward": _backward,
     "clip_grad_norm_": _clip_grad_norm_,
+    "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
     "load_state": _load_state,
     "gather_for_metrics": _gather_for_metrics,

@@ -28,7 +28,7 @@ def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, mo
     options = ShardingOptions(
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         # Without ranks to share with there is nothing to free: the gathered parameter is the shard.
-        reshard_after_forward=bool(reshard) and config.dp_shard_size > 1,
+        reshard_after_forward=bool(reshard) and config.dp_shard_size * config.cp_size > 1,
         forward_prefetch=config.forward_prefetch,
         backward_prefetch=config.backward_prefetch,
     )

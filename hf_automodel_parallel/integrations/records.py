@@ -14,7 +14,7 @@ from .. import compat
 from ..audit import Audit
 from ..config import AXES, AutoParallelismConfig
 from ..errors import PrepareError
-from ..fsdp import fsdp_units
+from ..fsdp import free_gathered
 from ..strategies.base import Job, ParallelizationStrategy
 
 
@@ -90,8 +90,7 @@ def release_gathered(model: nn.Module, args: Any, output: Any) -> None:
     Otherwise parameters written in place before the next forward (an averaged model, clamping) would not be seen by it.
     """
     if not torch.is_grad_enabled():
-        for unit in fsdp_units(model):
-            unit.reshard()
+        free_gathered(model)
 
 
 def check_use(model: nn.Module, args: Any) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from .names import pattern_regex
 from .spec import PlanEntry
+from .styles import LINEAR_STYLES
 
 _STYLES = {
     "embed_tokens": "embedding_rowwise",
@@ -42,21 +45,10 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
         for pattern, entry in llama_like_plan("default plan").items()
         if any(pattern_regex(pattern).fullmatch(name) for name in names)
     }
-    blocks: set[str] = set()
-    for pattern, entry in matched.items():
-        if entry.style in ("colwise", "rowwise"):
-            blocks |= {name.rpartition(".")[0] for name in names if pattern_regex(pattern).fullmatch(name)}
-    if not blocks:
-        return {}, "no module has the usual names (model.layers.*.self_attn.q_proj, ...)"
-    sides = {block: {"colwise": 0, "rowwise": 0} for block in blocks}
-    for pattern, entry in matched.items():
-        for name in names:
-            block = name.rpartition(".")[0]
-            if entry.style in ("colwise", "rowwise") and block in sides and pattern_regex(pattern).fullmatch(name):
-                sides[block][entry.style] += 1
-    for block, count in sorted(sides.items()):
-        if not (count["colwise"] and count["rowwise"]):
-            return {}, f"{block} has only one half of a column-wise / row-wise pair"
+    reason = doubts(model, matched)
+    if reason is not None:
+        return {}, reason
+    for block in _blocks(model, matched):
         counted = [
             k for k, v in vars(model.get_submodule(block)).items() if "heads" in k and isinstance(v, int) and v > 1
         ]
@@ -65,10 +57,40 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
                 {},
                 f"{block} counts its heads itself ({counted[0]}), so each rank would reshape to heads it does not have",
             )
+    return matched, None
+
+
+def doubts(model: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
+    """Why ``entries`` cannot be seen to be right on ``model`` (unwrapped), or None.
+
+    A block is a module with a projection whose features stay sharded. It must have both halves of the pair, and no parameter
+    in it may be unknown to the plan.
+    """
+    blocks = _blocks(model, entries)
+    if not blocks:
+        return "no module has the usual names (model.layers.*.self_attn.q_proj, ...)"
+    for block, sides in blocks.items():
+        if sides != {"out", "in"}:
+            return f"{block} has only one half of a column-wise / row-wise pair"
         for name, _ in model.get_submodule(block).named_parameters():
             full = f"{block}.{name}"
             # The owner, or a wrapper above it, must be one of the planned projections.
             owners = {full[:i] for i, letter in enumerate(full) if letter == "."}
-            if not any(pattern_regex(pattern).fullmatch(owner) for pattern in matched for owner in owners):
-                return {}, f"{full} is a parameter between sharded projections that the plan does not know"
-    return matched, None
+            if not any(pattern_regex(pattern).fullmatch(owner) for pattern in entries for owner in owners):
+                return f"{full} is a parameter between sharded projections that the plan does not know"
+    return None
+
+
+def _blocks(model: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, set[str]]:
+    """The parents of projections whose features stay sharded, and which sides of them are: "out", "in"."""
+    sides: dict[str, str] = {}
+    for pattern, entry in entries.items():
+        row = LINEAR_STYLES.get(entry.style) if isinstance(entry.style, str) else None
+        if row is not None and (row.output if row.side == "out" else row.input).value == "none":
+            sides[pattern] = row.side
+    blocks: dict[str, set[str]] = {}
+    for name, _ in model.named_modules():
+        for pattern, side in sides.items():
+            if pattern_regex(pattern).fullmatch(name):
+                blocks.setdefault(name.rpartition(".")[0], set()).add(side)
+    return dict(sorted(blocks.items()))

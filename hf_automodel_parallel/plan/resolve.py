@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import PlanError, UnsupportedError
+from .heads import local_head_counts
 from .layers import (
     Matrix,
     as_matrix,
@@ -62,6 +63,7 @@ class _Resolver:
         check_peft_method(self.model)
         inner, self.prefix = unwrapped(self.model)
         self.config = getattr(inner, "config", None)
+        self.spec.notes.extend(self.plan.notes)
         modules, parameters = self._addressable()
         matches = self._match(modules, parameters)
         if not matches:
@@ -70,6 +72,10 @@ class _Resolver:
                 f"of {type(inner).__name__}: {', '.join(list(self.plan.entries)[:4])}, ... Keys are paths as in "
                 f"model.named_modules(), without PEFT's prefix."
             )
+        from .torch_styles import read_torch_styles  # imports torch's styles, which not every plan needs
+
+        matches, notes = read_torch_styles(matches, modules, parameters)
+        self.spec.notes.extend(notes)
         placements: dict[str, str] = {}
         for name, entry in matches.items():
             if name in parameters:
@@ -90,6 +96,8 @@ class _Resolver:
                 )
         self._tie(modules)
         self._check_experts()
+        if self.plan.origin != "hf":  # transformers writes its plans for classes that take the number from the tensor
+            self.spec.head_counts = local_head_counts(self.model, self.spec, self.tp_size)
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
             if count:

@@ -6,13 +6,16 @@ import functools
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import PlanError
 from .default import default_plan, llama_like_plan
+from .families import LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME, llama_nemotron_super_plan
 from .hf import huggingface_plan
 from .names import pattern_regex, plan_name, unwrapped
 from .optimized import optimized_plan
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 #: Plans that can be asked for by name; values are dicts or functions of the model.
 NAMED_PLANS: dict[str, Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]] = {
     "llama": {pattern: entry.style for pattern, entry in llama_like_plan("named").items()},
+    LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME: llama_nemotron_super_plan,
 }
 
 
@@ -64,7 +68,7 @@ def select_plan(
     """
     inner, _ = unwrapped(model)
     if tp_plan is not None:
-        return _explicit_plan(inner, tp_plan)
+        return _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan))
     reasons: list[str] = []
     for source in plan_order:
         entries, reason = _from_source(source, inner)
@@ -75,7 +79,8 @@ def select_plan(
             except PlanError as error:
                 reason = str(error)
         if reason is None:
-            return Plan(source, entries)
+            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+            return _without_head_read_elsewhere(inner, Plan(source, entries, notes=notes))
         reasons.append(f"{source}: {reason}")
     raise PlanError(_no_plan_message(inner, reasons))
 
@@ -89,11 +94,30 @@ def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], s
             return {}, f"its _tp_plan names no layer that the model has, only {', '.join(entries)}"
         return entries, None
     if source == "registry":
-        entries = optimized_plan(inner)
+        try:
+            entries = optimized_plan(inner)
+        except Exception as error:  # a function that anybody may have registered; the next source may know the model
+            return {}, f"the plan registered for {type(inner).__name__} failed with {type(error).__name__}: {error}"
         return entries, None if entries else f"no optimised plan is registered for {type(inner).__name__}"
     if type(inner).__module__.startswith("transformers_modules."):
         return {}, "not used for custom code, whose layers it cannot know"
     return default_plan(inner)
+
+
+_HEADS = ("lm_head", "language_model.lm_head")
+
+
+def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
+    """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that weight."""
+    config = getattr(inner, "config", None)
+    names = [type(inner).__name__, getattr(config, "model_type", None), getattr(config, "name_or_path", None)]
+    names += getattr(config, "architectures", None) or []
+    if not any("nemotronflash" in re.sub("[-_ ]", "", str(name)).lower() for name in names):
+        return plan
+    dropped = [name for name in _HEADS if name in plan.entries]
+    entries = {pattern: entry for pattern, entry in plan.entries.items() if pattern not in dropped}
+    notes = tuple(f"{name}: left out of the plan, because Nemotron-Flash reads its weight itself." for name in dropped)
+    return replace(plan, entries=entries, notes=plan.notes + notes)
 
 
 def _names_a_layer(inner: nn.Module, entries: Mapping[str, PlanEntry]) -> bool:

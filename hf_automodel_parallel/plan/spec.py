@@ -23,8 +23,10 @@ class PlanEntry:
 
     @property
     def style_name(self) -> str:
-        """The style as shown to people."""
-        return self.style if isinstance(self.style, str) else type(self.style).__name__
+        """The style as shown to people: its name (a :class:`~.torch_styles.NamedStyle` has one, too), or its class."""
+        return str(
+            getattr(self.style, "style_name", self.style if isinstance(self.style, str) else type(self.style).__name__)
+        )
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Plan:
         origin: which source won ("explicit", "hf", "registry", "default").
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
         strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
+        notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
     """
 
     origin: str
     entries: dict[str, PlanEntry]
     strict: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Input(enum.Enum):
@@ -59,7 +63,9 @@ class Output(enum.Enum):
     NONE = "none"
     REDUCE = "reduce"  # all-reduce / identity
     GATHER = "gather"  # all-gather the last dim / take this rank's slice
+    LOGITS = "keep logits sharded"  # nothing; reading them whole gathers / takes this rank's slice
     COPY_TAIL = "copy tail"  # identity / all-reduce, of the last `tail` features only
+    SCATTER_SEQUENCE = "scatter sequence"  # reduce-scatter along the sequence / all-gather
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class ModuleSpec:
         deferred_bias: name of the module, relative to this one ("" or "base_layer"), whose bias is added once after the
             reduction instead of once per rank before it; None if there is none.
         tail: number of trailing features for :attr:`Output.COPY_TAIL`.
+        chunk_rows: rows whose logits the loss has in float32 at a time, for :attr:`Output.LOGITS`; None: chosen by memory.
         foreign: a style object of torch or of the user that runs on its own engine; all other fields are then unused.
     """
 
@@ -106,7 +113,41 @@ class ModuleSpec:
     output: Output = Output.NONE
     deferred_bias: str | None = None
     tail: int = 0
+    chunk_rows: int | None = None
     foreign: Any = None
+
+
+@dataclass(frozen=True)
+class SequenceBlock:
+    """A part of a layer that works on the whole sequence, between parts that work on this rank's share of it.
+
+    Attributes:
+        gathers: its first tensor argument is gathered along the sequence.
+        splits: its output is the same on all ranks, and each keeps its share. False: it is split already, or no activation
+            of the layer's width.
+    """
+
+    gathers: bool
+    splits: bool
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """Where the hidden states of a stack of layers are split along the sequence, and where they are whole.
+
+    Attributes:
+        stack: name of the module whose forward runs the layers.
+        layers: names of the layers in forward order. The first one's input is split.
+        blocks: name of a module inside of a layer -> how it is entered and left.
+        tail: name of the module at whose output the hidden states are gathered again (the final norm or the last layer).
+        on_shards: modules whose parameters work on this rank's share of the sequence.
+    """
+
+    stack: str
+    layers: tuple[str, ...]
+    blocks: dict[str, SequenceBlock]
+    tail: str
+    on_shards: frozenset[str]
 
 
 @dataclass
@@ -116,18 +157,22 @@ class ShardingSpec:
     Attributes:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
         modules: module name -> spec; a module that is not listed has no boundary.
+        head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded projections.
         summed_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is a sum over the ranks.
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
         notes: decisions taken on the way, one sentence each.
+        sequence: where sequence parallelism splits and gathers, None without it.
     """
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    head_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     summed_norms: list[str] = field(default_factory=list)
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sequence: SequenceSpec | None = None
 
     def packed(self) -> list[str]:
         """Names of the parameters that are sharded in more than one block."""

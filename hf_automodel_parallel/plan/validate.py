@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import PlanAssertionError, PlanError
 from .names import unwrapped
 from .spec import Output, ShardingSpec
 
@@ -55,6 +55,100 @@ def _head_fields(config: Any) -> dict[str, int]:
     if config is None:
         return {}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return _counts(text)
+
+
+def _counts(config: Any) -> dict[str, int]:
+    """The head counts that ``config`` gives, key-value heads first (they are fewer, so they are what usually fails).
+
+    A config whose layers differ (transformers 5.24) is asked layer by layer; it raises when it is read as a whole.
+    """
     names = ("num_key_value_heads", "num_attention_heads", "num_global_key_value_heads")
-    values = {name: getattr(text, name, None) for name in names}
+    places = {"": config}
+    if getattr(config, "is_heterogeneous", False) is True:
+        places = {f"per_layer_config[{i}].": layer for i, layer in enumerate(config.per_layer_config)}
+    values = {f"{place}{name}": getattr(part, name, None) for name in names for place, part in places.items()}
     return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+def config_with_heads(model: nn.Module) -> Any | None:
+    """The config that says how many attention heads the (text) model has; None if none does.
+
+    A composite config is asked for its text config; one that does not know which of its parts that is, is asked for each part;
+    then the models inside of ``model`` are. ``model`` may be any object with a ``config``.
+    """
+    inner, _ = unwrapped(model) if isinstance(model, nn.Module) else (model, "")
+    owners = [inner, *(inner.modules() if isinstance(inner, nn.Module) else ())]
+    for config in filter(None, (getattr(owner, "config", None) for owner in owners)):
+        text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else None
+        parts = [part for name, part in vars(config).items() if name.endswith("_config") and "text" in name]
+        for candidate in (text, *parts, config):
+            if any(name.endswith("num_attention_heads") for name in _counts(candidate)):
+                return candidate
+    return None
+
+
+def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
+    """Check that the attention heads of ``model`` can be dealt out evenly, before a plan is chosen.
+
+    Args:
+        model: anything with a ``config``; composite configs are looked into. Without head counts there is nothing to check.
+        tp_mesh: anything whose ``size()`` is the number of ranks.
+
+    Raises:
+        PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) key-value heads or heads do not divide.
+    """
+    size = tp_mesh.size()
+    if size == 1:
+        return
+    if getattr(getattr(model, "config", None), "model_type", None) == "nemotron-nas":
+        validate_tp_mesh_for_nemotron_nas(model, size)
+        return
+    for field, value in _counts(config_with_heads(model)).items():
+        if value % size:
+            raise PlanAssertionError(_not_divisible(field, value, size))
+
+
+def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
+    """The same for Nemotron-NAS, whose layers (``config.block_configs``) differ: in the heads that share a key, and in whether
+    they have attention at all.
+
+    Raises:
+        PlanAssertionError: the heads of a layer do not divide, or ``block_configs`` does not describe all layers.
+    """
+    config = model.config
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    if heads % tp_size:
+        raise PlanAssertionError(_not_divisible("num_attention_heads", heads, tp_size))
+    blocks = list(getattr(config, "block_configs", None) or ())
+    if len(blocks) < layers:
+        raise PlanAssertionError(
+            f"block_configs describes {len(blocks)} layers, but num_hidden_layers={layers}: the heads of the others are unknown."
+        )
+    for index, block in enumerate(blocks[:layers]):
+        attention = _field(block, "attention")
+        if _field(attention, "replace_with_linear"):
+            continue  # no heads: a linear layer, which stays whole unless a plan names it
+        group = _field(attention, "n_heads_in_group")
+        if group is None:
+            if not _field(attention, "no_op"):
+                raise PlanAssertionError(
+                    f"block_configs[{index}].attention has neither n_heads_in_group nor no_op=True, so its heads are unknown."
+                )
+        elif (heads // group) % tp_size:
+            raise PlanAssertionError(
+                _not_divisible(
+                    f"block_configs[{index}]: num_attention_heads // n_heads_in_group", heads // group, tp_size
+                )
+            )
+
+
+def _field(block: Any, name: str) -> Any:
+    return block.get(name) if isinstance(block, dict) else getattr(block, name, None)
+
+
+def _not_divisible(field: str, value: int, tp_size: int) -> str:
+    return (
+        f"{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. Choose a tp_size "
+        f"that divides it, or tp_size=1."
+    )

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..compile import compile_layers
 from ..config import PLAN_SOURCES
+from ..context_parallel.models import Suitable
 from ..errors import PrepareError, UnsupportedError, not_available_yet
 from ..fsdp import ShardingOptions
 from ..layers import Anatomy, find_layers
@@ -45,6 +46,7 @@ class Job:
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
+        loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
         layer_classes: class names of the layers if the user gave them.
         load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
@@ -52,8 +54,9 @@ class Job:
         checkpointing: "none", "full", "submodule" or "selective".
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
+        context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
-        plan, spec, anatomy, tensor_parallel: results of the steps.
+        plan, spec, anatomy, suitable, tensor_parallel: results of the steps.
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class Job:
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
     loss_parallel: bool | None = None
+    loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
     layer_classes: list[str] | None = None
     load_on_rank_zero: bool = False
@@ -72,16 +76,23 @@ class Job:
     checkpointing: str = "none"
     compile_options: dict[str, Any] | None = None
     offload_activations: bool = False
+    context_parallel: bool = False
     sums_after_backward: bool = False
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
+    suitable: Suitable | None = None
     tensor_parallel: TensorParallelState | None = None
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:
         """The tp axis, None when it has one rank."""
         return self.axes.tensor_parallel(self.mesh)
+
+    @property
+    def cp_mesh(self) -> DeviceMesh | None:
+        """The cp axis, None when it has one rank or the sequences are somebody else's business."""
+        return self.axes.context_parallel(self.mesh) if self.context_parallel else None
 
     @property
     def dp_mesh(self) -> DeviceMesh:
@@ -147,6 +158,8 @@ class ParallelizationStrategy(ABC):
             "transformer_cls_names_to_wrap": job.layer_classes is not None,
             "activation_checkpointing_offload": job.offload_activations,
             "loss_parallel": job.loss_parallel is True,
+            "loss_chunk_size": job.loss_chunk_size is not None,
+            "cp_size": job.cp_mesh is not None,
         }
         for field_name, given in asked.items():
             if given:

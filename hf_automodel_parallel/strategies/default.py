@@ -22,6 +22,8 @@ from ..activation_checkpointing import (
 from ..adapters import check_trainable_as_shards, manage_adapters
 from ..adapters_added import adding
 from ..compile import compile_layers
+from ..context_parallel import forward as context_parallel
+from ..context_parallel.models import check_model as check_for_context_parallel
 from ..errors import UnsupportedError
 from ..fsdp import (
     ShardingOptions,
@@ -36,9 +38,12 @@ from ..layers import dissect
 from ..mesh import MeshAxes
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
+from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
+from ..plan.sequence_parallel import derive
+from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
@@ -169,6 +174,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        if job.cp_mesh is not None:
+            job.suitable = check_for_context_parallel(job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel)
         if job.tp_mesh is not None:
             self.select_tensor_parallel(job)
 
@@ -192,8 +199,12 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
+        check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        if job.sequence_parallel:
+            derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
+        keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
@@ -222,10 +233,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         self.load_values(job)
         equalize_parameters(job.model, job.group)
         keep_layout(job.model)
+        if job.cp_mesh is not None:
+            synchronize_rng(job.cp_mesh)  # before tp, so that all ranks with one batch have the state of their first
         if job.tp_mesh is not None:
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
+        self.apply_context_parallel(job)
         self.finish_layers(job)
         self.report(job)
 
@@ -241,7 +255,15 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:
-                install_own_numbers(job.model, job.spec, job.tp_mesh, job.device, job.tensor_parallel.hook)  # type: ignore[arg-type]
+                numbers = install_own_numbers(
+                    job.model,
+                    job.spec,  # type: ignore[arg-type]
+                    job.tp_mesh,  # type: ignore[arg-type]
+                    job.device,
+                    job.tensor_parallel.hook,
+                )
+                if job.tensor_parallel.sequence is not None:
+                    job.tensor_parallel.sequence.numbers = numbers
             synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, job: Job) -> None:
@@ -249,6 +271,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())
+
+    def apply_context_parallel(self, job: Job) -> None:
+        """Let attention see whole sequences where a rank holds a part of each. After the other hooks of the model."""
+        if job.cp_mesh is None:
+            return
+        if draws_random_numbers(job.model):
+            synchronize_at_first_forward(job.model, job.cp_mesh)
+        context_parallel.install(job.model, job.suitable, job.cp_mesh, job.device)  # type: ignore[arg-type]
 
     def finish_layers(self, job: Job) -> None:
         """Regions, checkpoints and compilation of the layers, from the inside out.

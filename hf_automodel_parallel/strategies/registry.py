@@ -25,7 +25,15 @@ ENTRY_POINTS = "hf_automodel_parallel.strategies"
 _FAMILIES = "hf_automodel_parallel.strategies"
 
 #: The families of this package, in the form of an entry point: nothing is imported before a model of theirs comes.
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "NemotronHForCausalLM": f"{_FAMILIES}.nemotron_h:NemotronHParallelizationStrategy",
+    "DeepseekV4ForCausalLM": f"{_FAMILIES}.deepseek_v4:DeepseekV4ParallelizationStrategy",
+    "Qwen3_5ForConditionalGeneration": f"{_FAMILIES}.qwen3_5:Qwen3_5ParallelizationStrategy",
+    "Qwen3_5ForCausalLM": f"{_FAMILIES}.qwen3_5:Qwen3_5ParallelizationStrategy",
+    "WanTransformer3DModel": f"{_FAMILIES}.wan:WanParallelizationStrategy",
+    "HunyuanVideo15Transformer3DModel": f"{_FAMILIES}.hunyuan_video:HunyuanParallelizationStrategy",
+    "BagelForUnifiedMultimodal": f"{_FAMILIES}.bagel:BagelParallelizationStrategy",
+}
 
 _Class = TypeVar("_Class", bound=type)
 

@@ -14,8 +14,12 @@ from .. import compat
 from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from . import boundaries
 from .adapters import sum_weight_norm
+from .head_counts import set_local_counts
 from .in_flight import Entry, Region
+from .loss import Vocabulary
 from .partial_gradients import PartialGradients
+from .sequence import ScatterOutput, SequenceParallel
+from .sharded_logits import KeepSharded
 from .shards import shard_parameter
 
 
@@ -33,6 +37,7 @@ class TensorParallelState:
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
         regions: module -> the region around its forward.
+        sequence: what sequence parallelism put on the model, None without it.
     """
 
     mesh: DeviceMesh
@@ -44,6 +49,7 @@ class TensorParallelState:
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     regions: dict[nn.Module, Region] = field(default_factory=dict)
+    sequence: SequenceParallel | None = None
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
         """Put a boundary on ``module``."""
@@ -108,6 +114,8 @@ def apply_tensor_parallel(
         The state that :func:`install_regions` completes after FSDP2 has been applied.
     """
     state = TensorParallelState(mesh, PartialGradients(mesh))
+    if spec.sequence is not None:
+        state.sequence = SequenceParallel(model, spec.sequence, mesh, set(spec.modules))
     for name, module_spec in spec.modules.items():
         if module_spec.foreign is not None:
             module = model.get_submodule(name)
@@ -116,6 +124,8 @@ def apply_tensor_parallel(
         else:
             _install_boundary(model, name, module_spec, state)
     _shard_parameters(model, spec, state, device)
+    for name, attributes in spec.head_counts.items():
+        set_local_counts(model.get_submodule(name), attributes, mesh.size())
     for name in spec.summed_norms:
         sum_weight_norm(model.get_submodule(name), mesh)
     return state
@@ -171,14 +181,19 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
         before(vocabulary.before)
         after(vocabulary.after, always_call=True)
         return
-    if spec.output is Output.REDUCE:
+    if spec.output in (Output.REDUCE, Output.SCATTER_SEQUENCE):
         bias_owner = None if spec.deferred_bias is None else module.get_submodule(spec.deferred_bias)
         reduce = boundaries.ReduceOutput(group, bias_owner)
+        if spec.output is Output.SCATTER_SEQUENCE:
+            reduce = ScatterOutput(group, bias_owner)
+            state.sequence.add(name, reduce)  # type: ignore[union-attr]
         after(reduce)
         if bias_owner is not None:
             state.deferred[bias_owner] = reduce
     elif spec.output is Output.GATHER:
         after(boundaries.GatherOutput(group, rank, size))
+    elif spec.output is Output.LOGITS:
+        after(KeepSharded(Vocabulary(group, rank, size, spec.chunk_rows)))
     elif spec.output is Output.COPY_TAIL:
         after(boundaries.CopyTail(group, spec.tail))
 
@@ -212,8 +227,8 @@ def install_regions(
     entries_of = state.entries_of
 
     for unit in units:
-        shared = boundaries.SharedInputs()
         prefix = names[unit]
+        shared = boundaries.SharedInputs() if state.sequence is None else state.sequence.memory(prefix)
         for name, copy in state.copies.items():
             if name.startswith(f"{prefix}."):
                 copy.shared = shared
@@ -236,6 +251,8 @@ def install_regions(
             callers.setdefault(model.get_submodule(name), []).extend(entries)
     for caller, entries in callers.items():
         state.regions[caller] = Region(caller, entries, None)
+    if state.sequence is not None:
+        state.sequence.complete(state.regions, [copy for copy in state.copies.values() if copy.shared is None])
     state.partial.resolve()
 
 

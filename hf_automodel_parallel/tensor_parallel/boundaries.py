@@ -6,6 +6,7 @@ module stay what they are, and ``torch.compile`` traces through it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ class SharedInputs:
     Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the boundary exactly among
     the sharded consumers, whatever the architecture: whoever else reads the activation (a router, a residual) reads the
     original, so no gradient is counted twice. Cleared at the end of the layer's forward, so nothing outlives it.
+
+    Attributes:
+        length: under sequence parallelism, the tokens of the whole sequence while the layer runs on shares of it.
     """
+
+    length: int | None = None
 
     def __init__(self) -> None:
         self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -41,8 +47,13 @@ class SharedInputs:
         """Forget all activations."""
         self.known.clear()
 
+    def resumed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` so that it finds, also when a checkpoint calls it again, the :attr:`length` of now."""
+        return function
 
-def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor) -> tuple[tuple[Any, ...], dict]:
+
+def replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor) -> tuple[tuple[Any, ...], dict]:
+    """The arguments with ``x`` in the place of :func:`first_tensor`."""
     if args:
         return (x, *args[1:]), kwargs
     key = _first_tensor_key(kwargs)
@@ -56,7 +67,8 @@ def _first_tensor_key(kwargs: dict[str, Any]) -> str:
     raise TypeError("a tensor-parallel layer was called without a tensor argument")
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The activation among the arguments of a call: the first positional one, or the first tensor by keyword."""
     return args[0] if args else kwargs[_first_tensor_key(kwargs)]
 
 
@@ -68,9 +80,9 @@ class CopyInput:
         self.shared: SharedInputs | None = None  # set where the layer lies in a region that clears it
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = _first(args, kwargs)
+        x = first_tensor(args, kwargs)
         copied = copy_to_tp(x, self.group) if self.shared is None else self.shared.copy(x, self.group)
-        return _replace_first(args, kwargs, copied)
+        return replace_first(args, kwargs, copied)
 
 
 class CopyAllInputs:
@@ -97,8 +109,8 @@ class SplitInput:
         self.group, self.rank, self.size = group, rank, size
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = split_to_tp(_first(args, kwargs), self.group, self.rank, self.size)
-        return _replace_first(args, kwargs, x)
+        x = split_to_tp(first_tensor(args, kwargs), self.group, self.rank, self.size)
+        return replace_first(args, kwargs, x)
 
 
 class ScaleInput:
@@ -108,7 +120,7 @@ class ScaleInput:
         self.size = size
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _replace_first(args, kwargs, _first(args, kwargs) / self.size)
+        return replace_first(args, kwargs, first_tensor(args, kwargs) / self.size)
 
 
 class ReduceOutput:
@@ -123,8 +135,12 @@ class ReduceOutput:
         self.bias_owner = bias_owner
         self.bias: torch.Tensor | None = None
 
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Summands of the ranks -> what the layer returns."""
+        return reduce_from_tp(x, self.group)
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        output = _map_tensor(output, lambda x: reduce_from_tp(x, self.group))
+        output = map_tensor(output, self.reduce)
         if self.bias_owner is not None:
             bias = self.bias if self.bias is not None else self.bias_owner.bias
             output = output + (bias.to_local() if isinstance(bias, DTensor) else bias)
@@ -138,7 +154,7 @@ class GatherOutput:
         self.group, self.rank, self.size = group, rank, size
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _map_tensor(output, lambda x: gather_from_tp(x, self.group, self.rank, self.size))
+        return map_tensor(output, lambda x: gather_from_tp(x, self.group, self.rank, self.size))
 
 
 class CopyTail:
@@ -167,13 +183,13 @@ class VocabularySlice:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Map token ids to rows of the slice and remember which ids are elsewhere."""
-        local = _first(args, kwargs) - self.start
+        local = first_tensor(args, kwargs) - self.start
         self.mask = (local < 0) | (local >= self.rows)
         self.padding_idx = module.padding_idx  # type: ignore[assignment]
         if self.padding_idx is not None:
             own = self.padding_idx - self.start
             module.padding_idx = own if 0 <= own < self.rows else None  # type: ignore[assignment]
-        return _replace_first(args, kwargs, local.masked_fill(self.mask, 0))
+        return replace_first(args, kwargs, local.masked_fill(self.mask, 0))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> torch.Tensor | None:
         """Zero the rows of foreign ids and sum; called also when the forward raised, to restore the module."""
@@ -184,7 +200,7 @@ class VocabularySlice:
         return reduce_from_tp(output.masked_fill(mask.unsqueeze(-1), 0), self.group)
 
 
-def _map_tensor(output: Any, function: Any) -> Any:
+def map_tensor(output: Any, function: Any) -> Any:
     """Apply ``function`` to a tensor output or to the first tensor of a tuple output."""
     if isinstance(output, torch.Tensor):
         return function(output)

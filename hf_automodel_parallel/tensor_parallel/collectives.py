@@ -16,9 +16,9 @@ from .. import compat
 funcol = compat.functional_collectives()
 
 
-def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum over ``group``, out of place, without autograd. Shape and dtype are kept."""
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
+    """Sum (or "max") over ``group``, out of place, without autograd. Shape and dtype are kept."""
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -94,3 +94,111 @@ def gather_from_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: i
 def split_to_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
     """Take this rank's slice ``(..., n / size)`` of a replicated activation ``(..., n)``; backward all-gathers."""
     return _Split.apply(x, group, rank, size)
+
+
+# ---- along the sequence (dimension 1) ------------------------------------------------------------------------------------
+#
+# Every rank's share has ceil(length / size) tokens. What is missing at the end is padded in here and cut in here, so nobody
+# else meets it. Activations are padded with their last token, which is as harmless to a norm as any other token; gradients
+# with zeros, so that padding contributes to no parameter.
+
+
+def _pad(x: torch.Tensor, size: int, zeros: bool = False) -> torch.Tensor:
+    missing = -x.shape[1] % size
+    if missing == 0:
+        return x
+    last = x[:, -1:].expand(x.shape[0], missing, *x.shape[2:])
+    return torch.cat([x, torch.zeros_like(last) if zeros else last], dim=1)
+
+
+def _all_gather_tokens(x: torch.Tensor, group: dist.ProcessGroup, length: int) -> torch.Tensor:
+    whole = compat.all_gather_dim(x.contiguous(), 1, group)
+    return whole if whole.shape[1] == length else whole[:, :length].contiguous()
+
+
+def _reduce_scatter_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return compat.reduce_scatter_dim(x.contiguous(), 1, group)
+
+
+def _own_tokens(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    tokens = x.shape[1] // size
+    return x.narrow(1, rank * tokens, tokens).contiguous()
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
+        ctx.rank, ctx.size = rank, size
+        return _all_gather_tokens(x, group, length)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
+        return _own_tokens(_pad(gradient, ctx.size, zeros=True), ctx.rank, ctx.size), None, None, None, None
+
+
+class _PartialView(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.size = group, size
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        return _reduce_scatter_tokens(_pad(gradient, ctx.size, zeros=True), ctx.group), None, None, None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+        ctx.group, ctx.length = group, x.shape[1]
+        return _reduce_scatter_tokens(_pad(x, size), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return _all_gather_tokens(gradient, ctx.group, ctx.length), None, None
+
+
+class _SplitSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
+        ctx.group, ctx.length = group, x.shape[1]
+        return _own_tokens(_pad(x, size), rank, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        return _all_gather_tokens(gradient, ctx.group, ctx.length), None, None, None
+
+
+def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
+    """Turn shares ``(batch, ceil(length / size), ...)`` into the whole ``(batch, length, ...)``, for consumers whose gradient
+    is the same on all ranks: backward takes the own share."""
+    return _GatherSequence.apply(x, group, rank, size, length)
+
+
+def is_gathered(x: torch.Tensor) -> bool:
+    """True if ``x`` is, unchanged, what :func:`gather_sequence` returned."""
+    return isinstance(x.grad_fn, _GatherSequence._backward_cls)  # type: ignore[attr-defined]
+
+
+def partial_view(share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+    """``whole``, as gathered from ``share``, for consumers whose gradients are summands: backward reduce-scatters.
+
+    No communication and no memory in forward.
+    """
+    if not (torch.is_grad_enabled() and share.requires_grad):
+        return whole.detach()
+    return _PartialView.apply(share, whole.detach(), group, size)
+
+
+def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+    """Turn per-rank summands ``(batch, length, ...)`` into shares ``(batch, ceil(length / size), ...)`` of their sum:
+    reduce-scatter forward, all-gather backward."""
+    return _ScatterSequence.apply(x, group, size)
+
+
+def split_sequence(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
+    """Take this rank's share ``(batch, ceil(length / size), ...)`` of a replicated activation ``(batch, length, ...)``;
+    backward all-gathers."""
+    return _SplitSequence.apply(x, group, rank, size)

@@ -68,7 +68,7 @@ class Region:
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._adopt_checkpoint_function()
+        self.adopt_checkpoint_function()
         return self.inside(self.body, *args, **kwargs)
 
     def inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +90,7 @@ class Region:
             if self.shared is not None:
                 self.shared.clear()
 
-    def _adopt_checkpoint_function(self) -> None:
+    def adopt_checkpoint_function(self) -> None:
         """Let the model's own gradient checkpointing recompute inside the region.
 
         transformers (5.23; outside of ``__call__`` before) checkpoints in the class's ``forward``, so below this wrapper: its
@@ -146,4 +146,8 @@ class _CheckpointInRegion:
         self.region = region
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(functools.partial(self.region.inside, function), *args, **kwargs)
+        shared = self.region.shared
+        inside: Callable[..., Any] = functools.partial(self.region.inside, function)
+        if shared is not None and shared.length is not None:
+            inside = shared.resumed(inside)
+        return self.function(inside, *args, **kwargs)

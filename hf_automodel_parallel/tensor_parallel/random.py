@@ -12,7 +12,7 @@ that restores the common state recomputes with the same masks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -221,7 +221,8 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
         spec: its sharding spec.
 
     Raises:
-        UnsupportedError: a module around a column-wise layer has a dropout that is not zero.
+        UnsupportedError: a module around a column-wise layer, or one that works on shares of a sequence, has a dropout that is
+            not zero.
     """
     for name, boundary in spec.modules.items():
         parent_name = name.rpartition(".")[0]
@@ -239,3 +240,25 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
                 f"are sharded over tp. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
                 f"model's config (adapters may keep lora_dropout), or leave out compile."
             )
+    for name in () if spec.sequence is None else spec.sequence.layers:
+        for key, module in model.get_submodule(name).named_modules():
+            path = f"{name}.{key}" if key else name
+            found = active_dropouts(module)
+            if found and not _is_inside(path, spec.sequence.blocks) and not _is_of_adapter(model, path):  # type: ignore[union-attr]
+                shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
+                raise UnsupportedError(
+                    f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on shares "
+                    f"of the sequence. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
+                    f"model's config, or leave out compile."
+                )
+
+
+def _is_inside(path: str, modules: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in modules)
+
+
+def _is_of_adapter(model: nn.Module, path: str) -> bool:
+    tuner = compat.peft_tuner_layer_type()
+    parts = path.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    return tuner is not None and any(isinstance(module, tuner) for module in around)

@@ -16,7 +16,7 @@ VECTOR_STD = 0.1
 
 IGNORED_LABEL = -100
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -28,7 +28,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_DENSE = _COMMON | {"intermediate_size": 128, "num_key_value_heads": 2}
+_DENSE = COMMON | {"intermediate_size": 128, "num_key_value_heads": 2}
 _MIXTRAL = _DENSE | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN3_MOE = _DENSE | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
 _AUXILIARY_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
@@ -71,7 +71,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", _DENSE | {"original_max_position_embeddings": 128}),
     "olmo2": ("olmo2", _DENSE),
     "cohere": ("cohere", _DENSE),
-    "gpt2": ("gpt2", _COMMON | {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2": ("gpt2", COMMON | {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    # its attention counts heads itself
+    "gptj": (
+        "gptj",
+        COMMON | {"n_inner": 128, "rotary_dim": 8, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
     "mixtral": ("mixtral", _MIXTRAL),
     "mixtral_aux": ("mixtral", _MIXTRAL | _AUXILIARY_LOSS),
     "qwen3_moe": ("qwen3_moe", _QWEN3_MOE),
@@ -92,12 +97,12 @@ def build_model(name: str, seed: int = 0, **config_overrides: Any) -> PreTrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-        _randomize(model)
+        randomize(model)
     return model
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             # On top of what the constructor chose: 0 for biases and for norms that scale by 1 + weight, else 1.
@@ -108,10 +113,11 @@ def _randomize(model: nn.Module) -> None:
 
 def lora(model: PreTrainedModel, seed: int = 1, **overrides: Any) -> PeftModel:
     """`model` with adapters on all its linear layers, random on both sides so that they contribute from the start."""
-    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "init_lora_weights": False}
+    values |= {"r": 4, "lora_alpha": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(values | overrides)))
+        return get_peft_model(model, LoraConfig(**(values | overrides)))
 
 
 def make_batches(

@@ -29,7 +29,7 @@ def batches_for(model: torch.nn.Module, parts: int, rows: int = 4, seed: int = 3
 
 def data_rank(accelerator: Accelerator) -> int:
     """This rank's place among the data-parallel ranks."""
-    return dist.get_rank() // accelerator.parallelism_config.tp_size
+    return dist.get_rank() // accelerator.parallelism_config.non_data_parallel_size
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -1,0 +1,200 @@
+"""What a forward inside of the context is given and returns: the mask that stands for the whole sequence, the right loss.
+
+The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so the loss
+that a rank differentiates has to be ``size`` times its part of the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import ConfigError, UnsupportedError
+from ..tensor_parallel.collectives import all_reduce
+from ..tensor_parallel.random import OwnNumbers
+from . import attention
+from .buffers import Active, active, raise_together
+from .layout import Layout
+from .models import Suitable
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100
+
+#: Where the random numbers of the ranks begin, beside those that ``tensor_parallel.random`` gives to the ranks of a tp group.
+_OWN_NUMBERS = 1 << 20
+
+
+def install(model: nn.Module, suitable: Suitable, mesh: DeviceMesh, device: torch.device) -> None:
+    """Let ``model`` compute on parts of sequences inside of ``maybe_context_parallel``; outside it stays as it is.
+
+    Args:
+        model: the sharded model; its other hooks (tensor parallelism, FSDP2) are there already.
+        suitable: what :func:`~.models.check_model` found.
+        mesh: the cp axis.
+        device: where it computes.
+    """
+    layout = Layout(mesh.get_local_rank(), mesh.size())
+    attention.install(suitable.attention, attention.Place(layout, mesh.get_group()))
+    hooks = _Hooks(suitable, layout, mesh.get_group(), device)
+    model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    model.register_forward_hook(hooks.after)
+    model.register_forward_hook(hooks.numbers.leave, always_call=True)
+
+
+class _Hooks:
+    def __init__(self, suitable: Suitable, layout: Layout, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.suitable, self.layout, self.group = suitable, layout, group
+        self.numbers = OwnNumbers((layout.rank + 1) * _OWN_NUMBERS, device)
+        self.warned = False
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Check the inputs, on all ranks together, and replace what depends on the whole sequence."""
+        context = active()
+        if context is None:
+            self._note_whole_sequences(model)
+            return None
+        error: Exception | None = None
+        try:
+            kwargs = self._prepared(model, context, args, kwargs)
+        except Exception as caught:
+            error = caught
+        raise_together(error)
+        shift = kwargs.get("shift_labels")
+        if shift is not None and kwargs.get("num_items_in_batch") is None:
+            # The mean over the tokens of all ranks, times the number of ranks; as with num_items_in_batch of the Trainer, the
+            # loss is then a sum over the own tokens, divided.
+            valid = shift.ne(kwargs.get("ignore_index", _IGNORED)).sum()
+            kwargs["num_items_in_batch"] = all_reduce(valid.float(), self.group) / self.layout.size
+        self.numbers.enter()
+        return args, kwargs
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Show every rank the loss of the whole sequences; its gradient stays that of the own part."""
+        if active() is None:
+            return output
+        loss = output.get("loss") if hasattr(output, "get") else output[0] if isinstance(output, tuple) else None
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            return output
+        average = _Average.apply(loss, self.group, self.layout.size)
+        if isinstance(output, tuple):
+            return (average, *output[1:])
+        output["loss"] = average
+        return output
+
+    def _note_whole_sequences(self, model: nn.Module) -> None:
+        if self.warned or not (model.training and torch.is_grad_enabled()):
+            return
+        self.warned = True
+        if dist.get_rank() == 0:
+            logger.warning(
+                "cp_size=%d: a training forward outside of accelerator.maybe_context_parallel(buffers=...). It is right, but "
+                "each rank of a cp group computes the whole sequences.",
+                self.layout.size,
+            )
+
+    def _prepared(
+        self, model: nn.Module, context: Active, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        size = self.layout.size
+        where = f"a forward inside of maybe_context_parallel (cp_size={size})"
+        if len(args) > 1:
+            raise ConfigError(f"{where}: pass all arguments but the first by name.")
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        length = context.length // size
+        if tokens is None or tokens.ndim < 2 or tokens.shape[1] != length:
+            shape = None if tokens is None else tuple(tokens.shape)
+            raise ConfigError(
+                f"{where}: the input has the shape {shape}, but a rank holds {length} of {context.length} tokens. Put the "
+                f"tensor that you pass to the model into buffers."
+            )
+        self._check_positions(where, kwargs.get("position_ids"), tokens, length)
+        self._check_mask(where, kwargs.get("attention_mask"))
+        for name in ("cache", "past_key_values"):
+            if kwargs.get(name) is not None:
+                raise UnsupportedError(
+                    f"{where}: {name} holds keys of other sequences. Generate outside of the context."
+                )
+        for name in ("use_cache", "output_attentions", "output_router_logits", "logits_to_keep", "num_logits_to_keep"):
+            value = kwargs.get(name)
+            if isinstance(value, torch.Tensor) or value:
+                raise UnsupportedError(
+                    f"{where}: {name}={value!r} is not supported on a part of a sequence. Leave it out."
+                )
+        self._check_labels(where, kwargs, length)
+        for module in self.suitable.attention:
+            if getattr(module.config, "_attn_implementation", None) != attention.NAME:
+                raise ConfigError(f"{where}: the attention implementation was changed after accelerator.prepare.")
+        if any(getattr(module, "neftune_noise_alpha", None) for module in model.modules()) and model.training:
+            raise UnsupportedError(
+                f"{where}: NEFTune scales its noise by the length of the sequence, of which an embedding sees a part. Leave out "
+                f"neftune_noise_alpha."
+            )
+        cache = {"use_cache": False} if "use_cache" in self.suitable.takes else {}
+        return {**kwargs, **cache, "attention_mask": attention.mark(length, size, tokens.device)}
+
+    def _check_positions(self, where: str, positions: Any, tokens: torch.Tensor, length: int) -> None:
+        if positions is None:
+            raise ConfigError(
+                f"{where}: position_ids are missing, and the model would count from 0 on every rank. Pass position_ids of the "
+                f"whole sequences, torch.arange(length).expand(batch, -1), and put them into buffers."
+            )
+        expected = self.layout.positions(length, positions.device)
+        if positions.shape[-1] != length or not bool((positions == expected).all()):
+            raise UnsupportedError(
+                f"{where}: position_ids of shape {tuple(positions.shape)} are not those of one whole sequence per row, 0, 1, 2, "
+                f"..., split as the inputs are. Put position_ids into buffers; sequences that were packed into one row or padded "
+                f"at the start are not supported."
+            )
+
+    def _check_mask(self, where: str, mask: Any) -> None:
+        if mask is None:
+            return
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.bool().all()):
+            raise UnsupportedError(
+                f"{where}: the attention_mask hides tokens, and only causal attention without padding is supported. Leave "
+                f"padding out of the batches (pack or cut the sequences). Padding at the end needs no mask under causal "
+                f"attention: leave attention_mask out, with labels of -100 for the padding."
+            )
+
+    def _check_labels(self, where: str, kwargs: dict[str, Any], length: int) -> None:
+        labels, shift = kwargs.get("labels"), kwargs.get("shift_labels")
+        if labels is None and shift is None:
+            return
+        if labels is None:
+            raise UnsupportedError(
+                f"{where}: shift_labels without labels, so the model computes no loss. Whoever computes one outside of it "
+                f"(label_smoothing_factor or compute_loss_func of the Trainer) would shift the labels of each part. Leave that "
+                f"out; in a loop of your own pass both, or neither and use shift_labels yourself."
+            )
+        if shift is None:
+            raise ConfigError(
+                f"{where}: labels without shift_labels, and the model would shift them within each part. Shift them before: "
+                f"shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:], put them into buffers and pass them "
+                f"too."
+            )
+        if shift.shape[1] != length:
+            raise ConfigError(f"{where}: shift_labels have the shape {tuple(shift.shape)}. Put them into buffers.")
+        if self.suitable.no_loss:
+            raise UnsupportedError(
+                f"{where}: {self.suitable.no_loss}, so it cannot be used with labels that were shifted before. Pass no labels "
+                f"and compute the loss from the logits and your own shift_labels."
+            )
+
+
+class _Average(torch.autograd.Function):
+    """The mean over ``group``; backward hands the gradient on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+        return all_reduce(x, group) / size
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return gradient, None, None

@@ -1,0 +1,73 @@
+"""Which positions of a sequence a rank of the cp axis holds, and how the whole sequence comes back from the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import compat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Head and tail chunks: of ``2 * size`` equal chunks, rank r holds the r-th from the start and the r-th from the end.
+
+    A query sees the keys before it, so a chunk costs the more the later it lies. A rank's two chunks together cost the same on
+    every rank. This is the layout of torch's ``context_parallel`` and of Llama 3 (2024, arXiv:2407.21783, section 3.3.2).
+
+    Attributes:
+        rank: place of this rank on the cp axis.
+        size: number of ranks on the cp axis.
+    """
+
+    rank: int
+    size: int
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a sequence has to be a multiple of."""
+        return 2 * self.size
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Which of the ``2 * size`` chunks this rank holds, in the order in which it holds them."""
+        return self.rank, 2 * self.size - 1 - self.rank
+
+    def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of ``tensor`` along ``dim`` (length S -> S / size), in memory of its own."""
+        length = tensor.shape[dim] // self.multiple
+        return torch.cat([tensor.narrow(dim, chunk * length, length) for chunk in self.chunks], dim)
+
+    def positions(self, length: int, device: torch.device) -> torch.Tensor:
+        """The positions in the whole sequence of the ``length`` tokens that this rank holds, int64 of shape (length,)."""
+        chunk = length // 2
+        own = torch.arange(chunk, device=device)
+        first, second = self.chunks
+        return torch.cat([own + first * chunk, own + second * chunk])
+
+    def gather(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """All ranks' parts in the order of the sequence: (B, H, S / size, D) -> (B, H, S, D).
+
+        Backward sums the ranks' gradients and takes the own part (reduce-scatter), so that a rank's queries reach the keys of
+        all ranks.
+        """
+        batch, heads, length, features = x.shape
+        parts = _Gather.apply(x, group).view(self.size, batch, heads, 2, length // 2, features)
+        ordered = torch.cat([parts[:, :, :, 0], parts[:, :, :, 1].flip(0)])  # (2 size, B, H, chunk, D)
+        return ordered.permute(1, 2, 0, 3, 4).reshape(batch, heads, self.size * length, features)
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along the first dimension; backward is a reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return compat.all_gather_dim(x.contiguous(), 0, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return compat.reduce_scatter_dim(gradient.contiguous(), 0, ctx.group), None

@@ -1,0 +1,151 @@
+"""The reference API: ``nemo_automodel.components.distributed.parallelizer`` under its own names and signatures.
+
+Code written for it can switch its import. Nothing is implemented here; ``docs/reference_api.md`` says where each name lives, and
+where it differs from the reference and why. Names with a leading underscore are aliases of public functions of this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+from .activation_checkpointing import apply_selective_activation_checkpointing, is_checkpoint_wrapped
+from .compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
+from .compile import apply_per_layer_compile
+from .fsdp import unshard_fsdp2_model
+from .fsdp_recursive import apply_fsdp2_sharding_recursively
+from .layers import all_frozen, largest_container, model_layers, submodule
+from .megatron import megatron_fsdp_strategy_parallelize
+from .plan.imports import import_class_from_path, import_classes_from_paths
+from .plan.optimized import PARALLELIZE_FUNCTIONS
+from .plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
+from .plan.torch_styles import translate_to_torch_parallel_style
+from .plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
+from .strategies.bagel import BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS, apply_bagel_full_layer_activation_checkpointing
+from .strategies.base import GivenPlan, ParallelizationStrategy
+from .strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy
+from .strategies.default import DefaultParallelizationStrategy
+from .strategies.hunyuan_video import HunyuanParallelizationStrategy
+from .strategies.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
+from .strategies.qwen3_5 import Qwen3_5ParallelizationStrategy
+from .strategies.registry import (
+    DEFAULT_STRATEGY,
+    PARALLELIZATION_STRATEGIES,
+    get_parallelization_strategy,
+    register_parallel_strategy,
+)
+from .strategies.wan import WanParallelizationStrategy
+from .tensor_parallel.head_counts import attention_is_head_sharded, update_attention_head_counts_for_tp
+
+if TYPE_CHECKING:
+    HAVE_MEGATRON_FSDP: bool
+    Gemma4ForConditionalGeneration: type
+
+__all__ = [
+    "HAVE_MEGATRON_FSDP",
+    "PARALLELIZATION_STRATEGIES",
+    "PARALLELIZE_FUNCTIONS",
+    "DeepseekV4ParallelizationStrategy",
+    "DefaultParallelizationStrategy",
+    "Gemma4ForConditionalGeneration",
+    "HunyuanParallelizationStrategy",
+    "NemotronHParallelizationStrategy",
+    "ParallelizationStrategy",
+    "Qwen3_5ParallelizationStrategy",
+    "WanParallelizationStrategy",
+    "apply_fsdp2_sharding_recursively",
+    "apply_selective_activation_checkpointing",
+    "fsdp2_strategy_parallelize",
+    "get_hf_tp_shard_plan",
+    "get_parallelization_strategy",
+    "import_class_from_path",
+    "import_classes_from_paths",
+    "megatron_fsdp_strategy_parallelize",
+    "register_parallel_strategy",
+    "translate_to_torch_parallel_style",
+    "unshard_fsdp2_model",
+    "validate_tp_mesh",
+    "validate_tp_mesh_for_nemotron_nas",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def fsdp2_strategy_parallelize(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    sequence_parallel: bool = False,
+    activation_checkpointing: bool | str = False,
+    tp_shard_plan: GivenPlan = None,
+    dp_replicate_mesh_name: str = "dp_replicate",
+    dp_shard_cp_mesh_name: str = "dp_shard_cp",
+    tp_mesh_name: str = "tp",
+    enable_async_tensor_parallel: bool = False,
+    enable_compile: bool = False,
+    enable_fsdp2_prefetch: bool = True,
+    fsdp2_backward_prefetch_depth: int = 2,
+    fsdp2_forward_prefetch_depth: int = 1,
+    reshard_after_forward: bool | None = None,
+) -> nn.Module:
+    """Parallelise ``model`` in place by the strategy of its class, without an Accelerator, and return it.
+
+    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy; see
+    :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for what they mean.
+
+    Raises:
+        AutoParallelError: what the strategy cannot honour, on all ranks alike.
+    """
+    return get_parallelization_strategy(model).parallelize(
+        model=model,
+        device_mesh=device_mesh,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+        sequence_parallel=sequence_parallel,
+        activation_checkpointing=activation_checkpointing,  # type: ignore[arg-type]
+        tp_shard_plan=tp_shard_plan,
+        dp_replicate_mesh_name=dp_replicate_mesh_name,
+        dp_shard_cp_mesh_name=dp_shard_cp_mesh_name,
+        tp_mesh_name=tp_mesh_name,
+        enable_async_tensor_parallel=enable_async_tensor_parallel,
+        enable_compile=enable_compile,
+        enable_fsdp2_prefetch=enable_fsdp2_prefetch,
+        fsdp2_backward_prefetch_depth=fsdp2_backward_prefetch_depth,
+        fsdp2_forward_prefetch_depth=fsdp2_forward_prefetch_depth,
+        reshard_after_forward=reshard_after_forward,
+    )
+
+
+_BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS = BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS
+_DEFAULT_STRATEGY = DEFAULT_STRATEGY
+_apply_bagel_full_layer_activation_checkpointing = apply_bagel_full_layer_activation_checkpointing
+_apply_per_layer_compile = apply_per_layer_compile
+_attention_is_head_sharded = attention_is_head_sharded
+_extract_model_layers = model_layers
+_find_largest_module_list = largest_container
+_get_module_by_fqn = submodule
+_get_parallel_plan = get_parallel_plan
+_is_checkpoint_wrapped = is_checkpoint_wrapped
+_is_transformers_v5_or_higher = is_transformers_v5_or_higher
+_nemotronh_decoder_blocks = nemotronh_decoder_blocks
+_patch_dtensor_spec_hash_for_symint = hash_specs_of_symbolic_shapes
+_subtree_all_frozen = all_frozen
+_update_attention_head_counts_for_tp = update_attention_head_counts_for_tp
+
+
+def __getattr__(name: str) -> Any:
+    # What would import a large library is looked up when it is asked for.
+    if name == "HAVE_MEGATRON_FSDP":
+        from . import megatron
+
+        return megatron.HAVE_MEGATRON_FSDP
+    if name == "Gemma4ForConditionalGeneration":
+        from .compat import gemma4_class
+
+        return gemma4_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""Attention modules that count their own heads, and what they have to count when each rank has only some of them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layers import as_matrix
+from .spec import Input, Output, ShardingSpec
+
+
+def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, dict[str, int]]:
+    """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
+
+    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an integer,
+    has "head" in its name and equals the number of heads that a projection below the module makes or takes, or their width.
+
+    Args:
+        model: the model, plain or PEFT-wrapped; only read.
+        spec: the resolved plan.
+        tp_size: number of ranks on the tp axis.
+
+    Returns:
+        module name -> attribute -> local count.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, boundary in spec.modules.items():
+        parent_name = name.rpartition(".")[0]
+        parent = model.get_submodule(parent_name)
+        head_dim = getattr(parent, "head_dim", getattr(parent, "attention_head_size", None))
+        if boundary.foreign is not None or not isinstance(head_dim, int):
+            continue
+        base_name = f"{name}.base_layer" if f"{name}.base_layer.weight" in spec.parameters else name
+        matrix = as_matrix(model.get_submodule(base_name), base_name)
+        if matrix is None:
+            continue
+        if boundary.output is Output.NONE:
+            features = matrix.out_features
+        elif boundary.input is Input.NONE:
+            features = matrix.in_features
+        else:
+            continue
+        for attribute, value in vars(parent).items():
+            if "head" in attribute and type(value) is int and features in (value * head_dim, value):
+                counts.setdefault(parent_name, {})[attribute] = value // tp_size
+    return counts

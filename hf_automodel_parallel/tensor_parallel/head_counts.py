@@ -1,0 +1,104 @@
+"""Attention modules that count their heads themselves, and have to count those of their rank when these are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel
+
+from ..errors import PlanError
+from ..layers import find_layers
+from ..plan.names import unwrapped
+from ..plan.spec import PlanEntry
+from ..plan.validate import config_with_heads
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+#: On an attention: the number of ranks that its counts have been divided by.
+_MARK = "_heads_per_rank_of"
+
+
+def attention_is_head_sharded(model_parallel_plan: Mapping[str, Any]) -> bool:
+    """True if a plan shards a query, key or value projection column-wise and leaves its output sharded.
+
+    Args:
+        model_parallel_plan: path -> style name, torch style or :class:`PlanEntry`. A projection is recognised by its place: in a
+            module, or a list, with "attn" or "attention" in its name.
+    """
+    for path, style in model_parallel_plan.items():
+        if not any(map(_sounds_like_attention, path.split(".")[-3:-1])):
+            continue
+        style = style.style if isinstance(style, PlanEntry) else style
+        name = getattr(style, "style_name", style)
+        if isinstance(style, ColwiseParallel):
+            layouts = style.output_layouts
+            layouts = layouts if isinstance(layouts, (tuple, list)) else (layouts,)
+            if any(layout is None or isinstance(layout, Shard) for layout in layouts):
+                return True
+        elif name in ("colwise", "packed_colwise"):
+            return True
+    return False
+
+
+def update_attention_head_counts_for_tp(model: nn.Module, tp_size: int) -> None:
+    """Let the attentions in the layers of ``model`` count the heads of one rank. The config is not touched.
+
+    For plans that shard every attention by heads. Repeating the call changes nothing.
+
+    Args:
+        model: any model; attentions are the modules below its layers that have a count of heads as attribute.
+        tp_size: number of ranks that share the heads.
+
+    Raises:
+        PlanError: a count does not divide.
+    """
+    if tp_size <= 1:
+        return
+    inner, _ = unwrapped(model)
+    config = config_with_heads(inner)
+    towers = [m for m in inner.modules() if config is not None and type(getattr(m, "config", None)) is type(config)]
+    for layer in find_layers(towers[0] if towers else inner):
+        for name, module in layer.named_modules():
+            # Not the mixer of a state-space layer, which counts heads of another kind and stays whole.
+            if _sounds_like_attention(name.rpartition(".")[2]) or _sounds_like_attention(type(module).__name__):
+                _count_locally(name, module, tp_size)
+
+
+def set_local_counts(attention: nn.Module, counts: Mapping[str, int], tp_size: int) -> None:
+    """Give ``attention`` the counts of one of ``tp_size`` ranks, as the plan's resolution found them."""
+    for attribute, count in counts.items():
+        setattr(attention, attribute, count)
+    setattr(attention, _MARK, tp_size)
+
+
+def _sounds_like_attention(name: str) -> bool:
+    return "attn" in name.lower() or "attention" in name.lower()
+
+
+def _count_locally(name: str, attention: nn.Module, tp_size: int) -> None:
+    heads, key_value = _own_counts(attention, _HEADS), _own_counts(attention, _KEY_VALUE_HEADS)
+    if not heads or getattr(attention, _MARK, 1) == tp_size:
+        return
+    for field, value in (heads | key_value).items():
+        if value % tp_size:
+            raise PlanError(
+                f"{name}.{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. "
+                f"Choose a tp_size that divides it, or leave this attention out of the plan."
+            )
+    head_dim = next(iter(_own_counts(attention, ("head_dim", "attention_head_size")).values()), None)
+    width = _own_counts(attention, ("all_head_size",))  # of all heads together, into which BERT's kin reshape
+    together = {
+        field: value for field, value in width.items() if head_dim and value == head_dim * next(iter(heads.values()))
+    }
+    for field, value in (heads | key_value | together).items():
+        setattr(attention, field, value // tp_size)
+    setattr(attention, _MARK, tp_size)
+
+
+def _own_counts(module: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
+    values = {name: module.__dict__.get(name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, int) and not isinstance(value, bool)}

@@ -1,0 +1,62 @@
+"""What the ranks run in the tests of sequence parallelism. Functions here are sent to the worker pool by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from harness.compare import full_grads
+from harness.models import make_batches
+
+from hf_automodel_parallel import AutoParallelismConfig
+from parity.jobs import build, data_rank, trainable
+
+#: A length that neither 2 nor 4 divides.
+ODD = 15
+
+
+def batches_of(
+    model: torch.nn.Module, parts: int, length: int = ODD, rows: int = 4, seed: int = 3
+) -> list[dict[str, torch.Tensor]]:
+    """`parts` micro-batches of the given length."""
+    return make_batches(parts, rows // parts, length, model.config.vocab_size, seed)
+
+
+def sequence_gradients(
+    name: str,
+    sizes: dict[str, Any],
+    adapter: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    dp_size: int = 1,
+    lengths: tuple[int, ...] = (ODD,),
+    own_checkpointing: dict[str, Any] | None = None,
+    frozen: str = "",
+) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of one step with sequence parallelism; one micro-batch of each length, backwards after all forwards.
+
+    Parameters whose name contains `frozen` do not train.
+    """
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**{"sequence_parallel": True, **sizes}))
+    model = build(name, adapter, **(overrides or {})).train()
+    freeze(model, frozen)
+    if own_checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=own_checkpointing)
+    batches = [batches_of(model, dp_size, length) for length in lengths]
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    mine = data_rank(accelerator)
+    losses = [model(**parts[mine], use_cache=False).loss / len(lengths) for parts in batches]
+    loss = torch.stack(losses).sum()
+    accelerator.backward(loss)
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert all(p.requires_grad == (not frozen or frozen not in n) for n, p in model.named_parameters() if not adapter)
+    return total.item() / dist.get_world_size(), full_grads(model)
+
+
+def freeze(model: torch.nn.Module, part: str) -> None:
+    """Stop training what has `part` in its name."""
+    for name, parameter in model.named_parameters():
+        if part and part in name:
+            parameter.requires_grad_(False)
