@@ -114,6 +114,10 @@ def accelerate_steps(
         )
         model = build(name, adapter)
         optimizer = torch.optim.AdamW(parameter_groups(model, True), lr=1e-3, weight_decay=0.1, eps=1e-3)
+        calls = [0]
+        for path, module in model.named_modules():
+            if path.endswith("down_proj"):
+                module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         model, optimizer = accelerator.prepare(model, optimizer)
         mine = dist.get_rank() // accelerator.parallelism_config.tp_size
         result: dict[str, Any] = {"losses": [], "norms": [], "class": type(model).__name__}
@@ -134,6 +138,7 @@ def accelerate_steps(
             result["losses"].append(total.item() / dist.get_world_size())
 
         step(0)
+        result["calls"] = calls[0]
         if directory is not None:
             accelerator.save_state(directory)
         model.eval()
@@ -149,3 +154,94 @@ def accelerate_steps(
             result["again"] = all(torch.equal(first[key], second[key]) for key in first)
         result["values"] = accelerator.get_state_dict(model)
         return result
+
+
+def trainer_steps(name: str, adapter: dict[str, Any] | None, directory: str, **arguments: Any) -> dict[str, Any]:
+    """Five steps of the stock Trainer on tp2 x dp2, with a checkpoint at the end."""
+    import os
+
+    from parity.jobs import five_steps_trainer
+
+    sizes: dict[str, Any] = {"tp_size": 2, "dp_shard_size": 2, "backend": "megatron_fsdp"}
+    with cuda_standins():
+        history = five_steps_trainer(name, sizes, adapter, dp_size=2, output_dir=directory, **arguments)
+    dist.barrier()
+    return {"history": history, "files": sorted(os.listdir(directory))}
+
+
+def norms_of_mixed_gradients() -> dict[str, Any]:
+    """On tp2: one gradient sharded over tp and one replicated, both bfloat16; norms and values around a clipping to 1."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    from hf_automodel_parallel.grad_norm import clip_, total_norm
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    parameters = []
+    for placement in (Shard(0), Replicate()):
+        value = DTensor.from_local(torch.zeros(2, 4, dtype=torch.bfloat16), mesh["tp"], [placement])
+        parameter = torch.nn.Parameter(value)
+        parameter.grad = DTensor.from_local(torch.ones(2, 4, dtype=torch.bfloat16), mesh["tp"], [placement])
+        parameters.append(parameter)
+    result = {
+        "largest": total_norm(parameters, mesh, float("inf")).item(),
+        "before": clip_(parameters, mesh, 1.0).item(),
+    }
+    result["after"] = total_norm(parameters, mesh).item()
+    result["dtypes"] = {p.grad.dtype for p in parameters}
+    return result
+
+
+def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
+    """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the gradients."""
+    from hf_automodel_parallel.grad_norm import total_norm
+
+    with cuda_standins():
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+        model = build("llama").to(torch.bfloat16)
+        wrapped, _ = megatron_fsdp_strategy_parallelize(model, mesh, torch.optim.SGD(model.parameters()), **options)
+        wrapped(**batches_for(model, 2)[dist.get_rank()], use_cache=False).loss.backward()
+        managed = managed_by_megatron(wrapped)
+        before = managed.clip_grad_norm_(0.1).item()
+        dtypes = {str(p.grad.dtype) for p in managed.parameters.values() if p.grad is not None}
+        return before, total_norm(managed.parameters.values(), mesh).item(), " ".join(sorted(dtypes))
+
+
+def refusals() -> list[str]:
+    """Messages of what the function refuses, on every rank alike, with a model that is then still as it was."""
+    from torch.distributed.tensor.parallel import SequenceParallel
+
+    from hf_automodel_parallel.errors import AutoParallelError
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    model = build("llama")
+    before = {name: id(p) for name, p in model.named_parameters()}
+    wrong: list[dict[str, Any]] = [
+        {"megatron_fsdp_unit_modules": ["transformers.models.llama.modeling_llama.LlamaDecoderLayr"]},
+        {"megatron_fsdp_unit_modules": []},
+        {"megatron_fsdp_unit_modules": ["LlamaDecoderLayer", "LlamaMLP"]},
+        {"zero_dp_strategy": 4},
+        {"overlap_grad_reduce": False},
+        {"overlap_param_gather": False},
+        {"nccl_ub": "yes"},
+        {"init_fsdp_with_meta_device": True, "zero_dp_strategy": 0},
+        {"calculate_per_token_loss": True, "average_in_collective": True},
+        {"dp_shard_dim": "data"},
+        {"tp_dim": "tensor"},
+        {"tp_dim": "dp"},
+        {"tp_shard_plan": {"model.norm": SequenceParallel()}},
+        {"tp_shard_plan": {"model.layers.*.mlp.up_prj": "colwise"}},
+    ]
+    messages = []
+    for arguments in wrong:
+        try:
+            megatron_fsdp_strategy_parallelize(model, mesh, **arguments)
+        except AutoParallelError as error:
+            messages.append(str(error))
+        else:
+            messages.append(f"nothing for {arguments}")
+    try:
+        megatron_fsdp_strategy_parallelize(build("gpt2"), mesh)
+    except AutoParallelError as error:
+        messages.append(str(error))
+    assert before == {name: id(p) for name, p in model.named_parameters()}, "something was changed"
+    return messages

@@ -123,7 +123,7 @@ class Places:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of ``tensor``."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _rows(local: torch.Tensor, shape: torch.Size) -> int:

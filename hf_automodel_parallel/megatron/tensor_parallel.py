@@ -15,17 +15,28 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..errors import UnsupportedError
 from ..plan.spec import REPLICATED, ShardingSpec
+from .shards import local_part
+
+#: Layouts of input and output of torch's styles -> the style of the same meaning.
+_COLWISE: dict[tuple[Placement, Placement], str] = {
+    (Replicate(), Shard(-1)): "colwise",
+    (Replicate(), Replicate()): "colwise_gather_output",
+}
+_ROWWISE: dict[tuple[Placement, Placement], str] = {
+    (Shard(-1), Replicate()): "rowwise",
+    (Replicate(), Replicate()): "rowwise_split_input",
+}
 
 
 def make_local(model: nn.Module, spec: ShardingSpec) -> None:
     """Replace each tensor-parallel DTensor of ``model`` by a parameter of its local part, in place; ties stay."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old one keeps its id taken
+    made: dict[int, tuple[DTensor, nn.Parameter]] = {}  # the old one keeps its id taken
     for module_name, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
-                local = nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+                local = nn.Parameter(local_part(parameter), requires_grad=parameter.requires_grad)
                 place = spec.parameters.get(f"{module_name}.{key}" if module_name else key, REPLICATED)
                 local.tensor_model_parallel = place.dim is not None  # type: ignore[attr-defined]
                 local.partition_dim = -1 if place.dim is None else place.dim  # type: ignore[attr-defined]
@@ -50,15 +61,9 @@ def _local_style(pattern: str, style: Any) -> Any:
     if isinstance(style, str):
         return style
     if type(style) is ColwiseParallel and style.use_local_output:
-        name = {
-            (Replicate(), Shard(-1)): "colwise",
-            (Replicate(), Replicate()): "colwise_gather_output",
-        }.get(_layouts(style))
+        name = _COLWISE.get(_layouts(style))
     elif type(style) is RowwiseParallel and style.use_local_output:
-        name = {
-            (Shard(-1), Replicate()): "rowwise",
-            (Replicate(), Replicate()): "rowwise_rep",
-        }.get(_layouts(style))
+        name = _ROWWISE.get(_layouts(style))
     else:
         name = None
     if name is None:
