@@ -93,7 +93,9 @@ class _RowStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, for_total: Any, for_target: Any, for_sum: Any) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, for_total: Any, for_target: Any, for_sum: Any
+    ) -> tuple[torch.Tensor | None, None, None, None]:
         logits, total, index, mine = ctx.saved_tensors
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if for_target is not None:

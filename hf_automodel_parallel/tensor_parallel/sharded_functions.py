@@ -69,16 +69,34 @@ def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
 
+
+def _getter(name: str) -> Any:
+    """What stands for reading the attribute ``name`` in torch's function protocol."""
+    return getattr(torch.Tensor, name).__get__
+
+
 #: Attributes that give numbers; all others describe the tensor.
-_WITH_NUMBERS = {"data", "grad", "T", "H", "mT", "mH", "real", "imag", "retains_grad", "__cuda_array_interface__", "_grad"}
+_WITH_NUMBERS = {
+    "data",
+    "grad",
+    "T",
+    "H",
+    "mT",
+    "mH",
+    "real",
+    "imag",
+    "retains_grad",
+    "__cuda_array_interface__",
+    "_grad",
+}
 _METHODS = (
-    "size dim numel nelement ndimension element_size is_floating_point is_complex is_signed is_conj is_neg is_inference get_device "
-    "stride storage_offset is_same_size __len__ is_tensor is_shared is_pinned has_names"
+    "size dim numel nelement ndimension element_size is_floating_point is_complex is_signed is_conj is_neg is_inference "
+    "get_device stride storage_offset is_same_size __len__ is_tensor is_shared is_pinned has_names"
 ).split()
 METADATA.update(
-    attribute.__get__
+    _getter(name)
     for name in dir(torch.Tensor)
-    if name not in _WITH_NUMBERS and inspect.isdatadescriptor(attribute := getattr(torch.Tensor, name))
+    if name not in _WITH_NUMBERS and inspect.isdatadescriptor(getattr(torch.Tensor, name))
 )
 METADATA.update(_functions(_METHODS))
 
@@ -143,7 +161,9 @@ def _requires_grad_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _gradient_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.autograd.grad``: with respect to sharded logits it is sharded likewise."""
     outputs, inputs, *rest = args if len(args) > 1 else (*args, kwargs.pop("inputs", None))
-    if inputs is None or any(isinstance(x, ShardedLogits) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])):
+    if inputs is None or any(
+        isinstance(x, ShardedLogits) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])
+    ):
         return function(with_whole(outputs), inputs, *with_whole(rest), **with_whole(kwargs))
     wanted = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     parts = [x.stored() if isinstance(x, ShardedLogits) else x for x in wanted]
@@ -155,9 +175,9 @@ def _gradient_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 HANDLERS[torch.Tensor.retain_grad] = _retain_grad
-HANDLERS[torch.Tensor.grad.__get__] = _grad  # type: ignore[attr-defined]
-HANDLERS[torch.Tensor.retains_grad.__get__] = _retains_grad  # type: ignore[attr-defined]
-HANDLERS[torch.Tensor.data.__get__] = _data  # type: ignore[attr-defined]
+HANDLERS[_getter("grad")] = _grad
+HANDLERS[_getter("retains_grad")] = _retains_grad
+HANDLERS[_getter("data")] = _data
 HANDLERS[torch.Tensor.requires_grad_] = _requires_grad_
 HANDLERS[torch.autograd.grad] = _gradient_of
 
@@ -248,7 +268,9 @@ def _to(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     if not isinstance(logits, ShardedLogits):
         return NotImplemented
-    probe = function(torch.empty(0, dtype=logits.dtype, device=logits.device), *with_metadata(args[1:]), **with_metadata(kwargs))
+    probe = function(
+        torch.empty(0, dtype=logits.dtype, device=logits.device), *with_metadata(args[1:]), **with_metadata(kwargs)
+    )
     if not isinstance(probe, torch.Tensor):
         return probe  # the name of the type
     if probe.device != logits.device:
@@ -339,6 +361,17 @@ def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     part = logits.stored()
     return _views(logits, function(part, (*shape[:-1], part.shape[-1])))
+
+
+@_handles("view_as", "reshape_as")
+def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of modules)."""
+    logits, other = args
+    if not isinstance(logits, ShardedLogits):
+        return NotImplemented
+    return _view(
+        torch.Tensor.view if function is torch.Tensor.view_as else torch.Tensor.reshape, (logits, *other.shape), {}
+    )
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: int | None = None) -> Any:
@@ -461,7 +494,12 @@ HANDLERS[F.cross_entropy] = _cross_entropy
 def _logsumexp(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0] if args else None
     dim = _dim(args, kwargs, 1)
-    if not isinstance(logits, ShardedLogits) or not logits.is_floating_point() or not _is_last(dim, logits) or "out" in kwargs:
+    if (
+        not isinstance(logits, ShardedLogits)
+        or not logits.is_floating_point()
+        or not _is_last(dim, logits)
+        or "out" in kwargs
+    ):
         return NotImplemented
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
     result = loss.logsumexp(logits.stored(), logits.vocabulary).to(_result_dtype(function, logits, dim=-1))

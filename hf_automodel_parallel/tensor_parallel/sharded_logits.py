@@ -63,9 +63,7 @@ class ShardedLogits(torch.Tensor):
         """This rank's slice (..., V / size), maybe in a narrower dtype than ``dtype``."""
         if self._whole is not None and compat.version_of(self._whole) != self._whole_versions[0]:
             self.replace(self._whole)  # somebody has written into a view of the whole logits
-        if self.is_upcast and (
-            compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))
-        ):
+        if self.is_upcast and (compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))):
             raise RuntimeError(
                 "the logits were modified in place after this copy or view of them in another dtype was taken; do not modify "
                 "them in place (logits = logits / temperature instead of logits.div_(temperature)), or set loss_parallel=False."
@@ -85,10 +83,7 @@ class ShardedLogits(torch.Tensor):
         part = self.stored()
         version = compat.version_of(part)
         graph_is_missing = (
-            self._whole is not None
-            and torch.is_grad_enabled()
-            and part.requires_grad
-            and not self._whole.requires_grad
+            self._whole is not None and torch.is_grad_enabled() and part.requires_grad and not self._whole.requires_grad
         )
         if self._whole is None or graph_is_missing or self._whole_versions[1] != version:
             v = self.vocabulary

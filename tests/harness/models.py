@@ -50,6 +50,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    # logits are soft-capped, at a cap that they feel
+    "gemma2": (
+        "gemma2",
+        _DENSE
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
     # its last two layers read keys and values that layers 2 and 3 write
     "gemma3n": (
         "gemma3n_text",

@@ -43,6 +43,9 @@ CELLS += [
 CELLS += [("llama", "tp2_hsdp", LORA), ("qwen3", "tp2_hsdp", None), ("llama", "ddp_like", None)]
 CELLS += [(model, "tp2_fsdp2", LORA_ENDS) for model in ("llama", "llama_odd_vocab")]
 CELLS += [(model, "tp2_fsdp2", None) for model in ("mistral", "olmo2", "cohere")]
+# What the loss on sharded logits has to bear: soft-capped, scaled, tied, a router's loss beside it, an adapter on the head.
+CELLS += [("gemma2", "tp2_fsdp2", None), ("gemma2", "tp4", LORA), ("cohere", "tp4", LORA), ("llama_tied", "tp4", None)]
+CELLS += [("mixtral_aux", "tp4", None), ("llama", "tp4", LORA_ENDS)]
 CELLS += [("gpt2", "fsdp2", None), ("gpt2", "hsdp", LORA)]
 
 
