@@ -51,7 +51,6 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 # Fields whose step has not landed: value that means "off", and what to do instead.
 _NOT_YET: dict[str, tuple[Any, str]] = {
     "sequence_parallel": (False, "Remove it; tensor parallelism alone computes the same."),
-    "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
     "loss_parallel": (None, "Remove it; logits are gathered, which is exact."),
     "backend": ("fsdp2", "Use backend='fsdp2'."),
 }
