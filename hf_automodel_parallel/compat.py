@@ -53,6 +53,16 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
     ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
+    (
+        "torch._inductor.config",
+        "_micro_pipeline_tp",
+        "the option of inductor that overlaps collectives with matrix products",
+    ),
+    (
+        "torch.distributed._symmetric_memory",
+        "enable_symm_mem_for_group",
+        "inductor overlaps the collectives of such groups alone (2.11 to 2.13; deprecated there, but still asked for)",
+    ),
     ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
@@ -173,14 +183,19 @@ def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     """All-gather ``x`` along ``dim``: ``all_gather_single`` from torch 2.13 on, called ``all_gather_tensor`` before."""
     funcol = functional_collectives()
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-    return funcol.wait_tensor(gather(x, dim, group))
+    return _waited(gather(x, dim, group))
 
 
 def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
     """Sum over ``group`` and keep this rank's part of ``dim``: ``reduce_scatter_single`` from torch 2.13 on."""
     funcol = functional_collectives()
     scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
-    return funcol.wait_tensor(scatter(x, "sum", dim, group))
+    return _waited(scatter(x, "sum", dim, group))
+
+
+def _waited(x: torch.Tensor) -> torch.Tensor:
+    """``x`` when its collective is over. A traced one waits by itself; inductor does not know it with a second wait."""
+    return x if torch.compiler.is_compiling() else functional_collectives().wait_tensor(x)
 
 
 def fake_tensor_mode() -> Any:
@@ -217,6 +232,19 @@ def flash_attention_of_last_queries(
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
     )[0]
+
+
+#: Inductor's option that overlaps collectives with the matrix products beside them.
+ASYNC_TENSOR_PARALLEL_OPTION = "_micro_pipeline_tp"
+
+
+def enable_symmetric_memory(group: Any) -> None:
+    """Let inductor use symmetric memory for the collectives of ``group``."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(group.group_name)
 
 
 def config_with_attention(config: Any, name: str) -> Any:

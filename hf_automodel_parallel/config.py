@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .errors import ConfigError, UnsupportedError, not_available_yet
+from .errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     import yaml
@@ -50,11 +50,6 @@ CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
 
 # Who fills up an unexplained rest of the world, first open axis first. tp changes which kernels run, so it comes last.
 _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
-
-# Fields whose step has not landed: value that means "off", and what to do instead.
-_NOT_YET: dict[str, tuple[Any, str]] = {
-    "async_tensor_parallel": (False, "Remove it; it needs sequence parallelism first."),
-}
 
 
 @dataclass(repr=False)
@@ -228,11 +223,6 @@ class AutoParallelismConfig(ParallelismConfig):
             self.sequence_parallel = False
         if not isinstance(self.sequence_parallel, bool):
             raise ConfigError(f"sequence_parallel={self.sequence_parallel!r}: give true or false.")
-        for name, (off, remedy) in _NOT_YET.items():
-            value = getattr(self, name)
-            said_false = value is False and off is None
-            if value is not None and value != off and not said_false:
-                raise not_available_yet(name, value, remedy)
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "

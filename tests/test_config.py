@@ -22,7 +22,6 @@ from hf_automodel_parallel import (
     AutoParallelismConfig,
     AutoParallelTrainingArguments,
     ConfigError,
-    NotAvailableYetError,
     UnsupportedError,
 )
 from hf_automodel_parallel.config import AXES
@@ -276,27 +275,6 @@ def test_plan_order(order):
 def test_wrong_plan_order(order):
     with pytest.raises(ConfigError, match=r"plan_order=.*hf, registry, default"):
         AutoParallelismConfig(plan_order=order)
-
-
-NOT_YET = [
-    ("sequence_parallel", True),
-    ("async_tensor_parallel", True),
-    ("backend", "megatron_fsdp"),
-]
-
-
-@pytest.mark.parametrize("field, value", NOT_YET)
-@pytest.mark.parametrize("form", ["keyword", "dict", "pairs"])
-def test_options_that_have_not_landed_are_refused(field, value, form):
-    """Refused with field and value, never ignored."""
-    make = {
-        "keyword": lambda: AutoParallelismConfig(**{field: value}),
-        "dict": lambda: AutoParallelismConfig.parse({field: value}),
-        "pairs": lambda: AutoParallelismConfig.parse(f"{field}={str(value).lower() if value is True else value}"),
-    }
-    with pytest.raises(NotAvailableYetError, match=f"{field}={value!r} is not available yet") as caught:
-        make[form]()
-    assert isinstance(caught.value, UnsupportedError) and isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from ..activation_checkpointing import (
 )
 from ..adapters import check_trainable_as_shards, manage_adapters
 from ..adapters_added import adding
+from ..async_tensor_parallel import check_async_tensor_parallel, with_async_tensor_parallel
 from ..compile import compile_layers
 from ..context_parallel import forward as context_parallel
 from ..context_parallel.models import check_model as check_for_context_parallel
@@ -174,6 +175,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        if job.async_tensor_parallel:
+            check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:
             job.suitable = check_for_context_parallel(job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel)
         if job.tp_mesh is not None:
@@ -303,7 +306,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
         if job.compile_options is not None:
-            compile_layers(layers, mode, **job.compile_options)
+            options = job.compile_options
+            if job.async_tensor_parallel:
+                options = with_async_tensor_parallel(options, job.tp_mesh.get_group())  # type: ignore[union-attr]
+            compile_layers(layers, mode, **options)
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
                 checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)

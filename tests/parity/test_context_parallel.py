@@ -154,7 +154,9 @@ def outside_of_the_context():
     torch.manual_seed(dist.get_rank())
     rows = torch.utils.data.DataLoader(torch.arange(64).view(-1, 1), batch_size=4, shuffle=True)
     model, optimizer, rows = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1), rows)
-    results = {"shuffled": [row.flatten().tolist() for row in rows]}
+    results = {"drawn": torch.rand(2)}  # what a collator may do; both ranks have one batch
+    torch.manual_seed(dist.get_rank())
+    results["shuffled"] = [row.flatten().tolist() for row in rows]
     accelerator.backward(model(**whole).loss)
     results["whole"] = full_grads(model)
     optimizer.zero_grad()
@@ -180,7 +182,7 @@ def outside_of_the_context():
 
 def test_outside_of_the_context():
     first, second = run_distributed(2, outside_of_the_context)
-    assert first["shuffled"] == second["shuffled"]
+    assert first["shuffled"] == second["shuffled"] and torch.equal(first["drawn"], second["drawn"])
     reference = build("llama")
     batches = batches_for(reference, 1, ragged=True)
     loss, want = loss_and_grads(reference, batches)
