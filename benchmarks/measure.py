@@ -52,7 +52,7 @@ class Variant:
 
 
 VARIANTS = [
-    Variant("transformers' own TP", {}, native=True),
+
     Variant("TP, whole logits", {"loss_parallel": False}),
     Variant("TP", {}),
     Variant("TP + SP", {"sequence_parallel": True}),

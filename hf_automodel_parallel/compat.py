@@ -9,6 +9,7 @@ Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -16,7 +17,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -261,6 +262,19 @@ def uses_attention_registry(module: nn.Module) -> bool:
     """True if the forward of ``module`` looks attention up in transformers' registry (5.17 to 5.24: by this name)."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@contextlib.contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Without the traceback that torch logs for an operator that fails on fake tensors, where failing is an answer."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

@@ -17,6 +17,8 @@ from ..errors import UnsupportedError
 from .spec import Input, Output, SequenceBlock, ShardingSpec
 from .token_trace import FEATURES, TokensMeet, TokenTrace
 
+_BATCH = 2
+
 REMEDY = "Use sequence_parallel=False; tensor parallelism alone computes the same."
 
 
@@ -97,7 +99,7 @@ class SequenceProbe:
         self.last: torch.Tensor | None = None  # what the layer before returned
         self.left = list(self.layer_names)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), compat.quiet_fake_tensors():
                 stack(**self._inputs(stack))
         except (UnsupportedError, _TailFails):
             raise
@@ -174,12 +176,12 @@ class SequenceProbe:
         accepted = inspect.signature(stack.forward).parameters
         inputs: dict[str, Any] = {}
         if "input_ids" in accepted:
-            inputs["input_ids"] = torch.zeros((2, self.whole), dtype=torch.long)
+            inputs["input_ids"] = torch.zeros((_BATCH, self.whole), dtype=torch.long)
         else:
             width = getattr(getattr(stack, "config", None), "hidden_size", None)
             if "inputs_embeds" not in accepted or not isinstance(width, int):
                 raise TypeError("its forward takes neither input_ids nor inputs_embeds")
-            inputs["inputs_embeds"] = torch.zeros((2, self.whole, width))
+            inputs["inputs_embeds"] = torch.zeros((_BATCH, self.whole, width))
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         return inputs
@@ -190,7 +192,8 @@ class SequenceProbe:
         return tree_map_only(torch.Tensor, lambda x: instead if x is known else self.fake.from_tensor(x), value)
 
     def _to_real(self, value: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), value)
+        # One zero, shown in a large shape: nobody looks at hidden states.
+        return tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), value)
 
     def _beside(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -222,7 +225,7 @@ class SequenceProbe:
             hidden = args[0] if args else next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None)
             first = self.last is None
             expected = self.whole if first else self.share
-            if not isinstance(hidden, torch.Tensor) or not self._has_tokens(hidden, expected) or hidden.ndim != 3:
+            if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or not self._has_tokens(hidden, expected):
                 shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
                 raise UnsupportedError(
                     f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is no hidden state of shape "
@@ -355,26 +358,27 @@ class SequenceProbe:
             return output
         if boundary.output not in (Output.REDUCE, Output.GATHER):
             return output
-        length = first.shape[1] if first.ndim > 1 else 0
+        fresh = torch.empty(first.shape, dtype=first.dtype)
         if (
             boundary.output is Output.REDUCE
+            and first.ndim > 2
             and self._has_tokens(first, self.whole)
             and self.choices[self.path[0]].scatters
         ):
-            length = self.share
+            fresh = self._resized(first, self.share)
             self.scatters.append(name)
-        fresh = self._resized(first, length)
         return (fresh, *output[1:]) if isinstance(output, tuple) else fresh
 
     # ---- shapes ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _has_tokens(x: torch.Tensor, length: int) -> bool:
-        return x.ndim >= 3 and x.shape[1] == length
+        """``x`` is an activation of ``length`` tokens: (batch, length, ...) or, flat, (batch * length, width)."""
+        return x.shape[0] == _BATCH * length if x.ndim == 2 else x.ndim > 2 and x.shape[1] == length
 
     @staticmethod
     def _resized(x: torch.Tensor, length: int) -> torch.Tensor:
-        shape = x.shape if x.ndim < 2 else (x.shape[0], length, *x.shape[2:])
+        shape = (_BATCH * length, x.shape[1]) if x.ndim == 2 else (x.shape[0], length, *x.shape[2:])
         return torch.empty(
             shape, dtype=x.dtype
         )  # on the CPU, where everything is, and from nothing: no operator on `x`
@@ -391,15 +395,19 @@ class _Watched:
 
 
 def _marks(model: nn.Module) -> tuple[int, int]:
-    """Two primes that divide no dimension of a parameter, as lengths of a share and of a whole sequence."""
-    sizes = {size for parameter in model.parameters() for size in parameter.shape}
-    found: list[int] = []
-    candidate = 5
-    while len(found) < 2:
-        if all(candidate % d for d in range(2, candidate)) and all(size % candidate for size in sizes if size):
-            found.append(candidate)
-        candidate += 2
-    return found[0], found[1]
+    """Two primes that divide no dimension of a parameter, as lengths of a share and of a whole sequence.
+
+    The share is longer by far, so that lengths a block derives from the whole sequence (padded to a chunk, shifted by a
+    convolution) are never taken for a share.
+    """
+    sizes = {size for parameter in model.parameters() for size in parameter.shape if size}
+
+    def prime_from(start: int) -> int:
+        while any(start % d == 0 for d in range(2, start)) or any(size % start == 0 for size in sizes):
+            start += 1
+        return start
+
+    return prime_from(1000), prime_from(60)
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,15 +78,16 @@ class TokenTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         on_shares = any(self.is_share(x) for x in inputs)
-        on_whole = any(self.is_whole(x) for x in (*inputs, *outputs))
+        on_whole = any(self.is_whole(x) for x in inputs)
+        if on_shares and on_whole:
+            raise TokensMeet(f"{func} combines a share of the sequence with the whole sequence")
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         if on_shares and outputs:  # without outputs: a question about shape, dtype or device
-            if on_whole:
-                raise TokensMeet(f"{func} combines a share of the sequence with the whole sequence")
             self._check(func, args, kwargs, inputs, outputs)
+        on_whole = on_whole or (not on_shares and any(self.is_whole(x) for x in outputs))
         labels = frozenset().union(*(self.labels_of(x) for x in inputs))
         if on_shares or on_whole:
             for name in labels - {FEATURES}:

@@ -80,9 +80,21 @@ class SharedSequence(SharedInputs):
         for known, whole in self.gathered:
             if known is share:
                 return whole
-        whole = gather_sequence(share, self.group, self.rank, self.size, self.length)  # type: ignore[arg-type]
+        length: int = self.length  # type: ignore[assignment]
+        if share.ndim == 2:  # a flat list of tokens; no shortcut, since what is gathered is then a view
+            tokens = -(-length // self.size)
+            share = share.reshape(-1, tokens, share.shape[1])
+            return gather_sequence(share, self.group, self.rank, self.size, length).flatten(0, 1)
+        whole = gather_sequence(share, self.group, self.rank, self.size, length)
         self.gathered.append((share, whole))
         return whole
+
+    def split(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's share of ``whole``, ``(batch, length, ...)`` or, flat, ``(batch * length, width)``."""
+        if whole.ndim == 2:
+            whole = whole.reshape(-1, self.length, whole.shape[1])  # type: ignore[arg-type]
+            return split_sequence(whole, self.group, self.rank, self.size).flatten(0, 1)
+        return split_sequence(whole, self.group, self.rank, self.size)
 
     def copy(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """A column-wise consumer of a gathered activation gives its part of the gradient straight to the share."""
@@ -201,7 +213,7 @@ class BlockForward:
             if self.spec.gathers:
                 args, kwargs = replace_first(args, kwargs, shared.gather(first_tensor(args, kwargs)))
             output = self.inner(*args, **kwargs)
-            return _split_output(output, shared) if self.spec.splits else output
+            return map_tensor(output, shared.split) if self.spec.splits else output
         finally:
             shared.draw_common()
             shared.length = around
@@ -223,11 +235,7 @@ class BoundaryBlock(BlockForward):
             return None
         if self.spec.splits:
             self.shared.draw_own()
-        return _split_output(output, self.shared) if self.spec.splits else None
-
-
-def _split_output(output: Any, shared: SharedSequence) -> Any:
-    return map_tensor(output, lambda x: split_sequence(x, shared.group, shared.rank, shared.size))
+        return map_tensor(output, self.shared.split) if self.spec.splits else None
 
 
 class SequenceParallel:

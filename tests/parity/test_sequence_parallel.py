@@ -1,0 +1,145 @@
+"""Sequence parallelism equals one process: lengths that tp does not divide, all kinds of blocks, checkpoints and compilation."""
+
+from typing import Any
+
+import pytest
+from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.oracle import loss_and_grads
+from harness.pool import expect_error, run_distributed
+
+from parity.jobs import build
+from parity.sequence_jobs import ODD, batches_of, freeze, sequence_gradients
+from parity.test_gradients import LORA, MESHES
+
+MODELS = [
+    "llama",
+    "llama_tied",
+    "llama_odd_vocab",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "mistral",
+    "mixtral",
+    "mixtral_aux",
+    "qwen3_moe",
+    "qwen3_moe_aux",
+    "olmo2",
+    "cohere",
+]
+
+#: Every model full and with LoRA on tp2 x fsdp2; on the other meshes in turn.
+CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]
+CELLS += [
+    (model, mesh, (None, LORA)[(row + column) % 2])
+    for column, mesh in enumerate(("tp2", "tp4"))
+    for row, model in enumerate(MODELS)
+]
+
+
+def label(cell: tuple[str, str, Any]) -> str:
+    return f"{cell[0]}-{cell[1]}-{'full' if cell[2] is None else 'lora'}"
+
+
+def check(
+    model: str, mesh: str, adapter: dict | None, sizes: dict | None = None, overrides: dict | None = None, **more: Any
+) -> None:
+    """Compare one cell with the one-process oracle."""
+    world, mesh_sizes, dp_size = MESHES[mesh]
+    if mesh == "tp4":
+        overrides = {"num_key_value_heads": 4, **(overrides or {})}
+    loss, gradients = run_distributed(
+        world,
+        sequence_gradients,
+        model,
+        {**mesh_sizes, **(sizes or {})},
+        adapter=adapter,
+        overrides=overrides,
+        dp_size=dp_size,
+        timeout=240,
+        **more,
+    )[0]
+    reference = build(model, adapter, **(overrides or {}))
+    freeze(reference, more.get("frozen", ""))
+    batches = [part for length in more.get("lengths", (ODD,)) for part in batches_of(reference, dp_size, length)]
+    want_loss, want = loss_and_grads(reference, batches)
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(gradients, want)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=label)
+def test_gradients_equal_one_process(cell):
+    check(*cell)
+
+
+#: name -> (config fields, arguments of the job)
+CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full": ({"activation_checkpointing": "full"}, {}),
+    "submodule": ({"activation_checkpointing": "submodule"}, {}),
+    "selective": ({"activation_checkpointing": "selective"}, {}),
+    "own": ({}, {"own_checkpointing": {"use_reentrant": False}}),
+    "own-reentrant": ({}, {"own_checkpointing": {"use_reentrant": True}}),
+}
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTS)
+@pytest.mark.parametrize("model, adapter", [("llama", LORA), ("cohere", None), ("mixtral_aux", None), ("phi3", LORA)])
+def test_a_recomputation_knows_the_length_of_its_own_forward(model, adapter, mode):
+    """Two forwards of different lengths, one divided by tp and one not, before one backward of both."""
+    sizes, more = CHECKPOINTS[mode]
+    check(model, "tp2", adapter, sizes, lengths=(15, 10), **more)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective"])
+def test_compiled(mode):
+    sizes = {"compile": "aot_eager", "activation_checkpointing": mode}
+    check("llama", "tp2_fsdp2", LORA, sizes, lengths=(15, 10))
+
+
+@pytest.mark.parametrize("model", ["mixtral", "cohere", "gemma3"])
+def test_compiled_models(model):
+    check(model, "tp2", None, {"compile": "aot_eager"})
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_sequences_shorter_than_the_ranks(length):
+    check("llama", "tp4", None, lengths=(length, 8))
+
+
+@pytest.mark.both_ends
+@pytest.mark.parametrize("mode", ["full", "own", "own-reentrant"])
+def test_both_supported_transformers_versions(mode):
+    sizes, more = CHECKPOINTS[mode]
+    check("llama", "tp2", LORA, sizes, lengths=(15, 10), **more)
+
+
+@pytest.mark.parametrize("frozen", ["norm", "layers.0", "embed_tokens"])
+def test_what_is_frozen_stays_frozen(frozen):
+    """The reference system makes frozen norms trainable under sequence parallelism."""
+    check("llama", "tp2_fsdp2", None, frozen=frozen)
+
+
+@pytest.mark.parametrize("adapter", [{"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}])
+def test_copies_of_norms_to_save(adapter):
+    check("llama", "tp2", adapter)
+
+
+def test_biases_after_the_reduction():
+    """Added to shares, so each rank has a summand of their gradient; those of column-wise layers stay as they were."""
+    check("llama", "tp2", LORA, overrides={"attention_bias": True, "mlp_bias": True})
+    check("llama", "tp2", None, overrides={"attention_bias": True, "mlp_bias": True})
+
+
+def test_one_rank_of_tp_is_refused():
+    expect_error(
+        2, sequence_gradients, "llama", {"dp_shard_size": 2}, match=r"sequence_parallel=True with tp_size=1.*tp_size=2"
+    )
+
+
+def test_a_layer_that_cannot_be_understood_is_refused_by_name():
+    expect_error(
+        2,
+        sequence_gradients,
+        "gemma3n",
+        {"tp_size": 2},
+        match=r"model\.layers\.0 \(Gemma3nTextDecoderLayer\) is no hidden state",
+    )
