@@ -116,7 +116,7 @@ def accelerate_steps(
         optimizer = torch.optim.AdamW(parameter_groups(model, True), lr=1e-3, weight_decay=0.1, eps=1e-3)
         calls = [0]
         for path, module in model.named_modules():
-            if path.endswith("down_proj"):
+            if path.endswith("gate_proj"):
                 module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         model, optimizer = accelerator.prepare(model, optimizer)
         mine = dist.get_rank() // accelerator.parallelism_config.tp_size
