@@ -208,9 +208,12 @@ def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
 
 def refusals() -> list[str]:
     """Messages of what the function refuses, on every rank alike, with a model that is then still as it was."""
-    from torch.distributed.tensor.parallel import SequenceParallel
+    from torch.distributed.tensor.parallel import ColwiseParallel
 
     from hf_automodel_parallel.errors import AutoParallelError
+
+    class Own(ColwiseParallel):
+        pass
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     model = build("llama")
@@ -228,7 +231,7 @@ def refusals() -> list[str]:
         {"dp_shard_dim": "data"},
         {"tp_dim": "tensor"},
         {"tp_dim": "dp"},
-        {"tp_shard_plan": {"model.norm": SequenceParallel()}},
+        {"tp_shard_plan": {"model.layers.*.mlp.up_proj": Own()}},
         {"tp_shard_plan": {"model.layers.*.mlp.up_prj": "colwise"}},
     ]
     messages = []
