@@ -116,7 +116,7 @@ def accelerate_steps(
         optimizer = torch.optim.AdamW(parameter_groups(model, True), lr=1e-3, weight_decay=0.1, eps=1e-3)
         calls = [0]
         for path, module in model.named_modules():
-            if path.endswith("down_proj"):
+            if path.endswith("gate_proj"):
                 module.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
         model, optimizer = accelerator.prepare(model, optimizer)
         mine = dist.get_rank() // accelerator.parallelism_config.tp_size
@@ -208,9 +208,12 @@ def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
 
 def refusals() -> list[str]:
     """Messages of what the function refuses, on every rank alike, with a model that is then still as it was."""
-    from torch.distributed.tensor.parallel import SequenceParallel
+    from torch.distributed.tensor.parallel import ColwiseParallel
 
     from hf_automodel_parallel.errors import AutoParallelError
+
+    class Own(ColwiseParallel):
+        pass
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     model = build("llama")
@@ -228,7 +231,7 @@ def refusals() -> list[str]:
         {"dp_shard_dim": "data"},
         {"tp_dim": "tensor"},
         {"tp_dim": "dp"},
-        {"tp_shard_plan": {"model.norm": SequenceParallel()}},
+        {"tp_shard_plan": {"model.layers.*.mlp.up_proj": Own()}},
         {"tp_shard_plan": {"model.layers.*.mlp.up_prj": "colwise"}},
     ]
     messages = []

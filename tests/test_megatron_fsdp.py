@@ -189,7 +189,7 @@ def test_refusals_are_the_same_on_all_ranks():
         "dp_shard_dim='data'",
         "tp_dim='tensor'",
         "both 'dp'",
-        "SequenceParallel",
+        "style Own",
         "up_prj",
         "GPT2",
     ]

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..errors import ConfigError, UnsupportedError
 from .options import MegatronOptions
@@ -145,6 +147,28 @@ def start_backward(wrapper: Any) -> None:
 def sharded_parameters(wrapper: Any) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer updates, by name."""
     return dict(wrapper.param_and_grad_buffer.optimizer_named_parameters)
+
+
+def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
+    """Let parameters and gradients that are replicated over tp say so, on the same ``mesh`` (..., shard, tp) as the others.
+
+    megatron-fsdp describes them on the data-parallel axes alone. Whoever sees gradients on two meshes (the Trainer's clipping)
+    adds up norms mesh by mesh with torch's functions, which fail on uneven shards; and nobody could compare the copies.
+    """
+    buffer = wrapper.param_and_grad_buffer
+    for name, parameter in buffer.optimizer_named_parameters:
+        old = parameter._spec
+        if len(old.placements) == mesh.ndim:
+            continue
+        missing = mesh.ndim - len(old.placements)
+        placements = (*old.placements, *[Replicate()] * missing)
+        parameter._spec = type(old)(mesh, placements, tensor_meta=old.tensor_meta)
+        if parameter.requires_grad:
+            # It makes this object at the first gradient, if it is not there, and later only exchanges what is inside.
+            nothing = parameter.detach().to_local().new_empty(0, *parameter.shape[1:])
+            buffer.dist_main_grad[name] = DTensor.from_local(
+                nothing, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
 
 
 def install_values(wrapper: Any) -> None:

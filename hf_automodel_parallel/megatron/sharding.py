@@ -57,12 +57,15 @@ class MegatronModel:
     places: Places
     tensor_parallel: TensorParallelState | None = None
     states: Any = None
+    began: bool = field(default=False, repr=False)
+    reduced: bool = field(default=True, repr=False)
     depth: int = field(default=0, repr=False)
 
     # ---- around a forward ------------------------------------------------------------------------------------------
 
     def _before(self, *_: Any) -> None:
         if self.depth == 0:
+            self.began = False
             engine.show_raw(self.wrapper)
         self.depth += 1
 
@@ -75,7 +78,21 @@ class MegatronModel:
         if not waiting:
             engine.show_sharded(self.wrapper)
         for tensor in waiting:
-            tensor.register_hook(lambda _: engine.start_backward(self.wrapper))
+            tensor.register_hook(self._begin_backward)
+
+    def _begin_backward(self, _: torch.Tensor) -> None:
+        """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they are.
+
+        ``optimizer.zero_grad()`` clears them, ``model.zero_grad()``, which the Trainer calls, and ``p.grad = None`` do not, and
+        the next backward would add to what the last step has used. Between micro-batches that are not reduced there are no
+        gradients yet, only buffers.
+        """
+        if not self.began:
+            self.began = True
+            if self.reduced and all(parameter.grad is None for parameter in self.parameters.values()):
+                self.wrapper.zero_grad_buffer()
+            self.reduced = bool(self.wrapper.model_auto_sync)
+        engine.start_backward(self.wrapper)
 
     def watch(self) -> None:
         """Notice forwards that begin at the model itself or at the model inside of PEFT's."""
@@ -202,7 +219,7 @@ def shard_with_megatron(
 
     A tensor-parallel parameter is a DTensor on the tp axis. megatron-fsdp keeps it so in flight (with the gathered data inside),
     which the regions of :mod:`..tensor_parallel.in_flight` then make local as under FSDP2; at rest it becomes a DTensor on both
-    axes. A parameter that is replicated over tp is one on the data-parallel axis alone.
+    axes.
 
     Args:
         model: on one device, or on meta with ``init_fsdp_with_meta_device``.
@@ -234,6 +251,9 @@ def shard_with_megatron(
         **hybrid,
         **engine.translate(options, units, has_optimizer),
     )
+    if layout.tp_mesh is not None:
+        names = (layout.replicas, layout.shard, layout.tp) if layout.replicas else (layout.shard, layout.tp)
+        engine.put_on_one_mesh(wrapper, layout.mesh[names])
     places = Places(layout, engine.sharded_parameters(wrapper), shapes, spec, options.zero_dp_strategy != 0)
     managed = MegatronModel(model, wrapper, layout, options, places, tensor_parallel)
     managed.watch()

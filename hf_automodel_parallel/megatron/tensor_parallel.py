@@ -1,4 +1,4 @@
-"""Tensor-parallel parameters in the form that megatron-fsdp can shard, and plans in the form that leads there.
+"""Tensor-parallel parameters in the form that megatron-fsdp can shard.
 
 megatron-fsdp reads a DTensor's *global* shape where it means the local one: a weight that is sharded on dimension 1 gets rows of
 the wrong length, and its own check fails. Local tensors with Megatron-Core's three attributes are its other, well used, way.
@@ -6,26 +6,12 @@ the wrong length, and its own check fails. Local tensors with Megatron-Core's th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedError
 from ..plan.spec import REPLICATED, ShardingSpec
 from .shards import local_part
-
-#: Layouts of input and output of torch's styles -> the style of the same meaning.
-_COLWISE: dict[tuple[Placement, Placement], str] = {
-    (Replicate(), Shard(-1)): "colwise",
-    (Replicate(), Replicate()): "colwise_gather_output",
-}
-_ROWWISE: dict[tuple[Placement, Placement], str] = {
-    (Shard(-1), Replicate()): "rowwise",
-    (Replicate(), Replicate()): "rowwise_split_input",
-}
 
 
 def make_local(model: nn.Module, spec: ShardingSpec) -> None:
@@ -45,46 +31,12 @@ def make_local(model: nn.Module, spec: ShardingSpec) -> None:
             module._parameters[key] = made[id(parameter)][1]
 
 
-def local_plan(plan: Any) -> Any:
-    """``plan`` with torch's ``ColwiseParallel`` and ``RowwiseParallel`` as the styles of the same meaning that compute on local
-    tensors; anything that is no dict unchanged.
-
-    Raises:
-        UnsupportedError: a style object that has no such counterpart.
-    """
-    if not isinstance(plan, Mapping):
-        return plan
-    return {pattern: _local_style(pattern, style) for pattern, style in plan.items()}
-
-
-def _local_style(pattern: str, style: Any) -> Any:
-    if isinstance(style, str):
-        return style
-    if type(style) is ColwiseParallel and style.use_local_output:
-        name = _COLWISE.get(_layouts(style))
-    elif type(style) is RowwiseParallel and style.use_local_output:
-        name = _ROWWISE.get(_layouts(style))
-    else:
-        name = None
-    if name is None:
-        raise _refused(pattern, type(style).__name__)
-    return name
-
-
-def _layouts(style: Any) -> tuple[Placement, Placement]:
-    return style.input_layouts[0], style.output_layouts[0]
-
-
 def check_local(spec: ShardingSpec) -> None:
     """Raise :class:`UnsupportedError` if a module of ``spec`` runs on an engine that needs DTensors in flight."""
     for name, module in spec.modules.items():
         if module.foreign is not None:
-            raise _refused(name, type(module.foreign).__name__)
-
-
-def _refused(place: str, style: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"the tensor-parallel style {style} of {place!r} cannot be combined with megatron-fsdp: it computes with DTensors, and "
-        f"megatron-fsdp gathers local tensors. Use a style name such as 'colwise' or 'rowwise' (or torch's ColwiseParallel and "
-        f"RowwiseParallel with local outputs, replicated or sharded on the last dimension), or leave tp_shard_plan out."
-    )
+            raise UnsupportedError(
+                f"the tensor-parallel style {type(module.foreign).__name__} of {name!r} cannot be combined with megatron-fsdp, "
+                f"which gathers local tensors: it computes with DTensors. Use a style name such as 'colwise' or 'rowwise' (or a "
+                f"style of torch's that means the same), or leave tp_shard_plan out."
+            )

@@ -16,7 +16,7 @@ from ..megatron.mesh import find_axes
 from ..megatron.options import MegatronOptions
 from ..megatron.sharding import MegatronModel, managed_by_megatron, shard_with_megatron
 from ..megatron.state import WholeStates
-from ..megatron.tensor_parallel import check_local, local_plan, make_local
+from ..megatron.tensor_parallel import check_local, make_local
 from ..megatron.units import unit_classes
 from ..plan.layers import check_peft_method
 from ..plan.resolve import resolve
@@ -75,6 +75,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             "sequence_parallel": job.sequence_parallel,
             "async_tensor_parallel": job.async_tensor_parallel,
             "loss_parallel": job.loss_parallel is True,
+            "loss_chunk_size": job.loss_chunk_size is not None,
+            "cp_size": job.cp_mesh is not None,
             "state_dict_type=SHARDED_STATE_DICT": job.sharded_checkpoints,
             "init_fsdp_with_meta_device": self.options.init_fsdp_with_meta_device and not job.sums_after_backward,
             "mixed_precision='fp16'": job.options.mp_policy.param_dtype is torch.float16,
@@ -120,7 +122,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         """Choose the plan and resolve it on the model; styles that need DTensors in flight are refused."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, local_plan(job.tp_plan), job.plan_order)
+        job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
         job.spec = resolve(job.model, job.plan, size)
         check_local(job.spec)
         validate(job.model, job.spec, size)

@@ -144,12 +144,11 @@ def five_steps_trainer(
         lr_scheduler_type="constant",
         optim=optim,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         seed=0,
         parallelism_config=AutoParallelismConfig(**sizes),
-        **arguments,
+        **{"save_strategy": "no", **arguments},
     )
     trainer = InOrder(model, args, train_dataset=_Rows(steps))
     trainer.train()
