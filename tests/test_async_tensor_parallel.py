@@ -87,12 +87,12 @@ def test_inductor_fuses_the_collectives_of_our_group_alone(tp_mesh, monkeypatch)
 
     def layer(over):
         def forward(x, up, down):
-            hidden = compat.all_gather_dim(x, 0, over) @ up
-            return compat.reduce_scatter_dim(hidden @ down, 0, over)
+            hidden = torch.relu(compat.all_gather_dim(x, 1, over) @ up)
+            return compat.reduce_scatter_dim(hidden @ down, 1, over)
 
         return forward
 
-    inputs = torch.randn(64, 32), torch.randn(32, 128), torch.randn(128, 32)
+    inputs = torch.randn(2, 64, 32), torch.randn(32, 128), torch.randn(128, 32)
     options = with_async_tensor_parallel(COMPILED, group)
     fused = operators_of(layer(group), inputs, options)
     assert "symm_mem.fused_all_gather_matmul" in fused and "symm_mem.fused_matmul_reduce_scatter" in fused
