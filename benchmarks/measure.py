@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Tokens of one batch: 2 rows.
@@ -52,7 +53,7 @@ class Variant:
 
 
 VARIANTS = [
-
+    Variant("transformers' own TP", {}, native=True),
     Variant("TP, whole logits", {"loss_parallel": False}),
     Variant("TP", {}),
     Variant("TP + SP", {"sequence_parallel": True}),
@@ -98,11 +99,16 @@ def parallel(variant: Variant, layers: int) -> tuple[nn.Module, Callable[[torch.
         from transformers import LlamaForCausalLM
         from transformers.distributed import DistributedConfig
 
+        place: list[Any] = [None]
         with tempfile.TemporaryDirectory() as directory:
-            build(layers).save_pretrained(directory)
-            dist.barrier()
+            if dist.get_rank() == 0:
+                build(layers).save_pretrained(directory)
+                place = [directory]
+            dist.broadcast_object_list(place)
             config = DistributedConfig(tp_size=dist.get_world_size())
-            return LlamaForCausalLM.from_pretrained(directory, distributed_config=config), torch.Tensor.backward
+            model = LlamaForCausalLM.from_pretrained(place[0], distributed_config=config)
+            dist.barrier()
+        return model, torch.Tensor.backward
     from accelerate import Accelerator
 
     from hf_automodel_parallel import AutoParallelismConfig
@@ -117,7 +123,7 @@ def parallel(variant: Variant, layers: int) -> tuple[nn.Module, Callable[[torch.
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by kind, and the bytes that each rank has of their larger side."""
+    """Counts collectives by kind, and the bytes that each rank sends (ring algorithms: an all-reduce moves its tensor twice)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,9 +134,10 @@ class Collectives(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         kind = _BY_OPERATOR.get(function.name().partition(".")[0])
         if kind is not None:
-            sizes = [t.numel() * t.element_size() for t in _tensors((args, result))]
+            whole = max((t.numel() * t.element_size() for t in _tensors((args, result))), default=0)
+            ranks = dist.get_world_size()
             self.count[kind] += 1
-            self.bytes[kind] += max(sizes, default=0)
+            self.bytes[kind] += whole * (ranks - 1) // ranks * (2 if kind == "all_reduce" else 1)
         return result
 
 
@@ -145,24 +152,27 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 @contextmanager
 def saved_bytes(model: nn.Module, result: list[int]) -> Any:
     """Append to ``result`` the bytes that autograd keeps for the backward of the block, parameters apart, views once."""
-    own = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        own.add(local.untyped_storage().data_ptr())
     found: dict[int, int] = {}
     keep = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        with suppress(RuntimeError, NotImplementedError):  # a tensor without a storage of its own
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-                keep.append(tensor)  # an address is only its own as long as it is taken
+        storage = _local(tensor).untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        keep.append(tensor)  # an address is only its own as long as it is taken
         return tensor
 
+    def own() -> set[int]:
+        return {_local(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    parameters = own()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
-    result.append(sum(found.values()))
+    parameters |= own()  # after a forward FSDP2 shows the gathered ones, which are other storages
+    result.append(sum(size for address, size in found.items() if address not in parameters))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def launch(script: str, ranks: int, arguments: list[str]) -> None:

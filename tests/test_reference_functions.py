@@ -27,7 +27,6 @@ from hf_automodel_parallel.plan.torch_styles import NamedStyle
 from hf_automodel_parallel.plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from hf_automodel_parallel.tensor_parallel.head_counts import (
     attention_is_head_sharded,
-    count_local_heads,
     update_attention_head_counts_for_tp,
 )
 
@@ -376,5 +375,5 @@ def test_heads_are_counted_locally_where_the_plan_shards_them():
         "model.layers.1.self_attn.q_proj": "colwise_gather_output",
         "model.layers.1.mlp.up_proj": "colwise",
     }
-    count_local_heads(model, resolve(model, select_plan(model, plan), 2), 2)
-    assert [layer.self_attn.num_heads for layer in model.model.layers] == [2, 4]
+    counts = resolve(model, select_plan(model, plan), 2).head_counts
+    assert {name: values["num_heads"] for name, values in counts.items()} == {"model.layers.0.self_attn": 2}
