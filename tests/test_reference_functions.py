@@ -21,13 +21,10 @@ from hf_automodel_parallel.activation_checkpointing import (
 from hf_automodel_parallel.compile import apply_per_layer_compile
 from hf_automodel_parallel.layers import all_frozen, largest_container, model_layers, submodule
 from hf_automodel_parallel.plan.imports import import_class_from_path, import_classes_from_paths
-from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
 from hf_automodel_parallel.plan.torch_styles import NamedStyle
 from hf_automodel_parallel.plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from hf_automodel_parallel.tensor_parallel.head_counts import (
     attention_is_head_sharded,
-    count_local_heads,
     update_attention_head_counts_for_tp,
 )
 
@@ -364,17 +361,3 @@ def test_nothing_to_compile():
             apply_per_layer_compile(nn.Linear(2, 2))
     finally:
         compat.restore_spec_hash()
-
-
-def test_heads_are_counted_locally_where_the_plan_shards_them():
-    """By the resolved plan: the attention whose projections are sharded, not the one whose output is gathered."""
-    model = build_model("llama")
-    for layer in model.model.layers:
-        layer.self_attn.num_heads = 4
-    plan = {
-        "model.layers.0.self_attn.q_proj": ColwiseParallel(),
-        "model.layers.1.self_attn.q_proj": "colwise_gather_output",
-        "model.layers.1.mlp.up_proj": "colwise",
-    }
-    count_local_heads(model, resolve(model, select_plan(model, plan), 2), 2)
-    assert [layer.self_attn.num_heads for layer in model.model.layers] == [2, 4]

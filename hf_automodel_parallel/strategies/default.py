@@ -42,7 +42,6 @@ from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.apply import TensorParallelState, apply_tensor_parallel, install_regions
-from ..tensor_parallel.head_counts import count_local_heads
 from ..tensor_parallel.random import (
     draws_random_numbers,
     install_own_numbers,
@@ -205,7 +204,6 @@ class DefaultStrategy:
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
         job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
-        count_local_heads(job.model, job.spec, job.tp_mesh.size())  # type: ignore[arg-type,union-attr]
         install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(job.model):
             if job.compile_options is None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel
 from ..errors import PlanError
 from ..layers import find_layers
 from ..plan.names import unwrapped
-from ..plan.spec import Output, PlanEntry, ShardingSpec
+from ..plan.spec import PlanEntry
 from ..plan.validate import config_with_heads
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -66,20 +66,6 @@ def update_attention_head_counts_for_tp(model: nn.Module, tp_size: int) -> None:
             # Not the mixer of a state-space layer, which counts heads of another kind and stays whole.
             if _sounds_like_attention(name.rpartition(".")[2]) or _sounds_like_attention(type(module).__name__):
                 _count_locally(name, module, tp_size)
-
-
-def count_local_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
-    """The same for exactly those attentions of which ``spec`` shards a projection and leaves its output sharded."""
-    sharded = {
-        n.removesuffix(".weight").removesuffix(".base_layer") for n, s in spec.parameters.items() if s.dim is not None
-    }
-    for name in sorted({n.rpartition(".")[0] for n in sharded if _leaves_output_sharded(spec, n)}):
-        _count_locally(name, model.get_submodule(name), tp_size)
-
-
-def _leaves_output_sharded(spec: ShardingSpec, name: str) -> bool:
-    module = spec.modules.get(name)
-    return module is not None and module.foreign is None and module.output is Output.NONE
 
 
 def _sounds_like_attention(name: str) -> bool:

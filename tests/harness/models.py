@@ -72,7 +72,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", _DENSE),
     "cohere": ("cohere", _DENSE),
     "gpt2": ("gpt2", _COMMON | {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    # its attention counts heads itself
     "gptj": (
         "gptj",
         _COMMON | {"n_inner": 128, "rotary_dim": 8, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
