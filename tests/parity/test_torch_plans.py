@@ -55,7 +55,6 @@ CELLS = {
     "phi3-tp2-full": ("phi3", "tp2", None, phi3_plan),
     "qwen3-tp2_fsdp2-lora": ("qwen3", "tp2_fsdp2", LORA, lambda: selected("qwen3")),
     "mixtral-tp2-full": ("mixtral", "tp2", None, lambda: selected("mixtral")),
-    "gptj-tp2-full": ("gptj", "tp2", None, lambda: selected("gptj")),
 }
 
 
