@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -21,7 +22,11 @@ from hf_automodel_parallel.strategies.bagel import (
 )
 from hf_automodel_parallel.strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy, InOwnDtype
 from hf_automodel_parallel.strategies.nemotron_h import nemotronh_decoder_blocks
-from hf_automodel_parallel.strategies.registry import get_parallelization_strategy
+from hf_automodel_parallel.strategies.registry import (
+    BUILT_IN,
+    PARALLELIZATION_STRATEGIES,
+    get_parallelization_strategy,
+)
 from hf_automodel_parallel.strategies.video import head_sharded_attentions
 from parity.families import batches_for, build, kept_in_float32, one_process, parallelized, prepared
 from parity.test_gradients import MESHES
@@ -149,8 +154,11 @@ def refused(family: str, axes: dict[str, int], **options: Any) -> None:
     arguments = options.pop("arguments", {})
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     model = build(family, **arguments)
-    if options.pop("fused", False):
+    change = options.pop("change", None)
+    if change == "fuse":
         model.fuse_qkv_projections()
+    elif change == "norm":
+        model.blocks[1].attn2.norm_q = nn.LayerNorm(48)
     get_parallelization_strategy(model).parallelize(model, mesh, **options)
 
 
@@ -167,7 +175,8 @@ REFUSED = {
     "wan-heads": ("wan", TP2, {"arguments": {"num_attention_heads": 3}}, "num_attention_heads=3 .* tp_size=2"),
     "wan-some": ("wan", TP2, {"tp_shard_plan": {"blocks.*.attn1.to_q": "colwise"}}, "not to_k, to_v"),
     "wan-typo": ("wan", TP2, {"tp_shard_plan": {"blocks.*.fnn.net.2": "rowwise"}}, "match no module"),
-    "wan-norm": ("hunyuan_video", TP2, {"arguments": {"qk_norm": "layer_norm_across_heads"}}, "norm_q is a LayerNorm"),
+    "wan-norm": ("wan", TP2, {"change": "norm"}, "norm_q is a LayerNorm"),
+    "wan-fused": ("wan", TP2, {"change": "fuse"}, "attn1 has fused projections"),
 }
 
 
@@ -219,6 +228,23 @@ def test_defect_10_no_module_global_is_swapped():
     assert run_distributed(2, globals_while_sharding) == [[], []]
 
 
+REFERENCE_ARGUMENTS = [
+    *("model", "device_mesh", "mp_policy", "offload_policy", "sequence_parallel", "activation_checkpointing"),
+    *("tp_shard_plan", "dp_replicate_mesh_name", "dp_shard_cp_mesh_name", "tp_mesh_name"),
+]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_arguments_have_the_order_of_the_reference_api(name):
+    method = PARALLELIZATION_STRATEGIES[name].parallelize
+    arguments = list(inspect.signature(method).parameters)
+    if name.startswith(("Qwen", "Deepseek")):
+        assert arguments == ["model", "device_mesh", "dp_shard_cp_mesh_name", "kwargs"]
+        return
+    assert arguments[:10] == REFERENCE_ARGUMENTS
+    assert inspect.signature(method).parameters["activation_checkpointing"].default is name.startswith("Hunyuan")
+
+
 # ---- the shape of a family ---------------------------------------------------------------------------------------
 
 
@@ -257,11 +283,9 @@ def test_nemotron_h_of_both_sources():
 
 
 def test_subclasses_share_the_strategy_of_their_base():
-    from transformers import DeepseekV4ForCausalLM
-
-    tuned = type("Tuned", (DeepseekV4ForCausalLM,), {})
-    strategy = get_parallelization_strategy(tuned.__new__(tuned))
-    assert type(strategy) is DeepseekV4ParallelizationStrategy
+    model = build("deepseek_v4")
+    model.__class__ = type("Tuned", (type(model),), {})
+    assert type(get_parallelization_strategy(model)) is DeepseekV4ParallelizationStrategy
 
 
 # ---- BAGEL -------------------------------------------------------------------------------------------------------
