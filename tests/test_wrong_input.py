@@ -240,7 +240,12 @@ def with_dispatched_batches(sizes: dict) -> list[int]:
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_dispatched_batches_under_tensor_parallelism(mesh):
     world, sizes = MESHES[mesh]
-    expect_error(world, with_dispatched_batches, sizes, match=r"dispatch_batches=True does not know tensor parallelism")
+    expect_error(
+        world,
+        with_dispatched_batches,
+        sizes,
+        match=r"dispatch_batches=True does not know tensor and context parallelism",
+    )
 
 
 def test_dispatched_batches_under_fsdp2_alone_stay_as_they_are():

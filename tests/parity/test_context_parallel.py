@@ -54,6 +54,7 @@ MESHES = {
     "cp2": (2, {"cp_size": 2}, 1),
     "cp2_tp2": (4, {"cp_size": 2, "tp_size": 2}, 1),
     "cp2_fsdp2": (4, {"cp_size": 2, "dp_shard_size": 2}, 2),
+    "cp2_replicas": (4, {"cp_size": 2, "dp_replicate_size": 2}, 2),
     "cp4": (4, {"cp_size": 4}, 1),
 }
 
@@ -62,6 +63,7 @@ CELLS = [
     ("llama_tied", "cp2_tp2", LORA, {"activation_checkpointing": "full"}),
     ("llama", "cp2_fsdp2", LORA, {"activation_checkpointing": "selective"}),
     ("qwen3", "cp2_fsdp2", None, {}),
+    ("qwen3", "cp2_replicas", LORA, {}),
     ("mixtral", "cp4", LORA, {}),
     ("gpt2", "cp2", None, {}),
     ("llama", "cp2", LORA, {"compile": "aot_eager"}),
@@ -180,6 +182,7 @@ def outside_of_the_context():
     return results
 
 
+@pytest.mark.both_ends
 def test_outside_of_the_context():
     first, second = run_distributed(2, outside_of_the_context)
     assert first["shuffled"] == second["shuffled"] and torch.equal(first["drawn"], second["drawn"])
