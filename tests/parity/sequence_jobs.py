@@ -60,3 +60,35 @@ def freeze(model: torch.nn.Module, part: str) -> None:
     for name, parameter in model.named_parameters():
         if part and part in name:
             parameter.requires_grad_(False)
+
+
+def outputs(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> dict[str, list[torch.Tensor]]:
+    """What callers can look at, training and evaluating."""
+    batch = batches_of(model, 1)[0]
+    wanted = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    result: dict[str, list[torch.Tensor]] = {}
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        with torch.set_grad_enabled(mode == "train"):
+            out = model(**batch, **wanted)
+            result[f"{mode} as tuple"] = list(model(**batch, **wanted, return_dict=False)[2])
+        result[f"{mode} hidden states"] = list(out.hidden_states)
+        result[f"{mode} attentions"] = list(out.attentions)
+        result[f"{mode} logits"] = [out.logits]
+        if mode == "train":
+            # A consumer that is the same on all ranks, of a share, of the gathered end, and of a part of the logits.
+            part = model(**batch, logits_to_keep=3, use_cache=False).logits
+            backward(sum(h.square().mean() for h in out.hidden_states) + part.square().mean())
+            result["gradients"] = [g for g in full_grads(model).values() if g is not None]
+            model.zero_grad()
+    prompt = batch["input_ids"][:, :5]
+    result["generated"] = [model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)]
+    return {key: [x.detach() for x in values] for key, values in result.items()}
+
+
+def outputs_of_one_model(name: str, sizes: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """:func:`outputs` under sequence parallelism."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(sequence_parallel=True, audit="off", **sizes))
+    model = build(name, attn_implementation="eager")
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    return outputs(model, accelerator.backward)
