@@ -42,12 +42,15 @@ def by_axis(counts: CollectiveCounts, mesh: DeviceMesh) -> Counts:
 # ---- what a layer costs --------------------------------------------------------------------------------------------
 
 
-def forward_and_backward(model_name: str, layer_counts: list[int]) -> dict[int, tuple[Counts, Counts]]:
+def forward_and_backward(
+    model_name: str, layer_counts: list[int], sequence_parallel: bool = False
+) -> dict[int, tuple[Counts, Counts]]:
     """Collectives of one forward and one backward (no flush: `loss.backward()`), by number of layers."""
     name, adapter = MODELS[model_name]
     result = {}
     for layers in layer_counts:
-        accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+        config = AutoParallelismConfig(tp_size=2, sequence_parallel=sequence_parallel)
+        accelerator = Accelerator(parallelism_config=config)
         model = build(name, adapter, num_hidden_layers=layers)
         batch = batches_for(model, 1)[0]
         model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
@@ -95,6 +98,40 @@ def test_layers_cost_one_less_when_nothing_below_them_is_trained(layers):
     """No gradient flows to the input of layer 0 under LoRA, so its first boundary has nothing to sum: 4L - 1."""
     assert both_ways("llama_full", layers) == EMBEDDING_AND_HEAD + Counter(all_reduce=4 * layers)
     assert both_ways("llama_lora", layers) == EMBEDDING_AND_HEAD + Counter(all_reduce=4 * layers - 1)
+
+
+# ---- the same with sequence parallelism ------------------------------------------------------------------------------
+
+
+@functools.cache
+def sequence_costs(model: str) -> list[dict[int, tuple[Counts, Counts]]]:
+    return run_distributed(2, forward_and_backward, model, [2, 4], sequence_parallel=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_dense_layer_on_shares_costs_two_gathers_and_two_reduce_scatters_each_way(model):
+    """As many bytes as two all-reduces; no all-reduce of activations."""
+    for rank in sequence_costs(model):
+        (forward2, backward2), (forward4, backward4) = rank[2], rank[4]
+        assert forward4["tp"] - forward2["tp"] == {"all_gather": 2 * 2, "reduce_scatter": 2 * 2}
+        assert backward4["tp"] - backward2["tp"] == {"all_gather": 2 * 2, "reduce_scatter": 2 * 2}
+        for counts in (*rank[2], *rank[4]):
+            assert counts["elsewhere"] == {}
+
+
+def test_the_ends_on_shares_cost_no_all_reduce_but_that_of_the_embedding():
+    """Forward: the vocabulary slices' sum, hidden states and logits gathered. Backward: hidden states, embedding's gradient."""
+    forward, backward = (counts["tp"] for counts in sequence_costs("llama_full")[0][2])
+    layers = Counter(all_gather=2 * 2, reduce_scatter=2 * 2)
+    assert forward == layers + Counter(all_reduce=1, all_gather=2)
+    assert backward == layers + Counter(reduce_scatter=1, all_gather=1)
+
+
+def test_lora_on_shares_saves_what_nobody_below_needs():
+    """A frozen embedding: neither the gradient of the first layer's input nor its boundary is needed."""
+    forward, backward = (counts["tp"] for counts in sequence_costs("llama_lora")[0][2])
+    assert forward == sequence_costs("llama_full")[0][2][0]["tp"]
+    assert backward == Counter(all_gather=2 * 2, reduce_scatter=2 * 2 - 1 + 1)
 
 
 # ---- what a step costs beyond its activations ----------------------------------------------------------------------

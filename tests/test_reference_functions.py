@@ -21,6 +21,8 @@ from hf_automodel_parallel.activation_checkpointing import (
 from hf_automodel_parallel.compile import apply_per_layer_compile
 from hf_automodel_parallel.layers import all_frozen, largest_container, model_layers, submodule
 from hf_automodel_parallel.plan.imports import import_class_from_path, import_classes_from_paths
+from hf_automodel_parallel.plan.resolve import resolve
+from hf_automodel_parallel.plan.selection import select_plan
 from hf_automodel_parallel.plan.torch_styles import NamedStyle
 from hf_automodel_parallel.plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from hf_automodel_parallel.tensor_parallel.head_counts import (

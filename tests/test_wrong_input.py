@@ -92,7 +92,7 @@ def test_sizes_that_do_not_multiply_to_the_world(world, sizes, message):
     [
         ("tq=2", r"unknown field 'tq'.*did you mean 'tp'"),
         ("tp=two", r"tp_size='two'"),
-        ("sequence_parallel,tp=2", r"sequence_parallel=True is not available yet"),
+        ("sequence_parallel,tp=1", r"sequence_parallel=True with tp_size=1"),
         ("tp=2,plan_order=hugging_face", r"plan_order=\('hugging_face',\)"),
     ],
 )

@@ -60,3 +60,66 @@ def freeze(model: torch.nn.Module, part: str) -> None:
     for name, parameter in model.named_parameters():
         if part and part in name:
             parameter.requires_grad_(False)
+
+
+def outputs(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> dict[str, list[torch.Tensor]]:
+    """What callers can look at, training and evaluating."""
+    batch = batches_of(model, 1)[0]
+    wanted = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    result: dict[str, list[torch.Tensor]] = {}
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        with torch.set_grad_enabled(mode == "train"):
+            out = model(**batch, **wanted)
+            result[f"{mode} as tuple"] = list(model(**batch, **wanted, return_dict=False)[2])
+        result[f"{mode} hidden states"] = list(out.hidden_states)
+        result[f"{mode} attentions"] = list(out.attentions)
+        result[f"{mode} logits"] = [out.logits]
+        if mode == "train":
+            # A consumer that is the same on all ranks, of a share, of the gathered end, and of a part of the logits.
+            part = model(input_ids=batch["input_ids"], logits_to_keep=3, use_cache=False).logits
+            backward(sum(h.square().mean() for h in out.hidden_states) + part.square().mean())
+            result["gradients"] = [g for g in full_grads(model).values() if g is not None]
+            model.zero_grad()
+    prompt = batch["input_ids"][:, :5]
+    result["generated"] = [model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)]
+    return {key: [x.detach() for x in values] for key, values in result.items()}
+
+
+def outputs_of_one_model(name: str, sizes: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """:func:`outputs` under sequence parallelism."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(sequence_parallel=True, audit="off", **sizes))
+    model = build(name, attn_implementation="eager")
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    return outputs(model, accelerator.backward)
+
+
+def saved_bytes_on_shares(name: str, sizes: dict[str, Any], overrides: dict[str, Any], length: int) -> int:
+    """Bytes that one forward saves for backward outside of attention, MLP and head: what norms, residuals and dropout keep.
+
+    Each storage counts once. Parameters and what a block keeps (which a norm's output may be, in a block's place) do not count.
+    """
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build(name, **overrides).train()
+    batch = batches_of(model, 1, length)[0]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inside: list[torch.nn.Module] = []
+    outside: dict[int, int] = {}
+    alive = []
+    parameters = {p.to_local().untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if not inside and storage.data_ptr() not in parameters and x.ndim == 3:
+            outside[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            block.register_forward_pre_hook(lambda m, _: inside.append(m), prepend=True)
+            block.register_forward_hook(lambda m, a, o: inside.clear())
+    model.lm_head.register_forward_pre_hook(lambda m, _: inside.append(m), prepend=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(**batch, use_cache=False)
+    return sum(outside.values())

@@ -3,13 +3,24 @@
 from typing import Any
 
 import pytest
+import torch
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
 
-from parity.jobs import build
-from parity.sequence_jobs import ODD, batches_of, freeze, sequence_gradients
+from parity.jobs import batches_for, build
+from parity.random_jobs import gradients_and_masks, replayed_masks
+from parity.sequence_jobs import (
+    ODD,
+    batches_of,
+    freeze,
+    outputs,
+    outputs_of_one_model,
+    saved_bytes_on_shares,
+    sequence_gradients,
+)
 from parity.test_gradients import LORA, MESHES
+from parity.test_random import assembled, shapes_of
 
 MODELS = [
     "llama",
@@ -92,15 +103,15 @@ def test_a_recomputation_knows_the_length_of_its_own_forward(model, adapter, mod
 @pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective"])
 def test_compiled(mode):
     sizes = {"compile": "aot_eager", "activation_checkpointing": mode}
-    check("llama", "tp2_fsdp2", LORA, sizes, lengths=(15, 10))
+    check("llama", "tp2_fsdp2" if mode == "none" else "tp2", LORA, sizes)
 
 
-@pytest.mark.parametrize("model", ["mixtral", "cohere", "gemma3"])
+@pytest.mark.parametrize("model", ["mixtral", "cohere"])
 def test_compiled_models(model):
     check(model, "tp2", None, {"compile": "aot_eager"})
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("length", [2, 3, 5])
 def test_sequences_shorter_than_the_ranks(length):
     check("llama", "tp4", None, lengths=(length, 8))
 
@@ -142,4 +153,67 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
         "gemma3n",
         {"tp_size": 2},
         match=r"model\.layers\.0 \(Gemma3nTextDecoderLayer\) is no hidden state",
+    )
+
+
+# ---- what is not a training forward ------------------------------------------------------------------------------------
+
+
+def test_outputs_are_whole():
+    """Recorded hidden states, attentions and logits, while training and evaluating; their gradients, too; generation."""
+    for rank in run_distributed(2, outputs_of_one_model, "llama", {"tp_size": 2}):
+        model = build("llama", attn_implementation="eager")
+        want = outputs(model)
+        assert rank.keys() == want.keys()
+        for key in want:
+            for got, expected in zip(rank[key], want[key], strict=True):
+                assert got.shape == expected.shape, key
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("model", ["llama", "phi3"])
+def test_saved_activations_on_shares(model):
+    """Norm inputs, residuals and dropout masks: a quarter at tp4, beside what is whole in both (measured: see the message)."""
+    overrides = {"num_key_value_heads": 4, "num_hidden_layers": 4}
+    if model == "phi3":
+        overrides["resid_pdrop"] = 0.1
+    job = (saved_bytes_on_shares, model)
+    plain = run_distributed(4, *job, {"tp_size": 4}, overrides, 64)[0]
+    shares = run_distributed(4, *job, {"tp_size": 4, "sequence_parallel": True}, overrides, 64)[0]
+    assert plain > 0 and shares <= 0.35 * plain, f"{shares} of {plain} bytes: {shares / plain:.3f}"
+
+
+# ---- dropout -----------------------------------------------------------------------------------------------------------
+
+RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
+def test_masks(mode):
+    """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat them."""
+    sizes, more = ({}, {}) if mode == "none" else CHECKPOINTS[mode]
+    own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
+    adapter = {**LORA, "lora_dropout": 0.25}
+    loss, gradients, masks = run_distributed(
+        2, gradients_and_masks, "phi3", {"tp_size": 2, "sequence_parallel": True, **sizes}, adapter, RESIDUAL, **own
+    )[0]
+    reference = build("phi3", adapter, **RESIDUAL).train()
+    batches = batches_for(reference, 1)
+    drawn, replicated, sharded = assembled(masks, shapes_of(reference, batches[0]))
+    layers = 2
+    assert (replicated, sharded) == (layers * 3, layers * 4), (replicated, sharded)
+    with replayed_masks(drawn):
+        want_loss, want = loss_and_grads(reference, batches)
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(gradients, want)
+
+
+def test_compile_refuses_dropout_on_shares():
+    expect_error(
+        2,
+        sequence_gradients,
+        "phi3",
+        {"tp_size": 2, "compile": "aot_eager"},
+        overrides={"resid_pdrop": 0.25},
+        match=r"resid_attn_dropout \(Dropout\) has p=0.25",
     )

@@ -1,0 +1,205 @@
+"""Sequence parallelism is derived by looking at what runs, not at names: no processes, no values."""
+
+from typing import Any
+
+import pytest
+import torch
+from harness.models import build_model, lora
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_automodel_parallel.errors import UnsupportedError
+from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.plan.resolve import resolve
+from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.sequence_parallel import carry_over, derive
+from hf_automodel_parallel.plan.spec import PARTIAL, Output, ShardingSpec
+from hf_automodel_parallel.plan.token_trace import FEATURES, TokensMeet, TokenTrace
+
+ORDER = ("hf", "registry", "default")
+
+
+def derived(model: nn.Module, tp_size: int = 2, plan: Any = None) -> ShardingSpec:
+    spec = resolve(model, select_plan(model, plan, ORDER), tp_size)
+    derive(model, spec, dissect(model).layers)
+    return spec
+
+
+def meta_model(model_type: str, **values: Any) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **values)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def scatters(spec: ShardingSpec) -> set[str]:
+    return {name for name, module in spec.modules.items() if module.output is Output.SCATTER_SEQUENCE}
+
+
+def test_a_llama_layer():
+    model = build_model("llama", num_hidden_layers=1)
+    before = {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()}
+    spec = derived(model)
+    layer = "model.layers.0"
+    assert spec.sequence.layers == (layer,) and spec.sequence.stack == "model" and spec.sequence.tail == "model.norm"
+    assert {name: (b.gathers, b.splits) for name, b in spec.sequence.blocks.items()} == {
+        f"{layer}.self_attn": (True, False),
+        f"{layer}.mlp": (True, False),
+    }
+    assert scatters(spec) == {f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj"}
+    norms = {f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"}
+    assert spec.sequence.on_shards == norms
+    assert {name for name, s in spec.parameters.items() if s == PARTIAL} == {f"{name}.weight" for name in norms}
+    assert before == {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()}, "only read"
+
+
+def test_head_norms_work_on_the_whole_sequence_and_keep_their_meaning():
+    """Qwen3's q_norm is partial because heads are sharded; OLMo2's is complete because its projections are gathered."""
+    qwen3, olmo2 = derived(build_model("qwen3")), derived(build_model("olmo2"))
+    norm = "model.layers.0.self_attn.q_norm"
+    assert qwen3.parameters[f"{norm}.weight"] == PARTIAL and f"{norm}.weight" not in olmo2.parameters
+    for spec in (qwen3, olmo2):
+        assert norm not in spec.sequence.on_shards
+
+
+def test_routers_and_experts_stay_as_they_are():
+    spec = derived(build_model("qwen3_moe"))
+    block = spec.sequence.blocks["model.layers.0.mlp"]
+    assert (block.gathers, block.splits) == (True, True)
+    assert not any("mlp" in name for name in (*scatters(spec), *spec.sequence.on_shards))
+
+
+def test_mixers_that_are_replicated_get_the_whole_sequence():
+    """Decided by the convolution in it: a module that does not treat each token apart."""
+    spec = derived(meta_model("falcon_h1", num_hidden_layers=2))
+    mixer = "model.layers.0.mamba"
+    assert (spec.sequence.blocks[mixer].gathers, spec.sequence.blocks[mixer].splits) == (True, True)
+    assert not any(name.startswith(mixer) for name in spec.sequence.on_shards)
+    assert any(note.startswith(f"{mixer} gets") and "convolution" in note for note in spec.notes)
+
+
+def test_without_a_norm_with_parameters_the_end_is_the_last_layer():
+    spec = derived(meta_model("olmo", num_hidden_layers=2))
+    assert spec.sequence.tail == "model.layers.1"
+
+
+def test_flat_tokens_are_split_by_row():
+    spec = derived(meta_model("llama4_text", num_hidden_layers=2))
+    assert spec.sequence.blocks["model.layers.0.feed_forward"].splits
+
+
+@pytest.mark.parametrize(
+    "model_type, values, match",
+    [
+        (
+            "gemma4_text",
+            {"num_hidden_layers": 2},
+            r"model\.layers\.0 \(Gemma4TextDecoderLayer\) cannot work on a share",
+        ),
+        ("deepseek_v4", {"num_hidden_layers": 2}, r"model\.layers\.0 \(DeepseekV4DecoderLayer\) is no hidden state"),
+    ],
+)
+def test_refused_by_name(model_type, values, match):
+    with pytest.raises(UnsupportedError, match=match):
+        derived(meta_model(model_type, **values))
+
+
+class Shift(nn.Module):
+    """Looks harmless: same shape out as in. Token by token it is not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.roll(x, 1, dims=1)
+
+
+def test_a_change_of_the_hidden_states_between_layers_is_refused():
+    model = build_model("llama")
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: Shift()(forward(*args, **kwargs))
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0 .*roll"):
+        derived(model)
+
+
+def test_a_module_that_shifts_tokens_gets_the_whole_sequence():
+    model = build_model("llama")
+    model.model.layers[0].input_layernorm = nn.Sequential(model.model.layers[0].input_layernorm, Shift())
+    spec = derived(model)
+    block = spec.sequence.blocks["model.layers.0.input_layernorm"]
+    assert (block.gathers, block.splits) == (True, True)
+    assert "model.layers.0.input_layernorm.0.weight" not in spec.parameters, "complete on every rank"
+
+
+def test_all_copies_of_a_norm_and_adapters_added_later_follow():
+    model = lora(build_model("llama"), target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    spec = derived(model)
+    prefix = "base_model.model.model.layers.0.input_layernorm"
+    assert spec.parameters[f"{prefix}.original_module.weight"] == PARTIAL
+    assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == PARTIAL
+    new = ShardingSpec()
+    carry_over(spec, new, [f"{prefix}.lora_A.late.weight", "base_model.model.lm_head.lora_A.late.weight"])
+    assert new.sequence is spec.sequence and set(new.parameters) == {f"{prefix}.lora_A.late.weight"}
+
+
+# ---- the trace -----------------------------------------------------------------------------------------------------------
+
+SHARE, WHOLE = 1009, 61
+
+
+def trace(function: Any, *shapes: tuple[int, ...]) -> TokenTrace:
+    mode = TokenTrace(SHARE, WHOLE, {})
+    inputs = [torch.empty(shape, device="meta") for shape in shapes]
+    with torch.no_grad(), mode:
+        function(*inputs)
+    return mode
+
+
+X = (2, SHARE, 8)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nn.functional.layer_norm(x, (8,)),
+        lambda x: x.softmax(-1),
+        lambda x: x.view(-1, 8).mean(1),
+        lambda x: x @ torch.empty(8, 4, device="meta"),
+        lambda x: torch.cat([x, x], -1).transpose(1, 2).contiguous(),
+        lambda x: nn.functional.dropout(x, 0.5, True) * x.sigmoid(),
+        lambda x: x.topk(2, -1),
+    ],
+)
+def test_operators_that_keep_tokens_apart(function):
+    trace(function, X)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.softmax(1),
+        lambda x: x.mean(),
+        lambda x: x.mean(1),
+        lambda x: x[:, 1:],
+        lambda x: x[:, -1],
+        lambda x: x.cumsum(1),
+        lambda x: x.flip(1),
+        lambda x: x.roll(1, 1),
+        lambda x: x @ x.transpose(1, 2),
+        lambda x: x.transpose(1, 2) @ x,
+        lambda x: nn.functional.pad(x, (0, 0, 1, 0)),
+        lambda x: nn.functional.layer_norm(x, (SHARE, 8)),
+        lambda x: torch.cat([x, x], 1)[:, ::2].sort(1),
+        lambda x: nn.functional.conv1d(x.transpose(1, 2), torch.empty(8, 8, 3, device="meta"), padding=1),
+        lambda x: x[..., 0] * torch.empty(2, WHOLE, 1, device="meta"),
+    ],
+)
+def test_operators_that_do_not(function):
+    with pytest.raises(TokensMeet):
+        trace(function, X)
+
+
+def test_labels_follow_activations():
+    mode = TokenTrace(SHARE, WHOLE, {})
+    with mode:
+        x = torch.empty(2, WHOLE, 8, device="meta")
+        mode.label(x, [FEATURES])
+        assert FEATURES in mode.labels_of((x * 2).transpose(1, 2))
+        assert FEATURES not in mode.labels_of(torch.empty(2, WHOLE, 8, device="meta"))
