@@ -281,7 +281,6 @@ def test_wrong_plan_order(order):
 NOT_YET = [
     ("sequence_parallel", True),
     ("async_tensor_parallel", True),
-    ("backend", "megatron_fsdp"),
 ]
 
 
