@@ -115,6 +115,14 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
     ("torch", "Tensor._make_wrapper_subclass", "a tensor without numbers of its own, see wrapper_subclass"),
     ("torch._C", "DisableTorchFunctionSubclass", "see without_torch_function"),
+    ("torch", "Tensor._base", "hooks on a tensor that is returned as a view and then changed in place, see base_of"),
+    ("torch", "Tensor._is_view", "see _base"),
+    ("torch.nn", "MultiheadAttention._reset_parameters", "megatron-fsdp initialises modules from meta by it, too"),
+    (
+        "megatron_fsdp",
+        "MegatronFSDP._replace_param_with_raw_if_needed",
+        "its forward shows the parameters to compute with; a forward that begins elsewhere needs them too (0.5 to 0.6)",
+    ),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
@@ -708,3 +716,9 @@ def version_of(tensor: torch.Tensor) -> int:
 def without_torch_function() -> Any:
     """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__`` uses."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that ``tensor`` is a view of, if that takes part in a backward, else ``tensor`` itself."""
+    base = tensor._base if tensor._is_view() else None
+    return base if base is not None and base.requires_grad else tensor

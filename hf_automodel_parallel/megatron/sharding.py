@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
+from .. import compat
 from ..errors import AutoParallelError
 from ..grad_norm import clip_
 from ..plan.names import unwrapped
@@ -74,11 +74,13 @@ class MegatronModel:
         self.depth -= 1
         if self.depth > 0:
             return
-        waiting = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        waiting = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
         if not waiting:
             engine.show_sharded(self.wrapper)
         for tensor in waiting:
-            tensor.register_hook(self._begin_backward)
+            # megatron-fsdp returns views. `loss *= n`, as the Trainer has it, bypasses hooks of a view, not those of its base.
+            source = compat.base_of(tensor)
+            source.register_hook(self._begin_backward)
 
     def _begin_backward(self, _: torch.Tensor) -> None:
         """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they are.
@@ -258,6 +260,15 @@ def shard_with_megatron(
     managed = MegatronModel(model, wrapper, layout, options, places, tensor_parallel)
     managed.watch()
     return managed
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a model's output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
 
 
 def _under_autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
