@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config import AutoParallelismConfig, plain
+from ..config import AutoParallelismConfig
+from ..config_forms import plain
 from ..errors import ConfigError
 
 
