@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +34,20 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "collectives that torch.compile can trace; the public torch.distributed calls are in place and break the graph",
     ),
     ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
+    (
+        "torch.utils._python_dispatch",
+        "TorchDispatchMode",
+        "seeing each operator of a layer; the documented way to do so",
+    ),
+    ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
+    ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
+    ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
+    ("torch.nn", "Module._forward_pre_hooks", "the same, before the forward"),
+    (
+        "transformers",
+        "PretrainedConfig._attn_implementation",
+        "a copy of a model that runs without values must not call attention kernels",
+    ),
     (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
@@ -142,6 +159,12 @@ def fake_tensor_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def without_hooks(module: nn.Module) -> None:
+    """Remove all forward hooks of ``module`` itself."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
 
 
 @contextlib.contextmanager
