@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +39,20 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "collectives that torch.compile can trace; the public torch.distributed calls are in place and break the graph",
     ),
     ("torch.distributed._functional_collectives", "wait_tensor", "see all_reduce"),
+    (
+        "torch.utils._python_dispatch",
+        "TorchDispatchMode",
+        "seeing each operator of a layer; the documented way to do so",
+    ),
+    ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
+    ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
+    ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
+    ("torch.nn", "Module._forward_pre_hooks", "the same, before the forward"),
+    (
+        "transformers",
+        "PretrainedConfig._attn_implementation",
+        "a copy of a model that runs without values must not call attention kernels",
+    ),
     (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
@@ -272,6 +289,12 @@ def uses_attention_registry(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def without_hooks(module: nn.Module) -> None:
+    """Remove all forward hooks of ``module`` itself."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+
+
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
     """Without the traceback that torch logs for an operator that fails on fake tensors, where failing is an answer."""
@@ -281,8 +304,6 @@ def quiet_fake_tensors() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

@@ -110,11 +110,16 @@ class Shift(nn.Module):
         return x + torch.roll(x, 1, dims=1)
 
 
-def test_a_change_of_the_hidden_states_between_layers_is_refused():
+def test_a_layer_that_shifts_tokens_outside_of_blocks_is_refused():
     model = build_model("llama")
-    layer = model.model.layers[0]
-    forward = layer.forward
-    layer.forward = lambda *args, **kwargs: Shift()(forward(*args, **kwargs))
+    kind = type(model.model.layers[0])
+
+    class Shifting(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.roll(super().forward(*args, **kwargs), 1, dims=1)
+
+    Shifting.__name__ = kind.__name__  # found by this name
+    model.model.layers[0].__class__ = Shifting
     with pytest.raises(UnsupportedError, match=r"model\.layers\.0 .*roll"):
         derived(model)
 
@@ -128,6 +133,15 @@ def test_a_module_that_shifts_tokens_gets_the_whole_sequence():
     assert "model.layers.0.input_layernorm.0.weight" not in spec.parameters, "complete on every rank"
 
 
+def test_a_forward_that_was_replaced_by_a_function_is_seen():
+    """Its function reads the parameters of the model itself, not of the copy that runs."""
+    model = build_model("llama")
+    norm = model.model.layers[1].input_layernorm
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) * 1.0
+    assert derived(model).parameters["model.layers.1.input_layernorm.weight"] == PARTIAL
+
+
 def test_all_copies_of_a_norm_and_adapters_added_later_follow():
     model = lora(build_model("llama"), target_modules=["q_proj"], modules_to_save=["input_layernorm"])
     spec = derived(model)
@@ -135,8 +149,9 @@ def test_all_copies_of_a_norm_and_adapters_added_later_follow():
     assert spec.parameters[f"{prefix}.original_module.weight"] == PARTIAL
     assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == PARTIAL
     new = ShardingSpec()
-    carry_over(spec, new, [f"{prefix}.lora_A.late.weight", "base_model.model.lm_head.lora_A.late.weight"])
-    assert new.sequence is spec.sequence and set(new.parameters) == {f"{prefix}.lora_A.late.weight"}
+    late = "base_model.model.model.norm.lora_A.late.weight"
+    carry_over(spec, new, [late, "base_model.model.lm_head.lora_A.late.weight"])
+    assert new.sequence is spec.sequence and new.parameters == {late: PARTIAL}
 
 
 # ---- the trace -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from .. import compat
 from ..errors import UnsupportedError
@@ -128,7 +127,8 @@ class SequenceProbe:
             for name, parameter in self.model.named_parameters():
                 empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
                 memo[id(parameter)] = empty
-                self.parameters[id(empty)] = name
+                # Under both ids: a forward that somebody replaced by a function reads the parameters of the original.
+                self.parameters[id(empty)] = self.parameters[id(parameter)] = name
         self.keep = memo
         for buffer in self.model.buffers():
             if buffer.device.type == "meta":
@@ -149,8 +149,7 @@ class SequenceProbe:
         layers = [by_name[self.names[layer]] for layer in self.layers]
         self.layer_names = [self.names[layer] for layer in self.layers]
         for module in full:
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+            compat.without_hooks(module)
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
         self.inside = {name for name in by_name if any(name.startswith(f"{layer}.") for layer in self.layer_names)}
@@ -189,11 +188,11 @@ class SequenceProbe:
     # ---- what runs ---------------------------------------------------------------------------------------------------
 
     def _to_fake(self, value: Any, known: Any = None, instead: Any = None) -> Any:
-        return tree_map_only(torch.Tensor, lambda x: instead if x is known else self.fake.from_tensor(x), value)
+        return compat.tree_map_only(torch.Tensor, lambda x: instead if x is known else self.fake.from_tensor(x), value)
 
     def _to_real(self, value: Any) -> Any:
         # One zero, shown in a large shape: nobody looks at hidden states.
-        return tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), value)
+        return compat.tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), value)
 
     def _beside(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -238,7 +237,7 @@ class SequenceProbe:
             output = self._try_layer(name, kind, forward, hidden, args, kwargs)
             self.left.pop(0)
             if self.found.tail == name:
-                output = tree_map_only(
+                output = compat.tree_map_only(
                     torch.Tensor, lambda x: self._resized(x, self.whole) if self.trace.is_share(x) else x, output
                 )
             output = self._to_real(output)
@@ -331,7 +330,7 @@ class SequenceProbe:
             if len(shares) > 1 or given[0] is not shares[0] or not self._has_tokens(shares[0], self.share):
                 raise TokensMeet("it takes more of a share, or another shape of it, than one hidden state")
             whole = self._resized(shares[0], self.whole)
-            args, kwargs = tree_map_only(torch.Tensor, lambda x: whole if x is shares[0] else x, (args, kwargs))
+            args, kwargs = compat.tree_map_only(torch.Tensor, lambda x: whole if x is shares[0] else x, (args, kwargs))
         output = self._module(name, forward, args, kwargs)
         first = output[0] if isinstance(output, tuple) and output else output
         others = [x for x in (output[1:] if isinstance(output, tuple) else ()) if isinstance(x, torch.Tensor)]

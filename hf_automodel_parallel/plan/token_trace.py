@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from .. import compat
 
 #: Label of activations whose features are spread over the ranks.
 FEATURES = "\0features"
@@ -37,7 +37,7 @@ class TokensMeet(Exception):
     """An operator on shares of a sequence that is not known to keep tokens apart."""
 
 
-class TokenTrace(TorchDispatchMode):
+class TokenTrace(compat.TorchDispatchMode):
     """Watches operators, and which parameters work on shares and which on whole sequences.
 
     Args:
@@ -78,13 +78,13 @@ class TokenTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        inputs = [x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_shares = any(self.is_share(x) for x in inputs)
         on_whole = any(self.is_whole(x) for x in inputs)
         if on_shares and on_whole:
             raise TokensMeet(f"{func} combines a share of the sequence with the whole sequence")
         result = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
         if on_shares and outputs:  # without outputs: a question about shape, dtype or device
             self._check(func, args, kwargs, inputs, outputs)
         on_whole = on_whole or (not on_shares and any(self.is_whole(x) for x in outputs))

@@ -76,9 +76,9 @@ def outputs(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> di
         result[f"{mode} attentions"] = list(out.attentions)
         result[f"{mode} logits"] = [out.logits]
         if mode == "train":
-            # A consumer that is the same on all ranks, of a share, of the gathered end, and of a part of the logits.
-            part = model(input_ids=batch["input_ids"], logits_to_keep=3, use_cache=False).logits
-            backward(sum(h.square().mean() for h in out.hidden_states) + part.square().mean())
+            # Consumers that are the same on all ranks: of shares, of the gathered end, and of a part of it.
+            backward(sum(h.square().mean() for h in out.hidden_states))
+            backward(model(input_ids=batch["input_ids"], logits_to_keep=3, use_cache=False).logits.square().mean())
             result["gradients"] = [g for g in full_grads(model).values() if g is not None]
             model.zero_grad()
     prompt = batch["input_ids"][:, :5]
