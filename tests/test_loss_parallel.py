@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -307,6 +309,28 @@ def test_chunks_and_a_compiled_whole_model_change_nothing():
         got = run_distributed(2, one_step, "no", backend, timeout=200, **options)[0]
         assert_losses_equal(got[0], loss)
         assert_gradients_equal(got[1], gradients)
+
+
+def what_outlives_a_step() -> list[bool]:
+    """Whether the logits, and the model, are still there when nobody holds them."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama")
+    batch = batches_for(model, 1)[0]
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+    outputs = model(**batch, use_cache=False)
+    accelerator.backward(outputs.loss)
+    optimizer.step()
+    held = [weakref.ref(outputs.logits), weakref.ref(model)]
+    accelerator.free_memory()
+    del outputs, model, optimizer, accelerator
+    gc.collect()
+    return [reference() is not None for reference in held]
+
+
+def test_nothing_outlives_a_step():
+    """A hook that refers to the logits it hangs on is a cycle through the graph of autograd, which is never collected."""
+    for kept_logits, _ in run_distributed(2, what_outlives_a_step):
+        assert not kept_logits
 
 
 def test_mixed_precision():

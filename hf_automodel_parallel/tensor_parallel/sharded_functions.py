@@ -115,14 +115,14 @@ def _register_hook(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     logits, hook = args
     if not logits.requires_grad:
         return NotImplemented  # torch's own complaint
+    v, dtype = logits.vocabulary, logits.dtype  # not the logits: their graph, which holds the hook, would never be freed
 
     def on_slice(gradient: torch.Tensor) -> torch.Tensor | None:
-        changed = hook(ShardedLogits(gradient, logits.vocabulary, logits.dtype))
+        changed = hook(ShardedLogits(gradient, v, dtype))
         if changed is None:
             return None
         if isinstance(changed, ShardedLogits):
             return changed.own().to(gradient.dtype)
-        v = logits.vocabulary
         return split_to_tp(changed.to(gradient.dtype), v.group, v.rank, v.size)
 
     return logits.stored().register_hook(on_slice)
