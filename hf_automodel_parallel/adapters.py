@@ -73,6 +73,10 @@ def check_trainable_as_shards(model: nn.Module) -> None:
             )
 
 
+#: Marks a model whose operations are managed.
+_MANAGED = "_automodel_parallel_adapters"
+
+
 def manage_adapters(
     model: nn.Module,
     state: TensorParallelState | None,
@@ -87,6 +91,9 @@ def manage_adapters(
         on_unload: called with the plain model after ``merge_and_unload`` or ``unload``.
         add: makes of a ``PeftModel``'s ``add_adapter`` the one for the sharded model.
     """
+    if model.__dict__.get(_MANAGED):  # by a strategy that runs the default one inside of its own flow
+        return
+    model.__dict__[_MANAGED] = True
     model.register_load_state_dict_pre_hook(_shard_loaded_values)
     merge_whole_weights(model)
     inner, _ = unwrapped(model)

@@ -61,14 +61,15 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
         before = dict(inner.named_modules(remove_duplicate=False))
         is_new = adapter_name not in model.peft_config  # type: ignore[operator]
         try:
-            with agreement("add_adapter"), _peft_own_methods(model), shown_instead(model, _blank, _keep_flag):
+            with agreement("add_adapter", job.group), _peft_own_methods(model), shown_instead(model, _blank, _keep_flag):
                 # By identity: the parameters of a layer that PEFT wraps get other names.
                 known = {id(parameter): parameter for parameter in model.parameters()}
                 _check(adapter_name, peft_config, low_cpu_mem_usage)
+                _check_job(job)
                 original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
                 names = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
                 _check_new(model, job, names)
-            check_same_structure(model)
+            check_same_structure(model, group=job.group)
         except Exception:  # on every rank, also where PEFT had no objection
             if is_new and adapter_name in model.peft_config:  # type: ignore[operator]
                 type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
@@ -104,6 +105,17 @@ def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
                 f"here): it needs whole weights or parameters outside of the new adapter, or leaves no values to shard. Add this "
                 f"adapter before accelerator.prepare and switch to it with set_adapter()."
             )
+
+
+def _check_job(job: Job) -> None:
+    """Refuse where the new adapter could not get what the others got."""
+    remedy = "Add this adapter before the model is sharded and switch to it with set_adapter()."
+    if job.tp_mesh is not None and job.plan is None:
+        raise UnsupportedError(
+            f"add_adapter: the model was sharded by a strategy with a flow of its own, whose plan is not known. {remedy}"
+        )
+    if job.cp_mesh is not None:
+        raise UnsupportedError(f"add_adapter is not available under context parallelism (cp_size > 1). {remedy}")
 
 
 @contextmanager
@@ -146,6 +158,14 @@ def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:
         )
     if job.tp_mesh is None:
         return
+    sequence = job.spec.sequence if job.spec is not None else None
+    layers = {name.partition(".lora_")[0] for name in names}
+    blocks = sorted(layers & set(sequence.blocks)) if sequence is not None else []
+    if blocks:
+        raise UnsupportedError(
+            f"{blocks[0]} gathers the sequence itself (sequence_parallel=True), so that an adapter cannot be put around it any "
+            f"more. Add this adapter before the model is sharded."
+        )
     spec = resolve(model, job.plan, job.tp_mesh.size())  # type: ignore[arg-type]
     check_packed_parameters({name: p.shape for name, p in model.named_parameters()}, spec, job.dp_mesh.size(-1))
     if job.compile_options is not None:

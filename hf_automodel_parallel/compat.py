@@ -743,3 +743,14 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that ``tensor`` is a view of, if that takes part in a backward, else ``tensor`` itself."""
     base = tensor._base if tensor._is_view() else None
     return base if base is not None and base.requires_grad else tensor
+
+
+def describe_on(parameter: Any, mesh: DeviceMesh, placements: tuple[Any, ...]) -> None:
+    """Let a DTensor say that its local tensor is placed on ``mesh`` as ``placements`` say; nothing is moved."""
+    old = parameter._spec
+    parameter._spec = type(old)(mesh, placements, tensor_meta=old.tensor_meta)
+
+
+def show_raw_parameters(wrapper: Any) -> None:
+    """Let a ``MegatronFSDP`` (megatron-fsdp 0.5 and 0.6) put the parameters to compute with into the module tree."""
+    wrapper._replace_param_with_raw_if_needed()

@@ -77,13 +77,14 @@ def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
 
     compat.hash_specs_of_symbolic_shapes()
     for layer in model_layers(model):
-        _compile_finished(layer, options)
+        compile_finished_layer(layer, options)
 
 
-def _compile_finished(layer: nn.Module, options: dict[str, Any]) -> None:
+def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
+    """Compile one layer that has been sharded and checkpointed, see :func:`apply_per_layer_compile`."""
     wrapped = compat.checkpoint_wrapped_module(layer)
     if wrapped is not None and "context_fn" not in _keywords(layer.checkpoint_fn):
-        _compile_finished(wrapped, {**options, "fullgraph": True})
+        compile_finished_layer(wrapped, {**options, "fullgraph": True})
         return
     if hasattr(layer, _MARK) or compat.is_compiled(layer):
         return

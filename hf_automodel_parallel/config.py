@@ -75,6 +75,8 @@ class AutoParallelismConfig(ParallelismConfig):
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
             tensors.
         loss_chunk_size: rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB.
+        async_tensor_parallel: overlap the collectives of sequence parallelism with matrix products; needs ``sequence_parallel``,
+            ``compile=True`` and CUDA with symmetric memory, and is refused elsewhere.
         activation_checkpointing: "none", "full" (whole layers), "submodule" (attention and MLP of each layer) or
             "selective" (keep attention, collectives and half of the matrix products); True means "full". None: what the
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
@@ -219,10 +221,11 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
-        if self.sequence_parallel is None:
-            self.sequence_parallel = False
-        if not isinstance(self.sequence_parallel, bool):
-            raise ConfigError(f"sequence_parallel={self.sequence_parallel!r}: give true or false.")
+        for name in ("sequence_parallel", "async_tensor_parallel"):
+            if getattr(self, name) is None:
+                setattr(self, name, False)
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give true or false.")
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "

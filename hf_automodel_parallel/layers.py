@@ -150,8 +150,16 @@ def all_frozen(module: nn.Module) -> bool:
 
 
 def _items_of_containers(model: nn.Module) -> set[nn.Module]:
-    containers = (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential))
-    return {item for container in containers for item in container.children() if compat.has_implemented_forward(item)}
+    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward alone is the layer's."""
+    tuner = compat.peft_tuner_layer_type()
+    items: set[nn.Module] = set()
+    for container in (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential)):
+        for item in container.children():
+            while tuner is not None and isinstance(item, tuner) and isinstance(item.base_layer, nn.Module):
+                item = item.base_layer
+            if compat.has_implemented_forward(item):
+                items.add(item)
+    return items
 
 
 def _layers_by_layout(model: nn.Module) -> list[nn.Module]:

@@ -62,6 +62,24 @@ class MeshAxes:
             return compat.slice_mesh(mesh, (self.replicate, shard))
         return compat.slice_mesh(mesh, (shard,))
 
+    def check(self, mesh: DeviceMesh) -> None:
+        """Raise unless every rank of ``mesh`` has a part in the work: along an axis that nobody uses, copies would drift apart.
+
+        Raises:
+            ConfigError: an axis of more than one rank has none of the names here.
+        """
+        names = mesh.mesh_dim_names or ()
+        data, tp = self.data_parallel(mesh), self.tensor_parallel(mesh)
+        if data.size() * (1 if tp is None else tp.size()) * self.pipeline_size(mesh) == compat.root_mesh(mesh).size():
+            return
+        used = {*(data.mesh_dim_names or ()), self.replicate, self.shard, self.tp, self.pipeline}
+        spare = [f"{name} ({mesh[name].size()} ranks)" for name in names if name not in used and mesh[name].size() > 1]
+        raise ConfigError(
+            f"the device mesh has axes that nothing would be reduced over: {', '.join(spare) or ', '.join(names)}. Say which "
+            f"axes are meant by dp_replicate_mesh_name={self.replicate!r}, dp_shard_cp_mesh_name={self.shard!r} and "
+            f"tp_mesh_name={self.tp!r}."
+        )
+
     def _shard_axis(self, mesh: DeviceMesh) -> str:
         """The name of the axis to shard over; where it consists of two axes, they are joined under that name first."""
         names = mesh.mesh_dim_names or ()

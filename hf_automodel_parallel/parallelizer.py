@@ -19,17 +19,17 @@ from .compile import apply_per_layer_compile
 from .fsdp import unshard_fsdp2_model
 from .fsdp_recursive import apply_fsdp2_sharding_recursively
 from .layers import all_frozen, largest_container, model_layers, submodule
-from .megatron import megatron_fsdp_strategy_parallelize
 from .plan.imports import import_class_from_path, import_classes_from_paths
 from .plan.optimized import PARALLELIZE_FUNCTIONS
 from .plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
 from .plan.torch_styles import translate_to_torch_parallel_style
 from .plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from .strategies.bagel import BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS, apply_bagel_full_layer_activation_checkpointing
-from .strategies.base import GivenPlan, ParallelizationStrategy
+from .strategies.base import GivenPlan, ParallelizationStrategy, call_arguments
 from .strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy
 from .strategies.default import DefaultParallelizationStrategy
 from .strategies.hunyuan_video import HunyuanParallelizationStrategy
+from .strategies.megatron_standalone import megatron_fsdp_strategy_parallelize
 from .strategies.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
 from .strategies.qwen3_5 import Qwen3_5ParallelizationStrategy
 from .strategies.registry import (
@@ -95,30 +95,32 @@ def fsdp2_strategy_parallelize(
 ) -> nn.Module:
     """Parallelise ``model`` in place by the strategy of its class, without an Accelerator, and return it.
 
-    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy; see
+    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy, as far as its
+    signature takes them; see
     :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for what they mean.
 
     Raises:
         AutoParallelError: what the strategy cannot honour, on all ranks alike.
     """
-    return get_parallelization_strategy(model).parallelize(
-        model=model,
-        device_mesh=device_mesh,
-        mp_policy=mp_policy,
-        offload_policy=offload_policy,
-        sequence_parallel=sequence_parallel,
-        activation_checkpointing=activation_checkpointing,  # type: ignore[arg-type]
-        tp_shard_plan=tp_shard_plan,
-        dp_replicate_mesh_name=dp_replicate_mesh_name,
-        dp_shard_cp_mesh_name=dp_shard_cp_mesh_name,
-        tp_mesh_name=tp_mesh_name,
-        enable_async_tensor_parallel=enable_async_tensor_parallel,
-        enable_compile=enable_compile,
-        enable_fsdp2_prefetch=enable_fsdp2_prefetch,
-        fsdp2_backward_prefetch_depth=fsdp2_backward_prefetch_depth,
-        fsdp2_forward_prefetch_depth=fsdp2_forward_prefetch_depth,
-        reshard_after_forward=reshard_after_forward,
-    )
+    strategy = get_parallelization_strategy(model)
+    asked: dict[str, tuple[Any, Any]] = {
+        "mp_policy": (mp_policy, None),
+        "offload_policy": (offload_policy, None),
+        "sequence_parallel": (sequence_parallel, False),
+        "activation_checkpointing": (activation_checkpointing, False),
+        "tp_shard_plan": (tp_shard_plan, None),
+        "dp_replicate_mesh_name": (dp_replicate_mesh_name, "dp_replicate"),
+        "dp_shard_cp_mesh_name": (dp_shard_cp_mesh_name, "dp_shard_cp"),
+        "tp_mesh_name": (tp_mesh_name, "tp"),
+        "enable_async_tensor_parallel": (enable_async_tensor_parallel, False),
+        "enable_compile": (enable_compile, False),
+        "enable_fsdp2_prefetch": (enable_fsdp2_prefetch, True),
+        "fsdp2_backward_prefetch_depth": (fsdp2_backward_prefetch_depth, 2),
+        "fsdp2_forward_prefetch_depth": (fsdp2_forward_prefetch_depth, 1),
+        "reshard_after_forward": (reshard_after_forward, None),
+    }
+    arguments = call_arguments(strategy.parallelize, asked, type(strategy).__name__)
+    return strategy.parallelize(model=model, device_mesh=device_mesh, **arguments)
 
 
 _BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS = BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS

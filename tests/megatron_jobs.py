@@ -8,8 +8,8 @@ from harness.cuda_standins import cuda_standins
 from parity.jobs import batches_for, build, trainable
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_automodel_parallel.megatron import megatron_fsdp_strategy_parallelize
 from hf_automodel_parallel.megatron.sharding import managed_by_megatron
+from hf_automodel_parallel.parallelizer import megatron_fsdp_strategy_parallelize
 
 
 def steps(

@@ -176,6 +176,29 @@ def test_what_cannot_be_honoured_is_refused(arguments, match):
     expect_error(2, raw_loop, None, {"dp_shard": 1, "tp": 2}, **arguments, match=match)
 
 
+def test_an_axis_that_nothing_is_reduced_over_is_refused():
+    """Copies along it would drift apart without a word."""
+    shape = {"replicate": 2, "dp_shard": 1, "model": 2}
+    expect_error(4, raw_loop, None, shape, match=r"nothing would be reduced over: replicate \(2 ranks\), model \(2 ranks\)")
+    shape = {"dp_shard": 1, "cp": 2, "tp": 2}
+    expect_error(4, raw_loop, None, shape, dp_shard_cp_mesh_name="dp_shard", match=r"reduced over: cp \(2 ranks\)")
+
+
+class Plain(parallelizer.ParallelizationStrategy):
+    """Takes two arguments alone."""
+
+    def parallelize(self, model: Any, device_mesh: Any) -> Any:
+        return model
+
+
+def test_a_strategy_need_not_take_every_argument(monkeypatch):
+    monkeypatch.setitem(parallelizer.PARALLELIZATION_STRATEGIES, "Linear", Plain())
+    model = nn.Linear(2, 2)
+    assert fsdp2_strategy_parallelize(model, object()) is model
+    with pytest.raises(ValueError, match="sequence_parallel=True cannot be honoured: Plain.parallelize"):
+        fsdp2_strategy_parallelize(model, object(), sequence_parallel=True)
+
+
 @pytest.mark.parametrize("word", ["none", "off", "OFF", False, None])
 def test_defect_16_words_that_switch_checkpointing_off(word):
     from hf_automodel_parallel.activation_checkpointing import mode_of_argument

@@ -154,6 +154,18 @@ def test_all_copies_of_a_norm_and_adapters_added_later_follow():
     assert new.sequence is spec.sequence and new.parameters == {late: PARTIAL}
 
 
+def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
+    """Its name begins neither with the first adapter's nor with the layer's below, but with that of the wrapper."""
+    model = lora(build_model("llama"), target_modules=["up_proj"])
+    plan = {"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.k_proj": "colwise"}
+    plan |= {"model.layers.*.self_attn.v_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}
+    spec = derived(model, plan=plan)
+    new = ShardingSpec()
+    late = "base_model.model.model.layers.0.mlp.up_proj.lora_A.late.weight"
+    carry_over(spec, new, [late, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.late.weight"])
+    assert new.parameters == {late: PARTIAL}
+
+
 # ---- the trace -----------------------------------------------------------------------------------------------------------
 
 SHARE, WHOLE = 1009, 61

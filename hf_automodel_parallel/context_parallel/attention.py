@@ -22,6 +22,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import UnsupportedError
+from .buffers import active
 from .layout import Layout
 
 #: Name of the attention in transformers' registry.
@@ -110,6 +111,11 @@ def attention(
     place: Place = getattr(module, _PLACE)
     size = place.layout.size
     if not _is_mark(attention_mask, key.shape[-2], size):
+        if active() is not None:
+            raise UnsupportedError(
+                f"cp_size={size}: {type(module).__name__} was called inside of maybe_context_parallel past the forward of the "
+                f"prepared model, so that nobody told it which part of the sequence it has. Call the model that prepare returned."
+            )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +13,12 @@ from ..config import AutoParallelismConfig
 from ..errors import ConfigError, UnsupportedError
 from ..megatron.options import MegatronOptions
 from ..megatron.sharding import MegatronModel, managed_by_megatron
-from ..plan.names import unwrapped
 from ..strategies.base import ParallelizationStrategy
 from ..strategies.default import DefaultParallelizationStrategy
 from ..strategies.megatron_fsdp import MegatronFsdpStrategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in buffers.
-_CHANGING = (
-    "add_adapter",
-    "add_weighted_adapter",
-    "delete_adapter",
-    "inject_adapter",
-    "load_adapter",
-    "merge_adapter",
-    "merge_and_unload",
-    "set_adapter",
-    "set_requires_grad",
-    "unload",
-    "unmerge_adapter",
-)
-
 
 def megatron_strategy(
     accelerator: Accelerator, config: AutoParallelismConfig, usual: ParallelizationStrategy
@@ -67,27 +50,12 @@ def megatron_strategy(
 
 
 def watch(model: nn.Module) -> None:
-    """Let Accelerate's calls on a model that megatron-fsdp manages do what they do with FSDP2, and refuse what cannot be done."""
+    """Let Accelerate's calls on a model that megatron-fsdp manages do what they do with FSDP2."""
     managed = managed_by_megatron(model)
     if managed is None:
         return
     # Called by Accelerator.no_sync and accumulate.
     model.set_requires_gradient_sync = managed.set_gradient_sync  # type: ignore[assignment]
-    inner, _ = unwrapped(model)
-    for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
-        for name in _CHANGING:
-            if isinstance(owner, nn.Module) and callable(getattr(type(owner), name, None)):
-                owner.__dict__[name] = _refusal(name)
-
-
-def _refusal(name: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            f"{name}() on a model that megatron-fsdp manages: it holds parameters and gradients in buffers made for those that "
-            f"were there at prepare. Do it before accelerator.prepare, or use backend='fsdp2'."
-        )
-
-    return refuse
 
 
 def owner_of(models: Iterable[nn.Module], parameters: list[Any]) -> MegatronModel | None:

@@ -6,12 +6,10 @@ Light to import: the package ``megatron_fsdp`` is loaded when it is first needed
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .parallelize import megatron_fsdp_strategy_parallelize
-
     #: True if ``megatron_fsdp`` can be imported here; found out when it is read.
     HAVE_MEGATRON_FSDP: bool
 
-__all__ = ["HAVE_MEGATRON_FSDP", "megatron_fsdp_strategy_parallelize"]
+__all__ = ["HAVE_MEGATRON_FSDP"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +17,4 @@ def __getattr__(name: str) -> Any:
         from .engine import importable
 
         return importable()
-    if name == "megatron_fsdp_strategy_parallelize":
-        from .parallelize import megatron_fsdp_strategy_parallelize
-
-        return megatron_fsdp_strategy_parallelize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from .options import MegatronOptions
 
@@ -124,7 +125,7 @@ def show_raw(wrapper: Any) -> None:
 
     ``MegatronFSDP.forward`` does it; a forward that does not come through there (``generate``, PEFT's inner model) needs it too.
     """
-    wrapper._replace_param_with_raw_if_needed()
+    compat.show_raw_parameters(wrapper)
 
 
 def show_sharded(wrapper: Any) -> None:
@@ -157,12 +158,11 @@ def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
     """
     buffer = wrapper.param_and_grad_buffer
     for name, parameter in buffer.optimizer_named_parameters:
-        old = parameter._spec
-        if len(old.placements) == mesh.ndim:
+        missing = mesh.ndim - len(parameter.placements)
+        if not missing:
             continue
-        missing = mesh.ndim - len(old.placements)
-        placements = (*old.placements, *[Replicate()] * missing)
-        parameter._spec = type(old)(mesh, placements, tensor_meta=old.tensor_meta)
+        placements = (*parameter.placements, *[Replicate()] * missing)
+        compat.describe_on(parameter, mesh, placements)
         if parameter.requires_grad:
             # It makes this object at the first gradient, if it is not there, and later only exchanges what is inside.
             nothing = parameter.detach().to_local().new_empty(0, *parameter.shape[1:])

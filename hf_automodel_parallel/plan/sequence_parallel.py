@@ -52,7 +52,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
             on_shares.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
     for name in on_shares:
         spec.parameters[name] = PARTIAL
-    owners = {name.rpartition(".")[0] for name in on_shares}
+    owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_shares}
     spec.sequence = SequenceSpec(
         names[stack],
         tuple(names[layer] for layer in stack_layers),
@@ -61,6 +61,17 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
         frozenset(o for o in owners if not any(o == n or o.startswith(f"{n}.") for n in found.scatters)),
     )
     _describe(spec, unwrapped(model)[1])
+
+
+def _wrapper(model: nn.Module, path: str) -> str:
+    """``path``, or that of the PEFT layer around it, to which further adapters will belong."""
+    kinds = tuple(k for k in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if k is not None)
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        if kinds and isinstance(model.get_submodule(above), kinds):
+            return above
+    return path
 
 
 def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:

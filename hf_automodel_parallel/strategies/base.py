@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from ..compile import compile_layers
+from .. import compat
+from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
 from ..errors import PrepareError, UnsupportedError, not_available_yet
@@ -157,7 +158,8 @@ class ParallelizationStrategy(ABC):
             "min_num_params": job.options.minimum_unit_size is not None,
             "transformer_cls_names_to_wrap": job.layer_classes is not None,
             "activation_checkpointing_offload": job.offload_activations,
-            "loss_parallel": job.loss_parallel is True,
+            "loss_parallel": job.loss_parallel is not None,
+            "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
         }
@@ -186,8 +188,15 @@ class ParallelizationStrategy(ABC):
                 f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
         job.model = result
+        packed = [name for name, p in result.named_parameters() if _is_packed(p)]
+        if packed and job.sharded_checkpoints:
+            raise UnsupportedError(
+                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} correctly: it packs several projections. Use "
+                f"state_dict_type FULL_STATE_DICT."
+            )
         if job.compile_options is not None:
-            compile_layers(find_layers(unwrapped(result)[0]), **job.compile_options)
+            for layer in find_layers(unwrapped(result)[0]):
+                compile_finished_layer(layer, job.compile_options)
 
     def switch_optimizer(
         self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
@@ -212,11 +221,15 @@ class ParallelizationStrategy(ABC):
             "dp_shard_cp_mesh_name": (job.axes.shard, "dp_shard_cp"),
             "tp_mesh_name": (job.axes.tp, "tp"),
             "enable_async_tensor_parallel": (job.async_tensor_parallel, False),
-            "enable_compile": (job.compile_options is not None, job.compile_options is not None),
+            "enable_compile": (False, False),  # prepare compiles afterwards, with the user's backend and mode
             "fsdp2_backward_prefetch_depth": (options.backward_prefetch, 2),
             "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
             "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
         }
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and compat.is_strided_shard(parameter.placements[-1])
 
 
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:

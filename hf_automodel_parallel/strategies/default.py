@@ -130,6 +130,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             AutoParallelError: what cannot be honoured, on all ranks alike, before anything has changed.
         """
         axes = MeshAxes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
+        axes.check(device_mesh)
         device = on_device(device_mesh.device_type)
         if reshard_after_forward is None:
             reshard_after_forward = axes.pipeline_size(device_mesh) == 1

@@ -12,6 +12,7 @@ from ..adapters import check_trainable_as_shards
 from ..errors import UnsupportedError, not_available_yet
 from ..layers import dissect
 from ..megatron import engine
+from ..megatron.changes import refuse_changes
 from ..megatron.mesh import find_axes
 from ..megatron.options import MegatronOptions
 from ..megatron.sharding import MegatronModel, managed_by_megatron, shard_with_megatron
@@ -21,6 +22,7 @@ from ..megatron.units import unit_classes
 from ..plan.layers import check_peft_method
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
+from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import quantization_method
 from .base import Job, refuse_sharded
@@ -123,6 +125,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
         job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
+        check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         check_local(job.spec)
         validate(job.model, job.spec, size)
@@ -153,6 +156,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             job.tensor_parallel,
             job.options.mp_policy.param_dtype,
         )
+        refuse_changes(job.model)
         if not job.sums_after_backward:  # with an Accelerator, which saves by state dicts
             managed.states = WholeStates(managed)
 

@@ -249,6 +249,9 @@ def install_regions(
         while entries and name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it
             name = name.removesuffix(".base_layer")
             callers.setdefault(model.get_submodule(name), []).extend(entries)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if entries and isinstance(parent, nn.MultiheadAttention):  # torch's attention reads the weights of its child out_proj
+            callers.setdefault(parent, []).extend(entries)
     for caller, entries in callers.items():
         state.regions[caller] = Region(caller, entries, None)
     if state.sequence is not None:

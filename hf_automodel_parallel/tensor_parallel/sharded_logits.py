@@ -227,11 +227,14 @@ def shard_logits(part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype 
 
 
 class KeepSharded:
-    """Hook of a column-wise output projection: its output stays sharded and looks whole."""
+    """Hook of a column-wise output projection: while gradients are recorded its output stays sharded and looks whole."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return map_tensor(output, lambda x: shard_logits(x, self.vocabulary))
+        v = self.vocabulary
+        if not torch.is_grad_enabled():  # evaluation reads logits, often on one rank alone, which must not be a collective
+            return map_tensor(output, lambda x: gather_from_tp(x, v.group, v.rank, v.size))
+        return map_tensor(output, lambda x: shard_logits(x, v))

@@ -168,7 +168,7 @@ def test_outputs_are_whole():
         for key in want:
             for got, expected in zip(rank[key], want[key], strict=True):
                 assert got.shape == expected.shape, key
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("model", ["llama", "phi3"])

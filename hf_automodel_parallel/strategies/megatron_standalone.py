@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..adapters import manage_adapters
+from ..adapters_added import adding
 from ..config import PLAN_SOURCES
 from ..fsdp import on_device
+from ..megatron.options import MegatronOptions
+from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
 from ..optimizer import check_optimizers
-from ..strategies.base import GivenPlan, Job
-from ..strategies.megatron_fsdp import MegatronFsdpStrategy
 from ..synchronize import agreement
-from .options import MegatronOptions
-from .sharding import managed_by_megatron
+from .base import GivenPlan, Job
+from .megatron_fsdp import MegatronFsdpStrategy
 
 
 def megatron_fsdp_strategy_parallelize(
@@ -98,4 +100,11 @@ def megatron_fsdp_strategy_parallelize(
     if optimizer is not None:
         strategy.switch_optimizer(job, optimizer, names, before)
     managed = managed_by_megatron(job.model)
+    if managed is None:  # one data-parallel rank, so FSDP2 has it
+        manage_adapters(
+            model,
+            job.tensor_parallel,
+            on_unload=lambda plain: None,
+            add=lambda original: adding(model, job, original, done=lambda: None),
+        )
     return (job.model if managed is None else managed.wrapper), optimizer
