@@ -150,7 +150,7 @@ def all_frozen(module: nn.Module) -> bool:
 
 
 def _items_of_containers(model: nn.Module) -> set[nn.Module]:
-    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward alone is the layer's."""
+    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward is the layer's."""
     tuner = compat.peft_tuner_layer_type()
     items: set[nn.Module] = set()
     for container in (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential)):
