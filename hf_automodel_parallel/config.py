@@ -293,6 +293,10 @@ class AutoParallelismConfig(ParallelismConfig):
         if absorber is not None:
             self._set_size(absorber, rest)
         self._check_loss_has_ranks()
+        if self.tp_plan is not None and self.tp_size == 1:
+            raise ConfigError(
+                "tp_plan with tp_size=1: there is nothing that it could shard. Use tp_size=2 or more, or leave tp_plan out."
+            )
         if self.sequence_parallel and self.tp_size == 1:
             raise ConfigError(
                 "sequence_parallel=True with tp_size=1: sequences are split over the ranks of the tp axis. Use tp_size=2 or "

@@ -117,6 +117,17 @@ def translate(options: MegatronOptions, units: list[type[nn.Module]], has_optimi
     return arguments
 
 
+def check_device() -> None:
+    """Raise :class:`UnsupportedError` where there are no CUDA streams, which megatron-fsdp works on whatever the device."""
+    try:
+        torch.cuda.Stream()
+    except (AssertionError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"megatron-fsdp needs CUDA, which this process has not ({str(error).splitlines()[0]}). Use backend='fsdp2', which "
+            f"runs on CPUs too."
+        ) from error
+
+
 # ---- the object that megatron-fsdp returns -------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from ..async_tensor_parallel import check_async_tensor_parallel, with_async_tens
 from ..compile import compile_layers
 from ..context_parallel import forward as context_parallel
 from ..context_parallel.models import check_model as check_for_context_parallel
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..fsdp import (
     ShardingOptions,
     check_packed_parameters,
@@ -131,6 +131,12 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """
         axes = MeshAxes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
         axes.check(device_mesh)
+        check_arguments(
+            {"fsdp2_backward_prefetch_depth": fsdp2_backward_prefetch_depth}
+            | {"fsdp2_forward_prefetch_depth": fsdp2_forward_prefetch_depth},
+            {"sequence_parallel": sequence_parallel, "enable_async_tensor_parallel": enable_async_tensor_parallel}
+            | {"enable_compile": enable_compile, "enable_fsdp2_prefetch": enable_fsdp2_prefetch},
+        )
         device = on_device(device_mesh.device_type)
         if reshard_after_forward is None:
             reshard_after_forward = axes.pipeline_size(device_mesh) == 1
@@ -327,6 +333,16 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if job.plan is not None and job.spec is not None:
             for line in plan_lines(job.plan, job.spec):
                 logger.info("%s", line)
+
+
+def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Raise :class:`ConfigError` for a depth that is no whole number of units, or a flag that is neither true nor false."""
+    for name, depth in depths.items():
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
+            raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"{name}={flag!r}: give True or False.")
 
 
 def refuse_fused_loss(model: nn.Module) -> None:

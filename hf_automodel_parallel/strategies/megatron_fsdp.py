@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..adapters import check_trainable_as_shards
-from ..errors import UnsupportedError, not_available_yet
+from ..errors import ConfigError, UnsupportedError, not_available_yet
 from ..layers import dissect
 from ..megatron import engine
 from ..megatron.changes import refuse_changes
@@ -61,6 +61,13 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         engine.load()
         self.refuse_options_of_fsdp2(job)
         self.axes = find_axes(job.mesh, self.shard, self.tp)
+        if self.axes.data_size(job.mesh) == 1 and not job.sums_after_backward:
+            raise ConfigError(
+                "backend='megatron_fsdp' with one data-parallel rank: there is nothing for it to shard. Use backend='fsdp2', or "
+                "more processes than tp_size."
+            )
+        if self.axes.data_size(job.mesh) > 1:
+            engine.check_device()
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
         self.units = unit_classes(job.model, self.options.megatron_fsdp_unit_modules or job.layer_classes)
