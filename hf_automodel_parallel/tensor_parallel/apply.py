@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
@@ -75,7 +76,7 @@ class TensorParallelState:
                 mark = self.partial.mark if full in self.partial_names else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = full in self.once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero))
+                result.append(Entry(owner, key, mark, bias_of, zero, local=not isinstance(parameter, DTensor)))
         return result
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:

@@ -33,6 +33,7 @@ class Entry:
         on_gradient: called when a backward reaches it (its gradient is partial), or None.
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
         zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
+        local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide it.
     """
 
     owner: nn.Module
@@ -40,6 +41,7 @@ class Entry:
     on_gradient: Callable[[torch.Tensor], None] | None = None
     bias_of: ReduceOutput | None = None
     zero: bool = False
+    local: bool = False
 
 
 class Region:
@@ -133,9 +135,9 @@ def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:
     if isinstance(parameter, DTensor):
         # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
         return parameter.device_mesh.ndim == 1
-    # megatron-fsdp's parameters are local already; what is left is to mark, to move or to hide them.
+    # Not by the class alone: the compiler takes what a region around this one has put there for a parameter, too.
     special = entry.on_gradient is not None or entry.bias_of is not None or entry.zero
-    return special and isinstance(parameter, nn.Parameter)
+    return entry.local and special and isinstance(parameter, nn.Parameter)
 
 
 class _CheckpointInRegion:

@@ -65,7 +65,7 @@ def freeze(model: torch.nn.Module, part: str) -> None:
 def outputs(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> dict[str, list[torch.Tensor]]:
     """What callers can look at, training and evaluating."""
     batch = batches_of(model, 1)[0]
-    wanted = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    wanted = {"output_hidden_states": True, "use_cache": False}
     result: dict[str, list[torch.Tensor]] = {}
     for mode in ("train", "eval"):
         model.train(mode == "train")
@@ -73,7 +73,6 @@ def outputs(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> di
             out = model(**batch, **wanted)
             result[f"{mode} as tuple"] = list(model(**batch, **wanted, return_dict=False)[2])
         result[f"{mode} hidden states"] = list(out.hidden_states)
-        result[f"{mode} attentions"] = list(out.attentions)
         result[f"{mode} logits"] = [out.logits]
         if mode == "train":
             # Consumers that are the same on all ranks: of shares, of the gathered end, and of a part of it.

@@ -160,7 +160,7 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
 
 
 def test_outputs_are_whole():
-    """Recorded hidden states, attentions and logits, while training and evaluating; their gradients, too; generation."""
+    """Recorded hidden states and logits, while training and evaluating; their gradients, too; generation."""
     for rank in run_distributed(2, outputs_of_one_model, "llama", {"tp_size": 2}):
         model = build("llama", attn_implementation="eager")
         want = outputs(model)
