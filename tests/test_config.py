@@ -280,9 +280,8 @@ def test_wrong_plan_order(order):
 def test_sequence_parallel_needs_more_than_one_rank_of_tp():
     config = AutoParallelismConfig(sequence_parallel=True, tp_size=2)
     config.resolve_sizes(2)
-    assert config.to_dict() == {"tp_size": 2, "sequence_parallel": True, "dp_replicate_size": 1, "dp_shard_size": 1} | {
-        key: value for key, value in config.to_dict().items() if key.endswith(("_handler", "cp_size", "sp_size"))
-    }
+    assert config.to_dict()["sequence_parallel"] is True
+    assert AutoParallelismConfig.from_dict(config.to_dict()).sequence_parallel
     for sizes in ({"tp_size": 1}, {}):
         with pytest.raises(ConfigError, match=r"sequence_parallel=True with tp_size=1.*tp_size=2 or more"):
             AutoParallelismConfig(sequence_parallel=True, **sizes).resolve_sizes(2)

@@ -151,6 +151,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         }  # of DTensors: the whole ones
         if job.spec is not None:
             make_local(job.model, job.spec)
+            job.tensor_parallel.local = True  # type: ignore[union-attr]
         managed = shard_with_megatron(
             job.model,
             self.axes.layout(job.mesh),

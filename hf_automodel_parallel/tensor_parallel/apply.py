@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
@@ -50,6 +49,7 @@ class TensorParallelState:
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     regions: dict[nn.Module, Region] = field(default_factory=dict)
+    local: bool = False
     sequence: SequenceParallel | None = None
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
@@ -76,7 +76,7 @@ class TensorParallelState:
                 mark = self.partial.mark if full in self.partial_names else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = full in self.once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero, local=not isinstance(parameter, DTensor)))
+                result.append(Entry(owner, key, mark, bias_of, zero, local=self.local))
         return result
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
