@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from harness.pool import close_pools
 
 
@@ -21,3 +22,11 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     torch.set_num_threads(1)
     yield
     close_pools()
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left() -> Iterator[None]:
+    """A config may not be made after an Accelerator; one that a test makes in this process must not stand in the way."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from harness.collectives import CollectiveCounter
 from harness.models import build_model, lora, make_batches
 from harness.pool import run_distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,17 +42,13 @@ def inside(sizes, dtype):
     accelerator, model = prepared(sizes, dtype)
     batch = make_batches(1, 2, 8, 128, 3)[0]
     before = held_bytes(model)
-    gathers = []
-    gather = dist.all_gather_into_tensor
-    dist.all_gather_into_tensor = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]
+    ranks = tuple(dist.get_process_group_ranks(accelerator.torch_device_mesh["dp_shard"].get_group()))
     settings = [g.post_forward_mesh_info for m in model.modules() if isinstance(m, FSDPModule) for g in groups(m)]
-    try:
-        with unshard_fsdp2_model(model):
-            gathered, first = held_bytes(model), len(gathers)
-            values = [log_probabilities(model, batch) for _ in range(2)]
-            later, again = held_bytes(model), len(gathers) - first
-    finally:
-        dist.all_gather_into_tensor = gather
+    with CollectiveCounter() as counter, unshard_fsdp2_model(model):
+        gathers = counter.counts.by_ranks[ranks]
+        gathered, first = held_bytes(model), gathers["all_gather"]
+        values = [log_probabilities(model, batch) for _ in range(2)]
+        later, again = held_bytes(model), gathers["all_gather"] - first
     after = held_bytes(model)
     freed = []
     layers = model.get_base_model().model.layers
