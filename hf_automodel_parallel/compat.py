@@ -471,6 +471,12 @@ def transformers_layer_type() -> type | None:
     return GradientCheckpointingLayer
 
 
+def checkpoints_around_calls() -> bool:
+    """True if transformers checkpoints a layer outside of its ``__call__``, so around our hooks (before 5.23)."""
+    layer_type = transformers_layer_type()
+    return layer_type is not None and "__call__" in vars(layer_type)
+
+
 def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
     """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the kind."""
     listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .. import compat
 from ..errors import UnsupportedError
 from ..plan.spec import SequenceBlock, SequenceSpec
 from .boundaries import CopyInput, ReduceOutput, SharedInputs, first_tensor, map_tensor, replace_first
@@ -322,6 +323,13 @@ class SequenceParallel:
     def begin(self, *_: Any) -> None:
         """Pre-hook of the stack: this forward works on shares if it records gradients."""
         self.forget()
+        own = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers)
+        if own and torch.is_grad_enabled() and compat.checkpoints_around_calls():
+            raise UnsupportedError(
+                "sequence_parallel=True with the model's own gradient checkpointing needs transformers 5.23 or later: the "
+                "installed one recomputes around the layer, where the length of the sequence is not known any more. Use "
+                "activation_checkpointing='full' in AutoParallelismConfig instead."
+            )
         self.records, self.length = torch.is_grad_enabled(), None
         self.shares = []
         for region in self.regions:  # transformers before 5.23 checkpoints outside of the layer's forward
