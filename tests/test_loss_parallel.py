@@ -269,7 +269,9 @@ def penalised_gradients(name: str, adapter: dict[str, Any] | None) -> tuple[floa
     return loss.item(), gradients, outputs.logits.detach() + 0, evaluated
 
 
-@pytest.mark.parametrize("name, adapter", [("cohere", None), ("gemma2", {"target_modules": ["q_proj", "lm_head"]})])
+@pytest.mark.parametrize(
+    "name, adapter", [("cohere", None), ("gemma3_softcap", {"target_modules": ["q_proj", "lm_head"]})]
+)
 def test_whoever_reads_the_logits_has_them_whole_and_gradients_add_up(name, adapter):
     loss, gradients, logits, evaluated = run_distributed(2, penalised_gradients, name, adapter)[0]
     reference = build(name, adapter)
@@ -297,7 +299,7 @@ def test_label_smoothing_of_the_trainer(tmp_path):
 
 
 def one_step(precision: str, backend: str | None, **config: Any) -> tuple[float, dict, torch.dtype]:
-    accelerator, model = prepared("gemma2", mixed_precision=precision, tp_size=2, **config)
+    accelerator, model = prepared("gemma3_softcap", mixed_precision=precision, tp_size=2, **config)
     called = torch.compile(model, backend=backend) if backend else model
     outputs = called(**batches_for(model, 1)[0], use_cache=False)
     accelerator.backward(outputs.loss)
