@@ -98,8 +98,8 @@ def test_two_all_reduces_forward_and_two_backward_per_layer(adapter, compiled):
     forward_2, backward_2, forward_4, backward_4 = run_distributed(2, all_reduces, adapter, compiled, timeout=240)[0]
     assert (forward_4 - forward_2) / 2 == 2
     assert (backward_4 - backward_2) / 2 == 2
-    # The ends: the vocabulary-sharded embedding reduces forward, the head's input backward.
-    assert forward_2 == 2 * 2 + 1
+    # The ends: the vocabulary-sharded embedding and the loss's maxima and sums reduce forward, the head's input backward.
+    assert forward_2 == 2 * 2 + 1 + 2
     # With a frozen embedding nothing below layer 0 is trained: its first boundary costs nothing (4L - 1 in the layers).
     assert backward_2 == 2 * 2 + 1 - (adapter is not None)
 
