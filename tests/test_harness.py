@@ -388,8 +388,7 @@ def test_names_lose_their_wrappers():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_random_and_has_a_gradient(name):
     model = build_model(name)
-    # Gemma2's class chooses eager attention itself: SDPA cannot cap its scores.
-    assert model.config._attn_implementation == ("eager" if name == "gemma2" else "sdpa")
+    assert model.config._attn_implementation == "sdpa"
     for parameter_name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32, parameter_name
         assert parameter.count_nonzero() == parameter.numel(), parameter_name

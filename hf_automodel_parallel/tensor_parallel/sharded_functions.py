@@ -1,7 +1,8 @@
 """What :class:`ShardedLogits` can do without its whole values: one table of torch's functions.
 
 A handler is called with the function and its arguments and returns its result, or ``NotImplemented`` where these arguments need
-whole values. Functions without a handler always do (:func:`on_whole`).
+whole values. Functions without a handler always do (:func:`on_whole`). Functions over the vocabulary stand in
+:mod:`.sharded_losses`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import loss
-from .collectives import copy_to_tp, reduce_from_tp, split_to_tp
+from ..errors import UnsupportedError
+from .collectives import copy_to_tp, split_to_tp
 from .sharded_logits import ShardedLogits
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -30,7 +31,7 @@ def _functions(names: Iterable[str]) -> list[Any]:
     return [getattr(space, name) for name in names for space in (torch.Tensor, torch, F) if hasattr(space, name)]
 
 
-def _handles(*names: str) -> Callable[[Handler], Handler]:
+def handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(_functions(names), handler))
         return handler
@@ -59,7 +60,7 @@ def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         whole = logits.whole().clone()
         result = function(whole, *with_whole(args[1:]), **with_whole(kwargs))
         if whole.shape != logits.shape or whole.dtype != logits.dtype or (result is not None and result is not whole):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{name} on sharded logits; make a copy (logits.clone()[:]) or set loss_parallel=False."
             )
         logits.replace(whole)
@@ -75,7 +76,7 @@ def _getter(name: str) -> Any:
     return getattr(torch.Tensor, name).__get__
 
 
-#: Attributes that give numbers; all others describe the tensor.
+#: Attributes that give numbers, and those of gradients, which reach the slice; all others describe the tensor.
 _WITH_NUMBERS = {
     "data",
     "grad",
@@ -101,7 +102,7 @@ METADATA.update(
 METADATA.update(_functions(_METHODS))
 
 
-@_handles("is_contiguous")
+@handles("is_contiguous")
 def _is_contiguous(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(args[0].stored(), *args[1:], **kwargs)
 
@@ -109,7 +110,7 @@ def _is_contiguous(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
-@_handles("register_hook")
+@handles("register_hook")
 def _register_hook(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hook sees the whole gradient, sharded like the logits, of all that was computed from them."""
     logits, hook = args
@@ -213,7 +214,7 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ShardedLog
     return logits, own, named
 
 
-@_handles(
+@handles(
     *"mul multiply div divide true_divide floor_divide remainder fmod add sub subtract rsub neg negative abs absolute".split(),
     *"tanh sigmoid exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square pow reciprocal sin cos erf relu clamp clip".split(),
     *"clamp_min clamp_max maximum minimum nan_to_num masked_fill where sign round floor ceil trunc clone lerp addcmul".split(),
@@ -232,14 +233,14 @@ def _elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return logits.like(result) if fits else NotImplemented
 
 
-@_handles("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@handles("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def _like(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A plain whole tensor; the logits give shape, dtype and device only."""
     logits = args[0]
     return function(torch.empty(1, dtype=logits.dtype, device=logits.device).expand(logits.shape), *args[1:], **kwargs)
 
 
-@_handles("new_tensor", "new_zeros", "new_ones", "new_empty", "new_full")
+@handles("new_tensor", "new_zeros", "new_ones", "new_empty", "new_full")
 def _new(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     if not isinstance(logits, ShardedLogits):
@@ -247,7 +248,7 @@ def _new(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(torch.empty(0, dtype=logits.dtype, device=logits.device), *args[1:], **kwargs)
 
 
-@_handles(
+@handles(
     *"mul_ multiply_ div_ divide_ true_divide_ add_ sub_ subtract_ neg_ abs_ tanh_ sigmoid_ exp_ log_ sqrt_ pow_ clamp_".split(),
     *"clip_ clamp_min_ clamp_max_ nan_to_num_ masked_fill_ fill_ zero_ copy_".split(),
 )
@@ -263,7 +264,7 @@ def _elementwise_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str
     return logits
 
 
-@_handles("to", "float", "double", "half", "bfloat16", "type_as", "type")
+@handles("to", "float", "double", "half", "bfloat16", "type_as", "type")
 def _to(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     if not isinstance(logits, ShardedLogits):
@@ -295,7 +296,7 @@ def with_metadata(value: Any) -> Any:
     return {key: with_metadata(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-@_handles("detach", "contiguous")
+@handles("detach", "contiguous")
 def _same_numbers(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     part = logits.stored()
@@ -325,7 +326,7 @@ def _consumed(index: Any) -> int | None:
     return None
 
 
-@_handles("__getitem__")
+@handles("__getitem__")
 def _getitem(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits, index = args
     if not isinstance(logits, ShardedLogits):
@@ -345,7 +346,7 @@ def _getitem(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return _views(logits, function(logits.stored(), index))
 
 
-@_handles("view", "reshape")
+@handles("view", "reshape")
 def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits, *shape = args
     if kwargs or not isinstance(logits, ShardedLogits) or not shape:
@@ -363,7 +364,7 @@ def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _views(logits, function(part, (*shape[:-1], part.shape[-1])))
 
 
-@_handles("view_as", "reshape_as")
+@handles("view_as", "reshape_as")
 def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of modules)."""
     logits, other = args
@@ -374,7 +375,7 @@ def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     )
 
 
-def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: int | None = None) -> Any:
+def dim_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: int | None = None) -> Any:
     return args[position] if len(args) > position else kwargs.get("dim", default)
 
 
@@ -385,14 +386,14 @@ def _on_other_dims(position: int, default: int | None, names: str, added: int = 
         logits = args[0] if args else None
         if not isinstance(logits, ShardedLogits) or "out" in kwargs:
             return NotImplemented
-        dim, ndim = _dim(args, kwargs, position, default), logits.ndim + added
+        dim, ndim = dim_of(args, kwargs, position, default), logits.ndim + added
         if not isinstance(dim, int) or not -ndim <= dim < ndim or dim % ndim == ndim - 1:
             return NotImplemented
         if any(isinstance(value, ShardedLogits) for value in (*args[1:], *kwargs.values())):
             return NotImplemented
         return _views(logits, function(logits.stored(), *args[1:], **kwargs))
 
-    _handles(*names.split())(handler)
+    handles(*names.split())(handler)
 
 
 _on_other_dims(1, None, "squeeze select narrow index_select")
@@ -401,12 +402,12 @@ _on_other_dims(2, 0, "split chunk tensor_split")
 _on_other_dims(1, None, "unsqueeze", added=1)
 
 
-@_handles("__iter__")
+@handles("__iter__")
 def _iterate(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return iter(args[0].unbind(0)) if args[0].ndim > 1 else NotImplemented
 
 
-@_handles("flatten")
+@handles("flatten")
 def _flatten(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     end = args[2] if len(args) > 2 else kwargs.get("end_dim", -1)
@@ -415,7 +416,7 @@ def _flatten(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return _views(logits, function(logits.stored(), *args[1:], **kwargs))
 
 
-@_handles("transpose", "swapaxes")
+@handles("transpose", "swapaxes")
 def _transpose(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits, *dims = args
     if kwargs or len(dims) != 2 or any(dim % logits.ndim == logits.ndim - 1 for dim in dims):
@@ -423,14 +424,14 @@ def _transpose(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return _views(logits, function(logits.stored(), *dims))
 
 
-@_handles("cat", "concat", "concatenate", "stack")
+@handles("cat", "concat", "concatenate", "stack")
 def _join(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = args[0] if args else kwargs.get("tensors")
     if not tensors or not all(isinstance(t, ShardedLogits) for t in tensors) or "out" in kwargs:
         return NotImplemented
     first = tensors[0]
     ndim = first.ndim + (function is torch.stack)
-    dim = _dim(args, kwargs, 1, 0)
+    dim = dim_of(args, kwargs, 1, 0)
     if dim % ndim == ndim - 1 or any(t.vocabulary.group is not first.vocabulary.group for t in tensors):
         return NotImplemented
     dtype = first.dtype
@@ -438,114 +439,3 @@ def _join(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(t.dtype != dtype for t in tensors) or len({part.dtype for part in parts}) > 1:
         parts = [t.own() for t in tensors]
     return first.like(function(parts, dim=dim), None if parts[0].dtype == first.dtype else dtype)
-
-
-# ---- over the vocabulary -------------------------------------------------------------------------------------------
-
-
-def _is_last(dim: Any, logits: ShardedLogits) -> bool:
-    if isinstance(dim, (tuple, list)) and len(dim) == 1:
-        dim = dim[0]
-    return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, logits.ndim - 1)
-
-
-def _result_dtype(function: Any, logits: ShardedLogits, *args: Any, **kwargs: Any) -> torch.dtype:
-    """The dtype that ``function`` gives to logits of this dtype: autocast may have a say."""
-    if not torch.is_autocast_enabled(logits.device.type):
-        return kwargs.get("dtype") or logits.dtype
-    return function(torch.zeros(1, 1, dtype=logits.dtype, device=logits.device), *args, **kwargs).dtype
-
-
-def _cross_entropy(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    logits, target = given.get("input"), given.get("target")
-    reduction, smoothing = given.get("reduction", "mean"), given.get("label_smoothing", 0.0)
-    if (
-        not isinstance(logits, ShardedLogits)
-        or type(target) is not torch.Tensor
-        or any(given.get(name) is not None for name in ("weight", "size_average", "reduce"))
-        or target.dtype != torch.long
-        or target.device != logits.device
-        or logits.ndim not in (1, 2)
-        or target.shape != logits.shape[:-1]
-        or reduction not in ("mean", "sum", "none")
-        or not 0 <= smoothing <= 1
-        or not logits.is_floating_point()
-    ):
-        return NotImplemented
-    part = logits.stored()
-    result = loss.cross_entropy(
-        part.reshape(-1, part.shape[-1]),
-        target.reshape(-1),
-        logits.vocabulary,
-        given.get("ignore_index", -100),
-        reduction,
-        smoothing,
-    )
-    dtype = _result_dtype(F.cross_entropy, logits, torch.zeros(1, dtype=torch.long, device=logits.device))
-    return (result.reshape(target.shape) if reduction == "none" else result).to(dtype)
-
-
-HANDLERS[F.cross_entropy] = _cross_entropy
-
-
-@_handles("logsumexp")
-def _logsumexp(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    logits = args[0] if args else None
-    dim = _dim(args, kwargs, 1)
-    if (
-        not isinstance(logits, ShardedLogits)
-        or not logits.is_floating_point()
-        or not _is_last(dim, logits)
-        or "out" in kwargs
-    ):
-        return NotImplemented
-    keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-    result = loss.logsumexp(logits.stored(), logits.vocabulary).to(_result_dtype(function, logits, dim=-1))
-    return result.unsqueeze(-1) if keep else result
-
-
-@_handles("log_softmax", "softmax")
-def _log_softmax(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    logits = args[0] if args else kwargs.pop("input", None)
-    dim = _dim(args, kwargs, 1)
-    if not isinstance(logits, ShardedLogits) or not logits.is_floating_point() or not _is_last(dim, logits):
-        return NotImplemented
-    dtype = next((a for a in args[2:] if isinstance(a, torch.dtype)), kwargs.get("dtype"))
-    given = {} if dtype is None else {"dtype": dtype}
-    wanted = _result_dtype(function, logits, dim=-1, **given)
-    if not wanted.is_floating_point:
-        return NotImplemented
-    part = logits.stored()
-    computing = loss.computing_dtype(torch.promote_types(part.dtype, wanted))
-    part = part.to(computing)
-    total = copy_to_tp(loss.logsumexp(part, logits.vocabulary), logits.vocabulary.group)
-    result = part - total.unsqueeze(-1)
-    return logits.like((result.exp() if function.__name__ == "softmax" else result).to(wanted))
-
-
-@_handles("gather")
-def _gather(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = dict(zip(("input", "dim", "index"), args, strict=False)) | kwargs
-    logits, dim, index = given.pop("input", None), given.pop("dim", None), given.pop("index", None)
-    if (
-        not isinstance(logits, ShardedLogits)
-        or given
-        or not _is_last(dim, logits)
-        or type(index) is not torch.Tensor
-        or index.shape[:-1] != logits.shape[:-1]
-        or index.dtype != torch.long
-    ):
-        return NotImplemented
-    return loss.select(logits.stored(), index, logits.vocabulary).to(logits.dtype)
-
-
-@_handles("sum")
-def _sum(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    logits = args[0] if args else None
-    if not isinstance(logits, ShardedLogits) or "out" in kwargs or not _is_last(_dim(args, kwargs, 1), logits):
-        return NotImplemented
-    if any(isinstance(value, int) and not isinstance(value, bool) for value in args[2:]):
-        return NotImplemented  # more dimensions
-    return reduce_from_tp(function(logits.own(), *args[1:], **kwargs), logits.vocabulary.group)

@@ -5,8 +5,9 @@ vocabulary. Functions that act on each number or on leading dimensions alone run
 run vocabulary-parallel (:mod:`.loss`); *everything else* gathers the slices, once, and gets a plain tensor. So a model's own
 scaling, soft-capping and loss, whatever they are, need no replacement, and whoever wants whole logits has them.
 
-The table is in :mod:`.sharded_functions`; it works through ``__torch_function__``, so autograd records operations on slices only.
-Code below that protocol (C++, custom autograd functions, collectives) meets a wrapper that is part of the same graph.
+The table is in :mod:`.sharded_functions` and :mod:`.sharded_losses`; it works through ``__torch_function__``, so autograd records
+operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) meets a wrapper that is part
+of the same graph.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..errors import UnsupportedError
 from .boundaries import map_tensor
 from .collectives import gather_from_tp, split_to_tp
 from .loss import Vocabulary
@@ -64,7 +66,7 @@ class ShardedLogits(torch.Tensor):
         if self._whole is not None and compat.version_of(self._whole) != self._whole_versions[0]:
             self.replace(self._whole)  # somebody has written into a view of the whole logits
         if self.is_upcast and (compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))):
-            raise RuntimeError(
+            raise UnsupportedError(
                 "the logits were modified in place after this copy or view of them in another dtype was taken; do not modify "
                 "them in place (logits = logits / temperature instead of logits.div_(temperature)), or set loss_parallel=False."
             )
@@ -133,7 +135,8 @@ class ShardedLogits(torch.Tensor):
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .sharded_functions import HANDLERS, METADATA, on_whole
+        from .sharded_functions import METADATA, on_whole
+        from .sharded_losses import HANDLERS  # complete when that module is loaded
 
         if function in METADATA:
             return super().__torch_function__(function, types, args, kwargs or {})

@@ -31,6 +31,12 @@ COMMON: dict[str, Any] = {
 _DENSE = COMMON | {"intermediate_size": 128, "num_key_value_heads": 2}
 _MIXTRAL = _DENSE | {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN3_MOE = _DENSE | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+_GEMMA3 = _DENSE | {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _AUXILIARY_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,29 +46,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_mqa": ("llama", _DENSE | {"num_key_value_heads": 1}),
     "mistral": ("mistral", _DENSE | {"sliding_window": None, "head_dim": 16}),
     "qwen3": ("qwen3", _DENSE | {"head_dim": 16}),
-    "gemma3": (
-        "gemma3_text",
-        _DENSE
-        | {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-    ),
+    "gemma3": ("gemma3_text", _GEMMA3),
     # logits are soft-capped, at a cap that they feel
-    "gemma2": (
-        "gemma2",
-        _DENSE
-        | {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": 2.0,
-        },
-    ),
+    "gemma3_softcap": ("gemma3_text", _GEMMA3 | {"final_logit_softcapping": 2.0}),
     # its last two layers read keys and values that layers 2 and 3 write
     "gemma3n": (
         "gemma3n_text",

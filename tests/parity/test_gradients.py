@@ -43,7 +43,7 @@ CELLS += [
 CELLS += [("llama", "tp2_hsdp", LORA), ("qwen3", "tp2_hsdp", None), ("llama", "ddp_like", None)]
 CELLS += [(model, "tp2_fsdp2", LORA_ENDS) for model in ("llama", "llama_odd_vocab")]
 CELLS += [(model, "tp2_fsdp2", None) for model in ("mistral", "olmo2", "cohere")]
-CELLS += [("gemma2", "tp2_fsdp2", None)]
+CELLS += [("gemma3_softcap", "tp2_fsdp2", None)]
 CELLS += [("gpt2", "fsdp2", None), ("gpt2", "hsdp", LORA)]
 
 
@@ -73,7 +73,7 @@ def test_gradients_equal_one_process(cell):
 @pytest.mark.parametrize(
     "model, adapter",
     [
-        ("gemma2", LORA),
+        ("gemma3_softcap", LORA),
         ("cohere", LORA),
         ("llama_tied", None),
         ("qwen3", LORA),
