@@ -9,12 +9,7 @@ is the rest: embedding, final norm, logits and loss. Storages are counted once, 
 
 from __future__ import annotations
 
-import argparse
-import os
-import warnings
-
-import torch.distributed as dist
-from measure import Variant, batch, each, launch, parallel, saved_bytes
+from measure import Variant, batch, parallel, run, saved_bytes
 
 LAYERS = (2, 4)
 
@@ -28,20 +23,6 @@ def measure(variant: Variant, layers: int) -> int:
         loss = model(**batch(), use_cache=False).loss
     backward(loss)
     return found[0]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=2, help="number of processes, all on the tp axis (default 2)")
-    arguments = parser.parse_args()
-    if "RANK" not in os.environ:
-        launch(__file__, arguments.tp, ["--tp", str(arguments.tp)])
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    rows = each(measure, LAYERS)
-    if dist.get_rank() == 0:
-        show(rows, arguments.tp)
-    dist.destroy_process_group()
 
 
 def show(rows: list, tp: int) -> None:
@@ -64,4 +45,4 @@ def show(rows: list, tp: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, __doc__, measure, LAYERS, show)

@@ -10,12 +10,7 @@ all-reduce moves its tensor twice, an all-gather or a reduce-scatter once.
 
 from __future__ import annotations
 
-import argparse
-import os
-import warnings
-
-import torch.distributed as dist
-from measure import Collectives, Variant, batch, each, launch, parallel
+from measure import Collectives, Variant, batch, parallel, run
 
 LAYERS = (2, 4)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
@@ -29,20 +24,6 @@ def measure(variant: Variant, layers: int) -> dict[str, tuple[int, int]]:
     with Collectives() as seen:
         backward(model(**batch(), use_cache=False).loss)
     return {kind: (seen.count[kind], seen.bytes[kind]) for kind in KINDS}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tp", type=int, default=2, help="number of processes, all on the tp axis (default 2)")
-    arguments = parser.parse_args()
-    if "RANK" not in os.environ:
-        launch(__file__, arguments.tp, ["--tp", str(arguments.tp)])
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
-    rows = each(measure, LAYERS)
-    if dist.get_rank() == 0:
-        show(rows, arguments.tp)
-    dist.destroy_process_group()
 
 
 def show(rows: list, tp: int) -> None:
@@ -71,4 +52,4 @@ def show(rows: list, tp: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, __doc__, measure, LAYERS, show)

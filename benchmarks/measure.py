@@ -5,9 +5,11 @@ Everything is counted, nothing is timed, so the figures are the same on every ma
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -205,3 +207,28 @@ def each(measure: Callable[[Variant, int], Any], layers: tuple[int, int]) -> lis
             reset()
         rows.append((variant, few, many))
     return rows
+
+
+def run(
+    script: str, description: str | None, measure: Callable[[Variant, int], Any], layers: tuple[int, int], show: Any
+) -> None:
+    """The program of a benchmark: start the processes, measure every variant, let rank 0 show the table.
+
+    Args:
+        script: path of the benchmark.
+        description: for ``--help``.
+        measure: of a variant with a number of layers; collective.
+        layers: few, many.
+        show: called with the rows of :func:`each` and the size of the tp axis.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp", type=int, default=2, help="number of processes, all on the tp axis (default 2)")
+    arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        launch(script, arguments.tp, ["--tp", str(arguments.tp)])
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    rows = each(measure, layers)
+    if dist.get_rank() == 0:
+        show(rows, arguments.tp)
+    dist.destroy_process_group()

@@ -1,12 +1,18 @@
 """Async tensor parallelism: what it needs is asked for by name; inductor does it for our group and in our layers alone."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
+from harness.models import build_model
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.async_tensor_parallel import check_async_tensor_parallel, with_async_tensor_parallel
+from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.strategies import default
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 COMPILED = {"backend": "inductor"}
@@ -98,3 +104,30 @@ def test_inductor_fuses_the_collectives_of_our_group_alone(tp_mesh, monkeypatch)
     assert "symm_mem.fused_all_gather_matmul" in fused and "symm_mem.fused_matmul_reduce_scatter" in fused
     assert "symm_mem" not in operators_of(layer(other), inputs, options)  # another group keeps its collectives
     assert "symm_mem" not in operators_of(layer(group), inputs, COMPILED)  # and so does code that is not ours
+
+
+def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
+    """And enables symmetric memory for the tp group alone."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(default, "compile_layers", lambda layers, mode, **options: seen.update(options, layers=layers))
+    monkeypatch.setattr(compat, "enable_symmetric_memory", lambda group: seen.update(group=group))
+    model = build_model("llama")
+    job = SimpleNamespace(
+        model=model,
+        anatomy=dissect(model),
+        checkpointing="none",
+        tensor_parallel=None,
+        spec=None,
+        compile_options={},
+        async_tensor_parallel=True,
+        tp_mesh=SimpleNamespace(get_group=lambda: "the tp group"),
+        cp_mesh=None,
+        suitable=None,
+        offload_activations=False,
+    )
+    default.DefaultParallelizationStrategy().finish_layers(job)
+    assert seen == {
+        "options": {compat.ASYNC_TENSOR_PARALLEL_OPTION: True},
+        "layers": list(model.model.layers),
+        "group": "the tp group",
+    }
