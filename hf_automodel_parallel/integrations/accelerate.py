@@ -198,6 +198,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             tp_plan=config.tp_plan,
             plan_order=config.plan_order,
             sequence_parallel=config.sequence_parallel,
+            sequence_parallel_regather=config.sequence_parallel_regather,
             loss_parallel=config.loss_parallel,
             loss_chunk_size=config.loss_chunk_size,
             async_tensor_parallel=config.async_tensor_parallel,

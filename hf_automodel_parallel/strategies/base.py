@@ -46,6 +46,7 @@ class Job:
         tp_plan: explicit tensor-parallel plan, or None.
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
+        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them whole.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
         loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
@@ -68,6 +69,7 @@ class Job:
     tp_plan: GivenPlan = None
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
@@ -215,6 +217,7 @@ class ParallelizationStrategy(ABC):
                 None,
             ),
             "sequence_parallel": (job.sequence_parallel, False),
+            "sequence_parallel_regather": (job.sequence_parallel_regather, False),
             "activation_checkpointing": (mode, False),
             "tp_shard_plan": (job.tp_plan, None),
             "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),

@@ -18,6 +18,7 @@ from ..activation_checkpointing import (
     mode_of_argument,
     shares_keys_and_values,
     switch_cache_off,
+    what_is_kept,
 )
 from ..adapters import check_trainable_as_shards, manage_adapters
 from ..adapters_added import adding
@@ -43,7 +44,7 @@ from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
-from ..plan.sequence_parallel import derive
+from ..plan.sequence_parallel import derive, regather
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..quantization import check_quantized, keep_layout
@@ -218,6 +219,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         validate(job.model, job.spec, size)
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
+        if job.sequence_parallel_regather:
+            regather(job.model, job.spec, job.checkpointing)
         keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
@@ -306,6 +309,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
+        keep = what_is_kept(mode, job.sequence_parallel_regather, job.compile_options is not None)
         if job.tensor_parallel is not None:
             if job.spec is not None and job.spec.packed():
                 job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
@@ -316,10 +320,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             options = job.compile_options
             if job.async_tensor_parallel:
                 options = with_async_tensor_parallel(options, job.tp_mesh.get_group())  # type: ignore[union-attr]
-            compile_layers(layers, mode, **options)
+            compile_layers(layers, mode, keep, **options)
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
-                checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)
+                checkpoint_module(layer, keep, offload=job.offload_activations)
         install_companions(job.model)
         if mode != "none":
             switch_cache_off(inner)

@@ -76,8 +76,8 @@ class SequenceCell:
 
 
 def is_meaningful(cell: SequenceCell) -> bool:
-    """Gathering again in backward is an alternative to checkpoints that do so anyway (and is refused beside them)."""
-    return cell.gathered == "kept" or cell.checkpointing == "none"
+    """Most checkpoints gather again in backward anyway, so the option that says so is refused beside them."""
+    return cell.gathered == "kept" or cell.checkpointing in ("none", "selective")
 
 
 def all_cells() -> list[SequenceCell]:
