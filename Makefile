@@ -69,8 +69,8 @@ test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
 	@$(VENV517)/bin/python -m pytest -m both_ends $(PYTEST_ARGS)
 
 .PHONY: parity
-parity: $(STAMP) ## all cells of the parity matrix, written to docs/parity.md (about half an hour; PARITY_ARGS='--only llama-lora')
-	@echo "[parity] every model x adapter x mesh x checkpointing x compile, against one process"
+parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md (two hours; PARITY_ARGS='--matrix sequence --resume')
+	@echo "[parity] every model x adapter x mesh x checkpointing x compile, with sequence parallelism, too, against one process"
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m parity.matrix $(PARITY_ARGS)
 
 .PHONY: lint

@@ -54,13 +54,18 @@ class Variant:
     native: bool = False
 
 
+REGATHER = {"sequence_parallel": True, "sequence_parallel_regather": True}
+
+#: Loss parallelism is on wherever the logits are not said to be whole.
 VARIANTS = [
     Variant("transformers' own TP", {}, native=True),
     Variant("TP, whole logits", {"loss_parallel": False}),
     Variant("TP", {}),
     Variant("TP + SP", {"sequence_parallel": True}),
+    Variant("TP + SP, gathered again", REGATHER),
     Variant("TP, LoRA", {}, lora=True),
     Variant("TP + SP, LoRA", {"sequence_parallel": True}, lora=True),
+    Variant("TP + SP, gathered again, LoRA", REGATHER, lora=True),
 ]
 
 
