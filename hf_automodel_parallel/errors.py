@@ -27,6 +27,10 @@ class PrepareError(AutoParallelError):
     """The objects given to ``Accelerator.prepare`` do not belong together."""
 
 
+class CheckpointError(AutoParallelError):
+    """Files of a model or of a training state are missing, damaged, or do not belong to the model."""
+
+
 class NotAvailableYetError(UnsupportedError, NotImplementedError):
     """The option is part of the design and refused until it is implemented, never ignored."""
 
