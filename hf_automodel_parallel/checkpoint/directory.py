@@ -1,8 +1,8 @@
 """The life of a checkpoint directory: begun, completed or abandoned; which of many is the last complete one.
 
 A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once. Files of a
-complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed job leaves
-the last complete checkpoint on the disk, and a directory that says what it is.
+complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed
+job leaves the last complete checkpoint on the disk, and a directory that says what it is.
 """
 
 from __future__ import annotations
@@ -224,11 +224,15 @@ def abandon(save: Unfinished, group: Any = None) -> None:
     try:
         _remove_leftovers(save.folder)
         if _bring_back(save.folder):
-            logger.warning("the save to %s failed; the checkpoint that was there before has been brought back", save.folder)
+            logger.warning(
+                "the save to %s failed; the checkpoint that was there before has been brought back", save.folder
+            )
     except (OSError, CheckpointError) as error:
         logger.warning(
             "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in %s",
-            save.folder, error, save.folder / PREVIOUS,
+            save.folder,
+            error,
+            save.folder / PREVIOUS,
         )
 
 
@@ -267,8 +271,11 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
                 found = status(path)
                 if found.kind != "complete":
                     logger.warning(
-                        "%s %s", path, f"is {found.kind}: {found.reason}" if found.reason else "has no manifest, so it is not "
-                        "known to be complete"
+                        "%s %s",
+                        path,
+                        f"is {found.kind}: {found.reason}"
+                        if found.reason
+                        else "has no manifest, so it is not known to be complete",
                     )
                 if found.usable is not None:
                     chosen = found.usable
@@ -308,12 +315,17 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
             if found.kind == "unverified":
                 logger.warning(
                     "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell whether it is "
-                    "complete", folder, MANIFEST,
+                    "complete",
+                    folder,
+                    MANIFEST,
                 )
             elif answer != folder:
                 logger.warning(
                     "%s is %s (%s); loading the previous checkpoint of that name, %s",
-                    folder, found.kind, found.reason, answer,
+                    folder,
+                    found.kind,
+                    found.reason,
+                    answer,
                 )
     return rank_zero_tells(answer, group)  # type: ignore[return-value]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,17 +15,17 @@ import torch
 
 from ..errors import CheckpointError
 
-try:
-    from numpy._core import multiarray
-except ImportError:
-    from numpy.core import multiarray  # numpy before 2.0
-
 #: Arrays of numbers, which numpy's random state and many a state dict contain.
 _SAFE: list[Any] = [
-    multiarray._reconstruct,
+    numpy.array(0).__reduce__()[
+        0
+    ],  # the function that makes an empty one; its module's name depends on numpy's version
     numpy.ndarray,
     numpy.dtype,
-    *{type(numpy.dtype(name)) for name in ("uint8", "uint32", "int32", "int64", "uint64", "float32", "float64", "bool")},
+    *{
+        type(numpy.dtype(name))
+        for name in ("uint8", "uint32", "int32", "int64", "uint64", "float32", "float64", "bool")
+    },
 ]
 
 
@@ -36,7 +36,9 @@ def naming(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or path
-        raise CheckpointError(f"cannot write {where}: {error.strerror or error}. The save was not completed.") from error
+        raise CheckpointError(
+            f"cannot write {where}: {error.strerror or error}. The save was not completed."
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -96,7 +98,9 @@ def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = No
         raise CheckpointError(f"cannot read {name}: {error.strerror or error}.") from error
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
-        unsafe = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else "")
+        unsafe = next(
+            (line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
+        )
         raise CheckpointError(
             f"{name} holds more than tensors and plain values, or is damaged: {unsafe} Nothing of it was run. If it is yours and "
             f"names a class of yours, allow that with torch.serialization.add_safe_globals."

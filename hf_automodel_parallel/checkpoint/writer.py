@@ -80,9 +80,7 @@ class PieceSavePlanner(DefaultSavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Rank 0: without duplicates; an index hint is one into the list of all pieces, which only now is known."""
-        plans = [
-            dataclasses.replace(plan, items=[_without_hint(item) for item in plan.items]) for plan in all_plans
-        ]
+        plans = [dataclasses.replace(plan, items=[_without_hint(item) for item in plan.items]) for plan in all_plans]
         return super().create_global_plan(plans)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
