@@ -71,8 +71,8 @@ class AutoParallelismConfig(ParallelismConfig):
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
         sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
             dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
-        sequence_parallel_regather: keep of the gathered inputs of attention and MLP this rank's share alone, and gather them again
-            in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+        sequence_parallel_regather: keep of the gathered inputs of attention and MLP this rank's share alone, and gather them
+            again in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
             ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
@@ -93,6 +93,8 @@ class AutoParallelismConfig(ParallelismConfig):
         megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
             ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
+        async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU, and
+            training goes on while they are written. The checkpoint is complete, and counts, when its manifest is there.
         check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
             parameters, and refuse it if not. False trusts it.
 
@@ -119,6 +121,7 @@ class AutoParallelismConfig(ParallelismConfig):
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     check_optimizer: bool = True
+    async_save: bool = False
     audit: str | bool | None = None
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
@@ -225,7 +228,7 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
-        for name in ("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel"):
+        for name in ("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "async_save"):
             if getattr(self, name) is None:
                 setattr(self, name, False)
             if not isinstance(getattr(self, name), bool):
@@ -260,7 +263,7 @@ class AutoParallelismConfig(ParallelismConfig):
         from .megatron.options import MegatronOptions
 
         MegatronOptions.from_mapping(self.megatron_fsdp)
-        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile"):
+        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile", "async_save"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "
