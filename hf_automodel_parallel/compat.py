@@ -44,6 +44,21 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "TorchDispatchMode",
         "seeing each operator of a layer; the documented way to do so",
     ),
+    (
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "ranks that wait for each other before a save, with an end to the waiting; torch 2.11 to 2.13",
+    ),
+    (
+        "transformers",
+        "PreTrainedModel._keys_to_ignore_on_save",
+        "what is not saved; transformers 5.17 to 5.24",
+    ),
+    (
+        "transformers",
+        "PreTrainedModel._hf_peft_config_loaded",
+        "tells whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
+    ),
     ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
     ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
     ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
@@ -760,3 +775,50 @@ def describe_on(parameter: Any, mesh: DeviceMesh, placements: tuple[Any, ...]) -
 def show_raw_parameters(wrapper: Any) -> None:
     """Let a ``MegatronFSDP`` (megatron-fsdp 0.5 and 0.6) put the parameters to compute with into the module tree."""
     wrapper._replace_param_with_raw_if_needed()
+
+
+def rendezvous_store() -> Any:
+    """The store through which the ranks found each other; works without a collective, and with every backend."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def without_tied_duplicates(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` (on the meta device) without the names that transformers does not save since they are tied to another."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return remove_tied_weights_from_state_dict(state, model)
+
+
+def as_in_files(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` with the names and shapes that the files of this architecture have, e.g. one weight for each expert."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """Names that transformers leaves out of the files of this class."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def trainer_creating_an_accelerator() -> Any | None:
+    """The ``transformers.Trainer`` whose method is creating the ``Accelerator`` that is being constructed, or None.
+
+    Trainer's ``save_model`` asks Accelerate for all weights at once, or writes nothing, and nothing of ours is asked.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    frame: FrameType | None = sys._getframe() if trainer is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "create_accelerator_and_postprocess":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, trainer.Trainer):  # type: ignore[union-attr]
+                return owner
+        frame = frame.f_back
+    return None
