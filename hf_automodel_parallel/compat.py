@@ -54,6 +54,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "PreTrainedModel._keys_to_ignore_on_save",
         "what is not saved; transformers 5.17 to 5.24",
     ),
+    ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
     (
         "transformers",
         "PreTrainedModel._hf_peft_config_loaded",
@@ -822,3 +823,24 @@ def trainer_creating_an_accelerator() -> Any | None:
                 return owner
         frame = frame.f_back
     return None
+
+
+def adapter_state(
+    model: nn.Module, state: dict[str, torch.Tensor], adapter: str, save_embedding_layers: bool | str
+) -> dict[str, torch.Tensor]:
+    """What of ``state`` belongs to ``adapter``, under the names of an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter, save_embedding_layers=save_embedding_layers
+    )
+
+
+def trainer_save(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Trainer._save`` of the trainer's class: weights, configs, tokenizer and arguments into a directory."""
+    return type(trainer)._save(trainer, *args, **kwargs)
+
+
+def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
+    """Let ``trainer`` call ``save`` instead, on all ranks."""
+    trainer._save = save

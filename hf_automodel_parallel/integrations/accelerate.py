@@ -50,11 +50,11 @@ from .records import (
     attach,
     attached_to,
     check_use,
-    guard_saving,
     prepared,
     release_gathered,
     remember,
 )
+from .saving import bind_saving, bind_trainer, save_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,6 +84,9 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
+    trainer = compat.trainer_creating_an_accelerator()
+    if trainer is not None:
+        bind_trainer(trainer, accelerator)
     _leave_cleanly()
 
 
@@ -212,6 +215,8 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.plan(job)
     strategy.compare_ranks(job)
     _check_on_shards(config, job, raw, names)
+    upcast: list[str] = []
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
@@ -223,6 +228,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
     record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
+    record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -246,7 +252,7 @@ def _watch(model: nn.Module) -> None:
         register_fsdp_forward_method(model, "generate")
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
-    guard_saving(model)
+    bind_saving(model)
 
 
 def _after_adding(record: Prepared) -> None:
@@ -260,7 +266,14 @@ def _after_adding(record: Prepared) -> None:
 
 def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True))
+    kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = {
+        kept[id(p)]: record.stored_dtypes[name]
+        for name, p in record.job.model.named_parameters()
+        if name in record.stored_dtypes and id(p) in kept
+    }
+    unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
+    remember(plain, unloaded)
     _watch(plain)
 
 
@@ -447,6 +460,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
+    "save_model": save_model,
     "load_state": _load_state,
     "gather_for_metrics": gather_for_metrics,
 }
