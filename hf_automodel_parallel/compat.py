@@ -54,6 +54,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "PreTrainedModel._keys_to_ignore_on_save",
         "what is not saved; transformers 5.17 to 5.24",
     ),
+    (
+        "transformers",
+        "PreTrainedModel._weight_conversions",
+        "a stand-in for a loaded model is saved under the names that the model was loaded from; 5.17 to 5.24",
+    ),
     ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
     (
         "transformers",
@@ -844,3 +849,7 @@ def trainer_save(trainer: Any, *args: Any, **kwargs: Any) -> Any:
 def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
     """Let ``trainer`` call ``save`` instead, on all ranks."""
     trainer._save = save
+
+
+#: Attributes of a transformers model that decide how its weights are called in files; 5.17 to 5.24.
+WEIGHT_CONVERSIONS = ("_weight_conversions",)

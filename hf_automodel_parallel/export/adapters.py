@@ -47,17 +47,6 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
     type(model).save_pretrained(model, directory, state_dict=state, **options)  # type: ignore[operator]
 
 
-def write_own_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: dict[str, Any]) -> None:
-    """The same for a transformers model that carries its adapters itself (``model.add_adapter``)."""
-    recording = Recording()
-    stand_ins = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
-    with recording:
-        picked = model.get_adapter_state_dict(state_dict=dict(stand_ins))  # type: ignore[operator]
-    needed = {name: None for value in picked.values() for name in recording.leaves_of(value)}
-    state = {**stand_ins, **{name: fetch(name) for name in needed}}
-    type(model).save_pretrained(model, directory, state_dict=state, **options)  # type: ignore[operator]
-
-
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse what cannot be done on shards, before any rank waits for another.
 

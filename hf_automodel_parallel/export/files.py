@@ -29,6 +29,25 @@ def completed_at_end(directory: Path) -> Iterator[Path]:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
+@contextmanager
+def replaced_at_end(directory: Path) -> Iterator[Path]:
+    """A temporary directory beside ``directory``, which takes its place when the block has ended well."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = Path(tempfile.mkdtemp(prefix=f".{directory.name}.incomplete-", dir=directory.parent))
+    old = incomplete.with_name(incomplete.name.replace("incomplete", "replaced"))
+    try:
+        yield incomplete
+        mode = os.umask(0)
+        os.umask(mode)
+        incomplete.chmod(0o777 & ~mode)  # mkdtemp's is for its owner alone
+        if directory.exists():
+            directory.rename(old)
+        incomplete.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
+
+
 def _move(source: Path, target: Path) -> None:
     written = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     # An index comes last: whoever reads the directory meanwhile finds an index that fits the shards, or none of the new.

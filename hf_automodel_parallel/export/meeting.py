@@ -7,9 +7,9 @@ no backend, and the waiting has an end.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,8 @@ from ..errors import ConfigError, ExportError
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
 
-_calls = itertools.count()
+#: Meetings so far, by store. A rank that came to none of them catches up when it comes.
+_meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def timeout_seconds() -> float:
@@ -58,32 +59,43 @@ def meet(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int
     Raises:
         ExportError: a rank did not come, or came with another call; the message names ranks and remedy.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    seconds = timeout_seconds()
-    store = dist.PrefixStore(f"hf_automodel_parallel/save/{next(_calls)}", compat.rendezvous_store())
+    rank, seconds = dist.get_rank(), timeout_seconds()
     mine = json.dumps({"call": what, **details}, sort_keys=True, default=str)
-    store.set(f"here/{rank}", json.dumps([mine, writes]))
-    if rank != 0:
-        # Rank 0 decides, after it has waited itself.
-        if not _waited(store, ["verdict"], 2 * seconds + 5):
+    while True:
+        root = compat.rendezvous_store()
+        count = _meetings.get(root, 0)
+        store = dist.PrefixStore(f"hf_automodel_parallel/save/{count}", root)
+        store.set(f"here/{rank}", json.dumps([mine, writes]))
+        if rank == 0:
+            store.set("verdict", json.dumps(_verdict(store, what, mine, writes, seconds)))
+        elif not _waited(store, ["verdict"], 2 * seconds + 5):  # rank 0 decides, after it has waited itself
+            store.delete_key(f"here/{rank}")
             raise ExportError(_missing(what, [0], seconds))
         verdict = json.loads(store.get("verdict"))
+        _meetings[root] = count + 1
+        if rank in verdict["missing"]:
+            continue  # the others gave up before this rank came; if it was not for this call, they meet again
+        if verdict["error"]:
+            raise ExportError(verdict["error"])
+        return verdict["writers"]
+
+
+def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> dict[str, Any]:
+    """On rank 0: wait for all others, and compare what they call."""
+    world = dist.get_world_size()
+    if _waited(store, [f"here/{rank}" for rank in range(world)], seconds):
+        missing = []
     else:
-        missing = [r for r in range(world) if not _waited(store, [f"here/{r}"], seconds if r == 1 else 0.5)]
-        if len(missing) > 1:  # those that came while we waited for the first one
-            missing = [r for r in missing if not store.check([f"here/{r}"])]
-        calls = [json.loads(store.get(f"here/{r}")) if r not in missing else [mine, False] for r in range(world)]
-        other = next((r for r in range(world) if calls[r][0] != mine), None)
-        writers = [r for r in range(world) if calls[r][1]]
-        verdict = {"writers": writers if 0 < len(writers) < world else [0], "error": None}
-        if missing:
-            verdict["error"] = _missing(what, missing, seconds)
-        elif other is not None:
-            verdict["error"] = f"{what}: rank 0 called {mine}, rank {other} called {calls[other][0]}. All ranks save alike."
-        store.set("verdict", json.dumps(verdict))
-    if verdict["error"]:
-        raise ExportError(verdict["error"])
-    return verdict["writers"]
+        missing = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+    calls = {rank: json.loads(store.get(f"here/{rank}")) for rank in range(world) if rank not in missing}
+    other = next((rank for rank, (call, _) in calls.items() if call != mine), None)
+    writers = [rank for rank, (_, asked) in calls.items() if asked]
+    error = None
+    if missing:
+        error = _missing(what, missing, seconds)
+    elif other is not None:
+        error = f"{what}: rank 0 called {mine}, rank {other} called {calls[other][0]}. All ranks save alike."
+    return {"writers": writers if 0 < len(writers) < world else [0], "missing": missing, "error": error}
 
 
 def _waited(store: Any, keys: list[str], seconds: float) -> bool:

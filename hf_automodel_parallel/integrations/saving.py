@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ConfigError, UnsupportedError
-from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapters
+from ..export.adapters import check_adapter_options, keep_model_card, write_adapters
 from ..export.files import completed_at_end
 from ..export.gathering import Fetch, ShardedState
 from ..export.meeting import meet
@@ -172,7 +172,12 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
             "distributed_checkpoint=True is for models that transformers sharded itself. Use accelerator.save_state(directory) with "
             "state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
         )
-    if getattr(model, "hf_quantizer", None) is not None and not compat.carries_adapters(model):
+    if compat.carries_adapters(model):
+        raise UnsupportedError(
+            f"save_pretrained() of a sharded {type(model).__name__} with adapters of its own (add_adapter without a PeftModel) is not "
+            f"available. Wrap the model with peft.get_peft_model before accelerator.prepare."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(
             "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. Save the "
             "adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
@@ -196,8 +201,6 @@ def _write(
         elif compat.is_peft_model(model):
             keep_model_card(directory, incomplete)
             write_adapters(model, shapes, fetch, incomplete, options)
-        elif compat.carries_adapters(model):
-            write_own_adapters(model, shapes, fetch, incomplete, dict(options))
         else:
             options = {k: v for k, v in options.items() if k != "save_peft_format"}
             write_pretrained(model, shapes, fetch, incomplete, **options)
