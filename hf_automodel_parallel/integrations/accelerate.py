@@ -51,11 +51,11 @@ from .records import (
     attach,
     attached_to,
     check_use,
-    guard_saving,
     prepared,
     release_gathered,
     remember,
 )
+from .saving import bind_saving, bind_trainer, save_model
 from .trainer_seam import extend_trainer
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
     extend_trainer(accelerator)
+    trainer = compat.trainer_creating_an_accelerator()
+    if trainer is not None:
+        bind_trainer(trainer, accelerator)
     _leave_cleanly()
 
 
@@ -218,6 +221,8 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.plan(job)
     strategy.compare_ranks(job)
     _check_on_shards(config, job, raw, names)
+    upcast: list[str] = []
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
@@ -229,6 +234,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
     record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
+    record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -252,7 +258,7 @@ def _watch(model: nn.Module) -> None:
         register_fsdp_forward_method(model, "generate")
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
-    guard_saving(model)
+    bind_saving(model)
 
 
 def _after_adding(record: Prepared) -> None:
@@ -266,7 +272,14 @@ def _after_adding(record: Prepared) -> None:
 
 def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True))
+    kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = {
+        kept[id(p)]: record.stored_dtypes[name]
+        for name, p in record.job.model.named_parameters()
+        if name in record.stored_dtypes and id(p) in kept
+    }
+    unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
+    remember(plain, unloaded)
     _watch(plain)
 
 
@@ -435,6 +448,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
+    "save_model": save_model,
     "save_state": save_state,
     "load_state": load_state,
     "end_training": end_training,
