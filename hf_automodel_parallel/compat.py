@@ -22,6 +22,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -195,6 +196,24 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "GradientCheckpointingLayer._gradient_checkpointing_func",
         "the model's own checkpoint around a layer, which has to recompute with local parameters",
     ),
+    (
+        "torch.distributed.distributed_c10d",
+        "_set_pg_timeout",
+        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told",
+    ),
+    ("torch.distributed", "ProcessGroup._get_backend", "what the process group was told"),
+    ("torch.distributed.distributed_c10d", "ProcessGroupGloo._Options._timeout", "the same"),
+    ("transformers.trainer", "Trainer._save_checkpoint", "what the Trainer's own handler of SIGTERM calls"),
+    (
+        "transformers.trainer_jit_checkpoint",
+        "CheckpointManager._enable_checkpoint",
+        "called some seconds after SIGTERM, on each rank during another step; the same in 5.17 and 5.24",
+    ),
+    (
+        "transformers.distributed.fsdp",
+        "is_fsdp_managed_module._is_fsdp_managed_module",
+        "generation runs equally many forwards on all ranks of a model that has this mark; the same in 5.17 and 5.24",
+    ),
 )
 
 
@@ -356,7 +375,24 @@ def has_joined_axis(mesh: DeviceMesh, name: str) -> bool:
 
 def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh:
     """One axis ``name`` of the axes ``names`` of ``mesh``; collective where torch has to make its process group."""
-    return slice_mesh(mesh, names)._flatten(name)
+    joined = slice_mesh(mesh, names)._flatten(name)
+    inherit_timeout(joined)
+    return joined
+
+
+def inherit_timeout(mesh: DeviceMesh) -> None:
+    """Give the process groups of the axes of ``mesh`` (1-D or more) the timeout of the process group.
+
+    torch makes them with its default, so that ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)`` would not bound the
+    collectives of tp and dp_shard, which are nearly all: a lost node would stop the others after half an hour (gloo).
+    """
+    world = dist.group.WORLD
+    groups = [group for group in mesh.get_all_groups() if group is not world]
+    if world is None or not groups:
+        return
+    options = world._get_backend(torch.device(mesh.device_type)).options
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
 
 
 def root_mesh(mesh: Any) -> Any:
@@ -394,6 +430,18 @@ def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str,
             return dict(frame.f_locals)
         frame = frame.f_back
     return {}
+
+
+def trainer_that_makes(accelerator: Accelerator) -> Any | None:
+    """The Trainer whose constructor is making ``accelerator``, whose arguments nobody hands on; None in a plain loop."""
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame: FrameType | None = sys._getframe()
+    while trainer is not None and frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, trainer):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def set_distributed_type_fsdp(accelerator: Accelerator) -> None:
@@ -598,6 +646,27 @@ def initialize_fsdp(model: nn.Module) -> None:
     Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+
+
+def mark_as_fsdp_managed(model: nn.Module) -> None:
+    """Let transformers know that forwards of ``model`` are collectives over the data-parallel ranks (``synced_gpus``)."""
+    model._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+
+def trainer_signal_manager_type() -> type | None:
+    """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a Trainer."""
+    module = sys.modules.get("transformers.trainer_jit_checkpoint")
+    return getattr(module, "CheckpointManager", None)
+
+
+def replace_checkpoint_request(manager: Any, function: Callable[[], None]) -> None:
+    """Let ``manager``, of the type above, call ``function`` some seconds after SIGTERM."""
+    manager._enable_checkpoint = function
+
+
+def save_trainer_checkpoint(trainer: Any) -> None:
+    """Write the checkpoint of the current step, as ``save_strategy`` does."""
+    trainer._save_checkpoint(trainer.model, trial=None)
 
 
 def _fsdp_groups(state: Any) -> list[Any]:
