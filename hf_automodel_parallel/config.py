@@ -298,9 +298,13 @@ class AutoParallelismConfig(ParallelismConfig):
         rest, remainder = divmod(world_size, known)
         if remainder or (absorber is None and rest != 1):
             needed = known if absorber is None or known > world_size else f"a multiple of {known}"
+            alone = (
+                " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one process, whatever "
+                "--num_processes says.)"
+            )
             raise ConfigError(
                 f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
-                f"Start {needed} processes, or change a size so that the product is {world_size}."
+                f"Start {needed} processes, or change a size so that the product is {world_size}.{alone if world_size == 1 else ''}"
             )
         if absorber is not None:
             self._set_size(absorber, rest)
@@ -308,6 +312,16 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.tp_plan is not None and self.tp_size == 1:
             raise ConfigError(
                 "tp_plan with tp_size=1: there is nothing that it could shard. Use tp_size=2 or more, or leave tp_plan out."
+            )
+        if self.plan_order != PLAN_SOURCES and self.tp_size == 1:
+            raise ConfigError(
+                f"plan_order={self.plan_order!r} with tp_size=1: without tensor parallelism no plan is looked for. Use tp_size=2 "
+                f"or more, or leave plan_order out."
+            )
+        if getattr(self.tp_handler, "enable_async_tp", False):  # type: ignore[has-type]
+            raise ConfigError(
+                "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. Use "
+                "AutoParallelismConfig(async_tensor_parallel=True)."
             )
         if self.sequence_parallel and self.tp_size == 1:
             raise ConfigError(
@@ -344,6 +358,7 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.device_mesh is None:
             world = _world_size()
             if world is None:
+                _check_alone()
                 self.resolve_sizes(1)
                 return None
             from .synchronize import agreement, check_same_sizes
@@ -351,7 +366,11 @@ class AutoParallelismConfig(ParallelismConfig):
             with agreement("AutoParallelismConfig"):
                 self.resolve_sizes(world)
             check_same_sizes(self._sizes)
-        return super().get_device_mesh(device_type)
+        mesh = super().get_device_mesh(device_type)
+        if mesh is not None:
+            for part in (mesh, *(mesh[name] for name in _JOINED_AXES if compat.has_joined_axis(mesh, name))):
+                compat.inherit_timeout(part)
+        return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         # The seam: the only moment at which Accelerate hands us the instance. Imported late, the import arrow points back.
@@ -455,6 +474,24 @@ class AutoParallelismConfig(ParallelismConfig):
 def _world_size() -> int | None:
     """Size of the process group, None without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+
+
+#: What Accelerate joins axes to; a mesh with a single data axis has some of them.
+_JOINED_AXES = ("dp", "dp_shard_cp", "dp_cp")
+
+
+def _check_alone() -> None:
+    """Raise if this process was launched as one of several that Accelerate has not connected.
+
+    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its own.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > 1:
+        raise ConfigError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate found no accelerator device and was not asked for "
+            f"the CPU, so that each of them is alone. On CPU pass Accelerator(cpu=True) or TrainingArguments(use_cpu=True), or "
+            f"set ACCELERATE_USE_CPU=true."
+        )
 
 
 def normalized_audit(value: str | bool | None) -> str:

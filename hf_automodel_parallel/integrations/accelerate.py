@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DDPCommunicationHookType, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from .. import compat
 from ..adapters import manage_adapters, merge_whole_weights
@@ -35,16 +34,17 @@ from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
 from ..optimizer import check_optimizers, parameter_names, raw_optimizer, replace_parameters
 from ..optimizer_check import check_on_shards
-from ..plan.names import unwrapped
 from ..strategies.base import Job, refuse_sharded
 from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
 from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
 from .data_parallel import gather_for_metrics, prepare_data_loader, prepare_scheduler
+from .generation import guard_generation
 from .megatron import megatron_strategy, owner_of, whole_state
 from .megatron import sharded_parameters as megatron_parameters
 from .megatron import watch as watch_megatron
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
+from .preemption import adopt_signal_handler, agree_on_signal
 from .records import (
     Prepared,
     all_prepared,
@@ -56,6 +56,7 @@ from .records import (
     remember,
 )
 from .saving import bind_saving, bind_trainer, save_model
+from .trainer_options import check_trainer, remember_trainer
 from .trainer_seam import extend_trainer
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
-    extend_trainer(accelerator)
-    trainer = compat.trainer_creating_an_accelerator()
+    trainer = extend_trainer(accelerator)
     if trainer is not None:
         bind_trainer(trainer, accelerator)
+        remember_trainer(accelerator, trainer)
     _leave_cleanly()
 
 
@@ -136,6 +137,17 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
             f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
         )
+    if compat.arguments_of_running_accelerator_init(accelerator).get("torch_tp_plugin") is not None:
+        raise ConfigError(
+            "torch_tp_plugin beside AutoParallelismConfig: Accelerate would drop it. Give its size as "
+            "AutoParallelismConfig(tp_size=...) and leave the plugin out."
+        )
+    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
+    if hook != DDPCommunicationHookType.NO:
+        raise ConfigError(
+            f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no DDP that would call it. To reduce gradients "
+            f"in another dtype set fsdp_plugin.mixed_precision_policy (reduce_dtype)."
+        )
     if accelerator.mixed_precision == "fp8":
         raise UnsupportedError(
             "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
@@ -157,6 +169,9 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
     if models or optimizers:
         with agreement("Accelerator.prepare"):
             _check_arguments(models, device_placement)
+            if optimizers:
+                check_trainer(self)
+    adopt_signal_handler()
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
@@ -238,7 +253,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
-    _watch(model)
+    _watch(model, job)
     if managed_by_megatron(model) is not None:
         watch_megatron(model)
         return record
@@ -251,11 +266,9 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     return record
 
 
-def _watch(model: nn.Module) -> None:
-    inner, _ = unwrapped(model)
-    if inner is not model and hasattr(model, "generate"):
-        # PEFT's wrapper hands generate() to the model inside, past the wrapper's forward, which is the root of FSDP2.
-        register_fsdp_forward_method(model, "generate")
+def _watch(model: nn.Module, job: Job) -> None:
+    data_parallel = job.dp_mesh
+    guard_generation(model, job.tp_mesh, shared_parameters=data_parallel.size(data_parallel.ndim - 1) > 1)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     bind_saving(model)
@@ -280,7 +293,7 @@ def _after_unload(plain: nn.Module, record: Prepared) -> None:
     }
     unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
     remember(plain, unloaded)
-    _watch(plain)
+    _watch(plain, record.job)
 
 
 def _check_on_shards(
@@ -373,6 +386,7 @@ def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
         record.job.tensor_parallel.partial.flush()
     if record.audit is not None:
         record.audit.before_step(optimizer)
+    agree_on_signal()
 
 
 def _prepare_model(
