@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .config import AutoParallelismConfig
 from .errors import (
     AutoParallelError,
+    CheckpointError,
     ConfigError,
     NotAvailableYetError,
     PlanError,
@@ -19,6 +20,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
+    from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
     from .strategies.base import ParallelizationStrategy
@@ -32,6 +34,7 @@ __all__ = [
     "AutoParallelError",
     "AutoParallelTrainingArguments",
     "AutoParallelismConfig",
+    "CheckpointError",
     "ConfigError",
     "DefaultParallelizationStrategy",
     "NotAvailableYetError",
@@ -41,6 +44,7 @@ __all__ = [
     "RegistrationError",
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
+    "from_pretrained",
     "get_parallelization_strategy",
     "register_optimized_plan",
     "register_parallel_strategy",
@@ -49,6 +53,7 @@ __all__ = [
 
 _LAZY = {
     "apply_selective_activation_checkpointing": ".activation_checkpointing",
+    "from_pretrained": ".loading",
     "AutoParallelArgumentsMixin": ".integrations.trainer",
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",

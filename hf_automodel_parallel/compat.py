@@ -93,6 +93,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
     ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
+    ("torch", "ops.aten._to_copy", "what a cast or a move of a tensor is below autograd, see cast_operator"),
+    ("torch.nn", "Module._apply", "replaces tensors of a sharded model, see apply_to_tensors"),
     (
         "torch._inductor.config",
         "_micro_pipeline_tp",
@@ -313,6 +315,19 @@ def flash_attention_of_last_queries(
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
     )[0]
+
+
+def cast_operator() -> Any:
+    """The operator of ``Tensor.to``: a copy in another dtype or on another device (torch 2.11 to 2.13)."""
+    return torch.ops.aten._to_copy.default
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty`` call.
+
+    FSDP2 extends it, so that its units take up the new shards (torch 2.11 to 2.13).
+    """
+    model._apply(function)
 
 
 #: Inductor's option that overlaps collectives with the matrix products beside them.

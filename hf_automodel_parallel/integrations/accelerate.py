@@ -30,6 +30,7 @@ from ..config import AutoParallelismConfig, normalized_audit
 from ..context_parallel.buffers import sharded_buffers
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
+from ..loading.fill import ValuesSetAside
 from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
 from ..optimizer import check_optimizers, parameter_names, raw_optimizer, replace_parameters
@@ -202,8 +203,15 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
-    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
     raw = [raw_optimizer(optimizer) for optimizer in optimizers]
+    with ValuesSetAside(model, raw) as pending:
+        return _shard(accelerator, model, raw, pending)
+
+
+def _shard(
+    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: ValuesSetAside
+) -> Prepared:
+    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
     with agreement("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
         if config.backend == "megatron_fsdp":
@@ -213,9 +221,11 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
                 "the model was loaded with a device_map over several devices; load it without device_map."
             )
         names = check_optimizers(model, raw) if raw else []
+        pending.begin()
         job = Job(
             model=model,
             mesh=accelerator.torch_device_mesh,
+            pending=pending,
             device=accelerator.device,
             options=sharding_options(accelerator, config, model),
             tp_plan=config.tp_plan,
@@ -244,11 +254,12 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
+    pending.keep()
     strategy.carry_out(job)
     for optimizer, groups in zip(raw, names, strict=True):
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
-    record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
+    record = Prepared(job, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
     record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:

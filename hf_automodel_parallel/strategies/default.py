@@ -37,6 +37,7 @@ from ..fsdp import (
 )
 from ..fsdp_dtypes import install_companions, own_dtype_parameters
 from ..layers import dissect
+from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
@@ -151,12 +152,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             fully_shard_fn=fully_shard_fn,
         )
         options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
+        pending = ValuesSetAside(model)
         job = Job(
             model=model,
             mesh=device_mesh,
             device=device,
             options=options,
             axes=axes,
+            pending=pending,
             tp_plan=tp_shard_plan,
             plan_order=self.plan_order,
             sequence_parallel=sequence_parallel,
@@ -165,10 +168,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             compile_options={} if enable_compile else None,
             sums_after_backward=True,
         )
-        with agreement(f"{type(self).__name__}.parallelize", job.group):
-            self.plan(job)
-        self.compare_ranks(job)
-        self.carry_out(job)
+        with pending:
+            with agreement(f"{type(self).__name__}.parallelize", job.group):
+                pending.begin()
+                self.plan(job)
+            self.compare_ranks(job)
+            pending.keep()
+            self.carry_out(job)
         manage_adapters(
             model,
             job.tensor_parallel,
@@ -237,6 +243,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def compare_ranks(self, job: Job) -> None:
         """Raise on all ranks unless they hold the same model and planned the same."""
         check_same_structure(job.model, job.spec, job.group)
+        if job.pending is not None:
+            job.pending.compare_ranks(job.group)
 
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
@@ -249,6 +257,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
+        self.read_values(job)
         self.apply_context_parallel(job)
         self.finish_layers(job)
         self.report(job)
@@ -256,7 +265,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def load_values(self, job: Job) -> None:
         """Give ranks without weights empty tensors, to be filled from rank 0."""
         if job.load_on_rank_zero:
-            materialize_empty(job.model)
+            materialize_empty(job.model, job.pending)
+        if job.pending is not None:
+            ignored = [name for name, p in job.model.named_parameters() if p in job.options.ignored_parameters]
+            job.pending.fill_whole(job, [name for name in ignored if name in job.pending.values])
 
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
@@ -279,6 +291,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
         shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
+        if job.tp_mesh is not None:
+            compat.mark_packed_placements(job.model.parameters())
+
+    def read_values(self, job: Job) -> None:
+        """Let each rank read its part of what is still in files, now that it is known."""
+        if job.pending is None:
+            return
+        job.pending.fill(job)
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())
 
