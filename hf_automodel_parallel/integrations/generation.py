@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def guard_generation(model: nn.Module, tp_mesh: DeviceMesh | None, shared_parame
         compat.mark_as_fsdp_managed(inner)
     if tp_mesh is None or _SHARED in inner.__dict__:
         return
-    original = inner.generate
+    original: Callable[..., Any] = inner.generate  # type: ignore[assignment]
     # All ranks meet in a generation that gathers parameters; otherwise each tp group generates when it likes to.
     group = None if shared_parameters else tp_mesh.get_group()
 
