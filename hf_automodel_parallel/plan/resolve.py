@@ -19,6 +19,7 @@ from .layers import (
     parameter_adapter_out_dim,
 )
 from .names import pattern_regex, plan_name, precision, unwrapped
+from .shared_heads import share_key_value_heads
 from .spec import (
     ADDED_ONCE,
     PARTIAL,
@@ -98,6 +99,9 @@ class _Resolver:
         self._check_experts()
         if self.plan.origin != "hf":  # transformers writes its plans for classes that take the number from the tensor
             self.spec.head_counts = local_head_counts(self.model, self.spec, self.tp_size)
+        for name in share_key_value_heads(self.model, self.spec, self.tp_size):
+            if name in matches:
+                placements[matches[name].pattern] = "Replicate, ranks share heads"
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
             if count:

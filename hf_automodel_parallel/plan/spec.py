@@ -77,14 +77,20 @@ class ParameterSpec:
         blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
         partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
         counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with zeros.
+        part_dim: replicated at rest, but each rank computes with one part of it along this dimension, and neighbours share one.
+        parts: number of these parts, which divides the axis.
     """
 
     dim: int | None = None
     blocks: int = 1
     partial_gradient: bool = False
     counts_once: bool = False
+    part_dim: int | None = None
+    parts: int = 1
 
     def __str__(self) -> str:
+        if self.part_dim is not None:
+            return f"Replicate, 1 of {self.parts} parts in flight, grad summed"
         if self.dim is None:
             return "Replicate, grad summed" if self.partial_gradient else "Replicate"
         return f"Shard({self.dim})" if self.blocks == 1 else f"Shard({self.dim}) in {self.blocks} blocks"

@@ -26,7 +26,7 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
         if module_spec.foreign is not None or module_spec.output is not Output.NONE:
             continue
         weight_name = _weight_of(spec, name)
-        if weight_name is None:
+        if weight_name is None or spec.parameters[weight_name].part_dim is not None:
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         head_dim = getattr(parent, "head_dim", None)

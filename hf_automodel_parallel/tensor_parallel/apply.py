@@ -34,6 +34,7 @@ class TensorParallelState:
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
         partial_names: names of the parameters with a partial gradient.
         once: names of the parameters that count on the first rank only.
+        parts: name of a parameter of which each rank computes with a part -> (dimension, index, number).
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
         regions: module -> the region around its forward.
@@ -46,6 +47,7 @@ class TensorParallelState:
     foreign: list[nn.Module] = field(default_factory=list)
     partial_names: set[str] = field(default_factory=set)
     once: set[str] = field(default_factory=set)
+    parts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     regions: dict[nn.Module, Region] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class TensorParallelState:
                 mark = self.partial.mark if full in self.partial_names else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = full in self.once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero, local=self.local))
+                result.append(Entry(owner, key, mark, bias_of, zero, self.parts.get(full), self.local))
         return result
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
@@ -152,6 +154,9 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
                 state.partial_names.add(name)
             if parameter_spec.counts_once:
                 state.once.add(name)
+            if parameter_spec.part_dim is not None:
+                index = state.mesh.get_local_rank() * parameter_spec.parts // state.mesh.size()
+                state.parts[name] = (parameter_spec.part_dim, index, parameter_spec.parts)
 
 
 def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
@@ -251,7 +256,9 @@ def install_regions(
             name = name.removesuffix(".base_layer")
             callers.setdefault(model.get_submodule(name), []).extend(entries)
         parent = model.get_submodule(name.rpartition(".")[0])
-        if entries and isinstance(parent, nn.MultiheadAttention):  # torch's attention reads the weights of its child out_proj
+        if entries and isinstance(
+            parent, nn.MultiheadAttention
+        ):  # torch's attention reads the weights of its child out_proj
             callers.setdefault(parent, []).extend(entries)
     for caller, entries in callers.items():
         state.regions[caller] = Region(caller, entries, None)
