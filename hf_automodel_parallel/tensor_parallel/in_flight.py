@@ -33,7 +33,8 @@ class Entry:
         on_gradient: called when a backward reaches it (its gradient is partial), or None.
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
         zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
-        part: (dimension, index, number) of the one equal part that the module sees of a parameter that is whole at rest.
+        part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so many
+            equal parts, while the parameter is whole at rest.
         local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide it.
     """
 
@@ -42,7 +43,7 @@ class Entry:
     on_gradient: Callable[[torch.Tensor], None] | None = None
     bias_of: ReduceOutput | None = None
     zero: bool = False
-    part: tuple[int, int, int] | None = None
+    part: tuple[int, int, int, int] | None = None
     local: bool = False
 
 
@@ -125,8 +126,9 @@ class Region:
                 if entry.zero:
                     tensor = tensor * 0
                 if entry.part is not None:
-                    dim, index, number = entry.part
-                    tensor = tensor.narrow(dim, index * (tensor.shape[dim] // number), tensor.shape[dim] // number)
+                    dim, blocks, index, number = entry.part
+                    width = tensor.shape[dim] // (blocks * number)
+                    tensor = tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
                 local[id(parameter)] = tensor
             if entry.bias_of is not None:
                 entry.bias_of.bias = tensor
