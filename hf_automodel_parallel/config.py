@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 #: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
-PLAN_SOURCES = ("hf", "registry", "default")
+PLAN_SOURCES = ("hf", "registry", "default", "derived")
 
 #: Values of ``activation_checkpointing``.
 CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")

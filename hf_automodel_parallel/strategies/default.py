@@ -219,7 +219,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Choose the plan and resolve it on the model."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order))
+        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order), size)
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
