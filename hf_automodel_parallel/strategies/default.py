@@ -48,6 +48,7 @@ from ..plan.selection import select_plan
 from ..plan.sequence_parallel import derive, regather
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
+from ..plan.variance_probe import complete
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
@@ -223,6 +224,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
+        complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         if job.sequence_parallel_regather:
