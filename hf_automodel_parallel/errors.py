@@ -27,12 +27,16 @@ class PrepareError(AutoParallelError):
     """The objects given to ``Accelerator.prepare`` do not belong together."""
 
 
-class CheckpointError(AutoParallelError):
-    """Files of a model or of a training state are missing, damaged, or do not belong to the model."""
+class ExportError(AutoParallelError):
+    """Files of a model cannot be written, or what they should be made of cannot be read."""
 
 
 class NotAvailableYetError(UnsupportedError, NotImplementedError):
     """The option is part of the design and refused until it is implemented, never ignored."""
+
+
+class CheckpointError(AutoParallelError):
+    """A checkpoint cannot be written or read; the message names the file, or the key, and what to do."""
 
 
 class RegistrationError(ConfigError, AssertionError):

@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .. import compat
 from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
@@ -47,6 +46,7 @@ class Job:
         tp_plan: explicit tensor-parallel plan, or None.
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
+        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them whole.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
         loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
@@ -70,6 +70,7 @@ class Job:
     tp_plan: GivenPlan = None
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
@@ -192,12 +193,6 @@ class ParallelizationStrategy(ABC):
                 f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
         job.model = result
-        packed = [name for name, p in result.named_parameters() if _is_packed(p)]
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} correctly: it packs several projections. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.compile_options is not None:
             for layer in find_layers(unwrapped(result)[0]):
                 compile_finished_layer(layer, job.compile_options)
@@ -219,6 +214,7 @@ class ParallelizationStrategy(ABC):
                 None,
             ),
             "sequence_parallel": (job.sequence_parallel, False),
+            "sequence_parallel_regather": (job.sequence_parallel_regather, False),
             "activation_checkpointing": (mode, False),
             "tp_shard_plan": (job.tp_plan, None),
             "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),
@@ -230,10 +226,6 @@ class ParallelizationStrategy(ABC):
             "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
             "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
         }
-
-
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and compat.is_strided_shard(parameter.placements[-1])
 
 
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
