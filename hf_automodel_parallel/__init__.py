@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .config import AutoParallelismConfig
 from .errors import (
     AutoParallelError,
+    CheckpointError,
     ConfigError,
     NotAvailableYetError,
     PlanError,
@@ -18,6 +19,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
+    from .checkpoint.background import wait_for_saves
+    from .checkpoint.directory import last_complete_checkpoint
+    from .checkpoint.training import load_training_state
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
@@ -32,6 +36,7 @@ __all__ = [
     "AutoParallelError",
     "AutoParallelTrainingArguments",
     "AutoParallelismConfig",
+    "CheckpointError",
     "ConfigError",
     "DefaultParallelizationStrategy",
     "NotAvailableYetError",
@@ -42,9 +47,12 @@ __all__ = [
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
     "get_parallelization_strategy",
+    "last_complete_checkpoint",
+    "load_training_state",
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "wait_for_saves",
 ]
 
 _LAZY = {
@@ -57,6 +65,9 @@ _LAZY = {
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
+    "last_complete_checkpoint": ".checkpoint.directory",
+    "load_training_state": ".checkpoint.training",
+    "wait_for_saves": ".checkpoint.background",
 }
 
 

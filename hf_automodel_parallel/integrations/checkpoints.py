@@ -30,6 +30,7 @@ from ..checkpoint.training import How, Task, collect_model, collect_optimizer, r
 from ..errors import CheckpointError
 from ..megatron.sharding import managed_by_megatron
 from ..optimizer import raw_optimizer
+from .data_position import load_positions, save_positions
 from .megatron import loading_whole
 from .records import attached_to
 
@@ -265,6 +266,8 @@ def save_state(
                 save_on_each_node=project.save_on_each_node,
                 safe_serialization=safe_serialization,
             )
+            if rank() == 0:
+                save_positions(self, folder)
             for index, custom in enumerate(self._custom_objects):
                 save_custom_state(custom, str(folder), index, save_on_each_node=project.save_on_each_node)
     except BaseException:
@@ -339,6 +342,7 @@ def load_state(
         for index, scheduler in enumerate(self._schedulers):
             state = load_plain(folder / ("scheduler.bin" if index == 0 else f"scheduler_{index}.bin"))
             scheduler.load_state_dict(repaced(state, manifest, _pace(scheduler, manifest)))
+        load_positions(self, folder)
         _load_custom_states(self, folder)
     states = load_random_state(self, folder, manifest, "random_states_{rank}.pkl")
     if "step" in states:
@@ -347,10 +351,10 @@ def load_state(
 
 def _pace(scheduler: Any, manifest: Manifest | None) -> int:
     """Steps of the scheduler per optimizer step; one that is not tied to the optimizer is left as it was."""
-    repeats = getattr(scheduler, "repeats", None)
-    if repeats is None or not scheduler.step_with_optimizer or not scheduler.limited:
+    tied = scheduler.step_with_optimizer and getattr(scheduler, "limited", not scheduler.split_batches)
+    if not tied:
         return manifest.data_parallel_size if manifest is not None else 1
-    return int(repeats)
+    return int(getattr(scheduler, "repeats", 1))
 
 
 def _load_custom_states(accelerator: Accelerator, folder: Path) -> None:
