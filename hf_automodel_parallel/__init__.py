@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .checkpoint.directory import last_complete_checkpoint
     from .checkpoint.training import load_training_state
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
+    from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
     from .strategies.base import ParallelizationStrategy
@@ -46,6 +47,7 @@ __all__ = [
     "RegistrationError",
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
+    "from_pretrained",
     "get_parallelization_strategy",
     "last_complete_checkpoint",
     "load_training_state",
@@ -57,6 +59,7 @@ __all__ = [
 
 _LAZY = {
     "apply_selective_activation_checkpointing": ".activation_checkpointing",
+    "from_pretrained": ".loading",
     "AutoParallelArgumentsMixin": ".integrations.trainer",
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
