@@ -38,19 +38,25 @@ def assert_alike(by_rank: list[list[float]]) -> list[float]:
     return by_rank[0]
 
 
-@pytest.mark.parametrize(
-    "name, adapter, kind",
-    [("mixtral", None, SHARDED), ("qwen3_moe", LORA, FULL)],
-    ids=["mixtral-sharded", "qwen3_moe-lora-full"],
-)
-def test_any_mesh_continues_the_run(name, adapter, kind, tmp_path):
-    """tp2 x fsdp2 -> fsdp4 -> tp4 -> one process; packed experts, two groups, a schedule that counts data-parallel ranks."""
-    first, second, third = (str(tmp_path / name) for name in "abc")
-    want = assert_alike(run_distributed(4, start, TP2_FSDP2, name, adapter, kind, first))
-    assert_close(
-        assert_alike(run_distributed(4, go_on, {"dp_shard_size": 4}, name, adapter, kind, first, second)), want
-    )
-    assert_close(assert_alike(run_distributed(4, go_on, {"tp_size": 4}, name, adapter, kind, second, third)), want)
+#: The meshes that the run moves over, with the form of the checkpoints that each writes.
+WALKS = {
+    "mixtral": ("mixtral", None, [(TP2_FSDP2, SHARDED), ({"dp_shard_size": 4}, SHARDED), ({"tp_size": 4}, SHARDED)]),
+    "qwen3_moe-lora": (
+        "qwen3_moe",
+        LORA,
+        [(TP2_FSDP2, FULL), ({"dp_replicate_size": 2, "dp_shard_size": 2}, SHARDED), ({"tp_size": 4}, FULL)],
+    ),
+}
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_any_mesh_continues_the_run(walk, tmp_path):
+    """tp2 x fsdp2 -> fsdp4 (or HSDP) -> tp4 -> one process; packed experts, two groups, a schedule counted per data rank."""
+    name, adapter, meshes = WALKS[walk]
+    first, second, third = (str(tmp_path / letter) for letter in "abc")
+    want = assert_alike(run_distributed(4, start, meshes[0][0], name, adapter, meshes[0][1], first))
+    for (sizes, kind), load, save in zip(meshes[1:], (first, second), (second, third)):
+        assert_close(assert_alike(run_distributed(4, go_on, sizes, name, adapter, kind, load, save)), want)
     model = build(name, adapter, seed=5)
     optimizer = two_groups(model)
     load_training_state(third, model, optimizer)
