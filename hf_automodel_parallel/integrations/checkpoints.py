@@ -226,6 +226,10 @@ def save_state(
     from accelerate.checkpointing import save_accelerator_state, save_custom_state
 
     wait_for_saves()
+    if save_model_func_kwargs:
+        raise CheckpointError(
+            f"save_state was given {', '.join(save_model_func_kwargs)}, which are for DeepSpeed and Megatron-LM. Leave them out."
+        )
     project = self.project_configuration
     naming_ourselves = project.automatic_checkpoint_naming
     if naming_ourselves:
@@ -245,12 +249,12 @@ def save_state(
     save = begin(folder)
     how = how_to_save(self)
     try:
-        tasks = [model_task(self, model, folder, index, how) for index, model in enumerate(self._models)]
+        tasks: list[Task] = []
+        for index, model in enumerate(self._models):
+            _now_or_later(model_task(self, model, folder, index, how), how, tasks)
         for index, optimizer in enumerate(self._optimizers):
-            tasks.append(optimizer_task(self, optimizer, _model_of(self, optimizer, index), folder, index, how))
-        if not how.copy:
-            _run(tasks)
-            tasks = []
+            model = _model_of(self, optimizer, index)
+            _now_or_later(optimizer_task(self, optimizer, model, folder, index, how), how, tasks)
         with agreed(f"saving to {folder}"), naming(folder):
             for hook in self._save_model_state_pre_hook.values():
                 hook(self._models, [], str(folder))
@@ -284,8 +288,11 @@ def save_state(
     return str(folder)
 
 
-def _run(tasks: list[Task]) -> None:
-    for task in tasks:
+def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
+    """Write at once, before the next state is gathered, or in the background."""
+    if how.copy:
+        later.append(task)
+    else:
         task(None)
 
 
@@ -306,6 +313,11 @@ def load_state(
 
     wait_for_saves()
     with agreed("load_state"):
+        unknown = set(kwargs) - {"map_location"}  # values go straight to where the model is
+        if unknown:
+            raise CheckpointError(
+                f"load_state was given {', '.join(sorted(unknown))}, which FSDP's checkpoints do not take. Leave it out."
+            )
         if load_kwargs and load_kwargs.get("weights_only", True) is not True:
             raise CheckpointError(
                 "load_kwargs has weights_only=False, which would run code from the checkpoint. Leave it out."
