@@ -19,6 +19,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
+    from .checkpoint.background import wait_for_saves
+    from .checkpoint.directory import last_complete_checkpoint
+    from .checkpoint.training import load_training_state
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
@@ -46,9 +49,12 @@ __all__ = [
     "apply_selective_activation_checkpointing",
     "from_pretrained",
     "get_parallelization_strategy",
+    "last_complete_checkpoint",
+    "load_training_state",
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "wait_for_saves",
 ]
 
 _LAZY = {
@@ -62,6 +68,9 @@ _LAZY = {
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
+    "last_complete_checkpoint": ".checkpoint.directory",
+    "load_training_state": ".checkpoint.training",
+    "wait_for_saves": ".checkpoint.background",
 }
 
 
