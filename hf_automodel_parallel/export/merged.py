@@ -19,7 +19,7 @@ from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from ..plan.names import unwrapped
 from .gathering import Fetch
-from .pretrained import Progress, Shapes, Shortcut, write_pretrained
+from .pretrained import Progress, Shapes, write_pretrained
 
 
 def save_merged(
@@ -192,7 +192,6 @@ class Merging:
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         progress: Progress | None = None,
-        shortcut: Shortcut | None = None,
     ) -> None:
         """Write the plain model.
 
@@ -203,7 +202,6 @@ class Merging:
             max_shard_size: bytes, or text.
             variant: part of the names of the files.
             progress: called for each tensor.
-            shortcut: see :func:`.pretrained.write_pretrained`.
         """
         plain = self.plain_model()
         wanted = self.shapes(shapes, list(plain.state_dict()))
@@ -216,7 +214,6 @@ class Merging:
             max_shard_size,
             variant,
             progress=progress,
-            shortcut=shortcut,
         )
 
     def value(self, name: str, fetch: Fetch) -> torch.Tensor:
