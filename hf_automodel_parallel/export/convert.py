@@ -164,8 +164,8 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
     cls = getattr(transformers, name, None)
     if name and cls is None:
         raise ExportError(
-            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in the "
-            f"training job with model.save_pretrained()."
+            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in "
+            f"the training job with model.save_pretrained()."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
@@ -209,9 +209,7 @@ def _adapter_config(request: Request, beside: Path) -> tuple[Path, Any]:
         for directory in (folder / name, folder):
             if (directory / "adapter_config.json").is_file():
                 return directory, PeftConfig.from_pretrained(directory)
-    raise ExportError(
-        f"there is no adapter_config.json in {beside}. Give the directory that has one with --config."
-    )
+    raise ExportError(f"there is no adapter_config.json in {beside}. Give the directory that has one with --config.")
 
 
 def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
@@ -226,7 +224,9 @@ def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
         config.inference_mode = False
         with torch.device("meta"):
             return get_peft_model(base, config, adapter_name=request.adapter, low_cpu_mem_usage=True)
-    raise ExportError("the config of the base model is not known. Give its directory with --config (or --base with --merge).")
+    raise ExportError(
+        "the config of the base model is not known. Give its directory with --config (or --base with --merge)."
+    )
 
 
 def _named_by_file(shapes: Mapping[str, Any], adapter: str) -> bool:
@@ -247,14 +247,12 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
     else:
         model = _with_adapter(request, beside, config)
         missing = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in shapes
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in shapes
         ]
         if missing:
             raise ExportError(
-                f"{request.checkpoint} lacks {', '.join(missing[:3])} ({len(missing)} in all) of the adapter {request.adapter!r}. "
-                f"Name the right adapter with --adapter, or its config with --config."
+                f"{request.checkpoint} lacks {', '.join(missing[:3])} ({len(missing)} in all) of the adapter "
+                f"{request.adapter!r}. Name the right adapter with --adapter, or its config with --config."
             )
 
         def counted(name: str) -> torch.Tensor:
@@ -289,7 +287,9 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
         named = config.base_model_name_or_path
         base = Path(named) if named and Path(named).is_dir() else None
         if base is None:
-            raise ExportError(f"{request.checkpoint} holds the adapter alone. Give the model it was trained on with --base.")
+            raise ExportError(
+                f"{request.checkpoint} holds the adapter alone. Give the model it was trained on with --base."
+            )
     files = None if base is None or complete else SafetensorsWeights(base)
     model = _with_adapter(request, beside, config)
     merging = Merging(model, [request.adapter])
@@ -315,7 +315,9 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
 
     def fetch(name: str) -> torch.Tensor:
         if name not in known:
-            raise ExportError(f"neither {request.checkpoint} nor {base} has {name}. Give the right base model with --base.")
+            raise ExportError(
+                f"neither {request.checkpoint} nor {base} has {name}. Give the right base model with --base."
+            )
         return known[name]()
 
     merging.write(_cast(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count)
@@ -336,7 +338,10 @@ def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[
     for leaf, results in parts.items():
         if all(n in files.shapes and files.shapes[n][0] == value.shape for n, value in results.items()):
             dtype = files.shapes[next(iter(results))][1]
-            found[leaf] = (leaves[leaf].shape, dtype), functools.partial(_assembled, recording, leaves[leaf], results, files)
+            found[leaf] = (
+                (leaves[leaf].shape, dtype),
+                functools.partial(_assembled, recording, leaves[leaf], results, files),
+            )
     return found
 
 

@@ -132,7 +132,8 @@ class Recording(TorchDispatchMode):
         for key, value in values.items():
             view = self._view(results[key], whole)
             if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
-                raise UnsupportedError(f"{self._leaves[id(leaf)]} is computed, not rearranged, in the files of this architecture.")
+                name = self._leaves[id(leaf)]
+                raise UnsupportedError(f"{name} is computed, not rearranged, in the files of this architecture.")
             view.copy_(value)
         if sum(value.numel() for value in values.values()) != whole.numel():
             raise UnsupportedError(f"the files of this architecture do not hold all of {self._leaves[id(leaf)]}.")
