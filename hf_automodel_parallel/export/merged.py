@@ -19,7 +19,7 @@ from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from ..plan.names import unwrapped
 from .gathering import Fetch
-from .pretrained import Progress, Shapes, Shortcut, write_pretrained
+from .pretrained import Progress, Shapes, write_pretrained
 
 
 def save_merged(
@@ -127,11 +127,15 @@ class Merging:
                 layer.base, layer.base_path = base, below
                 for name in base.state_dict():
                     if any(isinstance(m, tuner) for m in base.modules()):  # type: ignore[arg-type]
-                        raise UnsupportedError(f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one.")
+                        raise UnsupportedError(
+                            f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one."
+                        )
                     self.sources[plain + name], self.layers[plain + name] = below + name, layer
                 for parameter in base.parameters():
                     if shared.setdefault(id(parameter), layer) is not layer:
-                        raise UnsupportedError(f"{path[:-1]}: two adapters change one tied weight; merge in one process.")
+                        raise UnsupportedError(
+                            f"{path[:-1]}: two adapters change one tied weight; merge in one process."
+                        )
                 return
             for name in [*module._parameters, *module._buffers]:
                 if path + name in known:
@@ -148,7 +152,9 @@ class Merging:
             for name in tied.get(key, ()):
                 self.layers[name] = layer
                 self.sources[name] = next(
-                    layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key  # type: ignore[union-attr]
+                    layer.base_path + n
+                    for n, p in layer.base.named_parameters()
+                    if id(p) == key  # type: ignore[union-attr]
                 )
 
     def _inside_wrapper(self, wrapper: Any) -> str:
@@ -156,7 +162,9 @@ class Merging:
         if hasattr(wrapper, "token_adapter"):
             return "token_adapter"
         if not hasattr(wrapper, "modules_to_save"):
-            raise UnsupportedError(f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process.")
+            raise UnsupportedError(
+                f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process."
+            )
         active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
         return f"modules_to_save.{active[0]}" if active else "original_module"
 
@@ -175,8 +183,8 @@ class Merging:
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
             raise UnsupportedError(
-                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ in "
-                f"{', '.join(other)}. Merge in one process."
+                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ "
+                f"in {', '.join(other)}. Merge in one process."
             )
         return plain
 
@@ -192,7 +200,6 @@ class Merging:
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         progress: Progress | None = None,
-        shortcut: Shortcut | None = None,
     ) -> None:
         """Write the plain model.
 
@@ -203,7 +210,6 @@ class Merging:
             max_shard_size: bytes, or text.
             variant: part of the names of the files.
             progress: called for each tensor.
-            shortcut: see :func:`.pretrained.write_pretrained`.
         """
         plain = self.plain_model()
         wanted = self.shapes(shapes, list(plain.state_dict()))
@@ -216,7 +222,6 @@ class Merging:
             max_shard_size,
             variant,
             progress=progress,
-            shortcut=shortcut,
         )
 
     def value(self, name: str, fetch: Fetch) -> torch.Tensor:
@@ -233,7 +238,9 @@ class Merging:
     def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
         merged_before = [list(t.merged_adapters) for t in layer.tuners]  # type: ignore[call-overload]
         # DoRA's norm as a sum over ranks: here it sees whole rows.
-        methods = [(m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__]
+        methods = [
+            (m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__
+        ]
         try:
             with _with_values(layer.outer, layer.path, fetch):
                 for tuner in layer.tuners:
@@ -269,4 +276,3 @@ def _with_values(module: nn.Module, path: str, fetch: Fetch) -> Iterator[None]:
     finally:
         for holder, name, old in places:
             holder[name] = old
-
