@@ -124,6 +124,21 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._optimizers", "see _models"),
     ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
     ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
+    (
+        "accelerate.accelerator",
+        "Accelerator._custom_objects",
+        "what register_for_checkpointing was given, to save and load",
+    ),
+    (
+        "accelerate.accelerator",
+        "Accelerator._save_model_state_pre_hook",
+        "the user's hooks before a save, to be called",
+    ),
+    (
+        "accelerate.accelerator",
+        "Accelerator._load_model_state_pre_hook",
+        "the user's hooks before a load, to be called",
+    ),
     ("accelerate.accelerator", "Accelerator._is_accelerate_prepared", "its mark on prepared objects"),
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
@@ -432,14 +447,22 @@ def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str,
     return {}
 
 
-def trainer_that_makes(accelerator: Accelerator) -> Any | None:
-    """The Trainer whose constructor is making ``accelerator``, whose arguments nobody hands on; None in a plain loop."""
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+def owner_of_running_accelerator_init(accelerator: Accelerator, kind: type) -> Any:
+    """The object of type ``kind`` whose method is constructing ``accelerator``, None if there is none on the stack.
+
+    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and never introduces itself to it.
+    """
+    from accelerate import Accelerator
+
     frame: FrameType | None = sys._getframe()
-    while trainer is not None and frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, trainer):
-            return caller
+    constructor_seen = False
+    while frame is not None:
+        holder = frame.f_locals.get("self")
+        if frame.f_code is Accelerator.__init__.__code__:
+            constructor_seen = holder is accelerator
+        elif constructor_seen and isinstance(holder, kind):
+            # One that has its Accelerator already runs a script's code, in which another one is built.
+            return None if "accelerator" in vars(holder) else holder
         frame = frame.f_back
     return None
 

@@ -90,6 +90,8 @@ class AutoParallelismConfig(ParallelismConfig):
         megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
             ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
+        async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU, and
+            training goes on while they are written. The checkpoint is complete, and counts, when its manifest is there.
         check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
             parameters, and refuse it if not. False trusts it.
 
@@ -115,6 +117,7 @@ class AutoParallelismConfig(ParallelismConfig):
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     check_optimizer: bool = True
+    async_save: bool = False
     audit: str | bool | None = None
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
@@ -221,7 +224,7 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
-        for name in ("sequence_parallel", "async_tensor_parallel"):
+        for name in ("sequence_parallel", "async_tensor_parallel", "async_save"):
             if getattr(self, name) is None:
                 setattr(self, name, False)
             if not isinstance(getattr(self, name), bool):
@@ -251,7 +254,7 @@ class AutoParallelismConfig(ParallelismConfig):
         from .megatron.options import MegatronOptions
 
         MegatronOptions.from_mapping(self.megatron_fsdp)
-        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile"):
+        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile", "async_save"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "

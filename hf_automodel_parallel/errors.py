@@ -31,6 +31,10 @@ class NotAvailableYetError(UnsupportedError, NotImplementedError):
     """The option is part of the design and refused until it is implemented, never ignored."""
 
 
+class CheckpointError(AutoParallelError):
+    """A checkpoint cannot be written or read; the message names the file, or the key, and what to do."""
+
+
 class RegistrationError(ConfigError, AssertionError):
     """Something that is no strategy, or whose name is taken, was registered (the reference API promises AssertionError)."""
 

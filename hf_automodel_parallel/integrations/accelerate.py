@@ -14,7 +14,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +32,15 @@ from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
 from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
-from ..optimizer import check_optimizers, parameter_names, replace_parameters
+from ..optimizer import check_optimizers, parameter_names, raw_optimizer, replace_parameters
 from ..optimizer_check import check_on_shards
 from ..strategies.base import Job, refuse_sharded
 from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
+from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
 from .data_parallel import gather_for_metrics, prepare_data_loader, prepare_scheduler
 from .generation import guard_generation
-from .megatron import loading_whole, megatron_strategy, owner_of, whole_state
+from .megatron import megatron_strategy, owner_of, whole_state
 from .megatron import sharded_parameters as megatron_parameters
 from .megatron import watch as watch_megatron
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
@@ -56,6 +57,7 @@ from .records import (
     remember,
 )
 from .trainer_options import check_trainer, remember_trainer
+from .trainer_seam import extend_trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,6 +76,8 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     """
     if config.device_mesh is None:
         config.check_accelerator(accelerator)
+        accelerator.load_state = types.MethodType(load_state_in_one_process, accelerator)
+        extend_trainer(accelerator)
         return
     plugin = _plugin(accelerator)
     _check_surroundings(accelerator, plugin)
@@ -86,6 +90,7 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
     remember_trainer(accelerator)
+    extend_trainer(accelerator)
     _leave_cleanly()
 
 
@@ -196,7 +201,7 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
     config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
-    raw = [_raw(optimizer) for optimizer in optimizers]
+    raw = [raw_optimizer(optimizer) for optimizer in optimizers]
     with agreement("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
         if config.backend == "megatron_fsdp":
@@ -309,7 +314,7 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
     owners = []
     with agreement("Accelerator.prepare"):
-        for optimizer in map(_raw, optimizers):
+        for optimizer in map(raw_optimizer, optimizers):
             candidates = [record] if record is not None else all_prepared()
             for owner in candidates:
                 managed = managed_by_megatron(owner.job.model)
@@ -333,13 +338,6 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
             owner.strategy.switch_optimizer(owner.job, optimizer, groups, dict(owner.job.model.named_parameters()))
         owner.trainable = True
         _attach(optimizer, owner)
-
-
-def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
@@ -441,17 +439,6 @@ def _maybe_context_parallel(
         yield
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------------
-
-
-def _load_state(self: Accelerator, *args: Any, **kwargs: Any) -> None:
-    """Like ``Accelerator.load_state``, which would cut the weights for megatron-fsdp's uneven shards evenly."""
-    with ExitStack() as stack:
-        for model in self._models:
-            stack.enter_context(loading_whole(model))
-        type(self).load_state(self, *args, **kwargs)
-
-
 #: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
 BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare": _prepare,
@@ -462,6 +449,8 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
-    "load_state": _load_state,
+    "save_state": save_state,
+    "load_state": load_state,
+    "end_training": end_training,
     "gather_for_metrics": gather_for_metrics,
 }

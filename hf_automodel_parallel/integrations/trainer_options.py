@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ _TRAINERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDic
 
 def remember_trainer(accelerator: Accelerator) -> None:
     """While ``accelerator`` is being made: note the Trainer that makes it, if one does."""
-    trainer = compat.trainer_that_makes(accelerator)
+    module = sys.modules.get("transformers.trainer")
+    trainer = None if module is None else compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
     if trainer is not None:
         _TRAINERS[accelerator] = weakref.ref(trainer)
 

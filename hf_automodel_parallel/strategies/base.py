@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .. import compat
 from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
@@ -188,12 +187,6 @@ class ParallelizationStrategy(ABC):
                 f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
         job.model = result
-        packed = [name for name, p in result.named_parameters() if _is_packed(p)]
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} correctly: it packs several projections. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.compile_options is not None:
             for layer in find_layers(unwrapped(result)[0]):
                 compile_finished_layer(layer, job.compile_options)
@@ -226,10 +219,6 @@ class ParallelizationStrategy(ABC):
             "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
             "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
         }
-
-
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and compat.is_strided_shard(parameter.placements[-1])
 
 
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:

@@ -223,13 +223,6 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
         check_packed_parameters(shapes, job.spec, job.dp_mesh.size(-1))
-        packed = job.spec.packed()
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} (and {len(packed) - 1} others) correctly: it packs "
-                f"several projections, and torch.distributed.checkpoint takes each shard for one contiguous piece. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.options.ignored_parameters:
             raise UnsupportedError(
                 "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter needs a "
