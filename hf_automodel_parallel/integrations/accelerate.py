@@ -261,8 +261,7 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
 
 
 def _watch(model: nn.Module, job: Job) -> None:
-    data_parallel = job.dp_mesh
-    guard_generation(model, job.tp_mesh, shared_parameters=data_parallel.size(data_parallel.ndim - 1) > 1)
+    guard_generation(model, job)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     guard_saving(model)
