@@ -247,11 +247,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "CheckpointManager._enable_checkpoint",
         "called some seconds after SIGTERM, on each rank during another step; the same in 5.17 and 5.24",
     ),
-    (
-        "transformers.distributed.fsdp",
-        "is_fsdp_managed_module._is_fsdp_managed_module",
-        "generation runs equally many forwards on all ranks of a model that has this mark; the same in 5.17 and 5.24",
-    ),
 )
 
 
@@ -705,11 +700,6 @@ def initialize_fsdp(model: nn.Module) -> None:
     Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
-
-
-def mark_as_fsdp_managed(model: nn.Module) -> None:
-    """Let transformers know that forwards of ``model`` are collectives over the data-parallel ranks (``synced_gpus``)."""
-    model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 def trainer_signal_manager_type() -> type | None:

@@ -369,8 +369,10 @@ class AutoParallelismConfig(ParallelismConfig):
             check_same_sizes(self._sizes)
         mesh = super().get_device_mesh(device_type)
         if mesh is not None:
-            for part in (mesh, *(mesh[name] for name in _JOINED_AXES if compat.has_joined_axis(mesh, name))):
-                compat.inherit_timeout(part)
+            compat.inherit_timeout(mesh)
+            for name in _JOINED_AXES:
+                if compat.has_joined_axis(mesh, name):
+                    compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))
         return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
