@@ -176,9 +176,9 @@ class Merging:
         """
         with torch.device("meta"):
             plain = type(self.inner)(copy.deepcopy(self.inner.config))
-        for name in ("generation_config", *compat.WEIGHT_CONVERSIONS):
-            if hasattr(self.inner, name):
-                setattr(plain, name, copy.deepcopy(getattr(self.inner, name)))
+        if hasattr(self.inner, "generation_config"):
+            plain.generation_config = copy.deepcopy(self.inner.generation_config)
+        compat.copy_weight_conversions(self.inner, plain)
         names = set(plain.state_dict())
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
