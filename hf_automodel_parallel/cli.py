@@ -33,7 +33,7 @@ def plan(
     tp_plan: Annotated[
         Optional[str], typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")  # noqa: UP045
     ] = None,
-    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default",
+    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default+derived",
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Derive where sequences are split, gathered and scattered.")
     ] = False,
@@ -70,7 +70,7 @@ def plan(
         order = config.plan_order
         if isinstance(strategy, DefaultParallelizationStrategy):
             order = strategy.sources(order)
-        chosen = select_plan(network, config.tp_plan, order)
+        chosen = select_plan(network, config.tp_plan, order, tp)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
         keep_logits_sharded(network, spec)

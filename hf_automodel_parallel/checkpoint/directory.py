@@ -1,8 +1,8 @@
 """The life of a checkpoint directory: begun, completed or abandoned; which of many is the last complete one.
 
 A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once. Files of a
-complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed job leaves
-the last complete checkpoint on the disk, and a directory that says what it is.
+complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed
+job leaves the last complete checkpoint on the disk, and a directory that says what it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .manifest import (
     MANIFEST,
     MARK,
     PREVIOUS,
+    SAVED_NAMES,
     Manifest,
     check_sizes,
     entries_of_all,
@@ -34,11 +35,6 @@ from .ranks import agreed, rank, rank_zero_tells
 
 logger = logging.getLogger(__name__)
 
-#: Names that Accelerate and the Trainer give to what they save, and we too.
-_OURS = re.compile(
-    r"^(pytorch_model|model|adapter_model|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
-    r"custom_checkpoint|trainer_state|training_args)([._-].*)?$"
-)
 _SETTING_ASIDE = "setting aside"
 _NUMBERED = re.compile(r"^checkpoint[-_](\d+)$")
 
@@ -86,7 +82,7 @@ def _own_status(folder: Path) -> Status:
         return Status(folder, "complete", usable=folder)
     if (folder / MARK).exists():
         return Status(folder, "incomplete", f"its save was interrupted: it has a {MARK} and no {MANIFEST}")
-    if any(_OURS.match(name) for name in os.listdir(folder)):
+    if any(SAVED_NAMES.match(name) for name in os.listdir(folder)):
         return Status(folder, "unverified", usable=folder)
     return Status(folder, "incomplete", "it is empty")
 
@@ -165,7 +161,7 @@ def _set_aside(folder: Path) -> None:
         (folder / MANIFEST).rename(previous / MANIFEST)
         names = list(manifest.files)
     else:
-        names = [name for name in os.listdir(folder) if _OURS.match(name)]
+        names = [name for name in os.listdir(folder) if SAVED_NAMES.match(name)]
     for name in names:
         (previous / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(previous / name)
@@ -224,11 +220,15 @@ def abandon(save: Unfinished, group: Any = None) -> None:
     try:
         _remove_leftovers(save.folder)
         if _bring_back(save.folder):
-            logger.warning("the save to %s failed; the checkpoint that was there before has been brought back", save.folder)
+            logger.warning(
+                "the save to %s failed; the checkpoint that was there before has been brought back", save.folder
+            )
     except (OSError, CheckpointError) as error:
         logger.warning(
             "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in %s",
-            save.folder, error, save.folder / PREVIOUS,
+            save.folder,
+            error,
+            save.folder / PREVIOUS,
         )
 
 
@@ -267,8 +267,11 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
                 found = status(path)
                 if found.kind != "complete":
                     logger.warning(
-                        "%s %s", path, f"is {found.kind}: {found.reason}" if found.reason else "has no manifest, so it is not "
-                        "known to be complete"
+                        "%s %s",
+                        path,
+                        f"is {found.kind}: {found.reason}"
+                        if found.reason
+                        else "has no manifest, so it is not known to be complete",
                     )
                 if found.usable is not None:
                     chosen = found.usable
@@ -308,12 +311,17 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
             if found.kind == "unverified":
                 logger.warning(
                     "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell whether it is "
-                    "complete", folder, MANIFEST,
+                    "complete",
+                    folder,
+                    MANIFEST,
                 )
             elif answer != folder:
                 logger.warning(
                     "%s is %s (%s); loading the previous checkpoint of that name, %s",
-                    folder, found.kind, found.reason, answer,
+                    folder,
+                    found.kind,
+                    found.reason,
+                    answer,
                 )
     return rank_zero_tells(answer, group)  # type: ignore[return-value]
 

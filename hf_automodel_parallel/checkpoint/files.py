@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,28 +15,37 @@ import torch
 
 from ..errors import CheckpointError
 
-try:
-    from numpy._core import multiarray
-except ImportError:
-    from numpy.core import multiarray  # numpy before 2.0
-
 #: Arrays of numbers, which numpy's random state and many a state dict contain.
 _SAFE: list[Any] = [
-    multiarray._reconstruct,
+    numpy.array(0).__reduce__()[
+        0
+    ],  # the function that makes an empty one; its module's name depends on numpy's version
     numpy.ndarray,
     numpy.dtype,
-    *{type(numpy.dtype(name)) for name in ("uint8", "uint32", "int32", "int64", "uint64", "float32", "float64", "bool")},
+    *{
+        type(numpy.dtype(name))
+        for name in ("uint8", "uint32", "int32", "int64", "uint64", "float32", "float64", "bool")
+    },
 ]
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``."""
+    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
+
+    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
     except OSError as error:
         where = error.filename or path
-        raise CheckpointError(f"cannot write {where}: {error.strerror or error}. The save was not completed.") from error
+        raise CheckpointError(
+            f"cannot write {where}: {error.strerror or error}. The save was not completed."
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -66,15 +75,11 @@ def sync_directory(folder: Path) -> None:
 
 
 def save_plain(value: Any, path: Path) -> None:
-    """``torch.save`` with the path in the error; torch reports a full disk as a ``RuntimeError`` without a name."""
-    with naming(path):
-        try:
-            with path.open("wb") as stream:
-                torch.save(value, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except RuntimeError as error:
-            raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
+    """``torch.save`` with the path in the error, on the disk when this returns."""
+    with naming(path), path.open("wb") as stream:
+        torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = None, mmap: bool = False) -> Any:
@@ -96,7 +101,9 @@ def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = No
         raise CheckpointError(f"cannot read {name}: {error.strerror or error}.") from error
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
-        unsafe = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else "")
+        unsafe = next(
+            (line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
+        )
         raise CheckpointError(
             f"{name} holds more than tensors and plain values, or is damaged: {unsafe} Nothing of it was run. If it is yours and "
             f"names a class of yours, allow that with torch.serialization.add_safe_globals."

@@ -143,6 +143,8 @@ def _blocks(ranges: list[Ranges]) -> list[Piece]:
         per_dimension.append([(start, stop - start, at) for (start, stop), at in zip(dim, starts, strict=False)])
     blocks = []
     for combination in itertools.product(*per_dimension):
-        offsets, sizes, local = (tuple(values) for values in zip(*combination, strict=True)) if combination else ((), (), ())
+        offsets, sizes, local = (
+            (tuple(values) for values in zip(*combination, strict=True)) if combination else ((), (), ())
+        )
         blocks.append(Piece(offsets, sizes, local))
     return blocks

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -69,8 +69,8 @@ def read_metadata(folder: str | Path) -> Metadata:
         name = str(getattr(place, "relative_path", ""))
         if not name or Path(name).name != name:
             raise CheckpointError(
-                f"{path} says that {getattr(index, 'fqn', index)!r} is in the file {name!r}; the files of a checkpoint are in its "
-                f"own directory. It was not read."
+                f"{path} says that {getattr(index, 'fqn', index)!r} is in the file {name!r}; the files of a checkpoint are in "
+                f"its own directory. It was not read."
             )
     return metadata
 
@@ -87,7 +87,7 @@ class SafeFileSystemReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What torch's reader returns, from a restricted unpickler."""
-        return read_metadata(self.path)
+        return read_metadata(Path(self.path))
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Any:
         """Like torch's, with the file in the message of an error."""
@@ -163,33 +163,31 @@ class _Chunk:
         self.offsets, self.sizes = offsets, sizes
 
 
-def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` unless ``known`` (key -> metadata) has all ``wanted`` keys, with the wanted shapes.
+def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any], name: str = "the checkpoint") -> None:
+    """Raise :class:`CheckpointError` unless ``known`` has all ``wanted`` keys, with the wanted shapes.
 
     Args:
         wanted: key -> shape, None for values that are no tensors.
-        known: key -> object with a ``size``.
+        known: key -> object with a ``size``, which is None (or missing) for values that are no tensors.
+        name: of the checkpoint, for the message.
     """
     missing = [key for key in wanted if key not in known]
     if missing:
         unused = [key for key in known if key not in wanted]
         raise CheckpointError(
-            f"the checkpoint has no {some(missing)}"
+            f"{name} has no {some(missing)}"
             + (f"; it has {some(unused)}, which the model does not ask for" if unused else "")
             + ". It was saved from another model, another adapter or other trainable parameters."
         )
     wrong = [
-        f"{key} ({tuple(known[key].size)} in the checkpoint, {tuple(size)} in the model)"
+        f"{key} ({saved if saved is None else tuple(saved)} in the checkpoint, {size if size is None else tuple(size)} here)"
         for key, size in wanted.items()
-        if size is not None and isinstance(known[key], TensorStorageMetadata | torch.Tensor)
-        and tuple(_size(known[key])) != tuple(size)
+        if (saved := getattr(known[key], "size", None)) != size
     ]
     if wrong:
-        raise CheckpointError(f"tensors with other shapes in the checkpoint: {some(wrong)}.")
-
-
-def _size(described: Any) -> torch.Size:
-    return described.shape if isinstance(described, torch.Tensor) else described.size
+        raise CheckpointError(
+            f"{name} has other shapes than the model: {some(wrong)}. It was saved from another model."
+        )
 
 
 def some(items: list[str], count: int = 4) -> str:
