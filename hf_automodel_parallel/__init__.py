@@ -18,6 +18,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
+    from .derive.verify import verify_plan
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
@@ -45,6 +46,7 @@ __all__ = [
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "verify_plan",
 ]
 
 _LAZY = {
@@ -53,6 +55,7 @@ _LAZY = {
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
+    "verify_plan": ".derive.verify",
     "ParallelizationStrategy": ".strategies.base",
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
