@@ -162,6 +162,7 @@ class ParallelizationStrategy(ABC):
             "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
+            "towers": job.options.towers is not None,
         }
         for field_name, given in asked.items():
             if given:

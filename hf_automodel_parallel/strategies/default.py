@@ -56,6 +56,7 @@ from ..tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from ..towers.placement import placement
 from .base import (
     GivenPlan,
     Job,
@@ -182,6 +183,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:

@@ -13,17 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from harness.collectives import CollectiveCounter
 from harness.compare import full_grads
 from harness.models import lora, randomize
 from harness.oracle import loss_and_grads
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
 
 from .jobs import data_rank
 
 VOCABULARY = 128
-IMAGE, VIDEO = 120, 121  # tokens that stand for a piece of an image and of a video; text tokens are smaller than TEXT_TOKENS
+IMAGE, VIDEO = (
+    120,
+    121,
+)  # tokens that stand for a piece of an image and of a video; text tokens are smaller than TEXT_TOKENS
 TEXT_TOKENS = 110
 PATCH = 4  # pixels
 
@@ -60,7 +65,12 @@ _QWEN_VISION: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-_QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 122, "vision_end_token_id": 123}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+}
 _MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
 
 
@@ -210,22 +220,29 @@ def build(name: str, **overrides: Any) -> nn.Module:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         randomize(model)
-    if name == "llama4":  # its forward in transformers 5.24 reads a field that its language model's output does not have
+    if (
+        name == "llama4"
+    ):  # its forward in transformers 5.24 reads a field that its language model's output does not have
         model.language_model.register_forward_hook(lambda _, args, output: setattr(output, "image_outputs", None))
     return model
 
 
-def batch(name: str, images: list[int], seed: int = 3, large: bool = False) -> dict[str, torch.Tensor]:
+def batch(
+    name: str, images: list[int], seed: int = 3, large: bool = False, videos: bool = False
+) -> dict[str, torch.Tensor]:
     """Rows of text with images in them.
 
     Args:
         images: how many images each row has; zeros everywhere give a batch without any image tensor.
         large: images of twice the usual size, where the model takes images of any size.
+        videos: videos of two frames instead of images, where the model takes both.
     """
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     grown = 2 if large and family.kind in ("grid", "sizes") else 1
-    ids = torch.randint(3, TEXT_TOKENS, (len(images), 8 + max(1, *images) * (family.tokens * grown + 2)), generator=generator)
+    ids = torch.randint(
+        3, TEXT_TOKENS, (len(images), 8 + max(1, *images) * (family.tokens * grown + 2)), generator=generator
+    )
     labels = ids.clone()
     for row, count in enumerate(images):
         for index in range(count):
@@ -237,6 +254,11 @@ def batch(name: str, images: list[int], seed: int = 3, large: bool = False) -> d
         result |= _images(family, images, grown, generator)
     if family.token_types:
         result[family.token_types] = (ids == IMAGE).int()
+    if videos and family.kind == "grid" and sum(images):
+        result["input_ids"] = ids.masked_fill(ids == IMAGE, VIDEO)
+        result[str(family.token_types)] *= 2
+        result["pixel_values_videos"] = result.pop("pixel_values")
+        result["video_grid_thw"] = result.pop("image_grid_thw")
     return result
 
 
@@ -291,14 +313,14 @@ def first_gradients(
     images: list[list[list[int]]],
     how: str = "full",
     own_checkpointing: bool = False,
-    large: bool = False,
+    odd_ranks: dict[str, bool] | None = None,
     **overrides: Any,
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
     """Loss and gradients of one step through a plain Accelerate loop.
 
     Args:
         images: data-parallel rank -> micro-batch -> row -> number of images.
-        large: odd data-parallel ranks have larger images.
+        odd_ranks: what is different in the batches of odd data-parallel ranks, as arguments of :func:`batch`.
     """
     accelerator = Accelerator(
         parallelism_config=AutoParallelismConfig(**sizes), gradient_accumulation_steps=len(images[0])
@@ -306,12 +328,14 @@ def first_gradients(
     model = trained_as(name, how, **overrides)
     if own_checkpointing:
         model.gradient_checkpointing_enable()
-    model, stepper = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    model, stepper = accelerator.prepare(
+        model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    )
     mine = data_rank(accelerator)
     total, gradients = torch.zeros(()), {}
-    for index, micro in enumerate(images[mine]):
+    for index in range(len(images[mine])):
         with accelerator.accumulate(model):
-            loss = model(**micro_batch(name, images, mine, index, large), use_cache=False).loss
+            loss = model(**micro_batch(name, images, mine, index, odd_ranks), use_cache=False).loss
             accelerator.backward(loss)
             total += loss.detach() / len(images[mine])
             if accelerator.sync_gradients:
@@ -322,15 +346,45 @@ def first_gradients(
     return total.item() / dist.get_world_size(), gradients
 
 
-def micro_batch(name: str, images: list[list[list[int]]], rank: int, index: int, large: bool = False) -> dict[str, torch.Tensor]:
+def micro_batch(
+    name: str, images: list[list[list[int]]], rank: int, index: int, odd_ranks: dict[str, bool] | None = None
+) -> dict[str, torch.Tensor]:
     """The batch of data-parallel rank ``rank``."""
-    return batch(name, images[rank][index], seed=10 * rank + index, large=large and rank % 2 == 1)
+    return batch(name, images[rank][index], seed=10 * rank + index, **((odd_ranks or {}) if rank % 2 else {}))
 
 
 def one_process(
-    name: str, images: list[list[list[int]]], how: str = "full", large: bool = False, **overrides: Any
+    name: str,
+    images: list[list[list[int]]],
+    how: str = "full",
+    odd_ranks: dict[str, bool] | None = None,
+    **overrides: Any,
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
     """What :func:`first_gradients` has to return."""
     model = trained_as(name, how, **overrides)
     places = [(rank, index) for rank, parts in enumerate(images) for index in range(len(parts))]
-    return loss_and_grads(model, [micro_batch(name, images, rank, index, large) for rank, index in places])
+    return loss_and_grads(model, [micro_batch(name, images, rank, index, odd_ranks) for rank, index in places])
+
+
+def saved_and_counted(name: str, sizes: dict[str, Any], how: str) -> tuple[list[str], bool, list[int]]:
+    """Backwards of a batch with images at the first data-parallel rank alone, and of one without images.
+
+    Returns:
+        Names of the parameters that FSDP2 does not shard, whether the whole state dict equals the original one (on the first
+        rank), and the number of all-reduces of each backward.
+    """
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = trained_as(name, how)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model, _ = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    whole = [key for key, p in model.named_parameters() if not isinstance(p, DTensor)]
+    reductions = []
+    for images in ([1, 2], [0, 0]):
+        rows = images if dist.get_rank() == 0 else [0, 0]
+        loss = model(**batch(name, rows), use_cache=False).loss
+        with CollectiveCounter() as counter:
+            accelerator.backward(loss)
+        reductions.append(counter.counts.total["all_reduce"])
+    state = accelerator.get_state_dict(model)
+    equal = not state or all(torch.equal(state[key], value) for key, value in before.items())
+    return whole, equal, reductions
