@@ -19,12 +19,13 @@ from torch.distributed.tensor import DTensor, Shard
 from . import compat
 from .errors import UnsupportedError
 from .fsdp_dtypes import Companion, companions, shard_unit
+from .fsdp_groups import gather_again_in_backward
 from .layers import Anatomy
 from .plan.spec import ShardingSpec
 from .towers.find import layers_of_towers
 from .towers.gradients import AgreedGradients
 from .towers.guard import TowerGuard
-from .towers.placement import frozen_parameters
+from .towers.placement import replicated_parameters
 
 
 @dataclass
@@ -73,8 +74,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
-    if options.towers == "replicated":
-        whole = frozen_parameters(anatomy.towers)
+    if whole := replicated_parameters(anatomy, options):
         for parameter in whole:  # FSDP2 leaves alone what it does not manage
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(on_device(mesh.device_type))
@@ -102,6 +102,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     tail = tail if _separable_together(model, tail) else separable(model, tail)
     if tail:
         shard_unit(tail, **common, reshard_after_forward=False)
+        gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
         in_root = [] if options.towers == "layers" else anatomy.towers
         _shard_large_modules(model, options.minimum_unit_size, in_root, {**common, "reshard_after_forward": reshard})

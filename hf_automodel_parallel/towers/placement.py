@@ -55,6 +55,11 @@ def placement(
     return asked
 
 
+def replicated_parameters(anatomy: Anatomy, options: ShardingOptions) -> set[nn.Parameter]:
+    """The parameters that FSDP2 leaves alone under ``options``, because each rank has them whole."""
+    return frozen_parameters(anatomy.towers) if options.towers == "replicated" else set()
+
+
 def frozen_parameters(towers: Iterable[nn.Module]) -> set[nn.Parameter]:
     """The parameters of ``towers`` that are not trained."""
     return {p for tower in towers for p in tower.parameters() if not p.requires_grad}
