@@ -59,6 +59,7 @@ from ..tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from ..towers.placement import placement, replicated_parameters
 from .base import (
     GivenPlan,
     Job,
@@ -190,6 +191,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:
@@ -269,7 +271,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if job.load_on_rank_zero:
             materialize_empty(job.model, job.pending)
         if job.pending is not None:
-            ignored = [name for name, p in job.model.named_parameters() if p in job.options.ignored_parameters]
+            unmanaged = job.options.ignored_parameters | replicated_parameters(job.anatomy, job.options)  # type: ignore[arg-type]
+            ignored = [name for name, p in job.model.named_parameters() if p in unmanaged]
             job.pending.fill_whole(job, [name for name in ignored if name in job.pending.values])
 
     def apply_tensor_parallel(self, job: Job) -> None:
