@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .. import compat
 from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
-from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..errors import PrepareError, UnsupportedError
 from ..fsdp import ShardingOptions
 from ..layers import Anatomy, find_layers
+from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
 from ..optimizer import switch_parameters
 from ..plan.names import unwrapped
@@ -57,6 +57,7 @@ class Job:
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
         context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
+        pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
         plan, spec, anatomy, suitable, tensor_parallel: results of the steps.
     """
@@ -81,6 +82,7 @@ class Job:
     offload_activations: bool = False
     context_parallel: bool = False
     sums_after_backward: bool = False
+    pending: ValuesSetAside | None = None
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -164,6 +166,8 @@ class ParallelizationStrategy(ABC):
             "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
+            "towers": job.options.towers is not None,
+            "hf_automodel_parallel.from_pretrained": job.pending is not None and bool(job.pending.values),
         }
         for field_name, given in asked.items():
             if given:
@@ -190,12 +194,6 @@ class ParallelizationStrategy(ABC):
                 f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
         job.model = result
-        packed = [name for name, p in result.named_parameters() if _is_packed(p)]
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} correctly: it packs several projections. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.compile_options is not None:
             for layer in find_layers(unwrapped(result)[0]):
                 compile_finished_layer(layer, job.compile_options)
@@ -231,10 +229,6 @@ class ParallelizationStrategy(ABC):
         }
 
 
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and compat.is_strided_shard(parameter.placements[-1])
-
-
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
     """The keyword arguments to call ``function`` with.
 
@@ -268,22 +262,30 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_meta(job: Job) -> None:
-    """Raise unless the model has values, or rank 0 has them for all."""
-    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
+    """Raise unless the model has values, or files have them, or rank 0 has them for all."""
+    pending = job.pending.values if job.pending is not None else {}
+    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta" and name not in pending]
     if meta and not job.load_on_rank_zero:
-        raise not_available_yet(
-            "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
+        raise UnsupportedError(
+            f"device='meta': {len(meta)} parameters have no values and no files to read them from ({meta[0]}, ...). To let "
+            f"each rank read its slices, load with model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, path); to "
+            f"train from scratch, build the model on the CPU, outside of torch.device('meta') and init_empty_weights."
         )
 
 
-def materialize_empty(model: nn.Module) -> None:
-    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
+def materialize_empty(model: nn.Module, pending: ValuesSetAside | None = None) -> None:
+    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0.
+
+    What has its values in ``pending`` stays as it is.
+    """
+    names = pending.values if pending is not None else {}
+    skip = {id(p) for name, p in model.named_parameters() if name in names}
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a tied tensor stays one; the old one keeps its id taken
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
-                if tensor is None or tensor.device.type != "meta":
+                if tensor is None or tensor.device.type != "meta" or id(tensor) in skip:
                     continue
                 if id(tensor) not in made:
                     empty = torch.empty_like(tensor, device="cpu")
@@ -291,5 +293,5 @@ def materialize_empty(model: nn.Module) -> None:
                     made[id(tensor)] = (tensor, nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty)
                 store[name] = made[id(tensor)][1]
     tie_weights = getattr(model, "tie_weights", None)
-    if callable(tie_weights):
+    if callable(tie_weights) and made:
         tie_weights()
