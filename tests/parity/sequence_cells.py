@@ -153,6 +153,7 @@ def _checked() -> list[SequenceCell]:
             compiled = mode in _COMPILED[model]
             cells.append(SequenceCell(model, adapter, mesh, mode, compiled, "again" if again else "kept"))
     cells.append(SequenceCell("llama", "lora", "tp2_fsdp2", "selective", True))
+    cells.append(SequenceCell("llama", "lora", "tp2", "selective", True, "again"))
     return cells
 
 
