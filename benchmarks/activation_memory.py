@@ -16,6 +16,8 @@ LAYERS = (2, 4)
 
 def measure(variant: Variant, layers: int) -> int:
     """Bytes kept by one forward."""
+    if "sequence_parallel_regather" in variant.fields:  # its own hooks on saved tensors hide them from the ones here
+        raise NotImplementedError("see tests/test_activation_memory.py (MemTracker)")
     model, backward = parallel(variant, layers)
     backward(model(**batch(), use_cache=False).loss)  # a first time, for what is set up once
     found: list[int] = []
