@@ -19,6 +19,10 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
+    from .checkpoint.background import wait_for_saves
+    from .checkpoint.directory import last_complete_checkpoint
+    from .checkpoint.training import load_training_state
+    from .derive.verify import verify_plan
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
@@ -46,9 +50,13 @@ __all__ = [
     "apply_selective_activation_checkpointing",
     "from_pretrained",
     "get_parallelization_strategy",
+    "last_complete_checkpoint",
+    "load_training_state",
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "verify_plan",
+    "wait_for_saves",
 ]
 
 _LAZY = {
@@ -58,10 +66,14 @@ _LAZY = {
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
+    "verify_plan": ".derive.verify",
     "ParallelizationStrategy": ".strategies.base",
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
+    "last_complete_checkpoint": ".checkpoint.directory",
+    "load_training_state": ".checkpoint.training",
+    "wait_for_saves": ".checkpoint.background",
 }
 
 

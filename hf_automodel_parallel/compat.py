@@ -56,9 +56,9 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "what is not saved; transformers 5.17 to 5.24",
     ),
     (
-        "transformers",
-        "PreTrainedModel._weight_conversions",
-        "a stand-in for a loaded model is saved under the names that the model was loaded from; 5.17 to 5.24",
+        "transformers.core_model_loading",
+        "revert_weight_conversion",
+        "names and shapes of weights in files; reads model._weight_conversions, see copy_weight_conversions; 5.17 to 5.24",
     ),
     ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
     (
@@ -246,11 +246,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "transformers.trainer_jit_checkpoint",
         "CheckpointManager._enable_checkpoint",
         "called some seconds after SIGTERM, on each rank during another step; the same in 5.17 and 5.24",
-    ),
-    (
-        "transformers.distributed.fsdp",
-        "is_fsdp_managed_module._is_fsdp_managed_module",
-        "generation runs equally many forwards on all ranks of a model that has this mark; the same in 5.17 and 5.24",
     ),
 )
 
@@ -707,11 +702,6 @@ def initialize_fsdp(model: nn.Module) -> None:
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
 
-def mark_as_fsdp_managed(model: nn.Module) -> None:
-    """Let transformers know that forwards of ``model`` are collectives over the data-parallel ranks (``synced_gpus``)."""
-    model._is_fsdp_managed_module = True  # type: ignore[assignment]
-
-
 def trainer_signal_manager_type() -> type | None:
     """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a Trainer."""
     module = sys.modules.get("transformers.trainer_jit_checkpoint")
@@ -942,5 +932,7 @@ def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
     trainer._save = save
 
 
-#: Attributes of a transformers model that decide how its weights are called in files; 5.17 to 5.24.
-WEIGHT_CONVERSIONS = ("_weight_conversions",)
+def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` be saved under the names that ``source`` was loaded from."""
+    if "_weight_conversions" in source.__dict__:
+        target._weight_conversions = source.__dict__["_weight_conversions"]

@@ -108,8 +108,6 @@ def has(holder: Any, name: str) -> bool:
     """True for an attribute, an annotation, or (for what ``__init__`` or others set) a mention in the class's code."""
     if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
         return True
-    if inspect.isfunction(holder):  # that reads the attribute of what it is given
-        return re.search(rf"\"{name}\"", inspect.getsource(holder)) is not None
     return inspect.isclass(holder) and re.search(rf"\.{name}\b", inspect.getsource(holder)) is not None
 
 

@@ -278,8 +278,7 @@ def _shard(
 
 
 def _watch(model: nn.Module, job: Job) -> None:
-    data_parallel = job.dp_mesh
-    guard_generation(model, job.tp_mesh, shared_parameters=data_parallel.size(data_parallel.ndim - 1) > 1)
+    guard_generation(model, job)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     bind_saving(model)
@@ -302,7 +301,9 @@ def _after_unload(plain: nn.Module, record: Prepared) -> None:
         for name, p in record.job.model.named_parameters()
         if name in record.stored_dtypes and id(p) in kept
     }
-    unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
+    unloaded = Prepared(
+        record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
+    )
     remember(plain, unloaded)
     _watch(plain, record.job)
 
