@@ -82,7 +82,7 @@ def differences(root: str, cells: list[str], sizes: dict[str, int]) -> dict[str,
         want = dict(expected.named_parameters(remove_duplicate=False)) | dict(expected.named_buffers())
         got = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         wrong = sorted(want.keys() ^ got.keys())
-        for name in want.keys() & got.keys():
+        for name in sorted(want.keys() & got.keys()):  # the same order on every rank
             tensor = got[name].full_tensor() if isinstance(got[name], DTensor) else got[name]
             same = tensor.dtype == want[name].dtype and torch.equal(tensor, want[name])
             if not same or got[name].requires_grad != want[name].requires_grad:

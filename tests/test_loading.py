@@ -331,7 +331,7 @@ def test_no_pickle_is_opened(root, tmp_path, name):
         {"trust_remote_code": True},
         {"tp_plan": "auto"},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_refused_arguments(root, options):
     with pytest.raises(UnsupportedError, match=rf"{next(iter(options))}=.* cannot be honoured"):

@@ -218,6 +218,3 @@ def _progress(total: int) -> Iterator[Any]:
         return
     with logging.tqdm(total=total, desc="Reading weights") as bar:
         yield lambda: bar.update(1)
-
-
-__all__ = ["ValuesSetAside"]

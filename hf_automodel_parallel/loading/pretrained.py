@@ -118,8 +118,9 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
     for name, (nothing, remedy) in _REFUSED.items():
         value = kwargs.pop(name, None)
         if not any(value is other or value == other for other in nothing):
+            shown = repr(value) if len(repr(value)) < 80 else f"{type(value).__name__}(...)"
             raise UnsupportedError(
-                f"from_pretrained({name}={value!r}) cannot be honoured while weights stay in files. {remedy}"
+                f"from_pretrained({name}={shown}) cannot be honoured while weights stay in files. {remedy}"
             )
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     variant = kwargs.pop("variant", None)
@@ -257,11 +258,3 @@ def _read_buffers(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if isinstance(buffer, DeferredTensor):
                 module._buffers[name] = whole(buffer)
-
-
-def deferred_parameters(model: nn.Module) -> dict[str, DeferredTensor]:
-    """The parameters of ``model`` whose values are still in files, by their first name."""
-    return {name: p for name, p in model.named_parameters() if isinstance(p, DeferredTensor)}
-
-
-__all__ = ["deferred_parameters", "from_pretrained"]
