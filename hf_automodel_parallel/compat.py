@@ -147,6 +147,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._optimizers", "see _models"),
     ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
     ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
+    ("transformers", "Trainer._get_output_dir", "where a Trainer puts its checkpoints, also in a hyperparameter search"),
     (
         "accelerate.accelerator",
         "Accelerator._custom_objects",

@@ -224,7 +224,7 @@ def faults(sizes: dict[str, int], parent: str) -> dict[str, str]:
 def _background(run: Run, sizes: dict[str, int], root: Path, rank: int) -> str:
     """An error of a save in the background comes out at the next one."""
     run.accelerator.parallelism_config.async_save = True
-    with limited(rank == 1):
+    with limited(rank == 1, 40_000):  # the random states fit in
         started = failing(lambda: run.accelerator.save_state(str(root / "late")))
         return f"{started}; {failing(wait_for_saves)}"
 
