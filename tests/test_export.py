@@ -208,23 +208,65 @@ def one_rank_alone(directory: str) -> list[str]:
                     save()
                 except ExportError as error:
                     messages.append(str(error))
-                if time.time() - started > 10:
-                    messages.append("late")
-            else:
-                # This rank goes on and never saves; when it does at last, it learns that the others have left.
-                pass
-        accelerator.wait_for_everyone()
+                messages += ["late"] * (time.time() - started > 10) + ["written"] * Path(directory).exists()
     finally:
         del os.environ["HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"]
+    accelerator.wait_for_everyone()
+    model.save_pretrained(directory)  # a script that goes on after the error saves with all ranks
     return messages
 
 
 def test_gap_12_saving_on_the_main_process_alone_ends_in_seconds(tmp_path):
-    """Stock: the others hang."""
+    """Stock: the others hang. Afterwards the ranks meet again, though one has been called twice more than the other."""
     messages, others = run_distributed(2, one_rank_alone, str(tmp_path / "x"))
     assert len(messages) == 2 and others == []
     assert all("rank 1 did not come within 1 s" in m and "is_main_process" in m for m in messages)
-    assert not (tmp_path / "x").exists()
+    build("llama").save_pretrained(tmp_path / "expected")
+    assert_same_files(tmp_path / "expected", tmp_path / "x")
+
+
+def push(directory: str) -> Any:
+    """All ranks call ``push_to_hub``; what would be uploaded is copied."""
+    import shutil
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from transformers.utils import hub
+
+    accelerator, plain = prepared("llama", None, {"tp_size": 2})
+    adapted = accelerator.prepare(build("llama", HEAD))
+    api = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    answers = []
+    with (
+        mock.patch.object(hub, "hf_api", lambda *_, **__: api),
+        mock.patch.object(hub, "create_and_tag_model_card", lambda *_, **__: card),
+    ):
+        for name, model in (("plain", plain), ("adapted", adapted)):
+
+            def upload(folder: str, repo: str, *_: Any, **__: Any) -> str:
+                shutil.copytree(folder, f"{directory}/{repo}")
+                return repo
+
+            model._upload_modified_files = upload
+            answers.append(model.push_to_hub(name, max_shard_size=SMALL))
+        failing = SimpleNamespace(create_repo=mock.Mock(side_effect=OSError("not logged in")))
+        with mock.patch.object(hub, "hf_api", lambda *_, **__: failing):
+            try:
+                plain.push_to_hub("other")
+            except (OSError, ExportError) as error:
+                answers.append(str(error))
+    return answers
+
+
+def test_push_to_hub_uploads_the_files_of_one_process_and_an_error_reaches_all_ranks(tmp_path):
+    first, second = run_distributed(2, push, str(tmp_path / "found"))
+    assert first[:2] == ["plain", "adapted"] and second[:2] == [None, None]
+    assert "not logged in" in first[2] and "not logged in" in second[2]
+    build("llama").save_pretrained(tmp_path / "expected/plain", max_shard_size=SMALL)
+    (tmp_path / "expected/plain/README.md").write_text("card")
+    build("llama", HEAD).save_pretrained(tmp_path / "expected/adapted")
+    assert_same_files(tmp_path / "expected", tmp_path / "found", but=("adapted/README.md",))
 
 
 def refusals(directory: str) -> list[str]:

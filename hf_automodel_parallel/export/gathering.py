@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ExportError
 from ..fsdp import fsdp_units
+from ..synchronize import communication_device
 
 _DONE, _FAILED = -1, -2
 
@@ -38,13 +39,8 @@ class ShardedState:
         state = model.state_dict() if whole is None else whole
         self.tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
         self._names = list(self.tensors)
+        self._device = communication_device()
         self._index = {name: index for index, name in enumerate(self._names)}
-
-    @property
-    def _device(self) -> torch.device:
-        sharded = next((t for t in self.tensors.values() if isinstance(t, DTensor)), None)
-        kind = sharded.device_mesh.device_type if sharded is not None else "cpu"
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     def led_by(self, leader: int, work: Callable[[Fetch], T]) -> T | None:
         """Run ``work`` on the rank ``leader``, which may fetch whole tensors; collective.
@@ -110,7 +106,7 @@ class ShardedState:
         mesh = tensor.device_mesh
         if tensor.device.type != mesh.device_type:  # FSDP2's CPU offload: the collectives need the device
             tensor = DTensor.from_local(
-                tensor.to_local().to(self._device),
+                tensor.to_local().to(mesh.device_type),
                 mesh,
                 tensor.placements,
                 run_check=False,

@@ -64,7 +64,7 @@ def save_merged(
         return
     details = {"adapters": adapters, "max_shard_size": max_shard_size, "variant": variant}
     (writer,) = meet("save_merged()", details)
-    shards = sharded_state(model)
+    shards = sharded_state(model, torch.distributed.get_rank() == writer)
     shards.led_by(writer, lambda fetch: write(fetch, shards.tensors))
 
 

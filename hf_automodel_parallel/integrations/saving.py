@@ -48,10 +48,13 @@ class Streamed(dict):  # type: ignore[type-arg]
         self.weights = weights
 
 
-def sharded_state(model: nn.Module) -> ShardedState:
-    """The shards of ``model``; of what megatron-fsdp manages, the gathered weights, since its shards are uneven."""
+def sharded_state(model: nn.Module, writes: bool) -> ShardedState:
+    """The shards of ``model``, collective.
+
+    What megatron-fsdp manages has uneven shards; of that it is the whole weights, on a rank that ``writes``.
+    """
     managed = managed_by_megatron(model)
-    return ShardedState(model, None if managed is None else whole_state(managed, keep=True))
+    return ShardedState(model, None if managed is None else whole_state(managed, keep=writes))
 
 
 def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -105,7 +108,7 @@ def _save_pretrained(
         return None
     name = f"{type(model).__name__}.save_pretrained()"
     writers = meet(name, {k: str(v) for k, v in options.items()}, main)
-    shards = sharded_state(model)
+    shards = sharded_state(model, dist.get_rank() in writers)
     for writer in writers:
         written = shards.led_by(writer, lambda fetch: _write(model, directory, options, shards, fetch))
         if push and written is not None and writer == writers[0]:
@@ -241,7 +244,7 @@ def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[st
 def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``model.push_to_hub``, called by all ranks: rank 0 does it, and the others help with its ``save_pretrained``."""
     meet(f"{type(model).__name__}.push_to_hub()", {})
-    shards = sharded_state(model)
+    shards = sharded_state(model, dist.get_rank() == 0)
 
     def push(fetch: Fetch) -> Any:
         def save(directory: Any, *positional: Any, **options: Any) -> None:
@@ -284,7 +287,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         sharded = "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
         # The weights of a checkpoint are in its sharded files; the configs make it complete for an export.
         in_checkpoint = _internal_call and output_dir is not None and sharded
-        with _streaming(accelerator, Streamed(sharded_state(model), weights=not in_checkpoint)):
+        with _streaming(accelerator, Streamed(sharded_state(model, trainer.args.should_save), weights=not in_checkpoint)):
             return save_model(output_dir, _internal_call=_internal_call)
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
@@ -340,7 +343,7 @@ def save_model(
         raise ConfigError(f"save_model({str(save_directory)!r}): this is a file; give a directory.")
     details = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
     (writer,) = meet("Accelerator.save_model()", details)
-    shards = sharded_state(model)
+    shards = sharded_state(model, dist.get_rank() == writer)
 
     def work(fetch: Fetch) -> None:
         shapes = shapes_of(shards.tensors, file_dtypes(model))
