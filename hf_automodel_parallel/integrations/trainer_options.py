@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import compat
 from ..errors import ConfigError
+from ..mesh import inherit_timeouts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,11 +17,17 @@ _TRAINERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDic
 
 
 def remember_trainer(accelerator: Accelerator) -> None:
-    """While ``accelerator`` is being made: note the Trainer that makes it, if one does."""
+    """While ``accelerator`` is being made: note the Trainer that makes it, if one does, and honour its ``ddp_timeout``."""
     module = sys.modules.get("transformers.trainer")
     trainer = None if module is None else compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
-    if trainer is not None:
-        _TRAINERS[accelerator] = weakref.ref(trainer)
+    if trainer is None:
+        return
+    _TRAINERS[accelerator] = weakref.ref(trainer)
+    timeout = getattr(trainer.args, "ddp_timeout_delta", None)
+    if accelerator.device.type == "cpu" and timeout is not None:
+        # TrainingArguments (5.17 to 5.24) tell the process group of ddp_timeout on accelerators only.
+        compat.set_timeout(timeout)
+        inherit_timeouts(accelerator.torch_device_mesh)
 
 
 def check_trainer(accelerator: Accelerator) -> None:
