@@ -45,6 +45,27 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "TorchDispatchMode",
         "seeing each operator of a layer; the documented way to do so",
     ),
+    (
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "ranks that wait for each other before a save, with an end to the waiting; torch 2.11 to 2.13",
+    ),
+    (
+        "transformers",
+        "PreTrainedModel._keys_to_ignore_on_save",
+        "what is not saved; transformers 5.17 to 5.24",
+    ),
+    (
+        "transformers",
+        "PreTrainedModel._weight_conversions",
+        "a stand-in for a loaded model is saved under the names that the model was loaded from; 5.17 to 5.24",
+    ),
+    ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
+    (
+        "transformers",
+        "PreTrainedModel._hf_peft_config_loaded",
+        "tells whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
+    ),
     ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
     ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
     ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
@@ -72,6 +93,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
     ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
+    ("torch", "ops.aten._to_copy", "what a cast or a move of a tensor is below autograd, see cast_operator"),
+    ("torch.nn", "Module._apply", "replaces tensors of a sharded model, see apply_to_tensors"),
     (
         "torch._inductor.config",
         "_micro_pipeline_tp",
@@ -287,6 +310,19 @@ def flash_attention_of_last_queries(
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
     )[0]
+
+
+def cast_operator() -> Any:
+    """The operator of ``Tensor.to``: a copy in another dtype or on another device (torch 2.11 to 2.13)."""
+    return torch.ops.aten._to_copy.default
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty`` call.
+
+    FSDP2 extends it, so that its units take up the new shards (torch 2.11 to 2.13).
+    """
+    model._apply(function)
 
 
 #: Inductor's option that overlaps collectives with the matrix products beside them.
@@ -847,3 +883,59 @@ def describe_on(parameter: Any, mesh: DeviceMesh, placements: tuple[Any, ...]) -
 def show_raw_parameters(wrapper: Any) -> None:
     """Let a ``MegatronFSDP`` (megatron-fsdp 0.5 and 0.6) put the parameters to compute with into the module tree."""
     wrapper._replace_param_with_raw_if_needed()
+
+
+def rendezvous_store() -> Any:
+    """The store through which the ranks found each other; works without a collective, and with every backend."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def without_tied_duplicates(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` (on the meta device) without the names that transformers does not save since they are tied to another."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return remove_tied_weights_from_state_dict(state, model)
+
+
+def as_in_files(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` with the names and shapes that the files of this architecture have, e.g. one weight for each expert."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """Names that transformers leaves out of the files of this class."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_state(
+    model: nn.Module, state: dict[str, torch.Tensor], adapter: str, save_embedding_layers: bool | str
+) -> dict[str, torch.Tensor]:
+    """What of ``state`` belongs to ``adapter``, under the names of an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter, save_embedding_layers=save_embedding_layers
+    )
+
+
+def trainer_save(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Trainer._save`` of the trainer's class: weights, configs, tokenizer and arguments into a directory."""
+    return type(trainer)._save(trainer, *args, **kwargs)
+
+
+def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
+    """Let ``trainer`` call ``save`` instead, on all ranks."""
+    trainer._save = save
+
+
+#: Attributes of a transformers model that decide how its weights are called in files; 5.17 to 5.24.
+WEIGHT_CONVERSIONS = ("_weight_conversions",)

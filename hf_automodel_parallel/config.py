@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 #: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
-PLAN_SOURCES = ("hf", "registry", "default")
+PLAN_SOURCES = ("hf", "registry", "default", "derived")
 
 #: Values of ``activation_checkpointing``.
 CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
@@ -71,6 +71,9 @@ class AutoParallelismConfig(ParallelismConfig):
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
         sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
             dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
+        sequence_parallel_regather: keep of the gathered inputs of attention and MLP this rank's share alone, and gather them
+            again in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+            ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
             tensors.
@@ -111,6 +114,7 @@ class AutoParallelismConfig(ParallelismConfig):
     forward_prefetch: int = 1
     backward_prefetch: int = 2
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     async_tensor_parallel: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
@@ -224,11 +228,16 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
-        for name in ("sequence_parallel", "async_tensor_parallel", "async_save"):
+        for name in ("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "async_save"):
             if getattr(self, name) is None:
                 setattr(self, name, False)
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give true or false.")
+        if self.sequence_parallel_regather and not self.sequence_parallel:
+            raise ConfigError(
+                "sequence_parallel_regather=True has a meaning with sequence_parallel=True alone: without it nothing is gathered "
+                "along the sequence. Set sequence_parallel=True, or leave it out."
+            )
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "

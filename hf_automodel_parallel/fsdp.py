@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from . import compat
 from .errors import UnsupportedError
 from .fsdp_dtypes import Companion, companions, shard_unit
+from .fsdp_groups import gather_again_in_backward
 from .layers import Anatomy
 from .plan.spec import ShardingSpec
 
@@ -88,6 +89,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     tail = tail if _separable_together(model, tail) else separable(model, tail)
     if tail:
         shard_unit(tail, **common, reshard_after_forward=False)
+        gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
         _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
     shard_unit(model, **outermost, reshard_after_forward=False)

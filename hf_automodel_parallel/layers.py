@@ -52,7 +52,7 @@ def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy
 
     embedding = outside(compat.input_embedding_module(inner))
     projection = outside(compat.lm_head_module(inner))
-    norm = outside(_final_norm(inner, layers))
+    norm = outside(_final_norm(inner, layers, projection))
     tied = False
     if embedding is not None and projection is not None:
         shared = {id(p) for p in embedding.parameters()} & {id(p) for p in projection.parameters()}
@@ -180,8 +180,12 @@ def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
     return best
 
 
-def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
-    """The norm between the last layer and the output projection: a sibling of the list that holds the layers."""
+def _final_norm(model: nn.Module, layers: list[nn.Module], projection: nn.Module | None) -> nn.Module | None:
+    """The norm between the last layer and the output projection: a sibling of the list that holds the layers.
+
+    Of several, one as wide as what the projection reads (others normalise something else, as per-layer embeddings), and of
+    these the first behind the layers.
+    """
     if not layers:
         return None
     parents = {child: parent for parent in model.modules() for child in parent.children()}
@@ -189,5 +193,10 @@ def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
     base = parents.get(container) if container is not None else None
     if base is None:
         return None
-    norms = [child for child in base.children() if "norm" in type(child).__name__.lower()]
-    return norms[-1] if norms else None
+    children = list(base.children())
+    norms = [child for child in children if "norm" in type(child).__name__.lower()]
+    width = getattr(projection, "in_features", None)
+    fitting = [n for n in norms if width in {p.shape[-1] for p in n.parameters() if p.ndim}] if width else []
+    norms = fitting or norms
+    behind = [norm for norm in norms if children.index(norm) > children.index(container)]  # type: ignore[arg-type]
+    return behind[0] if behind else norms[-1] if norms else None

@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from hf_automodel_parallel import compat
+from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import directory, files, manifest, random_states, reader, writer
 from hf_automodel_parallel.checkpoint.pieces import LocalPart
 from hf_automodel_parallel.compat_checkpoint import METADATA_CLASSES
-from hf_automodel_parallel.errors import CheckpointError
+from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
 
@@ -383,3 +383,57 @@ def test_random_states_are_restored_and_new_rows_draw_otherwise():
         drawn.append(draw())
     assert drawn[0] == drawn[2]
     assert not set(drawn[0]) & set(drawn[1]) and not set(drawn[0]) & set(want)
+
+
+@pytest.mark.parametrize("options", [{"async_save": "yes"}, {"async_save": True, "backend": "megatron_fsdp"}])
+def test_async_save_is_checked(options):
+    with pytest.raises(ConfigError, match=r"async_save="):
+        AutoParallelismConfig(**options)
+
+
+# ---- the seam to the Trainer ---------------------------------------------------------------------------------------
+
+
+def test_trainer_is_extended_below_its_subclasses():
+    from transformers import Trainer
+
+    from hf_automodel_parallel.integrations.trainer_checkpoints import ParallelTrainer
+    from hf_automodel_parallel.integrations.trainer_seam import _extended
+
+    class Base(Trainer):
+        pass
+
+    class Mine(Base):
+        pass
+
+    extended = _extended(Mine)
+    assert [cls for cls in extended.__mro__ if issubclass(cls, Trainer)] == [
+        extended,
+        Mine,
+        Base,
+        ParallelTrainer,
+        Trainer,
+    ]
+    assert extended.__name__ == "Mine" and extended.__qualname__ == Mine.__qualname__
+    assert _extended(extended) is extended and _extended(Mine) is extended
+    assert Mine.__mro__[2] is Trainer and _extended(Trainer).__mro__[1:3] == (ParallelTrainer, Trainer)
+
+
+@pytest.mark.both_ends
+def test_methods_of_the_trainer_that_are_extended_exist():
+    """A method that the Trainer no longer calls would leave its checkpoints without ours."""
+    import inspect
+
+    from transformers import Trainer
+
+    from hf_automodel_parallel.integrations.trainer_checkpoints import ParallelTrainer
+
+    names = [name for name, value in vars(ParallelTrainer).items() if inspect.isfunction(value)]
+    own = {"_manifest_of", "_load_weights"}
+    assert {name for name in names if not hasattr(Trainer, name)} == own
+    source = inspect.getsource(Trainer)
+    assert all(f"self.{name}(" in source for name in set(names) - own - {"train"})
+    mentions = source.count("save_fsdp_model(") + source.count("load_fsdp_model(") + source.count("_fsdp_optimizer(")
+    assert (
+        mentions == 5
+    )  # in _save_optimizer_and_scheduler, _load_from_checkpoint, _load_best_model, _load_optimizer_...

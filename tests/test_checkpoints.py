@@ -10,16 +10,20 @@ from checkpoint_jobs import (
     exactly,
     faults,
     go_on,
+    quantised,
+    shuffled,
     start,
     trainer,
     trainer_goes_on,
     trainer_run,
     two_groups,
+    with_stock,
 )
+from harness.models import build_model
 from harness.pool import run_distributed
 from parity.jobs import batches_for
 
-from hf_automodel_parallel.checkpoint.training import restore_model, restore_optimizer
+from hf_automodel_parallel import load_training_state
 
 TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
 
@@ -34,23 +38,28 @@ def assert_alike(by_rank: list[list[float]]) -> list[float]:
     return by_rank[0]
 
 
-@pytest.mark.parametrize(
-    "name, adapter, kind",
-    [("mixtral", None, SHARDED), ("qwen3_moe", LORA, FULL)],
-    ids=["mixtral-sharded", "qwen3_moe-lora-full"],
-)
-def test_any_mesh_continues_the_run(name, adapter, kind, tmp_path):
-    """tp2 x fsdp2 -> fsdp4 -> tp4 -> one process; packed experts, two groups, a schedule that counts data-parallel ranks."""
-    first, second, third = (str(tmp_path / name) for name in "abc")
-    want = assert_alike(run_distributed(4, start, TP2_FSDP2, name, adapter, kind, first))
-    assert_close(
-        assert_alike(run_distributed(4, go_on, {"dp_shard_size": 4}, name, adapter, kind, first, second)), want
-    )
-    assert_close(assert_alike(run_distributed(4, go_on, {"tp_size": 4}, name, adapter, kind, second, third)), want)
+#: The meshes that the run moves over, with the form of the checkpoints that each writes.
+WALKS = {
+    "mixtral": ("mixtral", None, [(TP2_FSDP2, SHARDED), ({"dp_shard_size": 4}, SHARDED), ({"tp_size": 4}, SHARDED)]),
+    "qwen3_moe-lora": (
+        "qwen3_moe",
+        LORA,
+        [(TP2_FSDP2, FULL), ({"dp_replicate_size": 2, "dp_shard_size": 2}, SHARDED), ({"tp_size": 4}, FULL)],
+    ),
+}
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_any_mesh_continues_the_run(walk, tmp_path):
+    """tp2 x fsdp2 -> fsdp4 (or HSDP) -> tp4 -> one process; packed experts, two groups, a schedule counted per data rank."""
+    name, adapter, meshes = WALKS[walk]
+    first, second, third = (str(tmp_path / letter) for letter in "abc")
+    want = assert_alike(run_distributed(4, start, meshes[0][0], name, adapter, meshes[0][1], first))
+    for (sizes, kind), load, save in zip(meshes[1:], (first, second), (second, third)):
+        assert_close(assert_alike(run_distributed(4, go_on, sizes, name, adapter, kind, load, save)), want)
     model = build(name, adapter, seed=5)
     optimizer = two_groups(model)
-    restore_model(model, tmp_path / "c")
-    restore_optimizer(optimizer, model, tmp_path / "c")
+    load_training_state(third, model, optimizer)
     got = []
     for step in range(2, 7):
         for group, rate in zip(optimizer.param_groups, (1e-2, 3e-3)):
@@ -70,6 +79,26 @@ def test_same_mesh_continues_to_the_last_bit(kind, tmp_path):
     for want, got in run_distributed(
         2, exactly, {"tp_size": 2} if kind == FULL else {"dp_shard_size": 2}, kind, str(tmp_path)
     ):
+        assert got == want
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"dp_shard_size": 2}], ids=["tp2", "fsdp2"])
+def test_shuffled_loader_continues_within_an_epoch(sizes, tmp_path):
+    for want, got in run_distributed(2, shuffled, sizes, str(tmp_path)):
+        assert got == want and len(got) > 4
+
+
+@pytest.mark.both_ends
+def test_stock_functions_read_ours_and_ours_read_theirs(tmp_path, caplog):
+    for ours, stock, theirs in run_distributed(2, with_stock, {"dp_shard_size": 2}, str(tmp_path)):
+        assert stock == ours and theirs == ours
+
+
+@pytest.mark.parametrize("kind", [SHARDED, FULL])
+def test_qlora_continues(kind, tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "base")
+    job = (quantised, {"dp_shard_size": 2}, str(tmp_path / "base"), str(tmp_path / "state"), kind)
+    for want, got in run_distributed(2, *job):
         assert got == want
 
 

@@ -395,7 +395,7 @@ def just_prepare(model: str, adapter: dict[str, Any] | None, sizes: dict[str, in
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("llama_mqa", r"num_key_value_heads=1 does not divide by tp_size=2"),
+        ("llama_odd_heads", r"num_key_value_heads=3 does not divide by tp_size=2"),
         ("gpt2", r"GPT2LMHeadModel.*(tp_plan|tp_size=1)"),
     ],
 )

@@ -295,12 +295,14 @@ def test_plan_that_cannot_be_used(mesh, tp_plan, message):
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_heads_that_do_not_divide(mesh, adapter):
     world, sizes = MESHES[mesh]
-    message = r"num_key_value_heads=1 does not divide by tp_size=2"
-    expect_error(world, call_prepare, sizes, "llama_mqa", adapter=adapter, match=message)
+    message = r"num_key_value_heads=3 does not divide by tp_size=2"
+    expect_error(world, call_prepare, sizes, "llama_odd_heads", adapter=adapter, match=message)
 
 
 def test_heads_that_divide_by_two_but_not_by_four():
-    expect_error(4, call_prepare, {"tp_size": 4}, match=r"num_key_value_heads=2 does not divide by tp_size=4")
+    six = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6}
+    message = r"num_key_value_heads=6 does not divide by tp_size=4"
+    expect_error(4, call_prepare, {"tp_size": 4}, overrides=six, match=message)
 
 
 def test_intermediate_size_that_does_not_divide():
@@ -451,7 +453,7 @@ def another_model_on_one_rank(sizes: dict, rank: int, kind: str) -> None:
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     model = build_model("llama", **({"intermediate_size": 64} if here and kind == "size" else {}))
     if here and kind == "heads":
-        model = build_model("llama_mqa")
+        model = build_model("llama_odd_heads")
     if kind == "adapter":
         model = lora(model, r=8 if here else 4)
     if here and kind == "dtype":
@@ -470,7 +472,7 @@ def test_another_model_on_one_rank(mesh, rank, kind):
     world, sizes = MESHES[mesh]
     message = r"not the same on all ranks: ranks \["
     if kind == "heads" and "tp" in mesh:
-        message = r"num_key_value_heads=1"
+        message = r"num_key_value_heads=3"
     expect_error(world, another_model_on_one_rank, sizes, rank, kind, match=message)
 
 

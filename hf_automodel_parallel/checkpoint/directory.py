@@ -24,6 +24,7 @@ from .manifest import (
     MANIFEST,
     MARK,
     PREVIOUS,
+    SAVED_NAMES,
     Manifest,
     check_sizes,
     entries_of_all,
@@ -34,11 +35,6 @@ from .ranks import agreed, rank, rank_zero_tells
 
 logger = logging.getLogger(__name__)
 
-#: Names that Accelerate and the Trainer give to what they save, and we too.
-_OURS = re.compile(
-    r"^(pytorch_model|model|adapter_model|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
-    r"custom_checkpoint|trainer_state|training_args)([._-].*)?$"
-)
 _SETTING_ASIDE = "setting aside"
 _NUMBERED = re.compile(r"^checkpoint[-_](\d+)$")
 
@@ -86,7 +82,7 @@ def _own_status(folder: Path) -> Status:
         return Status(folder, "complete", usable=folder)
     if (folder / MARK).exists():
         return Status(folder, "incomplete", f"its save was interrupted: it has a {MARK} and no {MANIFEST}")
-    if any(_OURS.match(name) for name in os.listdir(folder)):
+    if any(SAVED_NAMES.match(name) for name in os.listdir(folder)):
         return Status(folder, "unverified", usable=folder)
     return Status(folder, "incomplete", "it is empty")
 
@@ -165,7 +161,7 @@ def _set_aside(folder: Path) -> None:
         (folder / MANIFEST).rename(previous / MANIFEST)
         names = list(manifest.files)
     else:
-        names = [name for name in os.listdir(folder) if _OURS.match(name)]
+        names = [name for name in os.listdir(folder) if SAVED_NAMES.match(name)]
     for name in names:
         (previous / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(previous / name)

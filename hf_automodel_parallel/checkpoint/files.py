@@ -31,9 +31,16 @@ _SAFE: list[Any] = [
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``."""
+    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
+
+    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name.
+    """
     try:
         yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
     except OSError as error:
         where = error.filename or path
         raise CheckpointError(
@@ -68,15 +75,11 @@ def sync_directory(folder: Path) -> None:
 
 
 def save_plain(value: Any, path: Path) -> None:
-    """``torch.save`` with the path in the error; torch reports a full disk as a ``RuntimeError`` without a name."""
-    with naming(path):
-        try:
-            with path.open("wb") as stream:
-                torch.save(value, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except RuntimeError as error:
-            raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
+    """``torch.save`` with the path in the error, on the disk when this returns."""
+    with naming(path), path.open("wb") as stream:
+        torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = None, mmap: bool = False) -> Any:

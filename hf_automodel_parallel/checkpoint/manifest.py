@@ -23,6 +23,12 @@ MARK = "checkpoint_incomplete.json"
 PREVIOUS = ".previous"
 FORMAT = 1
 
+#: Names that Accelerate and the Trainer give to what they save, and we too.
+SAVED_NAMES = re.compile(
+    r"^(pytorch_model|model|adapter_model|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
+    r"dataloader_shuffling|custom_checkpoint|trainer_state|training_args)([._-].*)?$"
+)
+
 _CHUNK = 1 << 22
 _RANK_IN_NAME = re.compile(r"(?:^__(\d+)_\d+\.distcp|_rank(\d+)\.bin|^(?:rng_state|random_states)_(\d+)\.p\w+)$")
 
@@ -110,7 +116,11 @@ def file_entry(path: Path, sync: bool = False) -> dict[str, int]:
 
 
 def new_files(folder: Path, since: int) -> list[str]:
-    """Files below ``folder`` written at or after ``since`` (nanoseconds), without the bookkeeping of this package."""
+    """Files below ``folder`` that belong to the save that began at ``since``, without the bookkeeping of this package.
+
+    They are what checkpoints consist of (whatever time the clock of another node gave them), and all that was written since, in
+    nanoseconds.
+    """
     found = []
     for parent, folders, names in os.walk(folder):
         if Path(parent) == folder:
@@ -118,8 +128,9 @@ def new_files(folder: Path, since: int) -> list[str]:
             names = [name for name in names if not name.startswith((MANIFEST, MARK))]
         for name in names:
             path = Path(parent) / name
-            if path.is_file() and path.stat().st_mtime_ns >= since:
-                found.append(path.relative_to(folder).as_posix())
+            relative = path.relative_to(folder)
+            if path.is_file() and (SAVED_NAMES.match(relative.parts[0]) or path.stat().st_mtime_ns >= since):
+                found.append(relative.as_posix())
     return sorted(found)
 
 

@@ -12,7 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError
+from ..optimizer import raw_optimizer
+from .directory import to_load
 from .files import save_plain
+from .manifest import Manifest, verify
 from .pieces import LocalPart
 from .ranks import agreed, rank, rank_zero_tells
 from .sources import DcpSource, FileSource, Source, nested
@@ -112,6 +115,36 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
     """Load the state of ``optimizer``, which trains ``model``; see :func:`restore_model`."""
     name = f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"
     load_optimizer(optimizer, model, _source(folder, f"{OPTIMIZER}_{index}", name, "optimizer", 3))
+
+
+def load_training_state(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Manifest | None:
+    """Load weights, and the state of an optimizer, that this package (or stock Accelerate with FSDP2) has saved.
+
+    For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its ``load_state``.
+    Every file is checked first; nothing in a file is run. Collective if there is a process group.
+
+    Args:
+        folder: the checkpoint of ``save_state`` or of a Trainer.
+        model: any module with the same names and shapes; filled in place.
+        optimizer: trains ``model``, in the same groups.
+
+    Returns:
+        The manifest, None if the checkpoint has none.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another model.
+
+    Example:
+        >>> load_training_state("out/checkpoint-10", model, optimizer)
+    """
+    folder = to_load(folder)
+    manifest = verify(folder)
+    restore_model(model, folder, adapter_only=manifest is None or manifest.adapter_only)
+    if optimizer is not None:
+        restore_optimizer(raw_optimizer(optimizer), model, folder)
+    return manifest
 
 
 def _source(folder: Path, directory: str, file: str, root: str, depth: int) -> Source:

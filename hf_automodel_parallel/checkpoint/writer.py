@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ..errors import CheckpointError
 from .files import naming
 from .pieces import LocalPart
 from .ranks import agreed, from_dcp
@@ -27,16 +26,12 @@ Path_ = tuple[str | int, ...]
 
 
 class _NamingFileSystem(FileSystem):
-    """torch's file system with the path in each error; a full disk ends torch's serialisation with a nameless RuntimeError."""
+    """torch's file system with the path in each error."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with naming(path):
-            try:
-                with super().create_stream(path, mode) as stream:
-                    yield stream
-            except RuntimeError as error:
-                raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
+        with naming(path), super().create_stream(path, mode) as stream:
+            yield stream
 
 
 class PieceSavePlanner(DefaultSavePlanner):

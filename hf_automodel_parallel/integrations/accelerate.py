@@ -30,6 +30,7 @@ from ..config import AutoParallelismConfig, normalized_audit
 from ..context_parallel.buffers import sharded_buffers
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
+from ..loading.fill import ValuesSetAside
 from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
 from ..optimizer import check_optimizers, parameter_names, raw_optimizer, replace_parameters
@@ -51,11 +52,11 @@ from .records import (
     attach,
     attached_to,
     check_use,
-    guard_saving,
     prepared,
     release_gathered,
     remember,
 )
+from .saving import bind_saving, bind_trainer, save_model
 from .trainer_options import check_trainer, remember_trainer
 from .trainer_seam import extend_trainer
 
@@ -89,8 +90,10 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
-    remember_trainer(accelerator)
-    extend_trainer(accelerator)
+    trainer = extend_trainer(accelerator)
+    if trainer is not None:
+        bind_trainer(trainer, accelerator)
+        remember_trainer(accelerator, trainer)
     _leave_cleanly()
 
 
@@ -200,8 +203,15 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
-    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
     raw = [raw_optimizer(optimizer) for optimizer in optimizers]
+    with ValuesSetAside(model, raw) as pending:
+        return _shard(accelerator, model, raw, pending)
+
+
+def _shard(
+    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: ValuesSetAside
+) -> Prepared:
+    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
     with agreement("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
         if config.backend == "megatron_fsdp":
@@ -211,14 +221,17 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
                 "the model was loaded with a device_map over several devices; load it without device_map."
             )
         names = check_optimizers(model, raw) if raw else []
+        pending.begin()
         job = Job(
             model=model,
             mesh=accelerator.torch_device_mesh,
+            pending=pending,
             device=accelerator.device,
             options=sharding_options(accelerator, config, model),
             tp_plan=config.tp_plan,
             plan_order=config.plan_order,
             sequence_parallel=config.sequence_parallel,
+            sequence_parallel_regather=config.sequence_parallel_regather,
             loss_parallel=config.loss_parallel,
             loss_chunk_size=config.loss_chunk_size,
             async_tensor_parallel=config.async_tensor_parallel,
@@ -233,17 +246,21 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.plan(job)
     strategy.compare_ranks(job)
     _check_on_shards(config, job, raw, names)
+    upcast: list[str] = []
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
+    pending.keep()
     strategy.carry_out(job)
     for optimizer, groups in zip(raw, names, strict=True):
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
-    record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
+    record = Prepared(job, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
+    record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -264,7 +281,7 @@ def _watch(model: nn.Module, job: Job) -> None:
     guard_generation(model, job)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
-    guard_saving(model)
+    bind_saving(model)
 
 
 def _after_adding(record: Prepared) -> None:
@@ -278,7 +295,14 @@ def _after_adding(record: Prepared) -> None:
 
 def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True))
+    kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = {
+        kept[id(p)]: record.stored_dtypes[name]
+        for name, p in record.job.model.named_parameters()
+        if name in record.stored_dtypes and id(p) in kept
+    }
+    unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
+    remember(plain, unloaded)
     _watch(plain, record.job)
 
 
@@ -448,6 +472,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
+    "save_model": save_model,
     "save_state": save_state,
     "load_state": load_state,
     "end_training": end_training,

@@ -30,6 +30,7 @@ from ..checkpoint.training import How, Task, collect_model, collect_optimizer, r
 from ..errors import CheckpointError
 from ..megatron.sharding import managed_by_megatron
 from ..optimizer import raw_optimizer
+from .data_position import load_positions, save_positions
 from .megatron import loading_whole
 from .records import attached_to
 
@@ -225,6 +226,10 @@ def save_state(
     from accelerate.checkpointing import save_accelerator_state, save_custom_state
 
     wait_for_saves()
+    if save_model_func_kwargs:
+        raise CheckpointError(
+            f"save_state was given {', '.join(save_model_func_kwargs)}, which are for DeepSpeed and Megatron-LM. Leave them out."
+        )
     project = self.project_configuration
     naming_ourselves = project.automatic_checkpoint_naming
     if naming_ourselves:
@@ -244,12 +249,12 @@ def save_state(
     save = begin(folder)
     how = how_to_save(self)
     try:
-        tasks = [model_task(self, model, folder, index, how) for index, model in enumerate(self._models)]
+        tasks: list[Task] = []
+        for index, model in enumerate(self._models):
+            _now_or_later(model_task(self, model, folder, index, how), how, tasks)
         for index, optimizer in enumerate(self._optimizers):
-            tasks.append(optimizer_task(self, optimizer, _model_of(self, optimizer, index), folder, index, how))
-        if not how.copy:
-            _run(tasks)
-            tasks = []
+            model = _model_of(self, optimizer, index)
+            _now_or_later(optimizer_task(self, optimizer, model, folder, index, how), how, tasks)
         with agreed(f"saving to {folder}"), naming(folder):
             for hook in self._save_model_state_pre_hook.values():
                 hook(self._models, [], str(folder))
@@ -265,6 +270,8 @@ def save_state(
                 save_on_each_node=project.save_on_each_node,
                 safe_serialization=safe_serialization,
             )
+            if rank() == 0:
+                save_positions(self, folder)
             for index, custom in enumerate(self._custom_objects):
                 save_custom_state(custom, str(folder), index, save_on_each_node=project.save_on_each_node)
     except BaseException:
@@ -281,8 +288,11 @@ def save_state(
     return str(folder)
 
 
-def _run(tasks: list[Task]) -> None:
-    for task in tasks:
+def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
+    """Write at once, before the next state is gathered, or in the background."""
+    if how.copy:
+        later.append(task)
+    else:
         task(None)
 
 
@@ -303,6 +313,11 @@ def load_state(
 
     wait_for_saves()
     with agreed("load_state"):
+        unknown = set(kwargs) - {"map_location"}  # values go straight to where the model is
+        if unknown:
+            raise CheckpointError(
+                f"load_state was given {', '.join(sorted(unknown))}, which FSDP's checkpoints do not take. Leave it out."
+            )
         if load_kwargs and load_kwargs.get("weights_only", True) is not True:
             raise CheckpointError(
                 "load_kwargs has weights_only=False, which would run code from the checkpoint. Leave it out."
@@ -339,6 +354,7 @@ def load_state(
         for index, scheduler in enumerate(self._schedulers):
             state = load_plain(folder / ("scheduler.bin" if index == 0 else f"scheduler_{index}.bin"))
             scheduler.load_state_dict(repaced(state, manifest, _pace(scheduler, manifest)))
+        load_positions(self, folder)
         _load_custom_states(self, folder)
     states = load_random_state(self, folder, manifest, "random_states_{rank}.pkl")
     if "step" in states:
@@ -347,10 +363,10 @@ def load_state(
 
 def _pace(scheduler: Any, manifest: Manifest | None) -> int:
     """Steps of the scheduler per optimizer step; one that is not tied to the optimizer is left as it was."""
-    repeats = getattr(scheduler, "repeats", None)
-    if repeats is None or not scheduler.step_with_optimizer or not scheduler.limited:
+    tied = scheduler.step_with_optimizer and getattr(scheduler, "limited", not scheduler.split_batches)
+    if not tied:
         return manifest.data_parallel_size if manifest is not None else 1
-    return int(repeats)
+    return int(getattr(scheduler, "repeats", 1))
 
 
 def _load_custom_states(accelerator: Accelerator, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,8 @@ if TYPE_CHECKING:
 _TRAINERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
-def remember_trainer(accelerator: Accelerator) -> None:
-    """While ``accelerator`` is being made: note the Trainer that makes it, if one does, and honour its ``ddp_timeout``."""
-    module = sys.modules.get("transformers.trainer")
-    trainer = None if module is None else compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
-    if trainer is None:
-        return
+def remember_trainer(accelerator: Accelerator, trainer: Any) -> None:
+    """Note the Trainer that makes ``accelerator``, and honour its ``ddp_timeout``."""
     _TRAINERS[accelerator] = weakref.ref(trainer)
     timeout = getattr(trainer.args, "ddp_timeout_delta", None)
     if accelerator.device.type == "cpu" and timeout is not None:

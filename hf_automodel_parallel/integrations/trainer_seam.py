@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def extend_trainer(accelerator: Accelerator) -> None:
-    """Extend the Trainer whose constructor is building ``accelerator``, if there is one."""
+def extend_trainer(accelerator: Accelerator) -> Any | None:
+    """Extend the Trainer whose constructor is building ``accelerator`` and return it; None if there is none."""
     module = sys.modules.get("transformers.trainer")
-    if module is None:
-        return
-    trainer = compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
+    trainer = None if module is None else compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
     if trainer is not None:
         trainer.__class__ = _extended(type(trainer))  # type: ignore[arg-type]
+    return trainer
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from dataclasses import replace
 from torch import nn
 
 from .. import compat
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from .names import plan_name, unwrapped
 from .sequence_probe import REMEDY, Found, SequenceProbe
 from .spec import PARTIAL, REPLICATED, Output, SequenceSpec, ShardingSpec
@@ -82,6 +82,28 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
     for name in names:
         if name not in new.parameters and any(name.startswith(f"{owner}.") for owner in old.sequence.on_shards):
             new.parameters[name] = PARTIAL
+
+
+def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
+    """Let blocks gather again in backward, in place (``sequence_parallel_regather``).
+
+    Raises:
+        ConfigError: ``checkpointing`` is a mode that recomputes the gathering, or the model's own checkpoints are on.
+    """
+    inner, _ = unwrapped(model)
+    if checkpointing not in ("none", "selective"):
+        raise recomputes_anyway(f"activation_checkpointing={checkpointing!r}")
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        raise recomputes_anyway("the model's own gradient checkpointing")
+    spec.sequence = replace(spec.sequence, regather=checkpointing == "none")  # type: ignore[type-var]
+
+
+def recomputes_anyway(what: str) -> ConfigError:
+    """The error for checkpoints that gather again by themselves."""
+    return ConfigError(
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, and "
+        f"their shares alone are kept. Leave out one of the two; activation_checkpointing='selective' goes with it."
+    )
 
 
 def _stack(

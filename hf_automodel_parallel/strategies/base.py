@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
-from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..errors import PrepareError, UnsupportedError
 from ..fsdp import ShardingOptions
 from ..layers import Anatomy, find_layers
+from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
 from ..optimizer import switch_parameters
 from ..plan.names import unwrapped
@@ -45,6 +46,7 @@ class Job:
         tp_plan: explicit tensor-parallel plan, or None.
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
+        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them whole.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
         loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
@@ -55,6 +57,7 @@ class Job:
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
         context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
+        pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
         plan, spec, anatomy, suitable, tensor_parallel: results of the steps.
     """
@@ -67,6 +70,7 @@ class Job:
     tp_plan: GivenPlan = None
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
@@ -78,6 +82,7 @@ class Job:
     offload_activations: bool = False
     context_parallel: bool = False
     sums_after_backward: bool = False
+    pending: ValuesSetAside | None = None
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -161,6 +166,7 @@ class ParallelizationStrategy(ABC):
             "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
+            "hf_automodel_parallel.from_pretrained": job.pending is not None and bool(job.pending.values),
         }
         for field_name, given in asked.items():
             if given:
@@ -208,6 +214,7 @@ class ParallelizationStrategy(ABC):
                 None,
             ),
             "sequence_parallel": (job.sequence_parallel, False),
+            "sequence_parallel_regather": (job.sequence_parallel_regather, False),
             "activation_checkpointing": (mode, False),
             "tp_shard_plan": (job.tp_plan, None),
             "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),
@@ -254,22 +261,30 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_meta(job: Job) -> None:
-    """Raise unless the model has values, or rank 0 has them for all."""
-    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
+    """Raise unless the model has values, or files have them, or rank 0 has them for all."""
+    pending = job.pending.values if job.pending is not None else {}
+    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta" and name not in pending]
     if meta and not job.load_on_rank_zero:
-        raise not_available_yet(
-            "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
+        raise UnsupportedError(
+            f"device='meta': {len(meta)} parameters have no values and no files to read them from ({meta[0]}, ...). To let "
+            f"each rank read its slices, load with model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, path); to "
+            f"train from scratch, build the model on the CPU, outside of torch.device('meta') and init_empty_weights."
         )
 
 
-def materialize_empty(model: nn.Module) -> None:
-    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
+def materialize_empty(model: nn.Module, pending: ValuesSetAside | None = None) -> None:
+    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0.
+
+    What has its values in ``pending`` stays as it is.
+    """
+    names = pending.values if pending is not None else {}
+    skip = {id(p) for name, p in model.named_parameters() if name in names}
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a tied tensor stays one; the old one keeps its id taken
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
-                if tensor is None or tensor.device.type != "meta":
+                if tensor is None or tensor.device.type != "meta" or id(tensor) in skip:
                     continue
                 if id(tensor) not in made:
                     empty = torch.empty_like(tensor, device="cpu")
@@ -277,5 +292,5 @@ def materialize_empty(model: nn.Module) -> None:
                     made[id(tensor)] = (tensor, nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty)
                 store[name] = made[id(tensor)][1]
     tie_weights = getattr(model, "tie_weights", None)
-    if callable(tie_weights):
+    if callable(tie_weights) and made:
         tie_weights()
