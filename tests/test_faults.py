@@ -64,6 +64,7 @@ def assert_died(job: Job, rank: int) -> None:
     assert all(code != 0 for code in others), f"{codes}\n{job.output()}"
 
 
+@pytest.mark.timeout(900)  # four starts, on a machine that may do other things too
 def test_a_killed_rank_ends_the_job_and_the_restart_goes_on(tmp_path):
     """Killed between two steps, then while loading, then while saving; each time the next start finds what was complete."""
     run = functools.partial(start_ranks, 2)
@@ -78,6 +79,7 @@ def test_a_killed_rank_ends_the_job_and_the_restart_goes_on(tmp_path):
         assert_went_on(job.results(START), start=2)
 
 
+@pytest.mark.timeout(600)
 def test_sigterm_leaves_one_checkpoint_of_all_ranks(tmp_path):
     """The Trainer's `enable_jit_checkpoint`: one rank gets the signal steps before the other, both save after one step."""
     common = (*FSDP2, "--adapter", "--output", tmp_path / "out", "--save_steps", 1000)

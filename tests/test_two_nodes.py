@@ -35,6 +35,7 @@ def start(nodes: Nodes, directory: Path, *arguments: object) -> Job:
     return Job(commands, directory, [environment(GLOO_SOCKET_IFNAME=nodes.interface)] * 2)
 
 
+@pytest.mark.timeout(600)
 def test_nodes_that_lose_each_other_end_and_resume(nodes, tmp_path):
     """The link is cut in front of the fourth step; checkpoints are written each second one."""
     common = ("--output", tmp_path / "out", "--timeout", TIMEOUT)
