@@ -24,6 +24,7 @@ from accelerate import ParallelismConfig
 from . import compat
 from .config_forms import is_file, load_yaml, parse_pairs, plain, read_file, restore
 from .errors import ConfigError, UnsupportedError
+from .towers.find import PLACEMENTS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,8 +72,8 @@ class AutoParallelismConfig(ParallelismConfig):
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
         sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
             dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
-        sequence_parallel_regather: keep of the gathered inputs of attention and MLP this rank's share alone, and gather them
-            again in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+        sequence_parallel_regather: keep only this rank's share of the inputs of attention and MLP, and gather them again in
+            backward: less memory, for two more all-gathers per dense layer in backward. Goes with
             ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
@@ -93,6 +94,11 @@ class AutoParallelismConfig(ParallelismConfig):
         megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
             ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
+        towers: where FSDP2 keeps the parameters of towers (vision, audio), which only some forwards run. "root" (also None):
+            with the root, gathered in every forward, so that ranks with and without images may meet; "layers": each of their
+            layers a unit, which takes less memory and needs images on all data-parallel ranks or none; "replicated": frozen
+            parameters whole on each rank, trained ones with the root. Naming their classes in
+            ``transformer_cls_names_to_wrap`` means "layers".
         async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU, and
             training goes on while they are written. The checkpoint is complete, and counts, when its manifest is there.
         check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
@@ -126,6 +132,7 @@ class AutoParallelismConfig(ParallelismConfig):
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
     megatron_fsdp: Mapping[str, Any] | None = None
+    towers: str | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -223,6 +230,8 @@ class AutoParallelismConfig(ParallelismConfig):
             raise ConfigError(
                 f"audit_steps={steps} has a meaning with audit='every_n_steps' alone, not {self.audit!r}."
             )
+        if self.towers not in (None, *PLACEMENTS):
+            raise ConfigError(f"towers={self.towers!r}: give one of {', '.join(PLACEMENTS)}.")
         if self.backend is None:  # an empty line in a YAML file
             self.backend = "fsdp2"
         self._check_backend()
@@ -263,7 +272,8 @@ class AutoParallelismConfig(ParallelismConfig):
         from .megatron.options import MegatronOptions
 
         MegatronOptions.from_mapping(self.megatron_fsdp)
-        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile", "async_save"):
+        options = ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile", "async_save", "towers")
+        for name in options:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "

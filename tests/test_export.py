@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import filecmp
 import json
 import os
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +44,9 @@ def parsed(path: Path) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
-def prepared(name: str, adapter: dict[str, Any] | None, sizes: dict[str, int], dtype: torch.dtype | None = None, **kw: Any):
+def prepared(
+    name: str, adapter: dict[str, Any] | None, sizes: dict[str, int], dtype: torch.dtype | None = None, **kw: Any
+):
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes), **kw)
     model = build(name, adapter)
     if dtype is not None:
@@ -66,16 +70,18 @@ CELLS = [("llama", None), ("llama_tied", None), ("mixtral", None), ("llama", {})
 
 @pytest.mark.both_ends
 @pytest.mark.parametrize(
-    "sizes", [{"tp_size": 2}, {"dp_shard_size": 2}, {"tp_size": 2, "dp_shard_size": 2}], ids=["tp2", "fsdp2", "tp2_fsdp2"]
+    "sizes",
+    [{"tp_size": 2}, {"dp_shard_size": 2}, {"tp_size": 2, "dp_shard_size": 2}],
+    ids=["tp2", "fsdp2", "tp2_fsdp2"],
 )
 def test_files_equal_those_of_one_process(tmp_path, sizes):
     """``save_pretrained`` and ``accelerator.save_model``: each file in each byte, and what plain libraries load from it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    world = sizes.get("tp_size", 1) * sizes.get("dp_shard_size", 1)
-    run_distributed(world, save_several, CELLS, sizes, str(tmp_path / "found"))
-    for number, (name, adapter) in enumerate(CELLS):
+    cells = CELLS if len(sizes) == 1 else [CELLS[1], CELLS[2], CELLS[4]]
+    run_distributed(2 * len(sizes), save_several, cells, sizes, str(tmp_path / "found"))
+    for number, (name, adapter) in enumerate(cells):
         model = build(name, adapter)
         model.save_pretrained(tmp_path / f"expected/{number}", **({"max_shard_size": SMALL} if adapter is None else {}))
         Accelerator().save_model(model, tmp_path / f"expected/{number}-model", max_shard_size=SMALL)
@@ -176,9 +182,13 @@ def test_gap_12_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, 
     Trainer(build("llama", adapter), arguments).save_model(str(tmp_path / "expected"))
     assert_same_files(tmp_path / "expected", tmp_path / "found/saved", but=("training_args.bin",))
     names = {path.name for path in (tmp_path / "found/checkpoint").iterdir()}
-    weights, config = ("model.safetensors", "config.json") if adapter is None else (
-        "adapter_model.safetensors",
-        "adapter_config.json",
+    weights, config = (
+        ("model.safetensors", "config.json")
+        if adapter is None
+        else (
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        )
     )
     assert config in names and (weights in names) == (kind == "FULL_STATE_DICT")
 
@@ -293,6 +303,63 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_leaves_the_files_that_were_the
     assert_same_files(tmp_path / "expected", tmp_path / "found")
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class _Peak:
+    """Peak of this process's anonymous memory within a block, in bytes over what it was before."""
+
+    def __enter__(self) -> _Peak:
+        ctypes.CDLL(None).malloc_trim(0)
+        self.before = self.most = self._now()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def added(self) -> int:
+        return self.most - self.before
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.002):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
+
+
+def memory_of_saving(directory: str) -> tuple[int, int, int, int]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = accelerator.prepare(build_model("llama", **sizes))
+    largest = max(p.numel() * 4 for p in model.parameters())
+    total = sum(p.numel() * 4 for p in model.parameters())
+    with _Peak() as streamed:
+        model.save_pretrained(directory)
+    with _Peak() as gathered:
+        state = accelerator.get_state_dict(model)
+    del state
+    return largest, total, streamed.added, gathered.added
+
+
+def test_saving_takes_memory_for_a_few_tensors_and_not_for_the_model(tmp_path):
+    """One file of 290 MB: the rank that writes never holds it. Gathering, as the stock stack does, is measured beside it."""
+    (largest, total, streamed, gathered), (_, _, helper, _) = run_distributed(2, memory_of_saving, str(tmp_path))
+    assert (tmp_path / "model.safetensors").stat().st_size > total
+    report = (
+        f"largest {largest:,}, model {total:,}; added: streaming {streamed:,} and {helper:,}, gathering {gathered:,}"
+    )
+    print(report)
+    assert gathered > 0.8 * total
+    assert max(streamed, helper) < 6 * largest + 16 * 2**20
+
+
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +371,9 @@ def test_the_writer_makes_the_file_that_safetensors_makes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for number, dtype in enumerate(sorted(DTYPE_NAMES, key=str)):
-        raw = torch.randint(0, 2 if dtype is torch.bool else 256, (3, 5, dtype.itemsize), generator=generator, dtype=torch.uint8)
+        raw = torch.randint(
+            0, 2 if dtype is torch.bool else 256, (3, 5, dtype.itemsize), generator=generator, dtype=torch.uint8
+        )
         tensors[f"t{number % 3}.{'é' if number == 4 else 'x'}{number}"] = raw.view(dtype).reshape(3, 5)
     tensors["empty"], tensors["scalar"] = torch.zeros(0, 4), torch.tensor(1.5)
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})

@@ -38,13 +38,12 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
         stand_ins = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
         with recording, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT says it again when it saves
-            picked = compat.adapter_state(
-                model, dict(stand_ins), adapter, options.get("save_embedding_layers", "auto")
-            )
+            picked = compat.adapter_state(model, dict(stand_ins), adapter, options.get("save_embedding_layers", "auto"))
         for value in picked.values():
             needed.update(dict.fromkeys(recording.leaves_of(value)))
     state = {**stand_ins, **{name: fetch(name) for name in needed}}
-    type(model).save_pretrained(model, directory, state_dict=state, **options)  # type: ignore[operator]
+    cls: Any = type(model)  # past what is bound on the instance
+    cls.save_pretrained(model, directory, state_dict=state, **options)
 
 
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -53,9 +52,10 @@ def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: an adapter that is not there; an option that would load an adapter while saving.
     """
-    unknown = [name for name in options.get("selected_adapters") or () if name not in model.peft_config]  # type: ignore[operator]
+    known: Any = model.peft_config
+    unknown = [name for name in options.get("selected_adapters") or () if name not in known]
     if unknown:
-        raise ConfigError(f"selected_adapters={options['selected_adapters']!r}: this model has {list(model.peft_config)}.")  # type: ignore[arg-type]
+        raise ConfigError(f"selected_adapters={options['selected_adapters']!r}: this model has {list(known)}.")
     path = options.get("path_initial_model_for_weight_conversion")
     if path is not None:
         raise ConfigError(

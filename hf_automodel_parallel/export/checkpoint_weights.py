@@ -104,7 +104,7 @@ class SafetensorsWeights:
                 handle = safe_open(folder / file, framework="pt")
             except Exception as error:
                 raise ExportError(f"cannot read {folder / file}: {error}.") from error
-            for name in handle.keys():  # noqa: SIM118
+            for name in handle.keys():
                 part = handle.get_slice(name)
                 self._open[name] = handle
                 self.shapes[name] = (torch.Size(part.get_shape()), _dtype(part.get_dtype()))
@@ -137,7 +137,9 @@ def open_checkpoint(path: Path) -> tuple[Weights, Path]:
         CheckpointError: a damaged or malicious file.
     """
     if not path.exists():
-        raise ExportError(f"{path} does not exist. Give a Trainer's checkpoint-N or a directory of accelerator.save_state.")
+        raise ExportError(
+            f"{path} does not exist. Give a Trainer's checkpoint-N or a directory of accelerator.save_state."
+        )
     if (path / METADATA_FILE).exists():
         return ShardedWeights(path), path.parent
     if path.is_dir():

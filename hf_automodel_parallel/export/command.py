@@ -20,14 +20,19 @@ EPILOG = (
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A Trainer's checkpoint-N, or a directory of accelerator.save_state (sharded or full).")
+        Path,
+        typer.Argument(help="A Trainer's checkpoint-N, or a directory of accelerator.save_state (sharded or full)."),
     ],
     out: Annotated[Path, typer.Argument(help="The directory to make.")],
     config: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Directory with config.json (of a model) or adapter_config.json, if the checkpoint has none."),
+        typer.Option(
+            help="Directory with config.json (of a model) or adapter_config.json, if the checkpoint has none."
+        ),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the weights of its base model.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the weights of its base model.")
+    ] = False,
     base: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Directory of the base model for --merge; not needed if the checkpoint holds its weights."),
@@ -54,9 +59,7 @@ def export(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        request = Request(
-            checkpoint, out, config, base, merge, adapter, _dtype(dtype), _size(max_shard_size), force
-        )
+        request = Request(checkpoint, out, config, base, merge, adapter, _dtype(dtype), _size(max_shard_size), force)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("reading", total=None)
 

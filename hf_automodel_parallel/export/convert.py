@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..errors import ExportError
 from .adapters import write_adapters
 from .checkpoint_weights import SafetensorsWeights, Weights, open_checkpoint
@@ -162,8 +164,8 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
     cls = getattr(transformers, name, None)
     if name and cls is None:
         raise ExportError(
-            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in the "
-            f"training job with model.save_pretrained()."
+            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in "
+            f"the training job with model.save_pretrained()."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
@@ -207,9 +209,7 @@ def _adapter_config(request: Request, beside: Path) -> tuple[Path, Any]:
         for directory in (folder / name, folder):
             if (directory / "adapter_config.json").is_file():
                 return directory, PeftConfig.from_pretrained(directory)
-    raise ExportError(
-        f"there is no adapter_config.json in {beside}. Give the directory that has one with --config."
-    )
+    raise ExportError(f"there is no adapter_config.json in {beside}. Give the directory that has one with --config.")
 
 
 def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
@@ -220,10 +220,13 @@ def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
         if source is None or (isinstance(source, Path) and not (source / "config.json").is_file()):
             continue
         base = empty_model(source)
+        base.name_or_path = config.base_model_name_or_path or ""  # type: ignore[assignment]
         config.inference_mode = False
         with torch.device("meta"):
             return get_peft_model(base, config, adapter_name=request.adapter, low_cpu_mem_usage=True)
-    raise ExportError("the config of the base model is not known. Give its directory with --config (or --base with --merge).")
+    raise ExportError(
+        "the config of the base model is not known. Give its directory with --config (or --base with --merge)."
+    )
 
 
 def _named_by_file(shapes: Mapping[str, Any], adapter: str) -> bool:
@@ -244,14 +247,12 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
     else:
         model = _with_adapter(request, beside, config)
         missing = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in shapes
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in shapes
         ]
         if missing:
             raise ExportError(
-                f"{request.checkpoint} lacks {', '.join(missing[:3])} ({len(missing)} in all) of the adapter {request.adapter!r}. "
-                f"Name the right adapter with --adapter, or its config with --config."
+                f"{request.checkpoint} lacks {', '.join(missing[:3])} ({len(missing)} in all) of the adapter "
+                f"{request.adapter!r}. Name the right adapter with --adapter, or its config with --config."
             )
 
         def counted(name: str) -> torch.Tensor:
@@ -286,26 +287,26 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
         named = config.base_model_name_or_path
         base = Path(named) if named and Path(named).is_dir() else None
         if base is None:
-            raise ExportError(f"{request.checkpoint} holds the adapter alone. Give the model it was trained on with --base.")
+            raise ExportError(
+                f"{request.checkpoint} holds the adapter alone. Give the model it was trained on with --base."
+            )
     files = None if base is None or complete else SafetensorsWeights(base)
     model = _with_adapter(request, beside, config)
     merging = Merging(model, [request.adapter])
+    from_files = {} if files is None else _from_files(merging.plain_model(), files)
     plain_names = {source: name for name, source in merging.sources.items()}
     names = _file_names(model, weights.shapes, request.adapter)
     known: dict[str, Callable[[], torch.Tensor]] = {}
     shapes: dict[str, Any] = {}
-    default = next((d for _, d in files.shapes.values() if d.is_floating_point), None) if files is not None else None
     for name, stand_in in model.state_dict().items():
-        plain = plain_names.get(name, "")
-        if names.get(name, name) in weights.shapes:
-            own = names.get(name, name)
+        plain, own = plain_names.get(name, ""), names.get(name, name)
+        if own in weights.shapes:
             shapes[name] = weights.shapes[own]
-            known[name] = lambda own=own: weights.fetch(own)  # type: ignore[misc]
-        elif files is not None and plain in files.shapes:
-            shapes[name] = files.shapes[plain]
-            known[name] = lambda plain=plain: files.fetch(plain)  # type: ignore[misc]
-        else:
-            shapes[name] = (stand_in.shape, default or stand_in.dtype)
+            known[name] = functools.partial(weights.fetch, own)
+        elif plain in from_files:
+            shapes[name], known[name] = from_files[plain]
+        else:  # a tied one, or something that the error below names
+            shapes[name] = (stand_in.shape, stand_in.dtype)
         if torch.Size(shapes[name][0]) != stand_in.shape:
             raise ExportError(
                 f"{name} has the shape {tuple(shapes[name][0])} in {base or request.checkpoint} and {tuple(stand_in.shape)} by "
@@ -315,29 +316,41 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
     def fetch(name: str) -> torch.Tensor:
         if name not in known:
             raise ExportError(
-                f"neither {request.checkpoint} nor {base} has {name}. If the base model's files have other names for a weight that "
-                f"the adapter changes (fused experts), merge in the training job with hf_automodel_parallel.export.merged.save_merged()."
+                f"neither {request.checkpoint} nor {base} has {name}. Give the right base model with --base."
             )
         return known[name]()
 
-    def shortcut(name: str, needs: list[str]) -> Callable[[], torch.Tensor] | None:
-        """What the adapter does not change stands in the base model's files under the name that it gets."""
-        if files is None or name not in files.shapes or any(need in merging.layers for need in needs):
-            return None
-        if any(merging.sources[need] in known for need in needs):
-            return None
-        return lambda: files.fetch(name)
-
-    merging.write(
-        _cast(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count, shortcut=shortcut
-    )
+    merging.write(_cast(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count)
     _copy_companions([request.config, beside, base], out)
+
+
+def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
+    """Shape, dtype and value of each weight of ``plain``, whatever it is called and cut into in the files."""
+    recording = Recording()
+    leaves = {n: recording.leaf(n, t.shape, t.dtype) for n, t in plain.state_dict().items()}
+    with recording:
+        made = compat.as_in_files(plain, compat.without_tied_duplicates(plain, dict(leaves)))
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in made.items():
+        for leaf in recording.leaves_of(value):
+            parts.setdefault(leaf, {})[name] = value
+    found: dict[str, tuple[Any, Callable[[], torch.Tensor]]] = {}
+    for leaf, results in parts.items():
+        if all(n in files.shapes and files.shapes[n][0] == value.shape for n, value in results.items()):
+            dtype = files.shapes[next(iter(results))][1]
+            found[leaf] = (
+                (leaves[leaf].shape, dtype),
+                functools.partial(_assembled, recording, leaves[leaf], results, files),
+            )
+    return found
+
+
+def _assembled(recording: Recording, leaf: torch.Tensor, results: dict[str, torch.Tensor], files: Any) -> torch.Tensor:
+    return recording.assemble(leaf, {name: files.fetch(name) for name in results}, results)
 
 
 def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> dict[str, str]:
     """Name in the model -> name in a checkpoint that was written under the names of PEFT's files."""
-    from .. import compat
-
     if not _named_by_file(shapes, adapter):
         return {}
     recording = Recording()

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SHARD = re.compile(r"(.*?)-\d{5}-of-\d{5}")
+#: model.safetensors.index.json, or with a variant model.safetensors.index.fp8.json
+_INDEX = re.compile(r"(.*)\.(safetensors|bin)\.index\.(?:(.*)\.)?json")
 
 
 @contextmanager
 def completed_at_end(directory: Path) -> Iterator[Path]:
     """A temporary directory inside ``directory``, whose files move there when the block has ended well.
 
-    An interrupted save leaves what was there before. Files of an earlier save that had another number of shards are removed,
-    as transformers does.
+    An interrupted save leaves what was there before. Weights of an earlier save in another number of files are removed with
+    their index (transformers removes the shards): ``from_pretrained`` would read a single old file rather than new shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     incomplete = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory))
@@ -55,23 +57,19 @@ def _move(source: Path, target: Path) -> None:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)
     new = {path.name for path in written if len(path.parts) == 1}
-    for weights in {_weights_name(name) for name in new} - {None}:
-        for old in target.iterdir():
-            if old.is_file() and old.name not in new and _weights_name(old.name) == weights and _is_shard(old.name):
-                old.unlink()
-
-
-def _stem(name: str) -> str:
-    return name.replace(".bin", "").replace(".safetensors", "")
-
-
-def _is_shard(name: str) -> bool:
-    return _SHARD.fullmatch(_stem(name)) is not None
+    weights = {_weights_name(name) for name in new} - {None}
+    for old in target.iterdir():
+        if old.is_file() and old.name not in new and _weights_name(old.name) in weights:
+            old.unlink()
 
 
 def _weights_name(name: str) -> str | None:
-    """``model.safetensors`` for it and all of its shards; None for what is no file of weights."""
+    """What a file of weights and all shards and the index of the same weights have in common; None for other files."""
+    index = _INDEX.fullmatch(name)
+    if index is not None:
+        return ".".join(part for part in (index[1], index[3], index[2]) if part)
     if not name.endswith((".bin", ".safetensors")):
         return None
-    match = _SHARD.fullmatch(_stem(name))
-    return match.group(1) if match else _stem(name)
+    stem, _, extension = name.rpartition(".")
+    match = _SHARD.fullmatch(stem)
+    return f"{match[1] if match else stem}.{extension}"

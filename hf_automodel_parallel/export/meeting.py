@@ -1,8 +1,8 @@
 """All ranks meet before a save, and those that came learn in bounded time that the others will not.
 
-``if accelerator.is_main_process: model.save_pretrained(...)`` is what everybody writes, and on a sharded model it waits for ever in
-the first collective, on one rank. So the ranks first meet in the store through which the process group was made: no collective,
-no backend, and the waiting has an end.
+``if accelerator.is_main_process: model.save_pretrained(...)`` is what everybody writes, and on a sharded model one rank
+then waits for ever in the first collective. So the ranks first meet in the store through which the process group was made: no
+collective, no backend, and the waiting has an end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def timeout_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ConfigError(f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before saving.")
+        raise ConfigError(
+            f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before saving."
+        )
     return seconds
 
 

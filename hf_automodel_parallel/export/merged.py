@@ -19,7 +19,7 @@ from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from ..plan.names import unwrapped
 from .gathering import Fetch
-from .pretrained import Progress, Shapes, Shortcut, write_pretrained
+from .pretrained import Progress, Shapes, write_pretrained
 
 
 def save_merged(
@@ -74,8 +74,8 @@ class _Layer:
 
     path: str
     outer: nn.Module
-    tuners: list[nn.Module] = field(default_factory=list)
-    base: nn.Module | None = None
+    tuners: list[Any] = field(default_factory=list)
+    base: Any = None
     base_path: str = ""
 
 
@@ -109,29 +109,35 @@ class Merging:
         self._values: dict[str, torch.Tensor] = {}
 
     def _find(self) -> None:
-        tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
+        tuner: Any = compat.peft_tuner_layer_type()
+        auxiliary: Any = compat.peft_auxiliary_wrapper_type()
         known = set(self.model.state_dict())
         shared: dict[int, _Layer] = {}
 
-        def visit(module: nn.Module, plain: str, path: str) -> None:
-            if isinstance(module, auxiliary):  # type: ignore[arg-type]
+        def visit(module: Any, plain: str, path: str) -> None:
+            if isinstance(module, auxiliary):
                 inside = self._inside_wrapper(module)
                 visit(module.get_submodule(inside), plain, f"{path}{inside}.")
                 return
-            if isinstance(module, tuner):  # type: ignore[arg-type]
+            if isinstance(module, tuner):
                 layer = _Layer(path, module)
-                base, below = module, path
-                while isinstance(base, tuner):  # type: ignore[arg-type]
+                base: Any = module
+                below = path
+                while isinstance(base, tuner):
                     layer.tuners.append(base)
-                    base, below = base.base_layer, f"{below}base_layer."  # type: ignore[assignment]
+                    base, below = base.base_layer, f"{below}base_layer."
                 layer.base, layer.base_path = base, below
                 for name in base.state_dict():
-                    if any(isinstance(m, tuner) for m in base.modules()):  # type: ignore[arg-type]
-                        raise UnsupportedError(f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one.")
+                    if any(isinstance(m, tuner) for m in base.modules()):
+                        raise UnsupportedError(
+                            f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one."
+                        )
                     self.sources[plain + name], self.layers[plain + name] = below + name, layer
-                for parameter in base.parameters():
-                    if shared.setdefault(id(parameter), layer) is not layer:
-                        raise UnsupportedError(f"{path[:-1]}: two adapters change one tied weight; merge in one process.")
+                for weight in base.parameters():
+                    if shared.setdefault(id(weight), layer) is not layer:
+                        raise UnsupportedError(
+                            f"{path[:-1]}: two adapters change one tied weight; merge in one process."
+                        )
                 return
             for name in [*module._parameters, *module._buffers]:
                 if path + name in known:
@@ -147,16 +153,16 @@ class Merging:
         for key, layer in shared.items():  # a head that is tied to an adapted embedding changes with it
             for name in tied.get(key, ()):
                 self.layers[name] = layer
-                self.sources[name] = next(
-                    layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key  # type: ignore[union-attr]
-                )
+                self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
 
     def _inside_wrapper(self, wrapper: Any) -> str:
         """The path below one of PEFT's wrappers of the module that stays, as PEFT's unloading decides."""
         if hasattr(wrapper, "token_adapter"):
             return "token_adapter"
         if not hasattr(wrapper, "modules_to_save"):
-            raise UnsupportedError(f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process.")
+            raise UnsupportedError(
+                f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process."
+            )
         active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
         return f"modules_to_save.{active[0]}" if active else "original_module"
 
@@ -168,15 +174,15 @@ class Merging:
         """
         with torch.device("meta"):
             plain = type(self.inner)(copy.deepcopy(self.inner.config))
-        for name in ("generation_config", *compat.WEIGHT_CONVERSIONS):
-            if hasattr(self.inner, name):
-                setattr(plain, name, copy.deepcopy(getattr(self.inner, name)))
+        if hasattr(self.inner, "generation_config"):
+            plain.generation_config = copy.deepcopy(self.inner.generation_config)
+        compat.copy_weight_conversions(self.inner, plain)
         names = set(plain.state_dict())
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
             raise UnsupportedError(
-                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ in "
-                f"{', '.join(other)}. Merge in one process."
+                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ "
+                f"in {', '.join(other)}. Merge in one process."
             )
         return plain
 
@@ -192,7 +198,6 @@ class Merging:
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         progress: Progress | None = None,
-        shortcut: Shortcut | None = None,
     ) -> None:
         """Write the plain model.
 
@@ -203,7 +208,6 @@ class Merging:
             max_shard_size: bytes, or text.
             variant: part of the names of the files.
             progress: called for each tensor.
-            shortcut: see :func:`.pretrained.write_pretrained`.
         """
         plain = self.plain_model()
         wanted = self.shapes(shapes, list(plain.state_dict()))
@@ -216,7 +220,6 @@ class Merging:
             max_shard_size,
             variant,
             progress=progress,
-            shortcut=shortcut,
         )
 
     def value(self, name: str, fetch: Fetch) -> torch.Tensor:
@@ -231,17 +234,19 @@ class Merging:
 
     @torch.no_grad()
     def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
-        merged_before = [list(t.merged_adapters) for t in layer.tuners]  # type: ignore[call-overload]
+        merged_before = [list(tuner.merged_adapters) for tuner in layer.tuners]
         # DoRA's norm as a sum over ranks: here it sees whole rows.
-        methods = [(m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__]
+        methods = [
+            (m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__
+        ]
         try:
             with _with_values(layer.outer, layer.path, fetch):
                 for tuner in layer.tuners:
-                    type(tuner).merge(tuner, adapter_names=self.adapters)  # type: ignore[operator]
-                return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}  # type: ignore[union-attr]
+                    type(tuner).merge(tuner, adapter_names=self.adapters)
+                return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}
         finally:
             for tuner, before in zip(layer.tuners, merged_before, strict=True):
-                tuner.merged_adapters = before  # type: ignore[assignment]
+                tuner.merged_adapters = before
             for owner, method in methods:
                 owner.__dict__["get_weight_norm"] = method
 
@@ -269,4 +274,3 @@ def _with_values(module: nn.Module, path: str, fetch: Fetch) -> Iterator[None]:
     finally:
         for holder, name, old in places:
             holder[name] = old
-

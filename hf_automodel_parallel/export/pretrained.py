@@ -20,7 +20,6 @@ from .safetensors_writer import SafetensorsWriter
 #: Shape and dtype by name.
 Shapes = Mapping[str, tuple[Iterable[int], torch.dtype]]
 Progress = Callable[[str, int], None]
-Shortcut = Callable[[str, list[str]], Callable[[], torch.Tensor] | None]
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:
@@ -42,7 +41,6 @@ def write_pretrained(
     variant: str | None = None,
     save_original_format: bool = True,
     progress: Progress | None = None,
-    shortcut: Shortcut | None = None,
 ) -> None:
     """Write config, generation config, weights and index of a transformers model into ``directory``.
 
@@ -55,8 +53,6 @@ def write_pretrained(
         variant: ``model.<variant>.safetensors``.
         save_original_format: with the names that the files of this architecture have.
         progress: called with the name and the bytes of each tensor that is written.
-        shortcut: from the name of a tensor of the files and the names that it is made of to a function that gives its value,
-            where that is known without them; else None.
     """
     write_configs(model, directory, next((d for _, d in shapes.values() if d.is_floating_point), None))
     recording = Recording()
@@ -68,7 +64,7 @@ def write_pretrained(
         if save_original_format:
             state = compat.as_in_files(model, state)
     name = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
-    index = write_weights(recording, state, fetch, directory, name, max_shard_size, progress, shortcut)
+    index = write_weights(recording, state, fetch, directory, name, max_shard_size, progress)
     if index is not None:
         index["metadata"] = {"total_parameters": model.num_parameters(), **index["metadata"]}  # type: ignore[operator]
         file = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
@@ -83,7 +79,6 @@ def write_weights(
     name: str,
     max_shard_size: int | str,
     progress: Progress | None = None,
-    shortcut: Shortcut | None = None,
 ) -> dict[str, Any] | None:
     """Write ``state``, made by ``recording``, as safetensors files.
 
@@ -98,18 +93,10 @@ def write_weights(
         max_shard_size=max_shard_size,
     )
     order = [(file, tensor) for file, tensors in split.filename_to_tensors.items() for tensor in tensors]
-    known = {
-        tensor: found
-        for _, tensor in order
-        if shortcut is not None and (found := shortcut(tensor, recording.leaves_of(state[tensor]))) is not None
-    }
-    recording.expect(state[tensor] for _, tensor in order if tensor not in known)
+    recording.expect(state[tensor] for _, tensor in order)
     with _writers(directory, split.filename_to_tensors, state) as writer:
         for file, tensor in order:
-            if tensor in known:
-                value = known[tensor]().to(state[tensor].dtype)
-            else:
-                value = recording.compute(state[tensor], fetch)
+            value = recording.compute(state[tensor], fetch)
             writer(file).write(tensor, value)
             if progress is not None:
                 progress(tensor, value.nbytes)
@@ -146,8 +133,9 @@ def _writers(
 
 def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
     """What ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of transformers."""
+    cls: Any = type(model)  # past what is bound on the instance
     with _quiet():
-        type(model).save_pretrained(model, directory, state_dict={})  # type: ignore[operator]
+        cls.save_pretrained(model, directory, state_dict={})
     path = directory / "config.json"
     if dtype is not None and path.exists():
         # The masters of trained parameters may be float32 while the files are in the dtype that the user loaded.

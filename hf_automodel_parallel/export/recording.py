@@ -8,7 +8,7 @@ written down. A result is then computed alone, from the few tensors that it depe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,6 +111,43 @@ class Recording(TorchDispatchMode):
                     "save_pretrained(directory, state_dict=accelerator.get_state_dict(model))."
                 )
         return self._values[key]
+
+    def assemble(
+        self, leaf: torch.Tensor, values: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The other way round: the value of a leaf from the values of all that is made of it.
+
+        What rearranges numbers is a view of them, apart from copies; so each value is copied into its view of the leaf.
+
+        Args:
+            leaf: the leaf.
+            values: by key, what ``results`` are.
+            results: by the same keys, meta tensors made of this leaf alone, which together hold all of it.
+
+        Raises:
+            UnsupportedError: they do not hold all of it once, or are more than rearranged.
+        """
+        first = next(iter(values.values()))
+        whole = torch.empty(leaf.shape, dtype=first.dtype)
+        for key, value in values.items():
+            view = self._view(results[key], whole)
+            if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                name = self._leaves[id(leaf)]
+                raise UnsupportedError(f"{name} is computed, not rearranged, in the files of this architecture.")
+            view.copy_(value)
+        if sum(value.numel() for value in values.values()) != whole.numel():
+            raise UnsupportedError(f"the files of this architecture do not hold all of {self._leaves[id(leaf)]}.")
+        return whole
+
+    def _view(self, tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in self._leaves:
+            return whole
+        func, args, kwargs, index = self._made_by[id(tensor)]
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            return self._view(args[0], whole)
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: self._view(x, whole), (args, kwargs))
+        made = func(*args, **kwargs)
+        return made if index is None else made[index]
 
     def _release(self, tensor: torch.Tensor) -> None:
         self._uses[id(tensor)] -= 1

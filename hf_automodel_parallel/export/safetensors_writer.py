@@ -66,7 +66,9 @@ class SafetensorsWriter:
     ) -> None:
         unknown = {str(dtype): name for name, (_, dtype) in tensors.items() if dtype not in DTYPE_NAMES}
         if unknown:
-            raise UnsupportedError(f"{path.name}: safetensors files cannot hold {unknown} (dtype: a tensor that has it).")
+            raise UnsupportedError(
+                f"{path.name}: safetensors files cannot hold {unknown} (dtype: a tensor that has it)."
+            )
         self.path = path
         self._tensors = dict(tensors)
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -301,7 +301,9 @@ def _after_unload(plain: nn.Module, record: Prepared) -> None:
         for name, p in record.job.model.named_parameters()
         if name in record.stored_dtypes and id(p) in kept
     }
-    unloaded = Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes)
+    unloaded = Prepared(
+        record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
+    )
     remember(plain, unloaded)
     _watch(plain, record.job)
 

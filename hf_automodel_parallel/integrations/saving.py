@@ -59,13 +59,9 @@ def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     record = prepared(model)
     if record is None or not record.stored_dtypes:
         return {}
-    of_parameter = {
-        id(p): record.stored_dtypes[n] for n, p in model.named_parameters() if n in record.stored_dtypes
-    }
+    of_parameter = {id(p): record.stored_dtypes[n] for n, p in model.named_parameters() if n in record.stored_dtypes}
     return {
-        name: of_parameter[id(p)]
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in of_parameter
+        name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter
     }
 
 
@@ -76,12 +72,12 @@ def bind_saving(model: nn.Module) -> None:
     """Let ``model`` save itself from shards."""
     if getattr(type(model), "save_pretrained", None) is None:
         return
-    original = model.save_pretrained
+    original: Any = model.save_pretrained
     model.save_pretrained = functools.wraps(original)(  # type: ignore[assignment]
         lambda *args, **kwargs: _save_pretrained(model, original, args, kwargs)
     )
     if hasattr(type(model), "push_to_hub"):
-        push = model.push_to_hub
+        push: Any = model.push_to_hub
         model.push_to_hub = functools.wraps(push)(  # type: ignore[assignment]
             lambda *args, **kwargs: _push_to_hub(model, push, args, kwargs)
         )
@@ -121,7 +117,12 @@ def _save_pretrained(
 _HUB_OPTIONS = ("token", "repo_id", "commit_message", "create_pr", "private", "revision", "commit_description")
 #: What each library's method knows besides; anything else is refused.
 _KNOWN = {
-    True: ("safe_serialization", "selected_adapters", "save_embedding_layers", "path_initial_model_for_weight_conversion"),
+    True: (
+        "safe_serialization",
+        "selected_adapters",
+        "save_embedding_layers",
+        "path_initial_model_for_weight_conversion",
+    ),
     False: (
         "max_shard_size",
         "variant",
@@ -169,13 +170,13 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
         )
     if options.pop("distributed_checkpoint", False):
         raise ConfigError(
-            "distributed_checkpoint=True is for models that transformers sharded itself. Use accelerator.save_state(directory) with "
-            "state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
+            "distributed_checkpoint=True is for models that transformers sharded itself. Use accelerator.save_state(directory) "
+            "with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
         )
     if compat.carries_adapters(model):
         raise UnsupportedError(
-            f"save_pretrained() of a sharded {type(model).__name__} with adapters of its own (add_adapter without a PeftModel) is not "
-            f"available. Wrap the model with peft.get_peft_model before accelerator.prepare."
+            f"save_pretrained() of a sharded {type(model).__name__} with adapters of its own (add_adapter without a PeftModel) "
+            f"is not available. Wrap the model with peft.get_peft_model before accelerator.prepare."
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(
@@ -368,4 +369,3 @@ def _first_names(model: nn.Module, names: Mapping[str, Any]) -> set[str]:
             first.add(name)
         seen.add(key)
     return first
-

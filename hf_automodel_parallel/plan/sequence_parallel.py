@@ -13,6 +13,7 @@ A layer that combines tokens outside of all blocks is refused by name.
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 
@@ -101,8 +102,8 @@ def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
 def recomputes_anyway(what: str) -> ConfigError:
     """The error for checkpoints that gather again by themselves."""
     return ConfigError(
-        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, and "
-        f"their shares alone are kept. Leave out one of the two; activation_checkpointing='selective' goes with it."
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, "
+        f"and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes with it."
     )
 
 
@@ -142,7 +143,24 @@ def _stack(
     while owner and not compat.has_implemented_forward(model.get_submodule(owner)):
         owner = owner.rpartition(".")[0]
     every = [layer for layer in model.get_submodule(container).children() if layer in layers]
-    return model.get_submodule(owner), every
+    stack = model.get_submodule(owner)
+    between = _lists_of_tensors(stack)
+    if between:
+        raise UnsupportedError(
+            f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of tensors with "
+            f"one for each of some layers. What it does with them between the layers expects whole sequences there. {REMEDY}"
+        )
+    return stack, every
+
+
+def _lists_of_tensors(stack: nn.Module) -> list[str]:
+    """The arguments of the forward of ``stack`` that are lists of tensors by their annotation, but for caches."""
+    parameters = inspect.signature(stack.forward).parameters.values()
+    return [
+        p.name
+        for p in parameters
+        if re.search(r"\blist\[[^\]]*Tensor", str(p.annotation), re.IGNORECASE) and p.name != "past_key_values"
+    ]
 
 
 def _parameters_on_shares(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:

@@ -166,6 +166,7 @@ class ParallelizationStrategy(ABC):
             "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
+            "towers": job.options.towers is not None,
             "hf_automodel_parallel.from_pretrained": job.pending is not None and bool(job.pending.values),
         }
         for field_name, given in asked.items():

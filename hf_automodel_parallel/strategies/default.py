@@ -39,6 +39,7 @@ from ..fsdp_dtypes import install_companions, own_dtype_parameters
 from ..layers import dissect
 from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
+from ..plan.expert_parallel import refuse_expert_parallel
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
 from ..plan.loss import keep_logits_sharded
@@ -59,6 +60,7 @@ from ..tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from ..towers.placement import placement, replicated_parameters
 from .base import (
     GivenPlan,
     Job,
@@ -190,6 +192,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:
@@ -200,6 +203,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
+        refuse_expert_parallel(job.model)
         check_trainable_as_shards(job.model)
         check_quantized(job.model, job.options.mp_policy.param_dtype, job.tp_mesh is not None, job.load_on_rank_zero)
         scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
@@ -269,7 +273,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if job.load_on_rank_zero:
             materialize_empty(job.model, job.pending)
         if job.pending is not None:
-            ignored = [name for name, p in job.model.named_parameters() if p in job.options.ignored_parameters]
+            unmanaged = job.options.ignored_parameters | replicated_parameters(job.anatomy, job.options)  # type: ignore[arg-type]
+            ignored = [name for name, p in job.model.named_parameters() if p in unmanaged]
             job.pending.fill_whole(job, [name for name in ignored if name in job.pending.values])
 
     def apply_tensor_parallel(self, job: Job) -> None:
