@@ -427,6 +427,11 @@ def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh
     return joined
 
 
+def set_timeout(timeout: Any) -> None:
+    """Bound the collectives of the process group by ``timeout`` (a timedelta)."""
+    dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+
+
 def inherit_timeout(mesh: DeviceMesh) -> None:
     """Give the process groups of the axes of ``mesh`` (1-D or more) the timeout of the process group.
 

@@ -372,6 +372,7 @@ class AutoParallelismConfig(ParallelismConfig):
                 _check_alone()
                 self.resolve_sizes(1)
                 return None
+            from .mesh import inherit_timeouts
             from .synchronize import agreement, check_same_sizes
 
             with agreement("AutoParallelismConfig"):
@@ -379,10 +380,7 @@ class AutoParallelismConfig(ParallelismConfig):
             check_same_sizes(self._sizes)
         mesh = super().get_device_mesh(device_type)
         if mesh is not None:
-            compat.inherit_timeout(mesh)
-            for name in _JOINED_AXES:
-                if compat.has_joined_axis(mesh, name):
-                    compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))
+            inherit_timeouts(mesh)
         return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
@@ -487,10 +485,6 @@ class AutoParallelismConfig(ParallelismConfig):
 def _world_size() -> int | None:
     """Size of the process group, None without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
-
-
-#: What Accelerate joins axes to; a mesh with a single data axis has some of them.
-_JOINED_AXES = ("dp", "dp_shard_cp", "dp_cp")
 
 
 def _check_alone() -> None:

@@ -116,3 +116,15 @@ def _missing(field: str, name: str, mesh: DeviceMesh) -> ConfigError:
         f"{field}={name!r}: the device mesh has no such axis, only {', '.join(mesh.mesh_dim_names or ()) or 'unnamed ones'}. "
         f"Give the name that the mesh was built with (init_device_mesh(..., mesh_dim_names=...))."
     )
+
+
+#: What Accelerate joins axes to; a mesh has some of them.
+_JOINED_BY_ACCELERATE = ("dp", "dp_shard_cp", "dp_cp")
+
+
+def inherit_timeouts(mesh: DeviceMesh) -> None:
+    """Bound the collectives of every axis of ``mesh``, also of joined ones, as those of the process group are bounded."""
+    compat.inherit_timeout(mesh)
+    for name in _JOINED_BY_ACCELERATE:
+        if compat.has_joined_axis(mesh, name):
+            compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.background import wait_for_saves
@@ -24,11 +23,12 @@ from ..errors import CheckpointError, ConfigError
 from ..optimizer import raw_optimizer
 from . import checkpoints
 from .checkpoints import asynchronous, describe, finish, how_to_save, load_random_state, model_task, optimizer_task
+from .trainer_evaluation import ParallelEvaluation
 
 logger = logging.getLogger(__name__)
 
 
-class ParallelTrainer(Trainer):
+class ParallelTrainer(ParallelEvaluation):
     """What a Trainer with an :class:`AutoParallelismConfig` does differently; see :mod:`.trainer_seam`."""
 
     #: What writes the large files of the save that is under way; None outside of one.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from .. import compat
 from ..errors import ConfigError
+from ..mesh import inherit_timeouts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -14,8 +16,13 @@ _TRAINERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDic
 
 
 def remember_trainer(accelerator: Accelerator, trainer: Any) -> None:
-    """Note the Trainer that makes ``accelerator``."""
+    """Note the Trainer that makes ``accelerator``, and honour its ``ddp_timeout``."""
     _TRAINERS[accelerator] = weakref.ref(trainer)
+    timeout = getattr(trainer.args, "ddp_timeout_delta", None)
+    if accelerator.device.type == "cpu" and timeout is not None:
+        # TrainingArguments (5.17 to 5.24) tell the process group of ddp_timeout on accelerators only.
+        compat.set_timeout(timeout)
+        inherit_timeouts(accelerator.torch_device_mesh)
 
 
 def check_trainer(accelerator: Accelerator) -> None:
