@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .errors import AutoParallelError, ConfigError
+from .export import command as export_command
 
 app = typer.Typer(
     help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
@@ -96,6 +97,9 @@ def plan(
         console.print(f"note: {note}", highlight=False)
     for entry in spec.unmatched:
         console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
+
+
+app.command("export", epilog=export_command.EPILOG)(export_command.export)
 
 
 def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from . import compat
 from .errors import ConfigError, UnsupportedError
 from .plan.names import unwrapped
+from .towers.find import find_towers, layers_of_towers
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,25 @@ class Anatomy:
         embedding: the input embedding, if any.
         head: modules at the end that are used together (final norm and output projection), may be empty.
         tied: the output projection shares its weight with the input embedding.
+        towers: parts that only some forwards run (vision towers), each the module around some of ``layers``.
     """
 
     layers: list[nn.Module]
     embedding: nn.Module | None
     head: list[nn.Module]
     tied: bool
+    towers: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def tower_layers(self) -> list[nn.Module]:
+        """Those of ``layers`` that are in towers."""
+        return layers_of_towers(self.layers, self.towers)
+
+    @property
+    def main_layers(self) -> list[nn.Module]:
+        """Those of ``layers`` that every forward runs."""
+        towers = {id(layer) for layer in self.tower_layers}
+        return [layer for layer in self.layers if id(layer) not in towers]
 
 
 def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy:
@@ -52,13 +66,15 @@ def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy
 
     embedding = outside(compat.input_embedding_module(inner))
     projection = outside(compat.lm_head_module(inner))
-    norm = outside(_final_norm(inner, layers))
+    towers = find_towers(inner, layers, embedding)
+    beside = {id(layer) for layer in layers_of_towers(layers, towers)}
+    norm = outside(_final_norm(inner, [layer for layer in layers if id(layer) not in beside], projection))
     tied = False
     if embedding is not None and projection is not None:
         shared = {id(p) for p in embedding.parameters()} & {id(p) for p in projection.parameters()}
         tied = bool(shared)
     head = [m for m in (norm, projection) if m is not None and any(True for _ in m.parameters())]
-    return Anatomy(layers, embedding, head, tied)
+    return Anatomy(layers, embedding, head, tied, towers)
 
 
 def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> list[nn.Module]:
@@ -180,8 +196,12 @@ def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
     return best
 
 
-def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
-    """The norm between the last layer and the output projection: a sibling of the list that holds the layers."""
+def _final_norm(model: nn.Module, layers: list[nn.Module], projection: nn.Module | None) -> nn.Module | None:
+    """The norm between the last layer and the output projection: a sibling of the list that holds the layers.
+
+    Of several, one as wide as what the projection reads (others normalise something else, as per-layer embeddings), and of
+    these the first behind the layers.
+    """
     if not layers:
         return None
     parents = {child: parent for parent in model.modules() for child in parent.children()}
@@ -189,5 +209,10 @@ def _final_norm(model: nn.Module, layers: list[nn.Module]) -> nn.Module | None:
     base = parents.get(container) if container is not None else None
     if base is None:
         return None
-    norms = [child for child in base.children() if "norm" in type(child).__name__.lower()]
-    return norms[-1] if norms else None
+    children = list(base.children())
+    norms = [child for child in children if "norm" in type(child).__name__.lower()]
+    width = getattr(projection, "in_features", None)
+    fitting = [n for n in norms if width in {p.shape[-1] for p in n.parameters() if p.ndim}] if width else []
+    norms = fitting or norms
+    behind = [norm for norm in norms if children.index(norm) > children.index(container)]  # type: ignore[arg-type]
+    return behind[0] if behind else norms[-1] if norms else None

@@ -106,6 +106,23 @@ def test_config_file_that_does_not_parse(tmp_path):
     expect_error(2, call_prepare, str(path), match=r"parallel\.yaml' is not valid YAML or JSON")
 
 
+def accelerator_with(kind: str) -> None:
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, TorchTensorParallelPlugin
+
+    options: dict[str, Any] = {
+        "plugin": lambda: {"torch_tp_plugin": TorchTensorParallelPlugin(tp_size=2)},
+        "hook": lambda: {"kwargs_handlers": [DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.BF16)]},
+    }[kind]()
+    Accelerator(parallelism_config=AutoParallelismConfig(**TP2), **options)
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("plugin", "torch_tp_plugin beside AutoParallelismConfig"), ("hook", "comm_hook='bf16'.*reduce_dtype")]
+)
+def test_what_accelerate_would_drop(kind, message):
+    expect_error(2, accelerator_with, kind, match=message)
+
+
 def config_after_accelerator(first_config: dict | None) -> None:
     Accelerator(parallelism_config=None if first_config is None else AutoParallelismConfig(**first_config))
     Accelerator(parallelism_config=AutoParallelismConfig(**TP2))

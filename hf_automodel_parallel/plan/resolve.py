@@ -373,8 +373,9 @@ class _Resolver:
         return "activations" if boundary is not None else "Replicate"
 
     def _rope_features(self, name: str) -> int:
-        text = self.config.get_text_config() if self.config is not None else None
-        tail = getattr(text, "qk_rope_head_dim", None)
+        tail = getattr(self.model.get_submodule(name.rpartition(".")[0]), "qk_rope_head_dim", None)
+        if tail is None and self.config is not None:
+            tail = getattr(self.config.get_text_config(), "qk_rope_head_dim", None)
         if not tail:
             raise PlanError(
                 f"{name} has the style 'mla_kv_a_proj', which needs qk_rope_head_dim in the model's config to tell the "

@@ -125,7 +125,9 @@ class SequenceProbe:
         self.parameters: dict[int, str] = {}
         with self.fake:
             for name, parameter in self.model.named_parameters():
-                empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+                empty = nn.Parameter(
+                    torch.empty(self._shape(name, parameter), dtype=parameter.dtype), requires_grad=False
+                )
                 memo[id(parameter)] = empty
                 # Under both ids: a forward that somebody replaced by a function reads the parameters of the original.
                 self.parameters[id(empty)] = self.parameters[id(parameter)] = name
@@ -160,6 +162,9 @@ class SequenceProbe:
             layer.forward = self._layer(full[layer], type(layer), layer.forward)  # type: ignore[method-assign]
         self._wrap_around(stack, set(layers), full)
         return stack
+
+    def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.shape)
 
     def _wrap_around(self, module: nn.Module, layers: set[nn.Module], full: dict[nn.Module, str]) -> None:
         """Modules beside the layers that own parameters have no values either."""

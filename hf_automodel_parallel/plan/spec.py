@@ -152,6 +152,7 @@ class SequenceSpec:
         blocks: name of a module inside of a layer -> how it is entered and left.
         tail: name of the module at whose output the hidden states are gathered again (the final norm or the last layer).
         on_shards: modules whose parameters work on this rank's share of the sequence.
+        regather: what blocks gather is not kept for backward, but gathered again; where checkpoints do not see to it.
     """
 
     stack: str
@@ -159,6 +160,7 @@ class SequenceSpec:
     blocks: dict[str, SequenceBlock]
     tail: str
     on_shards: frozenset[str]
+    regather: bool = False
 
 
 @dataclass

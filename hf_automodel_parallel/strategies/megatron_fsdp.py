@@ -118,6 +118,11 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             )
         if job.tp_mesh is not None:
             refuse_fused_loss(job.model)
+        if job.pending is not None and job.pending.values:
+            raise UnsupportedError(
+                "a model of hf_automodel_parallel.from_pretrained is read into FSDP2's shards; megatron-fsdp fills its own "
+                "buffers. Use backend='fsdp2', or load the model with its own class's from_pretrained."
+            )
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not (self.options.init_fsdp_with_meta_device or job.load_on_rank_zero):
             raise UnsupportedError(

@@ -82,10 +82,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
     },
     "mamba2": {"num_heads": 8},  # elsewhere a field of that name counts attention heads
+    "laguna": {"num_attention_heads_per_layer": [HEADS, HEADS], "layer_types": ["full_attention", "sliding_attention"]},
+    "dots1": {"n_shared_experts": 1},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
+    | {"layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2, "moe_intermediate_size": 32},
     "reformer": {"is_decoder": True},
 }
+
+#: Further cases: fields that change which parameters lie between sharded projections.
+VARIANTS = (
+    "glm4_moe:use_qk_norm=True",
+    "phi:qk_layernorm=True",
+    "stablelm:qk_layernorm=True",
+    "mixtral:output_router_logits=True",
+    "qwen3_moe:output_router_logits=True",
+    "llama:attention_bias=True,mlp_bias=True",
+)
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 

@@ -1,0 +1,83 @@
+"""docs/architectures.md from the outcomes of a sweep."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections import Counter
+
+from sweep.cells import KINDS, MESHES, ROUNDING, Outcome
+
+_SHORT = {"refused": "refused", "failed": "**fails**", "wrong": "**WRONG**", "one process": "-"}
+
+
+def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
+    """The page: counts, one row per type, and the reason for everything that is not at parity."""
+    cases: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        cases.setdefault(outcome.model_type, []).append(outcome)
+    runnable = {c: rows for c, rows in cases.items() if any(o.status != "one process" for o in rows)}
+    planned = {c: r for c, r in runnable.items() if not all(o.status == "refused" and _no_plan(o) for o in r if o.kind == "full")}
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    lines = [
+        "# Every causal language model of transformers",
+        "",
+        f"Written by `make sweep` on {today}: {versions}; {os.cpu_count()} CPU cores, gloo, float32, {seconds / 60:.0f} minutes.",
+        "",
+        f"{len(cases)} types and variants, of which {len(runnable)} run in one process with a tiny configuration; "
+        f"{len(planned)} of these have a tensor-parallel plan.",
+        "",
+        "| | parity | refused in `prepare` | fails later | **wrong** |",
+        "|---|---|---|---|---|",
+    ]
+    for mesh in MESHES:
+        for kind in KINDS:
+            count = Counter(o.status for rows in planned.values() for o in rows if (o.mesh, o.kind) == (mesh, kind))
+            if count:
+                cells = " | ".join(str(count[s]) for s in ("parity", "refused", "failed", "wrong"))
+                lines.append(f"| {kind}, {mesh} | {cells} |")
+    lines += [
+        "",
+        "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in one",
+        "process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1 was",
+        f"rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64. LoRA is on all linear",
+        "layers and fused experts (`init_lora_weights=False`); sp is sequence parallelism with full fine-tuning.",
+        "",
+        "| type | class | plan | " + " | ".join(f"{k}, {m}" for m in MESHES for k in KINDS) + " |",
+        "|---" * (3 + len(MESHES) * len(KINDS)) + "|",
+    ]
+    for case, rows in sorted(planned.items()):
+        by = {(o.mesh, o.kind): o for o in rows}
+        about = next((o for o in rows if o.class_name), rows[0])
+        plan = next((o.plan for o in rows if o.plan), "")
+        cells = " | ".join(_cell(by.get((m, k))) for m in MESHES for k in KINDS)
+        lines.append(f"| {case} | {about.class_name} | {plan} | {cells} |")
+    lines += ["", "## What is not at parity, and why", ""]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case, rows in sorted(planned.items()):
+        for o in rows:
+            if o.status != "parity":
+                places = reasons.setdefault((f"{case}, {o.kind}: {o.status}", _escaped(o.detail)), [])
+                places.append(o.mesh)
+    lines += [f"* **{what}** ({', '.join(meshes)}): {detail}" for (what, detail), meshes in reasons.items()]
+    lines += ["", "## Types without a plan", "", "FSDP2 works for them; for tensor parallelism give a `tp_plan`.", ""]
+    lines += [", ".join(sorted(set(runnable) - set(planned))) or "None.", ""]
+    lines += ["## Types that do not run in one process with a tiny configuration", ""]
+    for case, rows in sorted(cases.items()):
+        if case not in runnable:
+            lines.append(f"* {case}: {_escaped(rows[0].detail)[:200]}")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    return f"{outcome.in_bounds:.2f}" if outcome.status == "parity" else _SHORT[outcome.status]
+
+
+def _no_plan(outcome: Outcome) -> bool:
+    return "no tensor-parallel plan for" in outcome.detail
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
