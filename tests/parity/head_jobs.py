@@ -42,6 +42,8 @@ def build(model_type: str, task: str, adapter: bool = False) -> torch.nn.Module:
                 ["Wqkv", "Wi", "Wo"] if model_type == "modernbert" else "all-linear"
             )  # not its classifier, which is saved
             options = {"task_type": kind, "target_modules": targets, "init_lora_weights": False}
+            if "Token" in task:
+                options["exclude_modules"] = ["score", "classifier"]  # saved whole, so not adapted, too
             model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
             randomize(model)
     return model
