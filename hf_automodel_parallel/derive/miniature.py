@@ -20,7 +20,7 @@ from ..errors import PlanError
 HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM
 LAYERS = 2
-BATCH, LENGTH = 3, 7
+BATCH, LENGTH, LONGER = 3, 7, 40
 
 #: Whole names of integer fields of a config -> their value in the miniature; the first that matches wins.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -128,7 +128,7 @@ def build_miniature(model: nn.Module) -> nn.Module:
     return small.eval()
 
 
-def inputs_for(model: nn.Module) -> dict[str, Any]:
+def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
     """A batch for a forward of a miniature: token ids, with padding at the end of one row.
 
     Raises:
@@ -138,13 +138,13 @@ def inputs_for(model: nn.Module) -> dict[str, Any]:
     if "input_ids" not in accepted:
         raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so it cannot be tried.")
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    ids = torch.randint(4, VOCABULARY, (BATCH, length), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids.flip(1)
     if "attention_mask" in accepted:
         mask = torch.ones_like(ids)
-        mask[0, LENGTH - 2 :] = 0
+        mask[0, length - 2 :] = 0
         inputs["attention_mask"] = mask
     if "use_cache" in accepted:
         inputs["use_cache"] = False

@@ -14,7 +14,7 @@ from .. import compat
 from ..errors import AutoParallelError, PlanError
 from ..plan.spec import Plan, PlanEntry
 from .candidates import Group, Observed, Variant, pattern_of
-from .miniature import HEADS, build_miniature, inputs_for
+from .miniature import HEADS, LONGER, build_miniature, inputs_for
 from .proof import Prover
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
             + "".join(f"; {name}: {reason}" for name, reason in list(draft.left_out.items())[:2])
         )
     draft = _with_ends(draft, small, prover)
-    failure = prover.failure(draft.plan())
+    failure = _again(draft.plan(), small, prover)
     if failure is not None:
         raise PlanError(
             f"the derived plan of {type(model).__name__} does not compute the same on a miniature: {failure}."
@@ -122,6 +122,20 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
         )
     notes += [f"{name}: whole on each rank ({reason})." for name, reason in draft.left_out.items()]
     return draft.plan(tuple(notes))
+
+
+def _again(plan: Plan, small: nn.Module, prover: Prover) -> str | None:
+    """The whole plan once more, and on sequences long enough for what begins with longer ones (windows, chunks)."""
+    failure = prover.failure(plan)
+    if failure is not None:
+        return failure
+    try:
+        longer = Prover(small, _RANKS, LONGER)
+    except AutoParallelError:
+        raise
+    except Exception as error:  # code of the model
+        return f"on {LONGER} tokens, {type(error).__name__}: {error}"
+    return longer.failure(plan)
 
 
 def _with_group(draft: _Draft, group: Group, observed: Observed, prover: Prover, by_heads: bool) -> _Draft:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AutoParallelError
+from ..errors import AutoParallelError, PlanError
 from ..layers import find_layers
 from ..plan.resolve import resolve
 from ..plan.spec import REPLICATED, Plan, ShardingSpec
 from ..plan.validate import validate
 from ..tensor_parallel.in_process import InProcessGroup, parallel_copy, run_ranks
 from ..tensor_parallel.shards import local_slice
-from .miniature import first_line, inputs_for
+from .miniature import LENGTH, first_line, inputs_for
 
 #: A difference of a gradient, relative to its norm and to that of all gradients, that rounding in float32 explains.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
@@ -53,15 +53,22 @@ class Prover:
     Args:
         model: a small model in evaluation mode on the CPU; only its gradients are written to.
         size: number of ranks.
+        length: tokens in each row of the batch.
 
     Raises:
-        AutoParallelError: the model itself cannot be run.
+        AutoParallelError: the model cannot be tried, or it replaces its own modules when it runs (BigBird does so for short
+            sequences), so that the trial would say nothing of others.
     """
 
-    def __init__(self, model: nn.Module, size: int) -> None:
+    def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
         self.model, self.size = model, size
-        self.inputs = inputs_for(model)
+        self.inputs = inputs_for(model, length)
+        before = [(name, id(module)) for name, module in model.named_modules()]
         self.want = run_once(model, self.inputs)
+        if before != [(name, id(module)) for name, module in model.named_modules()]:
+            raise PlanError(
+                f"{type(model).__name__} replaces modules of its own in its forward, so a trial proves nothing."
+            )
         model.zero_grad(set_to_none=True)
         names = {module: name for name, module in model.named_modules()}
         try:

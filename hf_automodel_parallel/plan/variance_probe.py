@@ -144,13 +144,16 @@ class VarianceProbe(SequenceProbe):
             raise UnsupportedError(f"{self.prefix or 'the model'}: {_first_line(error)}") from error
 
     def _is_sharded(self, name: str) -> bool:
-        return self.spec.parameters.get(name, REPLICATED).dim is not None
+        place = self.spec.parameters.get(name, REPLICATED)
+        return place.dim is not None or place.part_dim is not None
 
     def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
-        dim = self.spec.parameters.get(name, REPLICATED).dim
-        if dim is not None and not self.whole_shapes:
-            shape[dim] //= self.tp_size
+        place = self.spec.parameters.get(name, REPLICATED)
+        if place.dim is not None and not self.whole_shapes:
+            shape[place.dim] //= self.tp_size
+        if place.part_dim is not None and not self.whole_shapes:
+            shape[place.part_dim] //= place.parts
         return tuple(shape)
 
     def _skeleton(self) -> nn.Module:

@@ -17,7 +17,7 @@ from hf_automodel_parallel import AutoParallelismConfig
 from parity.jobs import data_rank, trainable
 
 LABELS = 3
-_DECODER = COMMON | {"intermediate_size": 128, "num_key_value_heads": 2, "pad_token_id": 0}
+_DECODER = COMMON | {"intermediate_size": 128, "num_key_value_heads": 2, "pad_token_id": 0, "classifier_dropout": 0.0}
 _ENCODER = COMMON | {"intermediate_size": 128, "pad_token_id": 0}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,12 @@ def build(model_type: str, task: str, adapter: bool = False) -> torch.nn.Module:
         randomize(model)
         if adapter:
             kind = "TOKEN_CLS" if "Token" in task else "SEQ_CLS"
-            options = {"task_type": kind, "target_modules": "all-linear", "init_lora_weights": False}
+            targets = (
+                ["Wqkv", "Wi", "Wo"] if model_type == "modernbert" else "all-linear"
+            )  # not its classifier, which is saved
+            options = {"task_type": kind, "target_modules": targets, "init_lora_weights": False}
+            if "Token" in task:
+                options["exclude_modules"] = ["score", "classifier"]  # saved whole, so not adapted, too
             model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
             randomize(model)
     return model
