@@ -38,10 +38,11 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
                 lines.append(f"| {kind}, {mesh} | {cells} |")
     lines += [
         "",
-        "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in one",
-        "process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1 was",
-        f"rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64. LoRA is on all linear",
-        "layers and fused experts (`init_lora_weights=False`); sp is sequence parallelism with full fine-tuning.",
+        "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in",
+        "one process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1",
+        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64. LoRA is on all",
+        "linear layers, and on fused experts where PEFT's \"all-linear\" knows them (`init_lora_weights=False`); sp is sequence",
+        "parallelism with full fine-tuning.",
         "",
         "| type | class | plan | " + " | ".join(f"{k}, {m}" for m in MESHES for k in KINDS) + " |",
         "|---" * (3 + len(MESHES) * len(KINDS)) + "|",
