@@ -53,6 +53,15 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         plan = next((o.plan for o in rows if o.plan), "")
         cells = " | ".join(_cell(by.get((m, k))) for m in MESHES for k in KINDS)
         lines.append(f"| {case} | {about.class_name} | {plan} | {cells} |")
+    lines += [
+        "",
+        "## Mixtures of experts",
+        "",
+        "Every rank holds 1 / tp of the bytes of every expert. A layer costs two all-reduces on the tp axis in forward (attention,",
+        "experts) and three in backward (attention, and the experts' hidden states and routing weights), as",
+        "`tests/test_moe.py` counts for Mixtral and Qwen3-MoE. How a fused weight is cut is tried on a miniature of the experts.",
+        "Expert parallelism (whole experts dealt out over ranks) is refused by name.",
+    ]
     lines += ["", "## What is not at parity, and why", ""]
     reasons: dict[tuple[str, str], list[str]] = {}
     for case, rows in sorted(planned.items()):
