@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .config import AutoParallelismConfig
 from .errors import (
     AutoParallelError,
+    CheckpointError,
     ConfigError,
     NotAvailableYetError,
     PlanError,
@@ -18,7 +19,12 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .activation_checkpointing import apply_selective_activation_checkpointing
+    from .checkpoint.background import wait_for_saves
+    from .checkpoint.directory import last_complete_checkpoint
+    from .checkpoint.training import load_training_state
+    from .derive.verify import verify_plan
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
+    from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
     from .plan.selection import register_plan
     from .strategies.base import ParallelizationStrategy
@@ -32,6 +38,7 @@ __all__ = [
     "AutoParallelError",
     "AutoParallelTrainingArguments",
     "AutoParallelismConfig",
+    "CheckpointError",
     "ConfigError",
     "DefaultParallelizationStrategy",
     "NotAvailableYetError",
@@ -41,22 +48,32 @@ __all__ = [
     "RegistrationError",
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
+    "from_pretrained",
     "get_parallelization_strategy",
+    "last_complete_checkpoint",
+    "load_training_state",
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "verify_plan",
+    "wait_for_saves",
 ]
 
 _LAZY = {
     "apply_selective_activation_checkpointing": ".activation_checkpointing",
+    "from_pretrained": ".loading",
     "AutoParallelArgumentsMixin": ".integrations.trainer",
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
+    "verify_plan": ".derive.verify",
     "ParallelizationStrategy": ".strategies.base",
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
+    "last_complete_checkpoint": ".checkpoint.directory",
+    "load_training_state": ".checkpoint.training",
+    "wait_for_saves": ".checkpoint.background",
 }
 
 

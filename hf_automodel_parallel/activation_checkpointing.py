@@ -26,6 +26,8 @@ from .config import CHECKPOINTING_MODES
 from .errors import ConfigError, UnsupportedError
 from .plan.names import unwrapped
 
+Contexts = Callable[[], tuple[Any, Any]]
+
 #: Marks a layer that :func:`apply_selective_activation_checkpointing` has seen.
 _MARK = "_selective_checkpoint"
 
@@ -61,17 +63,18 @@ class Checkpointed:
 
     Args:
         forward: the callable to checkpoint.
-        selective: keep what is expensive to recompute (see :func:`selective_contexts`) instead of the inputs alone.
+        keep: a context function of torch's checkpoint that says which operators' results are kept (see
+            :func:`selective_contexts`); None: the inputs alone.
         offload: keep what the checkpoint saves in the memory of the CPU (pinned on a GPU machine).
     """
 
-    def __init__(self, forward: Callable[..., Any], selective: bool = False, offload: bool = False) -> None:
+    def __init__(self, forward: Callable[..., Any], keep: Contexts | None = None, offload: bool = False) -> None:
         functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
         # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
         # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
         self.put_inside(forward)
-        self.offload, self.selective = offload, selective
-        self.options: dict[str, Any] = {"context_fn": selective_contexts} if selective else {}
+        self.offload, self.keep = offload, keep
+        self.options: dict[str, Any] = {"context_fn": keep} if keep else {}
 
     def put_inside(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Checkpoint ``forward`` from now on; returns what a module's forward should be."""
@@ -85,9 +88,9 @@ class Checkpointed:
             return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
 
 
-def checkpoint_module(module: nn.Module, selective: bool = False, offload: bool = False) -> None:
-    """Put a checkpoint around ``module.forward``, in place."""
-    module.forward = Checkpointed(module.forward, selective, offload).__call__  # type: ignore[method-assign]
+def checkpoint_module(module: nn.Module, keep: Contexts | None = None, offload: bool = False) -> None:
+    """Put a checkpoint around ``module.forward``, in place; see :class:`Checkpointed`."""
+    module.forward = Checkpointed(module.forward, keep, offload).__call__  # type: ignore[method-assign]
 
 
 def is_checkpointed(module: nn.Module) -> bool:
@@ -153,17 +156,23 @@ def _operators(*names: str) -> set[Any]:
 
 
 _MATMULS = _operators("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_grouped_mm")
-_ALWAYS_SAVED = _operators(
+_ALL_GATHERS = _operators("_c10d_functional::all_gather_into_tensor")
+_WAITS = _operators("_c10d_functional::wait_tensor")
+_COLLECTIVES = (
+    _operators(
+        "_c10d_functional::all_reduce",
+        "_c10d_functional::reduce_scatter_tensor",
+        "_c10d_functional::all_to_all_single",
+    )
+    | _ALL_GATHERS
+    | _WAITS
+)
+_ALWAYS_SAVED = _COLLECTIVES | _operators(
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
-    "_c10d_functional::all_reduce",
-    "_c10d_functional::all_gather_into_tensor",
-    "_c10d_functional::reduce_scatter_tensor",
-    "_c10d_functional::all_to_all_single",
-    "_c10d_functional::wait_tensor",
 )
 
 
@@ -197,8 +206,12 @@ def _refuse_writing(
             )
 
 
-def selective_contexts() -> tuple[Any, Any]:
+def selective_contexts(every: int = 2, gathered: bool = True) -> tuple[Any, Any]:
     """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
+
+    Args:
+        every: keep one of so many matrix products.
+        gathered: keep the results of all-gathers, too.
 
     Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
     (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
@@ -207,14 +220,19 @@ def selective_contexts() -> tuple[Any, Any]:
     the forward, and one operator that is not repeated would shift the stream under all that follow.
     """
     counts = {False: 0, True: 0}
+    gathering = {False: False, True: False}  # the last collective was an all-gather that is not kept
     kept: dict[int, StorageWeakRef] = {}
 
     def keep(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
         if operator in _ALWAYS_SAVED:
+            if not gathered and operator in _COLLECTIVES:
+                if operator not in _WAITS:
+                    gathering[is_recompute] = operator in _ALL_GATHERS
+                return not gathering[is_recompute]
             return not _draws(operator, args, kwargs)
         if operator in _MATMULS:
             counts[is_recompute] += 1
-            return counts[is_recompute] % 2 == 1
+            return counts[is_recompute] % every == 1 % every
         return False
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -230,6 +248,33 @@ def selective_contexts() -> tuple[Any, Any]:
         return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def selective_gathering_contexts() -> tuple[Any, Any]:
+    """:func:`selective_contexts` that gather again in backward (``sequence_parallel_regather``)."""
+    return selective_contexts(gathered=False)
+
+
+def gathering_contexts() -> tuple[Any, Any]:
+    """Contexts that keep whatever is expensive to recompute but all-gathers: ``sequence_parallel_regather`` for the compiler.
+
+    What is cheap to recompute the compiler decides by itself, as it does without a checkpoint. Not for code that is not compiled,
+    which would keep the results of all these operators whether a backward needs them or not.
+    """
+    return selective_contexts(every=1, gathered=False)
+
+
+def what_is_kept(mode: str, regather: bool, compiled: bool) -> Contexts | None:
+    """The context function for the checkpoints of layers.
+
+    Args:
+        mode: of ``activation_checkpointing``.
+        regather: ``sequence_parallel_regather``.
+        compiled: the layers are compiled; otherwise hooks gather again (:mod:`tensor_parallel.gathered_again`).
+    """
+    if mode == "selective":
+        return selective_gathering_contexts if regather else selective_contexts
+    return gathering_contexts if regather and compiled else None
 
 
 def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
@@ -263,10 +308,10 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
     if enable_compile:
         from .compile import compile_layers
 
-        compile_layers(layers, "selective")
+        compile_layers(layers, "selective", selective_contexts)
     else:
         for layer in layers:
-            checkpoint_module(layer, selective=True)
+            checkpoint_module(layer, selective_contexts)
     for layer in layers:
         setattr(layer, _MARK, True)
     switch_cache_off(inner)

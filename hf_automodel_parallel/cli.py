@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from .errors import AutoParallelError, ConfigError
+from .export import command as export_command
 
 app = typer.Typer(
     help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
@@ -32,7 +33,7 @@ def plan(
     tp_plan: Annotated[
         Optional[str], typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")  # noqa: UP045
     ] = None,
-    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default",
+    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default+derived",
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Derive where sequences are split, gathered and scattered.")
     ] = False,
@@ -69,7 +70,7 @@ def plan(
         order = config.plan_order
         if isinstance(strategy, DefaultParallelizationStrategy):
             order = strategy.sources(order)
-        chosen = select_plan(network, config.tp_plan, order)
+        chosen = select_plan(network, config.tp_plan, order, tp)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
         keep_logits_sharded(network, spec)
@@ -96,6 +97,9 @@ def plan(
         console.print(f"note: {note}", highlight=False)
     for entry in spec.unmatched:
         console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
+
+
+app.command("export", epilog=export_command.EPILOG)(export_command.export)
 
 
 def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]

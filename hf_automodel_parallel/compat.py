@@ -22,6 +22,7 @@ from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -43,6 +44,27 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "torch.utils._python_dispatch",
         "TorchDispatchMode",
         "seeing each operator of a layer; the documented way to do so",
+    ),
+    (
+        "torch.distributed.distributed_c10d",
+        "_get_default_store",
+        "ranks that wait for each other before a save, with an end to the waiting; torch 2.11 to 2.13",
+    ),
+    (
+        "transformers",
+        "PreTrainedModel._keys_to_ignore_on_save",
+        "what is not saved; transformers 5.17 to 5.24",
+    ),
+    (
+        "transformers.core_model_loading",
+        "revert_weight_conversion",
+        "names and shapes of weights in files; reads model._weight_conversions, see copy_weight_conversions; 5.17 to 5.24",
+    ),
+    ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
+    (
+        "transformers",
+        "PreTrainedModel._hf_peft_config_loaded",
+        "tells whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
     ),
     ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
     ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
@@ -71,6 +93,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "which arguments an operator writes to, and its dropout, for what a selective checkpoint may keep",
     ),
     ("torch", "ops.aten._scaled_dot_product_flash_attention", "see flash_attention_of_last_queries"),
+    ("torch", "ops.aten._to_copy", "what a cast or a move of a tensor is below autograd, see cast_operator"),
+    ("torch.nn", "Module._apply", "replaces tensors of a sharded model, see apply_to_tensors"),
     (
         "torch._inductor.config",
         "_micro_pipeline_tp",
@@ -123,6 +147,21 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._optimizers", "see _models"),
     ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
     ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
+    (
+        "accelerate.accelerator",
+        "Accelerator._custom_objects",
+        "what register_for_checkpointing was given, to save and load",
+    ),
+    (
+        "accelerate.accelerator",
+        "Accelerator._save_model_state_pre_hook",
+        "the user's hooks before a save, to be called",
+    ),
+    (
+        "accelerate.accelerator",
+        "Accelerator._load_model_state_pre_hook",
+        "the user's hooks before a load, to be called",
+    ),
     ("accelerate.accelerator", "Accelerator._is_accelerate_prepared", "its mark on prepared objects"),
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
@@ -195,6 +234,19 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "GradientCheckpointingLayer._gradient_checkpointing_func",
         "the model's own checkpoint around a layer, which has to recompute with local parameters",
     ),
+    (
+        "torch.distributed.distributed_c10d",
+        "_set_pg_timeout",
+        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told",
+    ),
+    ("torch.distributed", "ProcessGroup._get_backend", "what the process group was told"),
+    ("torch.distributed.distributed_c10d", "ProcessGroupGloo._Options._timeout", "the same"),
+    ("transformers.trainer", "Trainer._save_checkpoint", "what the Trainer's own handler of SIGTERM calls"),
+    (
+        "transformers.trainer_jit_checkpoint",
+        "CheckpointManager._enable_checkpoint",
+        "called some seconds after SIGTERM, on each rank during another step; the same in 5.17 and 5.24",
+    ),
 )
 
 
@@ -258,6 +310,19 @@ def flash_attention_of_last_queries(
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, is_causal=True, return_debug_mask=False, scale=scale
     )[0]
+
+
+def cast_operator() -> Any:
+    """The operator of ``Tensor.to``: a copy in another dtype or on another device (torch 2.11 to 2.13)."""
+    return torch.ops.aten._to_copy.default
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty`` call.
+
+    FSDP2 extends it, so that its units take up the new shards (torch 2.11 to 2.13).
+    """
+    model._apply(function)
 
 
 #: Inductor's option that overlaps collectives with the matrix products beside them.
@@ -356,7 +421,24 @@ def has_joined_axis(mesh: DeviceMesh, name: str) -> bool:
 
 def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh:
     """One axis ``name`` of the axes ``names`` of ``mesh``; collective where torch has to make its process group."""
-    return slice_mesh(mesh, names)._flatten(name)
+    joined = slice_mesh(mesh, names)._flatten(name)
+    inherit_timeout(joined)
+    return joined
+
+
+def inherit_timeout(mesh: DeviceMesh) -> None:
+    """Give the process groups of the axes of ``mesh`` (1-D or more) the timeout of the process group.
+
+    torch makes them with its default, so that ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)`` would not bound the
+    collectives of tp and dp_shard, which are nearly all: a lost node would stop the others after half an hour (gloo).
+    """
+    world = dist.group.WORLD
+    groups = [group for group in mesh.get_all_groups() if group is not world]
+    if world is None or not groups:
+        return
+    options = world._get_backend(torch.device(mesh.device_type)).options
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
 
 
 def root_mesh(mesh: Any) -> Any:
@@ -394,6 +476,26 @@ def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str,
             return dict(frame.f_locals)
         frame = frame.f_back
     return {}
+
+
+def owner_of_running_accelerator_init(accelerator: Accelerator, kind: type) -> Any:
+    """The object of type ``kind`` whose method is constructing ``accelerator``, None if there is none on the stack.
+
+    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and never introduces itself to it.
+    """
+    from accelerate import Accelerator
+
+    frame: FrameType | None = sys._getframe()
+    constructor_seen = False
+    while frame is not None:
+        holder = frame.f_locals.get("self")
+        if frame.f_code is Accelerator.__init__.__code__:
+            constructor_seen = holder is accelerator
+        elif constructor_seen and isinstance(holder, kind):
+            # One that has its Accelerator already runs a script's code, in which another one is built.
+            return None if "accelerator" in vars(holder) else holder
+        frame = frame.f_back
+    return None
 
 
 def set_distributed_type_fsdp(accelerator: Accelerator) -> None:
@@ -600,6 +702,22 @@ def initialize_fsdp(model: nn.Module) -> None:
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
 
+def trainer_signal_manager_type() -> type | None:
+    """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a Trainer."""
+    module = sys.modules.get("transformers.trainer_jit_checkpoint")
+    return getattr(module, "CheckpointManager", None)
+
+
+def replace_checkpoint_request(manager: Any, function: Callable[[], None]) -> None:
+    """Let ``manager``, of the type above, call ``function`` some seconds after SIGTERM."""
+    manager._enable_checkpoint = function
+
+
+def save_trainer_checkpoint(trainer: Any) -> None:
+    """Write the checkpoint of the current step, as ``save_strategy`` does."""
+    trainer._save_checkpoint(trainer.model, trial=None)
+
+
 def _fsdp_groups(state: Any) -> list[Any]:
     """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name in 2.13."""
     value = next((value for name, value in vars(state).items() if name.startswith("_fsdp_param_group")), None)
@@ -760,3 +878,61 @@ def describe_on(parameter: Any, mesh: DeviceMesh, placements: tuple[Any, ...]) -
 def show_raw_parameters(wrapper: Any) -> None:
     """Let a ``MegatronFSDP`` (megatron-fsdp 0.5 and 0.6) put the parameters to compute with into the module tree."""
     wrapper._replace_param_with_raw_if_needed()
+
+
+def rendezvous_store() -> Any:
+    """The store through which the ranks found each other; works without a collective, and with every backend."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def without_tied_duplicates(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` (on the meta device) without the names that transformers does not save since they are tied to another."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return remove_tied_weights_from_state_dict(state, model)
+
+
+def as_in_files(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` with the names and shapes that the files of this architecture have, e.g. one weight for each expert."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def names_not_saved(model: nn.Module) -> set[str]:
+    """Names that transformers leaves out of the files of this class."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around it."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_state(
+    model: nn.Module, state: dict[str, torch.Tensor], adapter: str, save_embedding_layers: bool | str
+) -> dict[str, torch.Tensor]:
+    """What of ``state`` belongs to ``adapter``, under the names of an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter, save_embedding_layers=save_embedding_layers
+    )
+
+
+def trainer_save(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """``Trainer._save`` of the trainer's class: weights, configs, tokenizer and arguments into a directory."""
+    return type(trainer)._save(trainer, *args, **kwargs)
+
+
+def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
+    """Let ``trainer`` call ``save`` instead, on all ranks."""
+    trainer._save = save
+
+
+def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` be saved under the names that ``source`` was loaded from."""
+    if "_weight_conversions" in source.__dict__:
+        target._weight_conversions = source.__dict__["_weight_conversions"]

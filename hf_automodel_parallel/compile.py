@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from . import compat
-from .activation_checkpointing import Checkpointed, is_checkpoint_wrapped
+from .activation_checkpointing import Checkpointed, Contexts, is_checkpoint_wrapped
 from .errors import UnsupportedError
 from .fsdp_dtypes import Accompanied
 from .tensor_parallel.in_flight import Region
@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 _MARK = "_compiled_as_layer"
 
 
-def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **options: Any) -> None:
+def compile_layers(
+    layers: list[nn.Module], checkpointing: str = "none", keep: Contexts | None = None, **options: Any
+) -> None:
     """Compile the forward of each layer, in place.
 
     What is compiled is the ``forward``, not the module: FSDP2's hooks, the exchange of DTensors for local tensors and an
@@ -33,9 +35,10 @@ def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **optio
 
     Args:
         layers: the layers, after tensor parallelism and FSDP2 have been applied.
-        checkpointing: "submodule": parts of the layers are checkpointed already, inside of what is compiled. "selective": put a
-            selective checkpoint inside of what is compiled, so that the compiler sees the operators it has to keep. "full":
-            a checkpoint will be put around the layers. "none".
+        checkpointing: "submodule": parts of the layers are checkpointed already, inside of what is compiled. "full": a checkpoint
+            will be put around the layers. "selective", "none".
+        keep: except with "full", put a selective checkpoint inside of what is compiled, where the compiler sees which operators
+            it has to keep; see :class:`.activation_checkpointing.Checkpointed`.
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     for layer in layers:
@@ -45,17 +48,18 @@ def compile_layers(layers: list[nn.Module], checkpointing: str = "none", **optio
         forward = layer.forward
         region = forward if isinstance(forward, Region) else None
         body: Callable[..., Any] = forward if region is None else region.body
-        selective = checkpointing == "selective"
-        compiled_options = options if checkpointing == "none" else {**options, "fullgraph": True}
-        compiled = torch.compile(Checkpointed(body, selective=True) if selective else body, **compiled_options)
-        if checkpointing in ("submodule", "selective"):
+        whole = checkpointing != "none" or keep is not None
+        compiled_options = {**options, "fullgraph": True} if whole else options
+        compiled = torch.compile(body if keep is None else Checkpointed(body, keep), **compiled_options)
+        if checkpointing == "submodule" or keep is not None:
             compiled = _with_checkpoints_inside(compiled)
         if region is None:
             layer.forward = compiled  # type: ignore[method-assign]
         else:
             region.body = compiled
-        if checkpointing != "none" and not options.get("fullgraph"):
-            layer.forward = _OneGraph(layer, body, region, selective)  # type: ignore[method-assign]
+        if whole and not options.get("fullgraph"):
+            eager = keep if checkpointing == "selective" else None
+            layer.forward = _OneGraph(layer, body, region, eager)  # type: ignore[method-assign]
 
 
 def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
@@ -90,18 +94,18 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
         return
     put_back: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = []
     forward: Callable[..., Any] = layer.forward
-    mode = "none"
+    mode, keep = "none", None
     while True:  # from the outside in, see the order of the steps in strategies/default.py
         owner = getattr(forward, "__self__", None)
         if isinstance(forward, Accompanied):
             put_back.append(forward.put_inside)
             forward = forward.inside
-        elif isinstance(owner, Checkpointed) and not owner.selective:
+        elif isinstance(owner, Checkpointed) and owner.keep is None:
             mode = "full"
             put_back.append(owner.put_inside)
             forward = owner.forward
         elif isinstance(owner, Checkpointed):
-            mode = "selective"
+            mode, keep = "selective", owner.keep
             forward = owner.forward
         else:
             break
@@ -122,7 +126,7 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
                 f"without gradients, and the compiled graph would not train adapters. Use use_reentrant=False."
             )
     layer.forward = forward  # type: ignore[method-assign]
-    compile_layers([layer], mode, **options)
+    compile_layers([layer], mode, keep, **options)
     for function in reversed(put_back):
         layer.forward = function(layer.forward)  # type: ignore[method-assign]
 
@@ -144,13 +148,13 @@ class _OneGraph:
         layer: the layer, its forward compiled.
         body: what was compiled, as it was before.
         region: the region around it, if any.
-        selective: uncompiled, the layer needs a selective checkpoint around it.
+        keep: of the selective checkpoint that the layer needs around it where it is not compiled; None: none.
     """
 
-    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None, selective: bool) -> None:
+    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None, keep: Contexts | None) -> None:
         functools.update_wrapper(self, layer.forward)  # first: it copies attributes
         self.forward: Callable[..., Any] = layer.forward
-        self.body, self.region, self.selective = body, region, selective
+        self.body, self.region, self.keep = body, region, keep
         self.kind = type(layer).__name__
         self.compiled = True
 
@@ -171,8 +175,8 @@ class _OneGraph:
         if self.region is not None:
             self.region.body = self.body
         self.forward = self.region or self.body
-        if self.selective:
-            self.forward = Checkpointed(self.forward, selective=True)
+        if self.keep is not None:
+            self.forward = Checkpointed(self.forward, self.keep)
         return self.forward(*args, **kwargs)
 
 

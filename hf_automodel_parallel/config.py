@@ -24,6 +24,7 @@ from accelerate import ParallelismConfig
 from . import compat
 from .config_forms import is_file, load_yaml, parse_pairs, plain, read_file, restore
 from .errors import ConfigError, UnsupportedError
+from .towers.find import PLACEMENTS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 #: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
-PLAN_SOURCES = ("hf", "registry", "default")
+PLAN_SOURCES = ("hf", "registry", "default", "derived")
 
 #: Values of ``activation_checkpointing``.
 CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
@@ -71,6 +72,9 @@ class AutoParallelismConfig(ParallelismConfig):
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
         sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
             dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
+        sequence_parallel_regather: keep only this rank's share of the inputs of attention and MLP, and gather them again in
+            backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+            ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
             tensors.
@@ -90,6 +94,13 @@ class AutoParallelismConfig(ParallelismConfig):
         megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
             ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
+        towers: where FSDP2 keeps the parameters of towers (vision, audio), which only some forwards run. "root" (also None):
+            with the root, gathered in every forward, so that ranks with and without images may meet; "layers": each of their
+            layers a unit, which takes less memory and needs images on all data-parallel ranks or none; "replicated": frozen
+            parameters whole on each rank, trained ones with the root. Naming their classes in
+            ``transformer_cls_names_to_wrap`` means "layers".
+        async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU, and
+            training goes on while they are written. The checkpoint is complete, and counts, when its manifest is there.
         check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
             parameters, and refuse it if not. False trusts it.
 
@@ -109,16 +120,19 @@ class AutoParallelismConfig(ParallelismConfig):
     forward_prefetch: int = 1
     backward_prefetch: int = 2
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     async_tensor_parallel: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
     activation_checkpointing: str | bool | None = None
     compile: bool | str = False
     check_optimizer: bool = True
+    async_save: bool = False
     audit: str | bool | None = None
     audit_steps: int = DEFAULT_AUDIT_STEPS
     backend: str = "fsdp2"
     megatron_fsdp: Mapping[str, Any] | None = None
+    towers: str | None = None
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -216,16 +230,23 @@ class AutoParallelismConfig(ParallelismConfig):
             raise ConfigError(
                 f"audit_steps={steps} has a meaning with audit='every_n_steps' alone, not {self.audit!r}."
             )
+        if self.towers not in (None, *PLACEMENTS):
+            raise ConfigError(f"towers={self.towers!r}: give one of {', '.join(PLACEMENTS)}.")
         if self.backend is None:  # an empty line in a YAML file
             self.backend = "fsdp2"
         self._check_backend()
         if not isinstance(self.check_optimizer, bool):
             raise ConfigError(f"check_optimizer={self.check_optimizer!r}: give true or false.")
-        for name in ("sequence_parallel", "async_tensor_parallel"):
+        for name in ("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "async_save"):
             if getattr(self, name) is None:
                 setattr(self, name, False)
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give true or false.")
+        if self.sequence_parallel_regather and not self.sequence_parallel:
+            raise ConfigError(
+                "sequence_parallel_regather=True has a meaning with sequence_parallel=True alone: without it nothing is gathered "
+                "along the sequence. Set sequence_parallel=True, or leave it out."
+            )
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
                 f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
@@ -251,7 +272,8 @@ class AutoParallelismConfig(ParallelismConfig):
         from .megatron.options import MegatronOptions
 
         MegatronOptions.from_mapping(self.megatron_fsdp)
-        for name in ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile"):
+        options = ("reshard_after_forward", "forward_prefetch", "backward_prefetch", "compile", "async_save", "towers")
+        for name in options:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "
@@ -286,9 +308,14 @@ class AutoParallelismConfig(ParallelismConfig):
         rest, remainder = divmod(world_size, known)
         if remainder or (absorber is None and rest != 1):
             needed = known if absorber is None or known > world_size else f"a multiple of {known}"
+            hint = (
+                " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one process, "
+                "whatever --num_processes says.)"
+            )
             raise ConfigError(
                 f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
                 f"Start {needed} processes, or change a size so that the product is {world_size}."
+                + (hint if world_size == 1 else "")
             )
         if absorber is not None:
             self._set_size(absorber, rest)
@@ -296,6 +323,16 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.tp_plan is not None and self.tp_size == 1:
             raise ConfigError(
                 "tp_plan with tp_size=1: there is nothing that it could shard. Use tp_size=2 or more, or leave tp_plan out."
+            )
+        if self.plan_order != PLAN_SOURCES and self.tp_size == 1:
+            raise ConfigError(
+                f"plan_order={self.plan_order!r} with tp_size=1: without tensor parallelism no plan is looked for. Use tp_size=2 "
+                f"or more, or leave plan_order out."
+            )
+        if getattr(self.tp_handler, "enable_async_tp", False):  # type: ignore[has-type]
+            raise ConfigError(
+                "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. Use "
+                "AutoParallelismConfig(async_tensor_parallel=True)."
             )
         if self.sequence_parallel and self.tp_size == 1:
             raise ConfigError(
@@ -332,6 +369,7 @@ class AutoParallelismConfig(ParallelismConfig):
         if self.device_mesh is None:
             world = _world_size()
             if world is None:
+                _check_alone()
                 self.resolve_sizes(1)
                 return None
             from .synchronize import agreement, check_same_sizes
@@ -339,7 +377,13 @@ class AutoParallelismConfig(ParallelismConfig):
             with agreement("AutoParallelismConfig"):
                 self.resolve_sizes(world)
             check_same_sizes(self._sizes)
-        return super().get_device_mesh(device_type)
+        mesh = super().get_device_mesh(device_type)
+        if mesh is not None:
+            compat.inherit_timeout(mesh)
+            for name in _JOINED_AXES:
+                if compat.has_joined_axis(mesh, name):
+                    compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))
+        return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         # The seam: the only moment at which Accelerate hands us the instance. Imported late, the import arrow points back.
@@ -443,6 +487,24 @@ class AutoParallelismConfig(ParallelismConfig):
 def _world_size() -> int | None:
     """Size of the process group, None without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+
+
+#: What Accelerate joins axes to; a mesh with a single data axis has some of them.
+_JOINED_AXES = ("dp", "dp_shard_cp", "dp_cp")
+
+
+def _check_alone() -> None:
+    """Raise if this process was launched as one of several that Accelerate has not connected.
+
+    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its own.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > 1:
+        raise ConfigError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate found no accelerator device and was not asked for "
+            f"the CPU, so that each of them is alone. On CPU pass Accelerator(cpu=True) or TrainingArguments(use_cpu=True), or "
+            f"set ACCELERATE_USE_CPU=true."
+        )
 
 
 def normalized_audit(value: str | bool | None) -> str:

@@ -27,8 +27,16 @@ class PrepareError(AutoParallelError):
     """The objects given to ``Accelerator.prepare`` do not belong together."""
 
 
+class ExportError(AutoParallelError):
+    """Files of a model cannot be written, or what they should be made of cannot be read."""
+
+
 class NotAvailableYetError(UnsupportedError, NotImplementedError):
     """The option is part of the design and refused until it is implemented, never ignored."""
+
+
+class CheckpointError(AutoParallelError):
+    """A checkpoint cannot be written or read; the message names the file, or the key, and what to do."""
 
 
 class RegistrationError(ConfigError, AssertionError):

@@ -19,8 +19,13 @@ from torch.distributed.tensor import DTensor, Shard
 from . import compat
 from .errors import UnsupportedError
 from .fsdp_dtypes import Companion, companions, shard_unit
+from .fsdp_groups import gather_again_in_backward
 from .layers import Anatomy
 from .plan.spec import ShardingSpec
+from .towers.find import layers_of_towers
+from .towers.gradients import AgreedGradients
+from .towers.guard import TowerGuard
+from .towers.placement import replicated_parameters
 
 
 @dataclass
@@ -37,6 +42,8 @@ class ShardingOptions:
         minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
         own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
+        towers: where the parameters of parts go that only some forwards run, see :data:`.towers.find.PLACEMENTS`;
+            None for the first of these.
         cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
     """
 
@@ -50,15 +57,16 @@ class ShardingOptions:
     own_dtype: frozenset[str] = frozenset()
     fully_shard_fn: Callable[..., Any] | None = None
     cast_between_layers: bool = True
+    towers: str | None = None
 
 
 def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
     """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
 
     One unit per layer; the embedding; final norm and head together, because a loss may read the head's weight after the
-    norm has run; the root takes the rest. The last layer and the head are not resharded after forward: backward starts
-    with them. A layer that shares parameters with modules outside of it cannot be a unit and stays with the root, and
-    tied ends form one unit.
+    norm has run; the root takes the rest, towers included unless ``options.towers`` says otherwise. The last layer and the head
+    are not resharded after forward: backward starts with them. A layer that shares parameters with modules outside of it cannot
+    be a unit and stays with the root, and tied ends form one unit.
 
     Args:
         model: parameters are plain tensors or DTensors on the tp axis; all on the right device or on meta.
@@ -66,6 +74,11 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
+    if whole := replicated_parameters(anatomy, options):
+        for parameter in whole:  # FSDP2 leaves alone what it does not manage
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(on_device(mesh.device_type))
+        options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | whole)
     outermost: dict[str, Any] = {
         **unit_options(mesh, options),
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
@@ -76,7 +89,8 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     common = {**outermost, "mp_policy": inside}
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
-    units = separable(model, anatomy.layers) if options.minimum_unit_size is None else []
+    wanted = anatomy.layers if options.towers == "layers" else anatomy.main_layers
+    units = separable(model, wanted) if options.minimum_unit_size is None else []
     for layer in units:
         shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
     tail = list(anatomy.head)
@@ -88,11 +102,25 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     tail = tail if _separable_together(model, tail) else separable(model, tail)
     if tail:
         shard_unit(tail, **common, reshard_after_forward=False)
+        gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
-        _shard_large_modules(model, options.minimum_unit_size, {**common, "reshard_after_forward": reshard})
+        in_root = [] if options.towers == "layers" else anatomy.towers
+        _shard_large_modules(model, options.minimum_unit_size, in_root, {**common, "reshard_after_forward": reshard})
     shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
+    if anatomy.towers and mesh.size() > 1:
+        _follow_towers(model, anatomy, mesh, options.towers)
+
+
+def _follow_towers(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, placement: str | None) -> None:
+    """Keep the ranks together whose forwards do not all run the towers."""
+    if placement != "layers":
+        AgreedGradients(model, mesh)
+        return
+    names = {module: name for name, module in model.named_modules()}
+    first = {names[tower]: layers_of_towers(anatomy.tower_layers, [tower])[0] for tower in anatomy.towers}
+    TowerGuard(model, first, anatomy.main_layers[0], mesh)
 
 
 def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
@@ -181,8 +209,9 @@ def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
     return bool(mine)
 
 
-def _shard_large_modules(model: nn.Module, minimum: int, common: dict[str, Any]) -> None:
-    done = {id(inner) for unit in model.modules() if isinstance(unit, FSDPModule) for inner in unit.modules()}
+def _shard_large_modules(model: nn.Module, minimum: int, in_root: list[nn.Module], common: dict[str, Any]) -> None:
+    units = [*in_root, *(unit for unit in model.modules() if isinstance(unit, FSDPModule))]
+    done = {id(inner) for unit in units for inner in unit.modules()}
     for module in reversed(list(model.modules())[1:]):  # inner ones first, as FSDP2 needs it
         if id(module) in done or not compat.has_implemented_forward(module):
             continue

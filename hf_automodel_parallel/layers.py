@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from . import compat
 from .errors import ConfigError, UnsupportedError
 from .plan.names import unwrapped
+from .towers.find import find_towers, layers_of_towers
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,25 @@ class Anatomy:
         embedding: the input embedding, if any.
         head: modules at the end that are used together (final norm and output projection), may be empty.
         tied: the output projection shares its weight with the input embedding.
+        towers: parts that only some forwards run (vision towers), each the module around some of ``layers``.
     """
 
     layers: list[nn.Module]
     embedding: nn.Module | None
     head: list[nn.Module]
     tied: bool
+    towers: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def tower_layers(self) -> list[nn.Module]:
+        """Those of ``layers`` that are in towers."""
+        return layers_of_towers(self.layers, self.towers)
+
+    @property
+    def main_layers(self) -> list[nn.Module]:
+        """Those of ``layers`` that every forward runs."""
+        towers = {id(layer) for layer in self.tower_layers}
+        return [layer for layer in self.layers if id(layer) not in towers]
 
 
 def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy:
@@ -52,13 +66,15 @@ def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy
 
     embedding = outside(compat.input_embedding_module(inner))
     projection = outside(compat.lm_head_module(inner))
-    norm = outside(_final_norm(inner, layers, projection))
+    towers = find_towers(inner, layers, embedding)
+    beside = {id(layer) for layer in layers_of_towers(layers, towers)}
+    norm = outside(_final_norm(inner, [layer for layer in layers if id(layer) not in beside], projection))
     tied = False
     if embedding is not None and projection is not None:
         shared = {id(p) for p in embedding.parameters()} & {id(p) for p in projection.parameters()}
         tied = bool(shared)
     head = [m for m in (norm, projection) if m is not None and any(True for _ in m.parameters())]
-    return Anatomy(layers, embedding, head, tied)
+    return Anatomy(layers, embedding, head, tied, towers)
 
 
 def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> list[nn.Module]:

@@ -11,6 +11,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .errors import PrepareError
 
 
+def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """``id(parameter) -> name`` for every parameter; a shared one has its first name."""
     names: dict[int, str] = {}

@@ -124,7 +124,7 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(state_tensors(model))}
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
     device = communication_device()
-    mine = torch.tensor([_fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
+    mine = torch.tensor([fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     changed = (torch.stack(everyone) != everyone[0][None]).any(0).tolist()
@@ -154,7 +154,7 @@ def communication_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _fingerprint(tensor: torch.Tensor) -> int:
+def fingerprint(tensor: torch.Tensor) -> int:
     """A 64-bit sum over the raw bytes, weighted by position, equal for equal content."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     rest = data.numel() % 8

@@ -659,17 +659,6 @@ def test_save_state_and_load_state_continue_exactly(name, adapter, kind, tmp_pat
         assert_same_tensors(parameters, want, rtol=0, atol=0)
 
 
-def test_packed_projections_are_refused_where_torch_would_save_them_wrong(tmp_path):
-    """torch.distributed.checkpoint takes each shard for one contiguous piece; those of packed projections are not."""
-    world, sizes, dp_size = MESHES["tp2_fsdp2"]
-    cell = (sizes, dp_size, "mixtral", LORA)
-    sharded = (*cell, "SHARDED_STATE_DICT", str(tmp_path), False)
-    expect_error(world, train_and_save, *sharded, match="Use.*FULL_STATE_DICT")
-    run_distributed(world, train_and_save, *cell, "FULL_STATE_DICT", str(tmp_path), False)
-    resumed = (*cell, "FULL_STATE_DICT", str(tmp_path), True)
-    expect_error(world, train_and_save, *resumed, match="packed projections")
-
-
 def write_after_evaluation(sizes: dict[str, int], dp_size: int) -> list[float]:
     """Losses of an evaluation, of one after all parameters were halved in place, and of one process's halved model."""
     accelerator = make_accelerator(sizes)

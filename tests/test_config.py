@@ -289,6 +289,15 @@ def test_sequence_parallel_needs_more_than_one_rank_of_tp():
         AutoParallelismConfig(sequence_parallel="yes", tp_size=2)
 
 
+def test_gathering_again_needs_sequence_parallel():
+    config = AutoParallelismConfig.parse("tp=2,sequence_parallel,sequence_parallel_regather")
+    assert AutoParallelismConfig.from_dict(config.to_dict()).sequence_parallel_regather
+    with pytest.raises(ConfigError, match=r"sequence_parallel_regather=True .*Set sequence_parallel=True, or leave it out"):
+        AutoParallelismConfig(sequence_parallel_regather=True, tp_size=2)
+    with pytest.raises(ConfigError, match=r"sequence_parallel_regather=1: give true or false"):
+        AutoParallelismConfig(sequence_parallel_regather=1, sequence_parallel=True, tp_size=2)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -437,6 +446,37 @@ def test_sizes_can_be_inferred_again_for_another_world():
     assert sizes(copy.deepcopy(config), 2) == (1, 1, 2)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"plan_order": ("registry", "hf")}, r"plan_order=\('registry', 'hf'\) with tp_size=1.*or leave plan_order out"),
+        (
+            {"tp_size": 2, "tp_handler": TorchTensorParallelConfig(enable_async_tp=True)},
+            r"enable_async_tp=True.*async_tensor_parallel=True",
+        ),
+    ],
+    ids=["plan_order", "tp_handler"],
+)
+@pytest.mark.filterwarnings("ignore:Async tensor parallelism")
+def test_what_nobody_would_read_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        AutoParallelismConfig(**values).resolve_sizes(2)
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {}], ids=["tp2", "open"])
+def test_processes_that_accelerate_has_not_connected(monkeypatch, sizes):
+    """torchrun on a CPU without cpu=True: each process would be alone, and train the whole model on its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were started.*Accelerator\(cpu=True\)"):
+        AutoParallelismConfig(**sizes).get_device_mesh()
+
+
+def test_one_process_where_several_were_meant():
+    """`accelerate launch --cpu --num_processes 2` starts one."""
+    with pytest.raises(ConfigError, match=r"there are 1 processes\. Start 2 processes.*accelerate launch --cpu starts one"):
+        AutoParallelismConfig(tp_size=2).get_device_mesh()
+
+
 # ---- round trips --------------------------------------------------------------------------------------------------
 
 
@@ -447,7 +487,7 @@ CONFIGS = {
     "replicas_and_tp": lambda: AutoParallelismConfig(tp_size=2, dp_shard_size=1, dp_replicate_size=2),
     "plan": lambda: AutoParallelismConfig(tp_size=2, tp_plan=PLAN),
     "path": lambda: AutoParallelismConfig(tp_size=2, tp_plan="my_package.plans:llama"),
-    "order": lambda: AutoParallelismConfig(plan_order=("registry", "hf")),
+    "order": lambda: AutoParallelismConfig(tp_size=2, plan_order=("registry", "hf")),
     "fsdp": lambda: AutoParallelismConfig(reshard_after_forward=False, forward_prefetch=0, backward_prefetch=3),
     "handler": lambda: AutoParallelismConfig(tp_size=4, tp_handler=TorchTensorParallelConfig()),
 }

@@ -1,9 +1,12 @@
 """``generate`` on a prepared model, also before its first forward, gives the tokens of one process; training goes on."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from harness.pool import run_distributed
+from harness.pool import expect_error, run_distributed
 from parity.jobs import batches_for, build, data_rank, trainable
 from parity.test_gradients import LORA, MESHES
 
@@ -44,3 +47,110 @@ def test_generate(adapter, mesh):
     want.append(tokens(model))
     assert want[0] != want[1]
     assert [list(pair) for pair in got] == [want] * world
+
+
+# ---- whatever way, on ranks that write different texts -------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20, "temperature": 0.9},
+    "beams": {"num_beams": 3},
+    "sampled_beams": {"num_beams": 2, "do_sample": True},
+    "static_cache": {"cache_implementation": "static"},
+    "no_cache": {"use_cache": False},
+}
+
+
+def text_of(model, rank: int, seed: int, **options: Any) -> list[list[int]]:
+    """What data-parallel rank `rank` writes: prompts and texts get longer with the rank."""
+    prompts = torch.randint(3, 128, (2, 5 + 3 * rank), generator=torch.Generator().manual_seed(50 + rank))
+    torch.manual_seed(seed)
+    options = {"do_sample": False, "max_new_tokens": 4 + 3 * rank, "pad_token_id": 0} | options
+    return model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options).tolist()
+
+
+def write_in_all_ways(adapter, sizes) -> dict[str, list[list[int]]]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = accelerator.prepare(build("llama", adapter)).eval()
+    # Each process has a seed of its own, as after set_seed(..., device_specific=True).
+    seed, rank = dist.get_rank(), data_rank(accelerator)
+    return {way: text_of(model, rank, seed, **options) for way, options in WAYS.items()}
+
+
+@pytest.mark.both_ends
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_ranks_write_different_texts_of_different_lengths(adapter):
+    """Without an optimizer. Who has finished goes on gathering for the others; a tp group draws with its first rank's seed."""
+    world, sizes, _ = MESHES["tp2_fsdp2"]
+    results = run_distributed(world, write_in_all_ways, adapter, sizes)
+    model = build("llama", adapter).eval()
+    for process, result in enumerate(results):
+        rank = process // 2
+        for way, options in WAYS.items():
+            assert result[way] == text_of(model, rank, 2 * rank, **options), (process, way)
+    assert len(results[0]["greedy"][0]) < len(results[2]["greedy"][0])
+
+
+def different_prompts(sizes) -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = accelerator.prepare(build("llama")).eval()
+    model.generate(input_ids=PROMPT + dist.get_rank(), max_new_tokens=2, pad_token_id=0)
+
+
+def test_prompts_dealt_by_process_index_are_refused():
+    world, sizes, _ = MESHES["tp2_fsdp2"]
+    expect_error(world, different_prompts, sizes, match="different input_ids on the ranks of one tp group")
+
+
+# ---- Seq2SeqTrainer ------------------------------------------------------------------------------------------------
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Sources and targets; the last batch is not full."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(3, 64, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens[:9], "labels": tokens[9:]}
+
+
+def encoder_decoder() -> Any:
+    from harness.models import randomize
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+        randomize(model)
+    model.generation_config.max_length = 12
+    return model
+
+
+def predict_with_generate(sizes, ranks: int, beams: int, directory: str) -> tuple[Any, Any, float]:
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    args = Seq2SeqTrainingArguments(
+        directory,
+        use_cpu=True,
+        per_device_eval_batch_size=4 // ranks,
+        predict_with_generate=True,
+        generation_num_beams=beams,
+        report_to=[],
+        disable_tqdm=True,
+        parallelism_config=None if sizes is None else AutoParallelismConfig(**sizes),
+    )
+    trainer = Seq2SeqTrainer(encoder_decoder(), args, eval_dataset=Sentences())
+    result = trainer.predict(Sentences())
+    return torch.as_tensor(result.predictions), torch.as_tensor(result.label_ids), result.metrics["test_loss"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_predict_with_generate(beams, tmp_path):
+    """`Seq2SeqTrainer`, an encoder and a decoder whose ends are tied, without an optimizer."""
+    want = predict_with_generate(None, 1, beams, str(tmp_path))
+    for got in run_distributed(2, predict_with_generate, {"dp_shard_size": 2}, 2, beams, str(tmp_path)):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        assert got[2] == pytest.approx(want[2], rel=1e-6)

@@ -473,7 +473,7 @@ def test_plan_of_class_and_config(llama):
     assert {pattern: entry.style for pattern, entry in select_plan(llama).entries.items()} == LLAMA
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gpt2", "gptj", "llama_mqa")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gpt2", "gptj", "llama_odd_heads")])
 def test_models_with_a_plan_of_their_own(name):
     """Every dense and every mixture-of-experts model of the harness is sharded in its layers and at both ends."""
     model = build(name)
@@ -931,11 +931,11 @@ def test_source_with_a_refused_style_is_passed_over():
 # ---- sizes, ties, geometry ----------------------------------------------------------------------------------------
 
 
-def test_one_key_value_head():
+def test_key_value_heads_that_do_not_divide():
     """The error names the field of the config, its value, and the head counts that a tp_size must divide."""
-    with pytest.raises(PlanError, match=r"num_key_value_heads=1 does not divide by tp_size=2") as caught:
-        plan_and_spec(build("llama_mqa"))
-    assert "num_attention_heads=4" in str(caught.value)
+    with pytest.raises(PlanError, match=r"num_key_value_heads=3 does not divide by tp_size=2") as caught:
+        plan_and_spec(build("llama_odd_heads"))
+    assert "num_attention_heads=6" in str(caught.value)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])

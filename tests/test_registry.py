@@ -384,3 +384,8 @@ def test_the_example_behind_the_launcher():
 
 def test_unused_errors_stay_apart():
     assert issubclass(RegistrationError, AssertionError) and not issubclass(PrepareError, AssertionError)
+
+
+def test_strategy_of_what_is_no_model():
+    with pytest.raises(PrepareError, match="model=None.*Give the model itself"):
+        get_parallelization_strategy(None)

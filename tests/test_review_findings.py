@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from harness.pool import expect_error, run_distributed
 from parity.jobs import _Rows, batches_for, build, trainable
 
-from hf_automodel_parallel import AutoParallelismConfig, PrepareError, UnsupportedError
+from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
 
 
 def prepared_llama(**sizes: int) -> tuple[Accelerator, Any]:
@@ -102,22 +102,22 @@ def test_a_mistake_in_the_arguments_of_one_rank_ends_all():
     expect_error(2, two_models_on_one_rank, match="2 models in one prepare call")
 
 
-def save_without_state_dict(directory: str) -> list[str]:
+def save_by_the_documented_recipe(directory: str) -> None:
     accelerator, model = prepared_llama(tp_size=2)
-    try:
-        model.save_pretrained(directory)
-    except PrepareError as error:
-        message = str(error)
     state_dict = accelerator.get_state_dict(model)
-    model.save_pretrained(directory, state_dict=state_dict, is_main_process=accelerator.is_main_process)
-    return message
+    accelerator.unwrap_model(model).save_pretrained(
+        directory,
+        state_dict=state_dict,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+    )
 
 
-def test_save_pretrained_without_state_dict_is_refused_on_all_ranks_and_the_remedy_works(tmp_path):
+def test_save_pretrained_with_the_gathered_state_dict(tmp_path):
+    """As Accelerate's documentation does; without a state dict: test_export.py."""
     from transformers import LlamaForCausalLM
 
-    messages = run_distributed(2, save_without_state_dict, str(tmp_path))
-    assert all("accelerator.get_state_dict" in message for message in messages)
+    run_distributed(2, save_by_the_documented_recipe, str(tmp_path))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in build("llama").state_dict().items())
 

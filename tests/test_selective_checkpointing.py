@@ -19,7 +19,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_automodel_parallel import UnsupportedError, activation_checkpointing, apply_selective_activation_checkpointing
-from hf_automodel_parallel.activation_checkpointing import checkpoint_module, checkpointable_parts, is_checkpointed
+from hf_automodel_parallel.activation_checkpointing import (
+    checkpoint_module,
+    checkpointable_parts,
+    is_checkpointed,
+    selective_contexts,
+)
 from hf_automodel_parallel.layers import find_layers
 
 MODES = ("none", "selective", "submodule", "full")
@@ -31,7 +36,7 @@ def checkpointed(model: nn.Module, mode: str) -> nn.Module:
             for part in checkpointable_parts(layer):
                 checkpoint_module(part)
         elif mode != "none":
-            checkpoint_module(layer, selective=mode == "selective")
+            checkpoint_module(layer, selective_contexts if mode == "selective" else None)
     return model.train()
 
 
@@ -162,7 +167,7 @@ def test_an_operator_that_draws_is_never_kept(p, monkeypatch):
         torch.manual_seed(0)
         layer = Attending()
         if selective:
-            checkpoint_module(layer, selective=True)
+            checkpoint_module(layer, selective_contexts)
         layer(torch.randn(4, 8), p).square().sum().backward()
         return [parameter.grad for parameter in layer.parameters()]
 
@@ -198,7 +203,7 @@ class AddsInPlace(nn.Module):
 @pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)], ids=["plain", "reshaped"])
 def test_writing_into_something_kept_is_an_error(shape):
     layer = AddsInPlace()
-    checkpoint_module(layer, selective=True)
+    checkpoint_module(layer, selective_contexts)
     with pytest.raises(UnsupportedError, match="in place .*add_"):
         layer(torch.randn(*shape))
 

@@ -96,7 +96,9 @@ def sft(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[
     return history(trainer)
 
 
-def dpo(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[float, float]]:
+def dpo(
+    sizes: dict[str, int] | None, rows: int, output_dir: str, lora: bool = True, reference: bool = False
+) -> list[tuple[float, float]]:
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
@@ -110,9 +112,15 @@ def dpo(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[
         args=args,
         train_dataset=texts(("prompt", "chosen", "rejected")),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER) if lora else None,
+        ref_model=build("llama", seed=5) if reference else None,
     )
-    return history(trainer)
+    result = history(trainer)
+    if reference:
+        assert all(parameter.grad is None for parameter in trainer.ref_model.parameters()), "the reference is frozen"
+        evaluation = trainer.evaluate(trainer.train_dataset)
+        result.append((evaluation["eval_loss"], evaluation["eval_rewards/margins"]))
+    return result
 
 
 def alone(rank_zero_only: Any, *args: Any) -> Any:
@@ -122,7 +130,7 @@ def alone(rank_zero_only: Any, *args: Any) -> Any:
 
 
 def assert_same(got: list[tuple[float, float]], want: list[tuple[float, float]]) -> None:
-    assert len(got) == len(want) == 3
+    assert len(got) == len(want) >= 3
     for (loss, norm), (want_loss, want_norm) in zip(got, want, strict=True):
         assert loss == pytest.approx(want_loss, rel=1e-6), (got, want)
         assert norm == pytest.approx(want_norm, rel=1e-5), (got, want)
@@ -137,3 +145,11 @@ def test_sft_lora_packed_completion_only_with_checkpointing(tmp_path):
 def test_dpo_lora_with_the_disabled_adapter_as_reference(tmp_path):
     got = run_distributed(4, dpo, {"tp_size": 2, "dp_shard_size": 2}, 2, str(tmp_path), timeout=240)[0]
     assert_same(got, run_distributed(1, alone, dpo, 4, str(tmp_path), timeout=240)[0])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_dpo_with_a_frozen_reference_model_beside_the_trained_one(lora, tmp_path):
+    """Losses and norms of three steps, and an evaluation with what both models say."""
+    sizes = {"tp_size": 2, "dp_shard_size": 2}
+    got = run_distributed(4, dpo, sizes, 2, str(tmp_path), lora, True, timeout=240)[0]
+    assert_same(got, run_distributed(1, alone, dpo, 4, str(tmp_path), lora, True, timeout=240)[0])

@@ -106,6 +106,23 @@ def test_config_file_that_does_not_parse(tmp_path):
     expect_error(2, call_prepare, str(path), match=r"parallel\.yaml' is not valid YAML or JSON")
 
 
+def accelerator_with(kind: str) -> None:
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, TorchTensorParallelPlugin
+
+    options: dict[str, Any] = {
+        "plugin": lambda: {"torch_tp_plugin": TorchTensorParallelPlugin(tp_size=2)},
+        "hook": lambda: {"kwargs_handlers": [DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.BF16)]},
+    }[kind]()
+    Accelerator(parallelism_config=AutoParallelismConfig(**TP2), **options)
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("plugin", "torch_tp_plugin beside AutoParallelismConfig"), ("hook", "comm_hook='bf16'.*reduce_dtype")]
+)
+def test_what_accelerate_would_drop(kind, message):
+    expect_error(2, accelerator_with, kind, match=message)
+
+
 def config_after_accelerator(first_config: dict | None) -> None:
     Accelerator(parallelism_config=None if first_config is None else AutoParallelismConfig(**first_config))
     Accelerator(parallelism_config=AutoParallelismConfig(**TP2))
@@ -278,12 +295,14 @@ def test_plan_that_cannot_be_used(mesh, tp_plan, message):
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_heads_that_do_not_divide(mesh, adapter):
     world, sizes = MESHES[mesh]
-    message = r"num_key_value_heads=1 does not divide by tp_size=2"
-    expect_error(world, call_prepare, sizes, "llama_mqa", adapter=adapter, match=message)
+    message = r"num_key_value_heads=3 does not divide by tp_size=2"
+    expect_error(world, call_prepare, sizes, "llama_odd_heads", adapter=adapter, match=message)
 
 
 def test_heads_that_divide_by_two_but_not_by_four():
-    expect_error(4, call_prepare, {"tp_size": 4}, match=r"num_key_value_heads=2 does not divide by tp_size=4")
+    six = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 6}
+    message = r"num_key_value_heads=6 does not divide by tp_size=4"
+    expect_error(4, call_prepare, {"tp_size": 4}, overrides=six, match=message)
 
 
 def test_intermediate_size_that_does_not_divide():
@@ -292,7 +311,8 @@ def test_intermediate_size_that_does_not_divide():
 
 
 def test_model_without_a_plan():
-    expect_error(2, call_prepare, TP2, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan=")
+    sizes = {**TP2, "plan_order": ["hf", "registry", "default"]}
+    expect_error(2, call_prepare, sizes, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan=")
 
 
 def plan_fails_on_one_rank(rank: int) -> None:
@@ -434,7 +454,7 @@ def another_model_on_one_rank(sizes: dict, rank: int, kind: str) -> None:
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     model = build_model("llama", **({"intermediate_size": 64} if here and kind == "size" else {}))
     if here and kind == "heads":
-        model = build_model("llama_mqa")
+        model = build_model("llama_odd_heads")
     if kind == "adapter":
         model = lora(model, r=8 if here else 4)
     if here and kind == "dtype":
@@ -453,7 +473,7 @@ def test_another_model_on_one_rank(mesh, rank, kind):
     world, sizes = MESHES[mesh]
     message = r"not the same on all ranks: ranks \["
     if kind == "heads" and "tp" in mesh:
-        message = r"num_key_value_heads=1"
+        message = r"num_key_value_heads=3"
     expect_error(world, another_model_on_one_rank, sizes, rank, kind, match=message)
 
 

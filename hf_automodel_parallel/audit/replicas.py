@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
+from .. import compat
 from ..synchronize import communication_device
 
 #: Copies may differ by rounding (kernels with atomics); a forgotten sum differs by about the gradient itself.
@@ -116,14 +118,26 @@ def _fingerprint(local: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _copied_axes(tensor: DTensor) -> tuple[DeviceMesh, list[int]]:
+    """A mesh of all ranks, the same on each of them, and its axes over which ``tensor`` is replicated.
+
+    What FSDP2 leaves alone (a replicated tower) knows of the tp axis only, and is a copy along the others.
+    """
+    mesh, placements = tensor.device_mesh, list(tensor.placements)
+    if mesh.size() < dist.get_world_size():
+        own = dict(zip(mesh.mesh_dim_names or (), placements, strict=False))
+        mesh = compat.root_mesh(mesh)
+        placements = [own.get(name, Replicate()) for name in mesh.mesh_dim_names or ()]
+    return mesh, [axis for axis, p in enumerate(placements) if p.is_replicate() and mesh.shape[axis] > 1]
+
+
 def _disagreeing(rows: Mapping[str, DTensor], table: torch.Tensor, wrong: Callable[[torch.Tensor], bool]) -> list[str]:
     """Names of the rows whose numbers differ, by ``wrong``, along a mesh axis over which the tensor is replicated."""
     found = []
     for index, (name, tensor) in enumerate(rows.items()):
-        by_place = table[tensor.device_mesh.mesh.cpu(), index]  # mesh shape, then the numbers
-        for axis, placement in enumerate(tensor.placements):
-            if not placement.is_replicate() or tensor.device_mesh.shape[axis] == 1:
-                continue
+        mesh, copied = _copied_axes(tensor)
+        by_place = table[mesh.mesh.cpu(), index]  # mesh shape, then the numbers
+        for axis in copied:
             lines = by_place.movedim(axis, -2).flatten(0, -3)  # (places, copies, numbers)
             if any(wrong(line) for line in lines):
                 found.append(name)

@@ -14,14 +14,13 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DDPCommunicationHookType, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from .. import compat
 from ..adapters import manage_adapters, merge_whole_weights
@@ -31,30 +30,35 @@ from ..config import AutoParallelismConfig, normalized_audit
 from ..context_parallel.buffers import sharded_buffers
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
+from ..loading.fill import ValuesSetAside
 from ..megatron.sharding import managed_by_megatron
 from ..mesh import MeshAxes
-from ..optimizer import check_optimizers, parameter_names, replace_parameters
+from ..optimizer import check_optimizers, parameter_names, raw_optimizer, replace_parameters
 from ..optimizer_check import check_on_shards
-from ..plan.names import unwrapped
 from ..strategies.base import Job, refuse_sharded
 from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
+from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
 from .data_parallel import gather_for_metrics, prepare_data_loader, prepare_scheduler
-from .megatron import loading_whole, megatron_strategy, owner_of, whole_state
+from .generation import guard_generation
+from .megatron import megatron_strategy, owner_of, whole_state
 from .megatron import sharded_parameters as megatron_parameters
 from .megatron import watch as watch_megatron
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
+from .preemption import adopt_signal_handler, agree_on_signal
 from .records import (
     Prepared,
     all_prepared,
     attach,
     attached_to,
     check_use,
-    guard_saving,
     prepared,
     release_gathered,
     remember,
 )
+from .saving import bind_saving, bind_trainer, save_model
+from .trainer_options import check_trainer, remember_trainer
+from .trainer_seam import extend_trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,6 +77,8 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     """
     if config.device_mesh is None:
         config.check_accelerator(accelerator)
+        accelerator.load_state = types.MethodType(load_state_in_one_process, accelerator)
+        extend_trainer(accelerator)
         return
     plugin = _plugin(accelerator)
     _check_surroundings(accelerator, plugin)
@@ -84,6 +90,10 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
+    trainer = extend_trainer(accelerator)
+    if trainer is not None:
+        bind_trainer(trainer, accelerator)
+        remember_trainer(accelerator, trainer)
     _leave_cleanly()
 
 
@@ -128,6 +138,17 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
             f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
             f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
         )
+    if compat.arguments_of_running_accelerator_init(accelerator).get("torch_tp_plugin") is not None:
+        raise ConfigError(
+            "torch_tp_plugin beside AutoParallelismConfig: Accelerate would drop it. Give its size as "
+            "AutoParallelismConfig(tp_size=...) and leave the plugin out."
+        )
+    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
+    if hook != DDPCommunicationHookType.NO:
+        raise ConfigError(
+            f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no DDP that would call it. To reduce gradients "
+            f"in another dtype set fsdp_plugin.mixed_precision_policy (reduce_dtype)."
+        )
     if accelerator.mixed_precision == "fp8":
         raise UnsupportedError(
             "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
@@ -149,6 +170,9 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
     if models or optimizers:
         with agreement("Accelerator.prepare"):
             _check_arguments(models, device_placement)
+            if optimizers:
+                check_trainer(self)
+    adopt_signal_handler()
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
@@ -179,8 +203,15 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
+    raw = [raw_optimizer(optimizer) for optimizer in optimizers]
+    with ValuesSetAside(model, raw) as pending:
+        return _shard(accelerator, model, raw, pending)
+
+
+def _shard(
+    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: ValuesSetAside
+) -> Prepared:
     config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
-    raw = [_raw(optimizer) for optimizer in optimizers]
     with agreement("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
         if config.backend == "megatron_fsdp":
@@ -190,14 +221,17 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
                 "the model was loaded with a device_map over several devices; load it without device_map."
             )
         names = check_optimizers(model, raw) if raw else []
+        pending.begin()
         job = Job(
             model=model,
             mesh=accelerator.torch_device_mesh,
+            pending=pending,
             device=accelerator.device,
             options=sharding_options(accelerator, config, model),
             tp_plan=config.tp_plan,
             plan_order=config.plan_order,
             sequence_parallel=config.sequence_parallel,
+            sequence_parallel_regather=config.sequence_parallel_regather,
             loss_parallel=config.loss_parallel,
             loss_chunk_size=config.loss_chunk_size,
             async_tensor_parallel=config.async_tensor_parallel,
@@ -212,21 +246,25 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
         strategy.plan(job)
     strategy.compare_ranks(job)
     _check_on_shards(config, job, raw, names)
+    upcast: list[str] = []
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
+    pending.keep()
     strategy.carry_out(job)
     for optimizer, groups in zip(raw, names, strict=True):
         strategy.switch_optimizer(job, optimizer, groups, before)
     model = job.model
-    record = Prepared(job, config, strategy, trainable=bool(optimizers), trainable_names=trainable_names)
+    record = Prepared(job, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
+    record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
-    _watch(model)
+    _watch(model, job)
     if managed_by_megatron(model) is not None:
         watch_megatron(model)
         return record
@@ -239,14 +277,11 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
     return record
 
 
-def _watch(model: nn.Module) -> None:
-    inner, _ = unwrapped(model)
-    if inner is not model and hasattr(model, "generate"):
-        # PEFT's wrapper hands generate() to the model inside, past the wrapper's forward, which is the root of FSDP2.
-        register_fsdp_forward_method(model, "generate")
+def _watch(model: nn.Module, job: Job) -> None:
+    guard_generation(model, job)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
-    guard_saving(model)
+    bind_saving(model)
 
 
 def _after_adding(record: Prepared) -> None:
@@ -260,8 +295,17 @@ def _after_adding(record: Prepared) -> None:
 
 def _after_unload(plain: nn.Module, record: Prepared) -> None:
     """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
-    remember(plain, Prepared(record.job, record.config, record.strategy, trainable=False, unloaded=True))
-    _watch(plain)
+    kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = {
+        kept[id(p)]: record.stored_dtypes[name]
+        for name, p in record.job.model.named_parameters()
+        if name in record.stored_dtypes and id(p) in kept
+    }
+    unloaded = Prepared(
+        record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
+    )
+    remember(plain, unloaded)
+    _watch(plain, record.job)
 
 
 def _check_on_shards(
@@ -295,7 +339,7 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
     owners = []
     with agreement("Accelerator.prepare"):
-        for optimizer in map(_raw, optimizers):
+        for optimizer in map(raw_optimizer, optimizers):
             candidates = [record] if record is not None else all_prepared()
             for owner in candidates:
                 managed = managed_by_megatron(owner.job.model)
@@ -319,13 +363,6 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
             owner.strategy.switch_optimizer(owner.job, optimizer, groups, dict(owner.job.model.named_parameters()))
         owner.trainable = True
         _attach(optimizer, owner)
-
-
-def _raw(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
@@ -361,6 +398,7 @@ def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
         record.job.tensor_parallel.partial.flush()
     if record.audit is not None:
         record.audit.before_step(optimizer)
+    agree_on_signal()
 
 
 def _prepare_model(
@@ -426,17 +464,6 @@ def _maybe_context_parallel(
         yield
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------------
-
-
-def _load_state(self: Accelerator, *args: Any, **kwargs: Any) -> None:
-    """Like ``Accelerator.load_state``, which would cut the weights for megatron-fsdp's uneven shards evenly."""
-    with ExitStack() as stack:
-        for model in self._models:
-            stack.enter_context(loading_whole(model))
-        type(self).load_state(self, *args, **kwargs)
-
-
 #: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
 BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare": _prepare,
@@ -447,6 +474,9 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,
     "get_state_dict": _get_state_dict,
-    "load_state": _load_state,
+    "save_model": save_model,
+    "save_state": save_state,
+    "load_state": load_state,
+    "end_training": end_training,
     "gather_for_metrics": gather_for_metrics,
 }

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 
 from ..context_parallel.buffers import check_whole
 from ..errors import ConfigError
+from .data_position import watch_epochs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +42,7 @@ def prepare_data_loader(
         self.dataloader_config.dispatch_batches = dispatch
     if shared and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
         _shuffle_alike(loader)
+    watch_epochs(loader)
     return loader
 
 

@@ -31,6 +31,7 @@ def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, mo
         reshard_after_forward=bool(reshard) and config.dp_shard_size * config.cp_size > 1,
         forward_prefetch=config.forward_prefetch,
         backward_prefetch=config.backward_prefetch,
+        towers=config.towers,
     )
     if not isinstance(plugin.cpu_offload, (bool, type(None))):
         options.offload_policy = without_pinning(plugin.cpu_offload, accelerator.device)

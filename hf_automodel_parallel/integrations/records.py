@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ class Prepared:
         handed_over_late: it was prepared for evaluation first, and got an optimizer later.
         audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
         names: of the parameters it had when it was prepared.
+        stored_dtypes: of the parameters that are float32 only while they are trained: what they were, and are in files.
         unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
@@ -42,6 +42,7 @@ class Prepared:
     handed_over_late: bool = False
     audit: Audit | None = None
     names: set[str] = field(default_factory=set)
+    stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     unloaded: bool = False
 
     @property
@@ -132,28 +133,3 @@ def _same_mesh(theirs: Any, ours: AutoParallelismConfig) -> bool:
     return isinstance(theirs, AutoParallelismConfig) and all(
         getattr(theirs, f"{axis}_size") == getattr(ours, f"{axis}_size") for axis in AXES
     )
-
-
-def guard_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` without a gathered state dict fail alike on all ranks, instead of on rank 0 alone."""
-    original = getattr(model, "save_pretrained", None)
-    if original is None:
-        return
-
-    @functools.wraps(original)
-    def save_pretrained(save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get(
-            "state_dict", args[1] if len(args) > 1 else None
-        )  # second after the directory in transformers
-        if given is None:
-            raise PrepareError(
-                "save_pretrained() on a sharded model needs the gathered weights. On all ranks: state_dict = "
-                "accelerator.get_state_dict(model); model.save_pretrained(directory, state_dict=state_dict, "
-                "is_main_process=accelerator.is_main_process). Trainer.save_model() does all of it."
-            )
-        if not given and not kwargs.get("is_main_process", True):
-            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank, though.
-            return None
-        return original(save_directory, *args, **kwargs)
-
-    model.save_pretrained = save_pretrained  # type: ignore[assignment]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from .. import compat
 from .names import pattern_regex
 from .spec import PlanEntry
 from .styles import LINEAR_STYLES
@@ -29,6 +30,37 @@ def llama_like_plan(source: str, prefix: str = "model.", head: str = "lm_head") 
     return entries
 
 
+#: A norm of one head's features: the same weight for all heads, of which each rank has some, so its gradient is a sum.
+_HEAD_NORMS = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+
+
+def _prefix(model: nn.Module) -> str:
+    """Where the layers are: beside the input embedding, which is inside of the language part of a vision-language model."""
+    embedding = compat.input_embedding_module(model)
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    return name.removesuffix("embed_tokens") if name.endswith(".embed_tokens") else "model."
+
+
+def _head_norms(model: nn.Module, prefix: str) -> dict[str, PlanEntry]:
+    """Entries for the norms of queries and keys, where these are of the features of one head."""
+    entries = {}
+    for key in _HEAD_NORMS:
+        block, _, leaf = f"{prefix}{key}".rpartition(".")
+        blocks = [m for name, m in model.named_modules() if pattern_regex(block).fullmatch(name)]
+        sizes = [
+            (getattr(m, "head_dim", None), [p.numel() for p in getattr(m, leaf).parameters()])
+            for m in blocks
+            if hasattr(m, leaf)
+        ]
+        if sizes and all(numbers == [head_dim] for head_dim, numbers in sizes):
+            entries[f"{block}.{leaf}"] = PlanEntry(f"{block}.{leaf}", "replicated_with_grad_allreduce", "default plan")
+    return entries
+
+
+def _sizes(module: nn.Module) -> list[int]:
+    return [p.numel() for p in module.parameters()]
+
+
 def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
     """The default plan for ``model`` (unwrapped), if it can be seen to be right there.
 
@@ -40,9 +72,10 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
         The entries that match something, and None; or no entries and the reason.
     """
     names = [name for name, _ in model.named_modules()]
+    prefix = _prefix(model)
     matched = {
         pattern: entry
-        for pattern, entry in llama_like_plan("default plan").items()
+        for pattern, entry in (llama_like_plan("default plan", prefix) | _head_norms(model, prefix)).items()
         if any(pattern_regex(pattern).fullmatch(name) for name in names)
     }
     reason = doubts(model, matched)

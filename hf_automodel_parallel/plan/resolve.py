@@ -19,6 +19,7 @@ from .layers import (
     parameter_adapter_out_dim,
 )
 from .names import pattern_regex, plan_name, precision, unwrapped
+from .shared_heads import share_key_value_heads
 from .spec import (
     ADDED_ONCE,
     PARTIAL,
@@ -96,8 +97,13 @@ class _Resolver:
                 )
         self._tie(modules)
         self._check_experts()
-        if self.plan.origin != "hf":  # transformers writes its plans for classes that take the number from the tensor
-            self.spec.head_counts = local_head_counts(self.model, self.spec, self.tp_size)
+        # transformers writes its plans for classes that take the number from the tensor; a derived plan says what counts.
+        if self.plan.origin not in ("hf", "derived"):
+            self.spec.head_counts |= local_head_counts(self.model, self.spec, self.tp_size)
+        self._local_attributes(modules)
+        for name in share_key_value_heads(self.model, self.spec, self.tp_size):
+            if name in matches:
+                placements[matches[name].pattern] = "Replicate, ranks share heads"
         for pattern, entry in self.plan.entries.items():
             count = sum(1 for e in matches.values() if e.pattern == pattern)
             if count:
@@ -239,15 +245,17 @@ class _Resolver:
         self._parameter_adapters(f"{base_name}.weight", weight)
         has_bias = getattr(matrix.module, "bias", None) is not None
         if has_bias and row.side == "out":
-            self.spec.parameters[f"{base_name}.bias"] = ParameterSpec(0, row.blocks)
-        if has_bias and row.side == "in" and not isinstance(matrix.module, nn.Linear):
-            raise PlanError(
-                f"{name} is a {type(matrix.module).__name__} with a bias; row-wise sharding needs an nn.Linear there."
-            )
+            # Packed along its only dimension it would have none left for FSDP2 to shard, so it stays whole at rest.
+            packed = ParameterSpec(None, row.blocks, partial_gradient=True, part_dim=0, parts=self.tp_size)
+            self.spec.parameters[f"{base_name}.bias"] = ParameterSpec(0) if row.blocks == 1 else packed
+        if row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features:  # Conv1D reshapes its output to this
+            self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
+        deferred = has_bias and row.side == "in"
+        if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D cannot do without its bias
+            self.spec.parameters[f"{base_name}.bias"] = ADDED_ONCE
+            deferred = False
         self.spec.modules[name] = ModuleSpec(
-            row.input,
-            row.output,
-            deferred_bias=base_name.removeprefix(name).lstrip(".") if has_bias and row.side == "in" else None,
+            row.input, row.output, deferred_bias=base_name.removeprefix(name).lstrip(".") if deferred else None
         )
         if hasattr(adapter, "ia3_l"):
             self._ia3(name, adapter, row.side, row.blocks)  # type: ignore[arg-type]
@@ -399,6 +407,29 @@ class _Resolver:
                     f"modules_to_save, or a plan without entries for them). Use LoRA's target_parameters on the experts "
                     f"instead of modules_to_save, or add entries for the weights, or use tp_size=1."
                 )
+
+    def _local_attributes(self, modules: dict[str, nn.Module]) -> None:
+        """What the plan says of attributes that count what is sharded, and of arguments that have a value for each head."""
+        for pattern, attributes in self.plan.counts.items():
+            regex = pattern_regex(pattern)
+            for name, module in modules.items():
+                if not regex.fullmatch(plan_name(name, self.prefix)):
+                    continue
+                for attribute in attributes:
+                    value = getattr(module, attribute)
+                    if value % self.tp_size:
+                        raise PlanError(
+                            f"{name}.{attribute}={value} does not divide by tp_size={self.tp_size}, and each rank works on an "
+                            f"equal part. Choose a tp_size that divides it, or tp_size=1."
+                        )
+                    self.spec.head_counts.setdefault(name, {})[attribute] = value // self.tp_size
+        for pattern, arguments in self.plan.head_arguments.items():
+            regex = pattern_regex(pattern)
+            for name, module in modules.items():
+                if regex.fullmatch(plan_name(name, self.prefix)):
+                    self.spec.head_arguments[name] = {
+                        argument: (dim, getattr(module, attribute)) for argument, (dim, attribute) in arguments.items()
+                    }
 
     # ---- shared parameters -------------------------------------------------------------------------------------
 

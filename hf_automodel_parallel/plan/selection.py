@@ -52,13 +52,15 @@ def select_plan(
     model: nn.Module,
     tp_plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     plan_order: tuple[str, ...] = ("hf", "registry", "default"),
+    tp_size: int | None = None,
 ) -> Plan:
     """Select the tensor-parallel plan for ``model``.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta.
         tp_plan: the user's own plan in any accepted form; wins when given.
-        plan_order: sources to try otherwise.
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived".
+        tp_size: number of ranks on the tp axis, which decides what a derived plan shards; None: any.
 
     Returns:
         The plan; every entry names its source.
@@ -71,6 +73,16 @@ def select_plan(
         return _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan))
     reasons: list[str] = []
     for source in plan_order:
+        if source == "derived":
+            from ..derive.plan import derived_plan  # runs plans, which is above this room
+
+            try:
+                plan = derived_plan(inner, tp_size)
+            except PlanError as error:
+                reasons.append(f"{source}: {error}")
+                continue
+            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+            return _without_head_read_elsewhere(inner, replace(plan, notes=notes + plan.notes))
         entries, reason = _from_source(source, inner)
         if reason is None:
             try:

@@ -13,13 +13,14 @@ A layer that combines tokens outside of all blocks is refused by name.
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 
 from torch import nn
 
 from .. import compat
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from .names import plan_name, unwrapped
 from .sequence_probe import REMEDY, Found, SequenceProbe
 from .spec import PARTIAL, REPLICATED, Output, SequenceSpec, ShardingSpec
@@ -84,6 +85,28 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
             new.parameters[name] = PARTIAL
 
 
+def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
+    """Let blocks gather again in backward, in place (``sequence_parallel_regather``).
+
+    Raises:
+        ConfigError: ``checkpointing`` is a mode that recomputes the gathering, or the model's own checkpoints are on.
+    """
+    inner, _ = unwrapped(model)
+    if checkpointing not in ("none", "selective"):
+        raise recomputes_anyway(f"activation_checkpointing={checkpointing!r}")
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        raise recomputes_anyway("the model's own gradient checkpointing")
+    spec.sequence = replace(spec.sequence, regather=checkpointing == "none")  # type: ignore[type-var]
+
+
+def recomputes_anyway(what: str) -> ConfigError:
+    """The error for checkpoints that gather again by themselves."""
+    return ConfigError(
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, "
+        f"and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes with it."
+    )
+
+
 def _stack(
     model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> tuple[nn.Module, list[nn.Module]]:
@@ -120,7 +143,24 @@ def _stack(
     while owner and not compat.has_implemented_forward(model.get_submodule(owner)):
         owner = owner.rpartition(".")[0]
     every = [layer for layer in model.get_submodule(container).children() if layer in layers]
-    return model.get_submodule(owner), every
+    stack = model.get_submodule(owner)
+    between = _lists_of_tensors(stack)
+    if between:
+        raise UnsupportedError(
+            f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of tensors with "
+            f"one for each of some layers. What it does with them between the layers expects whole sequences there. {REMEDY}"
+        )
+    return stack, every
+
+
+def _lists_of_tensors(stack: nn.Module) -> list[str]:
+    """The arguments of the forward of ``stack`` that are lists of tensors by their annotation, but for caches."""
+    parameters = inspect.signature(stack.forward).parameters.values()
+    return [
+        p.name
+        for p in parameters
+        if re.search(r"\blist\[[^\]]*Tensor", str(p.annotation), re.IGNORECASE) and p.name != "past_key_values"
+    ]
 
 
 def _parameters_on_shares(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:

@@ -38,12 +38,17 @@ class Plan:
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
         strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
         notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
+        counts: pattern of modules -> integer attributes that count what is sharded there; a rank gets its part of each.
+        head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> its dimension
+            that runs over heads, and the attribute of the module that counts these.
     """
 
     origin: str
     entries: dict[str, PlanEntry]
     strict: bool = False
     notes: tuple[str, ...] = ()
+    counts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    head_arguments: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
 
 
 class Input(enum.Enum):
@@ -77,14 +82,20 @@ class ParameterSpec:
         blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
         partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
         counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with zeros.
+        part_dim: replicated at rest, but each rank computes with one part of it along this dimension (of each of its blocks).
+        parts: number of these parts. It divides the axis: neighbours share one where they are fewer than ranks.
     """
 
     dim: int | None = None
     blocks: int = 1
     partial_gradient: bool = False
     counts_once: bool = False
+    part_dim: int | None = None
+    parts: int = 1
 
     def __str__(self) -> str:
+        if self.part_dim is not None:
+            return f"Replicate, 1 of {self.parts} parts in flight, grad summed"
         if self.dim is None:
             return "Replicate, grad summed" if self.partial_gradient else "Replicate"
         return f"Shard({self.dim})" if self.blocks == 1 else f"Shard({self.dim}) in {self.blocks} blocks"
@@ -141,6 +152,7 @@ class SequenceSpec:
         blocks: name of a module inside of a layer -> how it is entered and left.
         tail: name of the module at whose output the hidden states are gathered again (the final norm or the last layer).
         on_shards: modules whose parameters work on this rank's share of the sequence.
+        regather: what blocks gather is not kept for backward, but gathered again; where checkpoints do not see to it.
     """
 
     stack: str
@@ -148,6 +160,7 @@ class SequenceSpec:
     blocks: dict[str, SequenceBlock]
     tail: str
     on_shards: frozenset[str]
+    regather: bool = False
 
 
 @dataclass
@@ -158,6 +171,8 @@ class ShardingSpec:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
         modules: module name -> spec; a module that is not listed has no boundary.
         head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded projections.
+        head_arguments: module name -> keyword argument of its forward -> (dimension that runs over heads, or over sequences
+            and, within each, heads; number of heads). Each rank takes the part of its heads.
         summed_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is a sum over the ranks.
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
@@ -168,6 +183,7 @@ class ShardingSpec:
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
     head_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    head_arguments: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     summed_norms: list[str] = field(default_factory=list)
     rows: list[tuple[str, str, int, str, str]] = field(default_factory=list)
     unmatched: list[PlanEntry] = field(default_factory=list)
@@ -176,4 +192,4 @@ class ShardingSpec:
 
     def packed(self) -> list[str]:
         """Names of the parameters that are sharded in more than one block."""
-        return [name for name, spec in self.parameters.items() if spec.blocks > 1]
+        return [name for name, spec in self.parameters.items() if spec.blocks > 1 and spec.dim is not None]

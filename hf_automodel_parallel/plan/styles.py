@@ -39,6 +39,7 @@ LINEAR_STYLES: dict[str, LinearStyle] = {
     "rowwise_split_input": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
     "rowwise_rep": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
     "packed_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=2),
+    "qkv_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=3),  # ours: GPT-2's c_attn, three equal projections
     "packed_rowwise": LinearStyle("in", Input.NONE, Output.REDUCE, blocks=2),
 }
 

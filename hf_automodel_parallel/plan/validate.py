@@ -26,7 +26,7 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
         if module_spec.foreign is not None or module_spec.output is not Output.NONE:
             continue
         weight_name = _weight_of(spec, name)
-        if weight_name is None:
+        if weight_name is None or spec.parameters[weight_name].part_dim is not None:
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         head_dim = getattr(parent, "head_dim", None)
@@ -34,7 +34,7 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
         features = getattr(module, "out_features", None) or getattr(module, "nf", None)
         if not isinstance(head_dim, int) or not features or features % head_dim:
             continue
-        heads = features // head_dim
+        heads = features // head_dim // spec.parameters[weight_name].blocks
         if heads % tp_size:
             field = next((f"{field}={value}" for field, value in fields.items() if value == heads), f"{heads} heads")
             raise PlanError(
@@ -69,6 +69,11 @@ def _counts(config: Any) -> dict[str, int]:
         places = {f"per_layer_config[{i}].": layer for i, layer in enumerate(config.per_layer_config)}
     values = {f"{place}{name}": getattr(part, name, None) for name in names for place, part in places.items()}
     return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+def counted_heads(config: Any) -> dict[str, int]:
+    """The counts of attention and key-value heads that ``config`` gives, by name; none where others have other names."""
+    return _counts(config)
 
 
 def config_with_heads(model: nn.Module) -> Any | None:

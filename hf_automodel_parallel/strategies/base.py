@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from .. import compat
 from ..compile import compile_finished_layer
 from ..config import PLAN_SOURCES
 from ..context_parallel.models import Suitable
-from ..errors import PrepareError, UnsupportedError, not_available_yet
+from ..errors import PrepareError, UnsupportedError
 from ..fsdp import ShardingOptions
 from ..layers import Anatomy, find_layers
+from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
 from ..optimizer import switch_parameters
 from ..plan.names import unwrapped
@@ -46,6 +46,7 @@ class Job:
         tp_plan: explicit tensor-parallel plan, or None.
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
+        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them whole.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
         loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
@@ -56,6 +57,7 @@ class Job:
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
         context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
+        pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
         plan, spec, anatomy, suitable, tensor_parallel: results of the steps.
     """
@@ -68,6 +70,7 @@ class Job:
     tp_plan: GivenPlan = None
     plan_order: tuple[str, ...] = PLAN_SOURCES
     sequence_parallel: bool = False
+    sequence_parallel_regather: bool = False
     loss_parallel: bool | None = None
     loss_chunk_size: int | None = None
     async_tensor_parallel: bool = False
@@ -79,6 +82,7 @@ class Job:
     offload_activations: bool = False
     context_parallel: bool = False
     sums_after_backward: bool = False
+    pending: ValuesSetAside | None = None
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
@@ -162,6 +166,8 @@ class ParallelizationStrategy(ABC):
             "plan_order": job.plan_order != PLAN_SOURCES,
             "loss_chunk_size": job.loss_chunk_size is not None,
             "cp_size": job.cp_mesh is not None,
+            "towers": job.options.towers is not None,
+            "hf_automodel_parallel.from_pretrained": job.pending is not None and bool(job.pending.values),
         }
         for field_name, given in asked.items():
             if given:
@@ -188,12 +194,6 @@ class ParallelizationStrategy(ABC):
                 f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
         job.model = result
-        packed = [name for name, p in result.named_parameters() if _is_packed(p)]
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} correctly: it packs several projections. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.compile_options is not None:
             for layer in find_layers(unwrapped(result)[0]):
                 compile_finished_layer(layer, job.compile_options)
@@ -215,6 +215,7 @@ class ParallelizationStrategy(ABC):
                 None,
             ),
             "sequence_parallel": (job.sequence_parallel, False),
+            "sequence_parallel_regather": (job.sequence_parallel_regather, False),
             "activation_checkpointing": (mode, False),
             "tp_shard_plan": (job.tp_plan, None),
             "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),
@@ -226,10 +227,6 @@ class ParallelizationStrategy(ABC):
             "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
             "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
         }
-
-
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and compat.is_strided_shard(parameter.placements[-1])
 
 
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
@@ -265,22 +262,30 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_meta(job: Job) -> None:
-    """Raise unless the model has values, or rank 0 has them for all."""
-    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
+    """Raise unless the model has values, or files have them, or rank 0 has them for all."""
+    pending = job.pending.values if job.pending is not None else {}
+    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta" and name not in pending]
     if meta and not job.load_on_rank_zero:
-        raise not_available_yet(
-            "device", "meta", f"{len(meta)} parameters have no values ({meta[0]}, ...); load the model on the CPU."
+        raise UnsupportedError(
+            f"device='meta': {len(meta)} parameters have no values and no files to read them from ({meta[0]}, ...). To let "
+            f"each rank read its slices, load with model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, path); to "
+            f"train from scratch, build the model on the CPU, outside of torch.device('meta') and init_empty_weights."
         )
 
 
-def materialize_empty(model: nn.Module) -> None:
-    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0."""
+def materialize_empty(model: nn.Module, pending: ValuesSetAside | None = None) -> None:
+    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0.
+
+    What has its values in ``pending`` stays as it is.
+    """
+    names = pending.values if pending is not None else {}
+    skip = {id(p) for name, p in model.named_parameters() if name in names}
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a tied tensor stays one; the old one keeps its id taken
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:
             for name, tensor in store.items():
-                if tensor is None or tensor.device.type != "meta":
+                if tensor is None or tensor.device.type != "meta" or id(tensor) in skip:
                     continue
                 if id(tensor) not in made:
                     empty = torch.empty_like(tensor, device="cpu")
@@ -288,5 +293,5 @@ def materialize_empty(model: nn.Module) -> None:
                     made[id(tensor)] = (tensor, nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty)
                 store[name] = made[id(tensor)][1]
     tie_weights = getattr(model, "tie_weights", None)
-    if callable(tie_weights):
+    if callable(tie_weights) and made:
         tie_weights()

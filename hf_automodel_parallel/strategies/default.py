@@ -18,6 +18,7 @@ from ..activation_checkpointing import (
     mode_of_argument,
     shares_keys_and_values,
     switch_cache_off,
+    what_is_kept,
 )
 from ..adapters import check_trainable_as_shards, manage_adapters
 from ..adapters_added import adding
@@ -36,6 +37,7 @@ from ..fsdp import (
 )
 from ..fsdp_dtypes import install_companions, own_dtype_parameters
 from ..layers import dissect
+from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
 from ..plan.expert_parallel import refuse_expert_parallel
 from ..plan.explain import plan_lines
@@ -44,7 +46,7 @@ from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
-from ..plan.sequence_parallel import derive
+from ..plan.sequence_parallel import derive, regather
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..plan.variance_probe import complete
@@ -58,6 +60,7 @@ from ..tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from ..towers.placement import placement, replicated_parameters
 from .base import (
     GivenPlan,
     Job,
@@ -152,12 +155,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             fully_shard_fn=fully_shard_fn,
         )
         options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
+        pending = ValuesSetAside(model)
         job = Job(
             model=model,
             mesh=device_mesh,
             device=device,
             options=options,
             axes=axes,
+            pending=pending,
             tp_plan=tp_shard_plan,
             plan_order=self.plan_order,
             sequence_parallel=sequence_parallel,
@@ -166,10 +171,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             compile_options={} if enable_compile else None,
             sums_after_backward=True,
         )
-        with agreement(f"{type(self).__name__}.parallelize", job.group):
-            self.plan(job)
-        self.compare_ranks(job)
-        self.carry_out(job)
+        with pending:
+            with agreement(f"{type(self).__name__}.parallelize", job.group):
+                pending.begin()
+                self.plan(job)
+            self.compare_ranks(job)
+            pending.keep()
+            self.carry_out(job)
         manage_adapters(
             model,
             job.tensor_parallel,
@@ -184,6 +192,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:
@@ -215,25 +224,20 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Choose the plan and resolve it on the model."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order))
+        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order), size)
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
         complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
+        if job.sequence_parallel_regather:
+            regather(job.model, job.spec, job.checkpointing)
         keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
         if job.compile_options is not None:
             refuse_compiled_dropout(job.model, job.spec)
         shapes = {name: p.shape for name, p in job.model.named_parameters()}
         check_packed_parameters(shapes, job.spec, job.dp_mesh.size(-1))
-        packed = job.spec.packed()
-        if packed and job.sharded_checkpoints:
-            raise UnsupportedError(
-                f"state_dict_type SHARDED_STATE_DICT cannot save {packed[0]} (and {len(packed) - 1} others) correctly: it packs "
-                f"several projections, and torch.distributed.checkpoint takes each shard for one contiguous piece. Use "
-                f"state_dict_type FULL_STATE_DICT."
-            )
         if job.options.ignored_parameters:
             raise UnsupportedError(
                 "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter needs a "
@@ -245,6 +249,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def compare_ranks(self, job: Job) -> None:
         """Raise on all ranks unless they hold the same model and planned the same."""
         check_same_structure(job.model, job.spec, job.group)
+        if job.pending is not None:
+            job.pending.compare_ranks(job.group)
 
     def carry_out(self, job: Job) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
@@ -257,6 +263,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             synchronize_rng(job.tp_mesh)
             self.apply_tensor_parallel(job)
         self.apply_data_parallel(job)
+        self.read_values(job)
         self.apply_context_parallel(job)
         self.finish_layers(job)
         self.report(job)
@@ -264,7 +271,11 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def load_values(self, job: Job) -> None:
         """Give ranks without weights empty tensors, to be filled from rank 0."""
         if job.load_on_rank_zero:
-            materialize_empty(job.model)
+            materialize_empty(job.model, job.pending)
+        if job.pending is not None:
+            unmanaged = job.options.ignored_parameters | replicated_parameters(job.anatomy, job.options)  # type: ignore[arg-type]
+            ignored = [name for name, p in job.model.named_parameters() if p in unmanaged]
+            job.pending.fill_whole(job, [name for name in ignored if name in job.pending.values])
 
     def apply_tensor_parallel(self, job: Job) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
@@ -290,6 +301,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())
 
+    def read_values(self, job: Job) -> None:
+        """Let each rank read its part of what is still in files, now that it is known."""
+        if job.pending is None:
+            return
+        job.pending.fill(job)
+        if job.tp_mesh is not None:
+            compat.mark_packed_placements(job.model.parameters())
+
     def apply_context_parallel(self, job: Job) -> None:
         """Let attention see whole sequences where a rank holds a part of each. After the other hooks of the model."""
         if job.cp_mesh is None:
@@ -310,6 +329,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
+        keep = what_is_kept(mode, job.sequence_parallel_regather, job.compile_options is not None)
         if job.tensor_parallel is not None:
             if job.spec is not None and job.spec.packed():
                 job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
@@ -320,10 +340,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             options = job.compile_options
             if job.async_tensor_parallel:
                 options = with_async_tensor_parallel(options, job.tp_mesh.get_group())  # type: ignore[union-attr]
-            compile_layers(layers, mode, **options)
+            compile_layers(layers, mode, keep, **options)
         if mode == "full" or (mode == "selective" and job.compile_options is None):
             for layer in layers:
-                checkpoint_module(layer, selective=mode == "selective", offload=job.offload_activations)
+                checkpoint_module(layer, keep, offload=job.offload_activations)
         install_companions(job.model)
         if mode != "none":
             switch_cache_off(inner)

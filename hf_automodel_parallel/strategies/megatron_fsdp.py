@@ -118,6 +118,11 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             )
         if job.tp_mesh is not None:
             refuse_fused_loss(job.model)
+        if job.pending is not None and job.pending.values:
+            raise UnsupportedError(
+                "a model of hf_automodel_parallel.from_pretrained is read into FSDP2's shards; megatron-fsdp fills its own "
+                "buffers. Use backend='fsdp2', or load the model with its own class's from_pretrained."
+            )
         meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
         if meta and not (self.options.init_fsdp_with_meta_device or job.load_on_rank_zero):
             raise UnsupportedError(
@@ -131,7 +136,9 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         """Choose the plan and resolve it on the model; styles that need DTensors in flight are refused."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, job.plan_order)
+        # Derived plans have been compared under FSDP2 alone; the refusal names the sources that were asked.
+        order = tuple(source for source in job.plan_order if source != "derived")
+        job.plan = select_plan(job.model, job.tp_plan, order, size)
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         check_local(job.spec)

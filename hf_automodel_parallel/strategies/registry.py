@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ConfigError, RegistrationError
+from ..errors import ConfigError, PrepareError, RegistrationError
 from ..plan.names import unwrapped
 from .base import ParallelizationStrategy
 from .default import DefaultParallelizationStrategy
@@ -176,7 +176,12 @@ def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
     """The strategy for ``model``: that of its class, else of its nearest base class, else the default.
 
     Wrappers of PEFT, of ``torch.compile`` and of data parallelism are looked through.
+
+    Raises:
+        PrepareError: what was given is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise PrepareError(f"model={model!r}: a strategy is looked for by the class of a torch.nn.Module. Give the model itself.")
     for cls in type(_innermost(model)).__mro__:
         for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             if name in PARALLELIZATION_STRATEGIES:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
-from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ShardingSpec
+from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ParameterSpec, ShardingSpec
 from . import boundaries
 from .adapters import sum_weight_norm
 from .head_counts import set_local_counts
@@ -34,6 +34,7 @@ class TensorParallelState:
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
         partial_names: names of the parameters with a partial gradient.
         once: names of the parameters that count on the first rank only.
+        parts: name of a parameter of which each rank computes with a part -> (dimension, blocks, index, number).
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
         regions: module -> the region around its forward.
@@ -46,6 +47,7 @@ class TensorParallelState:
     foreign: list[nn.Module] = field(default_factory=list)
     partial_names: set[str] = field(default_factory=set)
     once: set[str] = field(default_factory=set)
+    parts: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     regions: dict[nn.Module, Region] = field(default_factory=dict)
@@ -62,6 +64,17 @@ class TensorParallelState:
             handle.remove()
             self.hook(new, register)
 
+    def place(self, module: nn.Module, name: str, spec: ParameterSpec) -> None:
+        """Note how the parameter ``name`` of the model, which ``module`` owns, takes part in forward and backward."""
+        if spec.partial_gradient:
+            self.partial.add(module, name.rpartition(".")[2])
+            self.partial_names.add(name)
+        if spec.counts_once:
+            self.once.add(name)
+        if spec.part_dim is not None:
+            index = self.mesh.get_local_rank() * spec.parts // self.mesh.size()
+            self.parts[name] = (spec.part_dim, spec.blocks, index, spec.parts)
+
     def entries_of(self, modules: list[tuple[str, nn.Module]]) -> list[Entry]:
         """What regions exchange of the parameters that ``modules`` (name, module) own themselves."""
         foreign = {id(inner) for module in self.foreign for inner in module.modules()}
@@ -76,7 +89,7 @@ class TensorParallelState:
                 mark = self.partial.mark if full in self.partial_names else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = full in self.once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero, local=self.local))
+                result.append(Entry(owner, key, mark, bias_of, zero, self.parts.get(full), self.local))
         return result
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
@@ -123,7 +136,8 @@ def apply_tensor_parallel(
             _apply_foreign(module, name, module_spec.foreign, mesh)
             state.foreign.append(module)
         else:
-            _install_boundary(model, name, module_spec, state)
+            install_boundary(model, name, module_spec, state)
+    install_head_arguments(model, spec, state)
     _shard_parameters(model, spec, state, device)
     for name, attributes in spec.head_counts.items():
         set_local_counts(model.get_submodule(name), attributes, mesh.size())
@@ -147,14 +161,11 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
                 converted[id(parameter)] = shard_parameter(parameter, parameter_spec, state.mesh, device)
                 keep.append(parameter)
             module._parameters[key] = converted[id(parameter)]
-            if parameter_spec.partial_gradient:
-                state.partial.add(module, key)
-                state.partial_names.add(name)
-            if parameter_spec.counts_once:
-                state.once.add(name)
+            state.place(module, name, parameter_spec)
 
 
-def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
+def install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
+    """Put the hooks of one boundary on the module ``name`` of ``model``."""
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
@@ -197,6 +208,14 @@ def _install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tens
         after(KeepSharded(Vocabulary(group, rank, size, spec.chunk_rows)))
     elif spec.output is Output.COPY_TAIL:
         after(boundaries.CopyTail(group, spec.tail))
+
+
+def install_head_arguments(model: nn.Module, spec: ShardingSpec, state: TensorParallelState) -> None:
+    """Let modules see the values of their heads alone, in arguments that have one for each head."""
+    group, rank, size = state.mesh.get_group(), state.mesh.get_local_rank(), state.mesh.size()
+    for name, arguments in spec.head_arguments.items():
+        own = boundaries.OwnHeads(arguments, group, rank, size)
+        state.hook(model.get_submodule(name), lambda m, own=own: m.register_forward_pre_hook(own, with_kwargs=True))  # type: ignore[misc]
 
 
 def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
@@ -251,7 +270,9 @@ def install_regions(
             name = name.removesuffix(".base_layer")
             callers.setdefault(model.get_submodule(name), []).extend(entries)
         parent = model.get_submodule(name.rpartition(".")[0])
-        if entries and isinstance(parent, nn.MultiheadAttention):  # torch's attention reads the weights of its child out_proj
+        if entries and isinstance(
+            parent, nn.MultiheadAttention
+        ):  # torch's attention reads the weights of its child out_proj
             callers.setdefault(parent, []).extend(entries)
     for caller, entries in callers.items():
         state.regions[caller] = Region(caller, entries, None)

@@ -102,6 +102,27 @@ class CopyAllInputs:
         return tuple(map(self._copy, args)), {key: self._copy(value) for key, value in kwargs.items()}
 
 
+class OwnHeads:
+    """Pre-hook of a module that gets values for all heads (ALiBi) by keyword: each rank passes on those of its heads.
+
+    Args:
+        arguments: keyword -> (dimension, heads). The dimension runs over heads, or over sequences and, within each, heads.
+    """
+
+    def __init__(self, arguments: dict[str, tuple[int, int]], group: dist.ProcessGroup, rank: int, size: int) -> None:
+        self.arguments, self.group, self.rank, self.size = arguments, group, rank, size
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = {}
+        for name, (dim, heads) in self.arguments.items():
+            value = kwargs.get(name)
+            if isinstance(value, torch.Tensor):
+                width = heads // self.size
+                by_head = copy_to_tp(value, self.group).unflatten(dim, (value.shape[dim] // heads, heads))
+                own[name] = by_head.narrow(dim + 1, self.rank * width, width).flatten(dim, dim + 1)
+        return args, {**kwargs, **own}
+
+
 class SplitInput:
     """Pre-hook of a row-wise layer that reads a replicated activation: each rank takes its slice of the last dim."""
 

@@ -12,16 +12,21 @@ import torch
 import torch.distributed as dist
 
 from .. import compat
+from .in_process import InProcessGroup
 
 funcol = compat.functional_collectives()
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
     """Sum (or "max") over ``group``, out of place, without autograd. Shape and dtype are kept."""
+    if isinstance(group, InProcessGroup):
+        return group.all_reduce(x, operation)
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    if isinstance(group, InProcessGroup):
+        return group.all_gather(x, x.ndim - 1)
     return compat.all_gather_dim(x.contiguous(), x.ndim - 1, group)
 
 

@@ -33,6 +33,8 @@ class Entry:
         on_gradient: called when a backward reaches it (its gradient is partial), or None.
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
         zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
+        part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so many
+            equal parts, while the parameter is whole at rest.
         local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide it.
     """
 
@@ -41,6 +43,7 @@ class Entry:
     on_gradient: Callable[[torch.Tensor], None] | None = None
     bias_of: ReduceOutput | None = None
     zero: bool = False
+    part: tuple[int, int, int, int] | None = None
     local: bool = False
 
 
@@ -122,6 +125,10 @@ class Region:
                     tensor.register_hook(entry.on_gradient)
                 if entry.zero:
                     tensor = tensor * 0
+                if entry.part is not None:
+                    dim, blocks, index, number = entry.part
+                    width = tensor.shape[dim] // (blocks * number)
+                    tensor = tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
                 local[id(parameter)] = tensor
             if entry.bias_of is not None:
                 entry.bias_of.bias = tensor
@@ -136,7 +143,7 @@ def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:
         # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
         return parameter.device_mesh.ndim == 1
     # Not by the class alone: the compiler takes what a region around this one has put there for a parameter, too.
-    special = entry.on_gradient is not None or entry.bias_of is not None or entry.zero
+    special = entry.on_gradient is not None or entry.bias_of is not None or entry.zero or entry.part is not None
     return entry.local and special and isinstance(parameter, nn.Parameter)
 
 

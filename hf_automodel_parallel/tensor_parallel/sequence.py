@@ -24,9 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
 from ..errors import UnsupportedError
+from ..plan.sequence_parallel import recomputes_anyway
 from ..plan.spec import SequenceBlock, SequenceSpec
 from .boundaries import CopyInput, ReduceOutput, SharedInputs, first_tensor, map_tensor, replace_first
 from .collectives import copy_to_tp, gather_sequence, is_gathered, partial_view, scatter_sequence, split_sequence
+from .gathered_again import GatheredAgain, keeping_shares, same_storage
 from .in_flight import Region
 from .random import OwnNumbers
 
@@ -41,11 +43,14 @@ class SharedSequence(SharedInputs):
     Attributes:
         length: tokens of the whole sequence while the layer runs on shares, else None.
         gathered: (share, whole) pairs; two blocks that read the same activation share one all-gather.
+        again: under ``sequence_parallel_regather``, (whole, how to gather it again) pairs of a layer that is not compiled.
     """
 
-    def __init__(self, axis: DeviceMesh) -> None:
+    def __init__(self, axis: DeviceMesh, regather: bool = False) -> None:
         super().__init__()
         self.group, self.rank, self.size = axis.get_group(), axis.get_local_rank(), axis.size()
+        self.regather = regather
+        self.again: list[tuple[torch.Tensor, GatheredAgain]] = []
         self.length: int | None = None
         self.gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.numbers: OwnNumbers | None = None
@@ -55,6 +60,9 @@ class SharedSequence(SharedInputs):
         around, self.length = self.length, length
         self.draw_own()
         try:
+            if self.regather and not torch.compiler.is_compiling():
+                with keeping_shares(self.source_of):
+                    return function(*args, **kwargs)
             return function(*args, **kwargs)
         finally:
             self.draw_common()
@@ -85,10 +93,30 @@ class SharedSequence(SharedInputs):
         if share.ndim == 2:  # a flat list of tokens; no shortcut, since what is gathered is then a view
             tokens = -(-length // self.size)
             share = share.reshape(-1, tokens, share.shape[1])
-            return gather_sequence(share, self.group, self.rank, self.size, length).flatten(0, 1)
+            whole = gather_sequence(share, self.group, self.rank, self.size, length)
+            self.note(share, whole, length)
+            return whole.flatten(0, 1)
         whole = gather_sequence(share, self.group, self.rank, self.size, length)
         self.gathered.append((share, whole))
+        self.note(share, whole, length)
         return whole
+
+    def note(self, share: torch.Tensor, whole: torch.Tensor, length: int) -> None:
+        """Remember how ``whole`` is gathered again."""
+        if not self.regather or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+
+        def gather(share: torch.Tensor) -> torch.Tensor:
+            return gather_sequence(share, self.group, self.rank, self.size, length)
+
+        self.again.append((whole, GatheredAgain(share, gather)))
+
+    def source_of(self, tensor: torch.Tensor) -> GatheredAgain | None:
+        """How ``tensor`` is gathered again, None if it is nothing that was gathered."""
+        for whole, source in self.again:
+            if same_storage(tensor, whole):
+                return source
+        return None
 
     def split(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's share of ``whole``, ``(batch, length, ...)`` or, flat, ``(batch * length, width)``."""
@@ -112,6 +140,7 @@ class SharedSequence(SharedInputs):
     def clear(self) -> None:
         super().clear()
         self.gathered.clear()
+        self.again.clear()
 
 
 class TailInputs(SharedInputs):
@@ -295,7 +324,7 @@ class SequenceParallel:
         """The memory for the region ``layer``, made known to the boundaries inside."""
         if layer not in self.spec.layers:
             return SharedInputs()
-        shared = SharedSequence(self.mesh)
+        shared = SharedSequence(self.mesh, self.spec.regather)
         shared.numbers = self.numbers
         for name, member in self.members.items():
             if name == layer or name.startswith(f"{layer}."):
@@ -330,6 +359,8 @@ class SequenceParallel:
                 "installed one recomputes around the layer, where the length of the sequence is not known any more. Use "
                 "activation_checkpointing='full' in AutoParallelismConfig instead."
             )
+        if own and torch.is_grad_enabled() and self.spec.regather:
+            raise recomputes_anyway("the model's own gradient checkpointing")
         self.records, self.length = torch.is_grad_enabled(), None
         self.shares = []
         for region in self.regions:  # transformers before 5.23 checkpoints outside of the layer's forward

@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("llama", _DENSE | {"tie_word_embeddings": True}),
     "llama_odd_vocab": ("llama", _DENSE | {"vocab_size": 131}),
     "llama_mqa": ("llama", _DENSE | {"num_key_value_heads": 1}),
+    "llama_odd_heads": ("llama", _DENSE | {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "mistral": ("mistral", _DENSE | {"sliding_window": None, "head_dim": 16}),
     "qwen3": ("qwen3", _DENSE | {"head_dim": 16}),
     "gemma3": ("gemma3_text", _GEMMA3),

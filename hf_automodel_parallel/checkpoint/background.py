@@ -1,0 +1,91 @@
+"""Saves that go on while training does: one thread per process, one save at a time."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_thread: threading.Thread | None = None
+_error: list[BaseException] = []
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def background_group() -> Any:
+    """The process group of saves in the background: gloo, apart from training's. Collective when it is made.
+
+    None in a process without a process group.
+    """
+    if not dist.is_initialized():
+        return None
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]
+
+
+def start(work: Callable[[], None]) -> None:
+    """Run ``work`` in a thread, after whatever ran before.
+
+    Raises:
+        CheckpointError: the save before failed.
+    """
+    global _thread
+    wait_for_saves()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            logger.error("a checkpoint was not completed: %s", error)
+            _error.append(error)
+
+    _finish_at_exit()
+    _thread = threading.Thread(target=run, name="checkpoint")  # no daemon: the interpreter waits for it
+    _thread.start()
+
+
+def wait_for_saves() -> None:
+    """Wait until no save is under way in the background (``async_save=True``).
+
+    Called before the next save, before a load, at the end of ``Trainer.train`` and by ``Accelerator.end_training``.
+
+    Raises:
+        CheckpointError: the last one failed; on all ranks alike.
+    """
+    global _thread
+    thread, _thread = _thread, None
+    if thread is not None:
+        thread.join()
+    if _error:
+        error = _error.pop()
+        _error.clear()
+        raised = CheckpointError(f"the last checkpoint, saved in the background, was not completed: {error}")
+        raised.everyone_knows = True  # type: ignore[attr-defined]
+        raise raised from error
+
+
+_registered = False
+
+
+def _finish_at_exit() -> None:
+    """A failure that nobody waited for is in the log already; the process group must outlive the thread."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+
+    def wait() -> None:
+        if _thread is not None:
+            _thread.join()
+
+    atexit.register(wait)

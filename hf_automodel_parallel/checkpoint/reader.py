@@ -1,0 +1,195 @@
+"""Reading DCP directories without running code from them.
+
+torch pickles a checkpoint's ``.metadata`` and the values that are no tensors, and unpickles them without limits. Here the former
+meets an unpickler that knows nothing but the classes of metadata, and the latter ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from ..compat_checkpoint import METADATA_CLASSES
+from ..errors import CheckpointError
+from .files import load_plain
+from .pieces import LocalPart
+
+METADATA_FILE = ".metadata"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what metadata is made of, and refuses every other name before anything is called."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        super().__init__(stream)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"{self.path} asks for {module}.{name}, which the metadata of a checkpoint has no use for. Nothing of it was run. "
+            f"Do not use this checkpoint unless you know who wrote it."
+        )
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """The metadata of a DCP directory: names, shapes, dtypes and places of all it holds. No process group is needed.
+
+    Args:
+        folder: a directory with a ``.metadata`` file, such as ``checkpoint-10/pytorch_model_fsdp_0``.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, contains more than metadata, or points outside of its directory.
+    """
+    path = Path(folder) / METADATA_FILE
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream, path).load()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
+        raise CheckpointError(f"{path} does not hold the metadata of a checkpoint.")
+    for index, place in metadata.storage_data.items():
+        name = str(getattr(place, "relative_path", ""))
+        if not name or Path(name).name != name:
+            raise CheckpointError(
+                f"{path} says that {getattr(index, 'fqn', index)!r} is in the file {name!r}; the files of a checkpoint are in "
+                f"its own directory. It was not read."
+            )
+    return metadata
+
+
+class SafeFileSystemReader(FileSystemReader):
+    """torch's reader of DCP directories with :func:`read_metadata`; use it with :class:`SafeLoadPlanner`.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CheckpointError: naming the file that cannot be read.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What torch's reader returns, from a restricted unpickler."""
+        return read_metadata(Path(self.path))
+
+    def read_data(self, plan: LoadPlan, planner: Any) -> Any:
+        """Like torch's, with the file in the message of an error."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        result: Any = super().read_data(LoadPlan([]), planner)
+        for name, items in by_file.items():
+            try:
+                super().read_data(LoadPlan(items), planner)
+            except CheckpointError:
+                raise
+            except OSError as error:
+                raise CheckpointError(f"cannot read {Path(self.path) / name}: {error.strerror or error}.") from error
+            except Exception as error:
+                raise CheckpointError(
+                    f"{Path(self.path) / name} is damaged or not a part of this checkpoint: {type(error).__name__}: {error}."
+                ) from error
+        return result
+
+
+class SafeLoadPlanner(DefaultLoadPlanner):
+    """Reads :class:`LocalPart` values piece by piece and other values with ``weights_only``.
+
+    The state dict is flat: key in the file -> :class:`LocalPart` (filled in place), a plain tensor or DTensor (likewise), or
+    anything else (replaced).
+
+    Raises:
+        CheckpointError: from the load, on all ranks: keys that the checkpoint lacks, or tensors of other shapes, all named.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """Called by DCP first."""
+        self.original_state_dict = state_dict
+        self.state_dict = {
+            key: LocalPart.of(value) if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()
+        }
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """One item for each overlap of a piece of this rank with a piece in the files."""
+        known = self.metadata.state_dict_metadata  # type: ignore[union-attr]
+        check_keys({k: v.size if isinstance(v, LocalPart) else None for k, v in self.state_dict.items()}, known)
+        items: list[ReadItem] = []
+        for key, value in self.state_dict.items():
+            if isinstance(value, LocalPart):
+                chunks = [_Chunk(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in value.pieces]
+                items += create_read_items_for_chunk_list(key, known[key], chunks)  # type: ignore[arg-type]
+            else:
+                nothing = torch.Size((0,))
+                index = MetadataIndex(key)
+                items.append(ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing))
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The view that a piece is read into."""
+        return self.state_dict[index.fqn].view(index.offset)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """A value that is no tensor."""
+        key = read_item.dest_index.fqn
+        self.state_dict[key] = self.original_state_dict[key] = load_plain(value, f"the value of {key!r}")
+
+
+class _Chunk:
+    """What torch's planning functions read of a ``ChunkStorageMetadata``."""
+
+    def __init__(self, offsets: torch.Size, sizes: torch.Size) -> None:
+        self.offsets, self.sizes = offsets, sizes
+
+
+def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any], name: str = "the checkpoint") -> None:
+    """Raise :class:`CheckpointError` unless ``known`` has all ``wanted`` keys, with the wanted shapes.
+
+    Args:
+        wanted: key -> shape, None for values that are no tensors.
+        known: key -> object with a ``size``, which is None (or missing) for values that are no tensors.
+        name: of the checkpoint, for the message.
+    """
+    missing = [key for key in wanted if key not in known]
+    if missing:
+        unused = [key for key in known if key not in wanted]
+        raise CheckpointError(
+            f"{name} has no {some(missing)}"
+            + (f"; it has {some(unused)}, which the model does not ask for" if unused else "")
+            + ". It was saved from another model, another adapter or other trainable parameters."
+        )
+    wrong = [
+        f"{key} ({saved if saved is None else tuple(saved)} in the checkpoint, {size if size is None else tuple(size)} here)"
+        for key, size in wanted.items()
+        if (saved := getattr(known[key], "size", None)) != size
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{name} has other shapes than the model: {some(wrong)}. It was saved from another model."
+        )
+
+
+def some(items: list[str], count: int = 4) -> str:
+    """The first ``count`` of ``items``, and how many more there are."""
+    return ", ".join(items[:count]) + (f" (and {len(items) - count} others)" if len(items) > count else "")

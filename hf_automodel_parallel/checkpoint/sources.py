@@ -1,0 +1,173 @@
+"""The two forms of a saved state: a DCP directory that each rank reads its pieces of, or one file that rank 0 reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ..errors import CheckpointError
+from ..synchronize import communication_device
+from .files import load_plain
+from .pieces import LocalPart
+from .ranks import agreed, from_dcp, rank, rank_zero_tells
+from .reader import SafeFileSystemReader, SafeLoadPlanner, read_metadata
+from .writer import Path_
+
+
+class Entry(NamedTuple):
+    """One value of a saved state.
+
+    Attributes:
+        size: shape of the whole tensor, None for a value that is no tensor.
+        dtype: its dtype.
+        whole: it was saved in one piece.
+    """
+
+    size: torch.Size | None = None
+    dtype: torch.dtype | None = None
+    whole: bool = True
+
+
+class Source(Protocol):
+    """Something to load a state from.
+
+    Attributes:
+        name: its path, for messages.
+        group: the ranks that read it together.
+    """
+
+    name: str
+    group: Any
+
+    @property
+    def entries(self) -> Mapping[Path_, Entry]:
+        """What it holds, by path."""
+
+    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+        """Fill the parts, and return the values of the paths with None; collective."""
+
+
+class DcpSource:
+    """A directory of torch.distributed.checkpoint.
+
+    Args:
+        folder: the directory.
+        root: the first part of each path ("model", "optimizer"), left out of :attr:`entries`.
+
+    Raises:
+        CheckpointError: on all ranks.
+    """
+
+    def __init__(self, folder: Path, root: str, group: Any = None) -> None:
+        self.name, self.folder, self.group = str(folder), folder, group
+        with agreed(f"reading {folder}", group):
+            metadata = read_metadata(folder)
+            paths = metadata.planner_data or {}
+            self._keys: dict[Path_, str] = {}
+            self.entries: dict[Path_, Entry] = {}
+            for key, described in metadata.state_dict_metadata.items():
+                path = tuple(paths.get(key, tuple(key.split(".", 1))))
+                if path[0] != root:
+                    raise CheckpointError(f"{folder} holds {key!r}, which does not belong to {root!r}.")
+                self._keys[path[1:]] = key
+                self.entries[path[1:]] = (
+                    Entry(described.size, described.properties.dtype, len(described.chunks) == 1)
+                    if isinstance(described, TensorStorageMetadata)
+                    else Entry()
+                )
+
+    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+        """Each rank reads its pieces from the files that hold them."""
+        state = {self._keys[path]: part for path, part in parts.items()}
+        try:
+            dcp.load(
+                state,  # type: ignore[arg-type]
+                storage_reader=SafeFileSystemReader(self.folder),
+                planner=SafeLoadPlanner(),
+                process_group=self.group,
+                no_dist=not dist.is_initialized(),
+            )
+        except CheckpointException as error:
+            raise from_dcp(error, f"reading {self.folder}") from error
+        return {path: state[self._keys[path]] for path, part in parts.items() if part is None}
+
+
+class FileSource:
+    """A file of ``torch.save``, which rank 0 alone has to see; the others get each tensor from it and keep their pieces.
+
+    Args:
+        path: the file.
+        depth: dictionaries (and lists) that are nested in each other: 1 for weights, 3 for an optimizer.
+
+    Raises:
+        CheckpointError: on all ranks.
+    """
+
+    def __init__(self, path: Path, depth: int, group: Any = None) -> None:
+        self.name, self.group = str(path), group
+        self._values: dict[Path_, Any] = {}
+        entries: dict[Path_, Entry] = {}
+        with agreed(f"reading {path}", group):
+            if rank(group) == 0:
+                self._values = dict(_flat(load_plain(path, mmap=True), depth))
+                for key, value in self._values.items():
+                    entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
+        self.entries: Mapping[Path_, Entry] = rank_zero_tells(entries, group)
+
+    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+        """One broadcast per tensor; no rank but the first ever needs memory for more than the largest of them."""
+        plain = rank_zero_tells({p: self._values.get(p) for p, part in parts.items() if part is None}, self.group)
+        for path, part in parts.items():
+            if part is None:
+                continue
+            if not dist.is_initialized():
+                part.fill_from(self._values[path])
+                continue
+            entry, device = self.entries[path], communication_device()
+            whole = (
+                self._values[path].to(device).contiguous()
+                if rank(self.group) == 0
+                else torch.empty(entry.size or (), dtype=entry.dtype, device=device)
+            )
+            dist.broadcast(whole, group=self.group, group_src=0)
+            part.fill_from(whole)
+        return plain
+
+
+def _flat(value: Any, depth: int, path: Path_ = ()) -> list[tuple[Path_, Any]]:
+    items: list[tuple[Any, Any]] | None = None
+    if depth and isinstance(value, Mapping):
+        items = list(value.items())
+    elif depth and isinstance(value, list):
+        items = list(enumerate(value))
+    if items is None:
+        if not path:
+            raise CheckpointError("the file does not hold a dictionary.")
+        return [(path, value)]
+    return [found for key, item in items for found in _flat(item, depth - 1, (*path, key))]
+
+
+def nested(state: Mapping[Path_, Any]) -> dict[str, Any]:
+    """The dictionaries and lists that flat paths describe."""
+    root: dict[Any, Any] = {}
+    for path, value in state.items():
+        holder = root
+        for key in path[:-1]:
+            holder = holder.setdefault(key, {})
+        holder[path[-1]] = value
+    return _lists(root)
+
+
+def _lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value and all(isinstance(key, int) for key in value):
+        return [_lists(value[key]) for key in sorted(value)]
+    return {key: _lists(item) for key, item in value.items()}

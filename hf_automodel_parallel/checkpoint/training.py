@@ -1,0 +1,162 @@
+"""A model's and an optimizer's part of a training checkpoint, in the files that Accelerate and the Trainer name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import CheckpointError
+from ..optimizer import raw_optimizer
+from .directory import to_load
+from .files import save_plain
+from .manifest import Manifest, verify
+from .pieces import LocalPart
+from .ranks import agreed, rank, rank_zero_tells
+from .sources import DcpSource, FileSource, Source, nested
+from .state import State, check_same_everywhere, load_model, load_optimizer, model_state, optimizer_state
+from .writer import save_pieces
+
+MODEL = "pytorch_model_fsdp"
+OPTIMIZER = "optimizer"
+
+#: Writes what was collected, with the collectives of the given group (None: all ranks).
+Task = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class How:
+    """How states are saved.
+
+    Attributes:
+        sharded: each rank writes its pieces (``SHARDED_STATE_DICT``), or rank 0 gathers whole tensors into one file.
+        copy: collect copies, because the tensors may change before they are written.
+        adapter_only: leave out the frozen weights of a PEFT model's base.
+    """
+
+    sharded: bool
+    copy: bool = False
+    adapter_only: bool = False
+
+
+def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
+    """Collect the weights of ``model``; the result writes them. Collective, both."""
+    with agreed(f"saving to {folder}"):
+        state: State = {(name,): value for name, value in model_state(model, how.adapter_only).items()}
+    check_same_everywhere(state, "the model", fatal=False)
+    if how.sharded:
+        return _sharded(state, "model", folder / f"{MODEL}_{index}", how)
+    return _whole(state, folder / (f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"))
+
+
+def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int, how: How) -> Task:
+    """Collect the state of ``optimizer``; the result writes it. Collective, both."""
+    with agreed(f"saving to {folder}"):
+        state = optimizer_state(optimizer, model)
+    check_same_everywhere(state, type(optimizer).__name__, fatal=True)
+    if how.sharded:
+        return _sharded(state, "optimizer", folder / f"{OPTIMIZER}_{index}", how)
+    return _whole(state, folder / (f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"))
+
+
+def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
+    paths = {".".join(map(str, (root, *path))): (root, *path) for path in state}
+    flat: dict[str, Any] = {}
+    with agreed(f"saving to {folder}"):
+        for key, path in paths.items():
+            value = state[path[1:]]
+            if isinstance(value, torch.Tensor):
+                part = LocalPart.of(value)
+                value = part.copied() if how.copy else part
+            flat[key] = value
+    return lambda group: save_pieces(flat, paths, folder, group)
+
+
+def _whole(state: State, path: Path) -> Task:
+    """Gather tensor after tensor; only rank 0 keeps them, on the CPU."""
+    keep = rank() == 0
+    gathered: State = {}
+    for key, value in state.items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if keep:
+            gathered[key] = value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+    def write(group: Any) -> None:
+        with agreed(f"saving {path}", group):
+            if keep:
+                save_plain(nested(gathered), path)
+
+    return write
+
+
+def restore_model(model: nn.Module, folder: Path, index: int = 0, adapter_only: bool = False) -> None:
+    """Load the weights of ``model`` from a checkpoint, on any mesh or none; collective.
+
+    Args:
+        model: sharded, or a plain model in one process.
+        folder: the checkpoint.
+        index: number of the model among those of an Accelerator.
+        adapter_only: the checkpoint may lack the frozen weights of a PEFT model's base.
+
+    Raises:
+        CheckpointError: on all ranks.
+    """
+    name = f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"
+    load_model(model, _source(folder, f"{MODEL}_{index}", name, "model", 1), adapter_only)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int = 0) -> None:
+    """Load the state of ``optimizer``, which trains ``model``; see :func:`restore_model`."""
+    name = f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"
+    load_optimizer(optimizer, model, _source(folder, f"{OPTIMIZER}_{index}", name, "optimizer", 3))
+
+
+def load_training_state(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Manifest | None:
+    """Load weights, and the state of an optimizer, that this package (or stock Accelerate with FSDP2) has saved.
+
+    For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its ``load_state``.
+    Every file is checked first; nothing in a file is run. Collective if there is a process group.
+
+    Args:
+        folder: the checkpoint of ``save_state`` or of a Trainer.
+        model: any module with the same names and shapes; filled in place.
+        optimizer: trains ``model``, in the same groups.
+
+    Returns:
+        The manifest, None if the checkpoint has none.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another model.
+
+    Example:
+        >>> load_training_state("out/checkpoint-10", model, optimizer)
+    """
+    folder = to_load(folder)
+    manifest = verify(folder)
+    restore_model(model, folder, adapter_only=manifest is None or manifest.adapter_only)
+    if optimizer is not None:
+        restore_optimizer(raw_optimizer(optimizer), model, folder)
+    return manifest
+
+
+def _source(folder: Path, directory: str, file: str, root: str, depth: int) -> Source:
+    sharded = False
+    with agreed(f"loading {folder}"):
+        if rank() == 0:
+            sharded = (folder / directory).is_dir()
+            if not sharded and not (folder / file).is_file():
+                raise CheckpointError(
+                    f"{folder} holds neither {directory}/ nor {file}: there is no state of the {root} to continue from. A "
+                    f"checkpoint of save_only_model=True, or of save_model, is for from_pretrained."
+                )
+    if rank_zero_tells(sharded):
+        return DcpSource(folder / directory, root)
+    return FileSource(folder / file, depth)

@@ -1,0 +1,156 @@
+"""A miniature of a model: the same class and the same switches of its config, with few layers of small sizes.
+
+Which number of a config is a size, and of what, is told by its name (:data:`SIZES`): there is no other way to know. A
+class that contradicts itself then cannot be built, which is an answer, too. Sizes are chosen apart from each other (heads,
+width of a head, batch, length), so that a number says what it counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PlanError
+
+HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
+HIDDEN = HEADS * HEAD_DIM
+LAYERS = 2
+BATCH, LENGTH = 3, 7
+
+#: Whole names of integer fields of a config -> their value in the miniature; the first that matches wins.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"(type|task_type)_vocab_size", 2),
+    (r".*vocab_size.*", VOCABULARY),
+    (r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|router_topk|top_k_experts", 2),
+    (r"n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts", 4),
+    (r"num_hidden_layers|n_layers?|num_layers|num_(decoder|encoder)_layers|(decoder|encoder)_layers", LAYERS),
+    (r"num_(decoder_|encoder_)?attention_heads|n_heads?|(decoder_|encoder_)?attention_heads|num_heads", HEADS),
+    (r"rotary_dim|qk_rope_head_dim|qk_nope_head_dim", HEAD_DIM // 2),
+    (r"head_dim|d_kv|d_head|v_head_dim|dim_head|attention_head_size|kv_channels|qk_head_dim", HEAD_DIM),
+    (
+        r".*intermediate_size|(decoder_|encoder_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|feed_forward_size",
+        INTERMEDIATE,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width",
+        HIDDEN,
+    ),
+    (r"attention_hidden_size", HIDDEN),
+    (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
+    (r"mamba_n_?groups|n_groups", 1),
+    (r"(mamba_)?dt_rank|time_step_rank", 4),
+    (r"(mamba_)?chunk_size|block_size", 4),
+    (r"(original_)?max_position_embeddings|max_(source_|target_)?positions|n_positions|n_ctx|max_seq_len", POSITIONS),
+    (r".*window(_size)?|attention_window|local_attention", 4),
+)
+_KEY_VALUE = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num|num_query_groups")
+_RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*")
+_HEADS = re.compile(SIZES[5][0])
+
+
+def miniature_config(config: Any) -> Any:
+    """A small copy of ``config``, a transformers config; the original is not changed."""
+    small = copy.deepcopy(config)
+    fields = small.to_dict()
+    heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
+    layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
+    kept = _kept_layers(fields, layers)
+    for name, value in fields.items():
+        if isinstance(value, list) and layers > 2 and len(value) == layers:
+            _set(small, name, [value[i] for i in kept])
+        elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
+            _set(small, name, miniature_config(getattr(small, name)))
+        elif isinstance(value, float) and _RANDOM.fullmatch(name):
+            _set(small, name, 0.0)
+        elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
+            _set(small, name, 3)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            _set(small, name, _small(name, value, heads, len(kept)))
+    return small
+
+
+def _small(name: str, value: int, heads: int, layers: int) -> int:
+    if _KEY_VALUE.fullmatch(name):
+        return HEADS if value == heads else min(value, 2)
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            return layers if size == LAYERS and "layers" in pattern else size
+    return value
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (AttributeError, NotImplementedError, ValueError, TypeError):
+        return  # a property that follows from other fields
+
+
+def _kept_layers(fields: dict[str, Any], layers: int) -> list[int]:
+    """Indices of layers that together show each kind of layer, at least :data:`LAYERS`."""
+    lists = [v for v in fields.values() if isinstance(v, list) and layers > 2 and len(v) == layers]
+    kinds = [repr([v[i] for v in lists]) for i in range(layers)]
+    kept = sorted({kinds.index(kind) for kind in kinds}) if lists else []
+    rest = [i for i in range(layers) if i not in kept]
+    return sorted(kept + rest[: max(0, LAYERS - len(kept))]) or list(range(LAYERS))
+
+
+def build_miniature(model: nn.Module) -> nn.Module:
+    """A miniature of ``model`` (unwrapped, on any device), in float32 on the CPU, random without zeros, in evaluation mode.
+
+    The global random state is left alone; equal classes and configs give equal miniatures on all ranks.
+
+    Raises:
+        PlanError: it has no config, or its class cannot be built with the small one.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise PlanError(f"{type(model).__name__} has no config to make a miniature of.")
+    cls: Any = type(model)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            small = cls(miniature_config(config)).float()
+            with torch.no_grad():
+                for parameter in small.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                    else:
+                        parameter.normal_(std=HIDDEN**-0.5)
+    except Exception as error:  # code of the model, which may raise anything
+        raise PlanError(
+            f"no miniature of {cls.__name__} can be built from its config: {type(error).__name__}: {first_line(error)}."
+        ) from error
+    return small.eval()
+
+
+def inputs_for(model: nn.Module) -> dict[str, Any]:
+    """A batch for a forward of a miniature: token ids, with padding at the end of one row.
+
+    Raises:
+        PlanError: its forward takes no ``input_ids``.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" not in accepted:
+        raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so it cannot be tried.")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (BATCH, LENGTH), generator=generator)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    if "attention_mask" in accepted:
+        mask = torch.ones_like(ids)
+        mask[0, LENGTH - 2 :] = 0
+        inputs["attention_mask"] = mask
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,71 @@
+"""Adapter files: PEFT picks what belongs to an adapter from tensors without values, and only that is fetched."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..errors import ConfigError
+from .gathering import Fetch
+from .pretrained import Shapes
+from .recording import Recording
+
+
+def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: Mapping[str, Any]) -> None:
+    """Write what ``PeftModel.save_pretrained`` writes.
+
+    Args:
+        model: the ``PeftModel``; of its weights only what belongs to the adapters is fetched.
+        shapes: of its state dict.
+        fetch: gives whole tensors on the CPU.
+        directory: exists.
+        options: of PEFT's method: ``selected_adapters``, ``save_embedding_layers``, ``safe_serialization``.
+    """
+    adapters = options.get("selected_adapters") or list(model.peft_config)  # type: ignore[arg-type]
+    needed: dict[str, None] = {}
+    stand_ins: dict[str, torch.Tensor] = {}
+    for adapter in adapters:
+        if adapter not in model.peft_config:  # type: ignore[operator]
+            break  # PEFT's own error, below
+        recording = Recording()
+        stand_ins = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+        with recording, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says it again when it saves
+            picked = compat.adapter_state(model, dict(stand_ins), adapter, options.get("save_embedding_layers", "auto"))
+        for value in picked.values():
+            needed.update(dict.fromkeys(recording.leaves_of(value)))
+    state = {**stand_ins, **{name: fetch(name) for name in needed}}
+    cls: Any = type(model)  # past what is bound on the instance
+    cls.save_pretrained(model, directory, state_dict=state, **options)
+
+
+def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be done on shards, before any rank waits for another.
+
+    Raises:
+        ConfigError: an adapter that is not there; an option that would load an adapter while saving.
+    """
+    known: Any = model.peft_config
+    unknown = [name for name in options.get("selected_adapters") or () if name not in known]
+    if unknown:
+        raise ConfigError(f"selected_adapters={options['selected_adapters']!r}: this model has {list(known)}.")
+    path = options.get("path_initial_model_for_weight_conversion")
+    if path is not None:
+        raise ConfigError(
+            f"path_initial_model_for_weight_conversion={str(path)!r}: PEFT loads the initial adapter into the model to subtract "
+            f"it, which one rank cannot do on shards. Save the adapter without it; then, in one process, "
+            f"PeftModel.from_pretrained(base, directory).save_pretrained(other, path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def keep_model_card(old: Path, new: Path) -> None:
+    """Let PEFT extend the model card that is there."""
+    if (old / "README.md").is_file():
+        shutil.copy2(old / "README.md", new / "README.md")

@@ -1,0 +1,360 @@
+"""A training checkpoint becomes a model directory or an adapter directory, tensor by tensor, in one process."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..errors import ExportError
+from .adapters import write_adapters
+from .checkpoint_weights import SafetensorsWeights, Weights, open_checkpoint
+from .files import replaced_at_end
+from .merged import Merging
+from .pretrained import Progress, Shapes, cast, write_pretrained, write_weights
+from .recording import Recording
+
+_PEFT_PREFIX = "base_model.model."
+#: Files of tokenizers and processors, which belong to a model directory.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@dataclass
+class Request:
+    """What to make of what.
+
+    Attributes:
+        checkpoint: the training checkpoint.
+        out: the directory to make.
+        config: where configs (and a tokenizer) are, if not in the checkpoint: a directory or a ``config.json``.
+        base: directory of the base model that an adapter was trained on.
+        merge: merge the adapter into the base weights.
+        adapter: its name, if the checkpoint has several.
+        dtype: of floating-point weights in the files, None for those in the checkpoint.
+        max_shard_size: of a file, bytes or text.
+        force: replace ``out`` if there is something.
+    """
+
+    checkpoint: Path
+    out: Path
+    config: Path | None = None
+    base: Path | None = None
+    merge: bool = False
+    adapter: str = "default"
+    dtype: torch.dtype | None = None
+    max_shard_size: int | str = "50GB"
+    force: bool = False
+
+
+@dataclass
+class Summary:
+    """What was made: "model", "adapter" or "merged model"; the number of tensors, and their bytes."""
+
+    kind: str
+    tensors: int = 0
+    bytes: int = 0
+
+
+def export(request: Request, progress: Callable[[str, int, int], None] | None = None) -> Summary:
+    """Carry out ``request``.
+
+    Args:
+        request: what to do.
+        progress: called for each tensor with its name, its bytes, and the bytes of all tensors of the checkpoint.
+
+    Raises:
+        ExportError: something is missing, or does not fit; nothing was changed.
+    """
+    if request.out.exists() and not request.out.is_dir():
+        raise ExportError(f"{request.out} is a file. Give a directory that does not exist yet.")
+    if request.out.is_dir() and any(request.out.iterdir()) and not request.force:
+        raise ExportError(f"{request.out} is not empty. Give another directory, or --force to replace it.")
+    weights, beside = open_checkpoint(request.checkpoint)
+    adapters = any("lora_" in n or n.startswith(_PEFT_PREFIX) for n in weights.shapes)
+    summary = Summary("merged model" if request.merge else "adapter" if adapters else "model")
+    total = sum(_bytes(entry) for entry in weights.shapes.values())
+
+    def count(name: str, size: int) -> None:
+        summary.tensors += 1
+        summary.bytes += size
+        if progress is not None:
+            progress(name, size, total)
+
+    if not adapters and (request.merge or request.base is not None):
+        raise ExportError(f"{request.checkpoint} holds a whole model and no adapter; leave out --merge and --base.")
+    if request.base is not None and not request.merge:
+        raise ExportError("--base is the model to merge into; give --merge with it, or leave it out.")
+    with replaced_at_end(request.out) as out:
+        if not adapters:
+            _model(request, weights, beside, out, count)
+        elif not request.merge:
+            _adapter(request, weights, beside, out, count)
+        else:
+            _merged(request, weights, beside, out, count)
+    return summary
+
+
+def _bytes(entry: tuple[Iterable[int], torch.dtype]) -> int:
+    return torch.Size(entry[0]).numel() * entry[1].itemsize
+
+
+def _cast(shapes: Shapes, dtype: torch.dtype | None) -> dict[str, Any]:
+    return {n: (s, dtype if dtype is not None and d.is_floating_point else d) for n, (s, d) in shapes.items()}
+
+
+# ---- a whole model ---------------------------------------------------------------------------------------------------
+
+
+def _model(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
+    model = empty_model(_config_directory(request, beside, "config.json"), request)
+    shapes = _in_order(model, weights.shapes, request.checkpoint)
+    shapes = _cast(shapes, request.dtype)
+    write_pretrained(model, shapes, cast(weights.fetch, shapes), out, request.max_shard_size, progress=count)
+    _copy_companions([request.config, beside], out)
+
+
+def _in_order(model: nn.Module, shapes: Shapes, where: Path) -> dict[str, Any]:
+    """``shapes`` in the order of the model's state dict, which decides how files are split."""
+    state = model.state_dict()
+    ordered = {name: shapes[name] for name in state if name in shapes}
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    present = {name for names in tied.values() if any(n in shapes for n in names) for name in names}
+    missing = [name for name in state if name not in shapes and name not in present]
+    unexpected = [name for name in shapes if name not in state]
+    wrong = [name for name, (shape, _) in ordered.items() if torch.Size(shape) != state[name].shape]
+    for text, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes of", wrong)):
+        if names:
+            raise ExportError(
+                f"{where} does not fit the config of {type(model).__name__}: it {text} {', '.join(names[:3])}"
+                f"{', ...' if names[3:] else ''} ({len(names)} in all). Give the right one with --config."
+            )
+    return ordered
+
+
+def empty_model(directory: Path | str, request: Request | None = None) -> nn.Module:
+    """The model that a config describes, on the meta device, with its generation config."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read a model's config from {directory}: {error}. Give one with --config.") from error
+    name = (getattr(config, "architectures", None) or [""])[0]
+    cls = getattr(transformers, name, None)
+    if name and cls is None:
+        raise ExportError(
+            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in "
+            f"the training job with model.save_pretrained()."
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
+    if Path(directory, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _config_directory(request: Request, beside: Path, file: str) -> Path:
+    """The directory that has ``file``."""
+    for candidate in (request.config, beside):
+        if candidate is None:
+            continue
+        folder = candidate.parent if candidate.is_file() else candidate
+        if (folder / file).is_file():
+            return folder
+        if candidate is request.config and candidate.is_file():
+            raise ExportError(f"--config {candidate} is not a {file}.")
+    raise ExportError(f"there is no {file} in {beside}. Give the directory that has one with --config.")
+
+
+def _copy_companions(folders: Iterable[Path | None], out: Path) -> None:
+    for folder in folders:
+        if folder is None or not folder.is_dir():
+            continue
+        found = [path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()]
+        for path in found:
+            shutil.copy2(path, out / path.name)
+        if found:
+            return
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _adapter_config(request: Request, beside: Path) -> tuple[Path, Any]:
+    from peft import PeftConfig
+
+    name = request.adapter
+    for folder in (f for f in (request.config, beside) if f is not None):
+        for directory in (folder / name, folder):
+            if (directory / "adapter_config.json").is_file():
+                return directory, PeftConfig.from_pretrained(directory)
+    raise ExportError(f"there is no adapter_config.json in {beside}. Give the directory that has one with --config.")
+
+
+def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
+    """The model with its adapter, on the meta device."""
+    from peft import get_peft_model
+
+    for source in (request.base, request.config, beside, config.base_model_name_or_path):
+        if source is None or (isinstance(source, Path) and not (source / "config.json").is_file()):
+            continue
+        base = empty_model(source)
+        base.name_or_path = config.base_model_name_or_path or ""  # type: ignore[assignment]
+        config.inference_mode = False
+        with torch.device("meta"):
+            return get_peft_model(base, config, adapter_name=request.adapter, low_cpu_mem_usage=True)
+    raise ExportError(
+        "the config of the base model is not known. Give its directory with --config (or --base with --merge)."
+    )
+
+
+def _named_by_file(shapes: Mapping[str, Any], adapter: str) -> bool:
+    """Accelerate saves a sharded adapter under the names of PEFT's files, without that of the adapter."""
+    return not any(adapter in name.split(".") for name in shapes)
+
+
+def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
+    folder, config = _adapter_config(request, beside)
+    shapes = _cast(weights.shapes, request.dtype)
+    fetch = cast(weights.fetch, shapes)
+    if _named_by_file(shapes, request.adapter):
+        recording = Recording()
+        state = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in sorted(shapes.items())}
+        write_weights(recording, state, fetch, out, "adapter_model.safetensors", 2**62, count)
+        config.inference_mode = True
+        config.save_pretrained(out)
+    else:
+        model = _with_adapter(request, beside, config)
+        missing = [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in shapes
+        ]
+        if missing:
+            raise ExportError(
+                f"{request.checkpoint} lacks {', '.join(missing[:3])} ({len(missing)} in all) of the adapter "
+                f"{request.adapter!r}. Name the right adapter with --adapter, or its config with --config."
+            )
+
+        def counted(name: str) -> torch.Tensor:
+            value = fetch(name)
+            count(name, value.nbytes)
+            return value
+
+        write_adapters(model, shapes, counted, out, {"selected_adapters": [request.adapter]})
+        if request.adapter != "default":
+            _lift(out / request.adapter, out)
+    for card in (folder / "README.md",):
+        if card.is_file():
+            shutil.copy2(card, out / card.name)
+    _copy_companions([request.config, beside], out)
+
+
+def _lift(folder: Path, out: Path) -> None:
+    """One adapter alone stands in the directory itself."""
+    for path in list(folder.iterdir()):
+        path.replace(out / path.name)
+    folder.rmdir()
+
+
+# ---- merged ----------------------------------------------------------------------------------------------------------
+
+
+def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
+    _, config = _adapter_config(request, beside)
+    base = request.base
+    complete = any("lora_" not in n and ".base_layer." in n for n in weights.shapes)
+    if base is None and not complete:
+        named = config.base_model_name_or_path
+        base = Path(named) if named and Path(named).is_dir() else None
+        if base is None:
+            raise ExportError(
+                f"{request.checkpoint} holds the adapter alone. Give the model it was trained on with --base."
+            )
+    files = None if base is None or complete else SafetensorsWeights(base)
+    model = _with_adapter(request, beside, config)
+    merging = Merging(model, [request.adapter])
+    from_files = {} if files is None else _from_files(merging.plain_model(), files)
+    plain_names = {source: name for name, source in merging.sources.items()}
+    names = _file_names(model, weights.shapes, request.adapter)
+    known: dict[str, Callable[[], torch.Tensor]] = {}
+    shapes: dict[str, Any] = {}
+    for name, stand_in in model.state_dict().items():
+        plain, own = plain_names.get(name, ""), names.get(name, name)
+        if own in weights.shapes:
+            shapes[name] = weights.shapes[own]
+            known[name] = functools.partial(weights.fetch, own)
+        elif plain in from_files:
+            shapes[name], known[name] = from_files[plain]
+        else:  # a tied one, or something that the error below names
+            shapes[name] = (stand_in.shape, stand_in.dtype)
+        if torch.Size(shapes[name][0]) != stand_in.shape:
+            raise ExportError(
+                f"{name} has the shape {tuple(shapes[name][0])} in {base or request.checkpoint} and {tuple(stand_in.shape)} by "
+                f"the config of the base model. Give the right base model with --base."
+            )
+
+    def fetch(name: str) -> torch.Tensor:
+        if name not in known:
+            raise ExportError(
+                f"neither {request.checkpoint} nor {base} has {name}. Give the right base model with --base."
+            )
+        return known[name]()
+
+    merging.write(_cast(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count)
+    _copy_companions([request.config, beside, base], out)
+
+
+def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
+    """Shape, dtype and value of each weight of ``plain``, whatever it is called and cut into in the files."""
+    recording = Recording()
+    leaves = {n: recording.leaf(n, t.shape, t.dtype) for n, t in plain.state_dict().items()}
+    with recording:
+        made = compat.as_in_files(plain, compat.without_tied_duplicates(plain, dict(leaves)))
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in made.items():
+        for leaf in recording.leaves_of(value):
+            parts.setdefault(leaf, {})[name] = value
+    found: dict[str, tuple[Any, Callable[[], torch.Tensor]]] = {}
+    for leaf, results in parts.items():
+        if all(n in files.shapes and files.shapes[n][0] == value.shape for n, value in results.items()):
+            dtype = files.shapes[next(iter(results))][1]
+            found[leaf] = (
+                (leaves[leaf].shape, dtype),
+                functools.partial(_assembled, recording, leaves[leaf], results, files),
+            )
+    return found
+
+
+def _assembled(recording: Recording, leaf: torch.Tensor, results: dict[str, torch.Tensor], files: Any) -> torch.Tensor:
+    return recording.assemble(leaf, {name: files.fetch(name) for name in results}, results)
+
+
+def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> dict[str, str]:
+    """Name in the model -> name in a checkpoint that was written under the names of PEFT's files."""
+    if not _named_by_file(shapes, adapter):
+        return {}
+    recording = Recording()
+    stand_ins = {n: recording.leaf(n, t.shape, t.dtype) for n, t in model.state_dict().items()}
+    with recording:
+        picked = compat.adapter_state(model, stand_ins, adapter, "auto")
+    return {leaf: name for name, value in picked.items() for leaf in recording.leaves_of(value)}

@@ -1,0 +1,117 @@
+"""All ranks meet before a save, and those that came learn in bounded time that the others will not.
+
+``if accelerator.is_main_process: model.save_pretrained(...)`` is what everybody writes, and on a sharded model one rank
+then waits for ever in the first collective. So the ranks first meet in the store through which the process group was made: no
+collective, no backend, and the waiting has an end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from .. import compat
+from ..errors import ConfigError, ExportError
+
+#: Seconds that a rank waits for the others, which may still be computing.
+TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
+_DEFAULT_SECONDS = 60.0
+
+#: Meetings so far, by store. A rank that came to none of them catches up when it comes.
+_meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def timeout_seconds() -> float:
+    """How long a rank waits for the others: the environment's value, or 60 s.
+
+    Raises:
+        ConfigError: the variable is no positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is None:
+        return _DEFAULT_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ConfigError(
+            f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before saving."
+        )
+    return seconds
+
+
+def meet(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:
+    """Wait until every rank has called the same save.
+
+    Args:
+        what: the call, as the user writes it.
+        details: what has to be the same on all ranks; JSON values.
+        writes: whether this rank would write files (``is_main_process``); may differ.
+
+    Returns:
+        The ranks that write: rank 0 alone if none or all of them asked for it.
+
+    Raises:
+        ExportError: a rank did not come, or came with another call; the message names ranks and remedy.
+    """
+    rank, seconds = dist.get_rank(), timeout_seconds()
+    mine = json.dumps({"call": what, **details}, sort_keys=True, default=str)
+    while True:
+        root = compat.rendezvous_store()
+        count = _meetings.get(root, 0)
+        store = dist.PrefixStore(f"hf_automodel_parallel/save/{count}", root)
+        store.set(f"here/{rank}", json.dumps([mine, writes]))
+        if rank == 0:
+            store.set("verdict", json.dumps(_verdict(store, what, mine, writes, seconds)))
+        elif not _waited(store, ["verdict"], 2 * seconds + 5):  # rank 0 decides, after it has waited itself
+            store.delete_key(f"here/{rank}")
+            raise ExportError(_missing(what, [0], seconds))
+        verdict = json.loads(store.get("verdict"))
+        _meetings[root] = count + 1
+        if rank in verdict["missing"]:
+            continue  # the others gave up before this rank came; if it was not for this call, they meet again
+        if verdict["error"]:
+            raise ExportError(verdict["error"])
+        return verdict["writers"]
+
+
+def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> dict[str, Any]:
+    """On rank 0: wait for all others, and compare what they call."""
+    world = dist.get_world_size()
+    if _waited(store, [f"here/{rank}" for rank in range(world)], seconds):
+        missing = []
+    else:
+        missing = [rank for rank in range(world) if not store.check([f"here/{rank}"])]
+    calls = {rank: json.loads(store.get(f"here/{rank}")) for rank in range(world) if rank not in missing}
+    other = next((rank for rank, (call, _) in calls.items() if call != mine), None)
+    writers = [rank for rank, (_, asked) in calls.items() if asked]
+    error = None
+    if missing:
+        error = _missing(what, missing, seconds)
+    elif other is not None:
+        error = f"{what}: rank 0 called {mine}, rank {other} called {calls[other][0]}. All ranks save alike."
+    return {"writers": writers if 0 < len(writers) < world else [0], "missing": missing, "error": error}
+
+
+def _waited(store: Any, keys: list[str], seconds: float) -> bool:
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except (RuntimeError, dist.DistStoreError):
+        return False
+    return True
+
+
+def _missing(what: str, ranks: list[int], seconds: float) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return (
+        f"{what} on a sharded model is called by all ranks, because each holds a part of the weights; rank {shown} did not come "
+        f"within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes anyway). If the ranks are "
+        f"there but late, set {TIMEOUT_VARIABLE} to more seconds."
+    )

@@ -1,0 +1,276 @@
+"""A model with its adapters merged into the base weights, written layer by layer; the model itself stays as it is.
+
+PEFT's own ``merge`` runs on each layer, with whole tensors in the places of the shards, on the rank that writes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import compat
+from ..errors import ConfigError, UnsupportedError
+from ..plan.names import unwrapped
+from .gathering import Fetch
+from .pretrained import Progress, Shapes, write_pretrained
+
+
+def save_merged(
+    model: nn.Module,
+    directory: str | Path,
+    adapters: list[str] | None = None,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+) -> None:
+    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. On all ranks.
+
+    Args:
+        model: a ``PeftModel`` that was prepared (its shards are gathered one layer at a time), or a plain one.
+        directory: of the model.
+        adapters: names of the adapters to merge, None for the active ones.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+        variant: ``model.<variant>.safetensors``.
+
+    Raises:
+        ConfigError: ``model`` has no adapters, or not these.
+        UnsupportedError: adapters or base weights that cannot be merged layer by layer.
+        ExportError: on the other ranks, if the writing rank failed; or a rank did not come.
+    """
+    from ..integrations.saving import file_dtypes, sharded_state
+    from .files import completed_at_end
+    from .meeting import meet
+    from .pretrained import shapes_of
+
+    if not compat.is_peft_model(model):
+        raise ConfigError(f"save_merged() needs a PeftModel; this is a {type(model).__name__}: use save_pretrained().")
+    merging = Merging(model, adapters)
+    target = Path(directory)
+
+    def write(fetch: Fetch, tensors: Mapping[str, torch.Tensor]) -> None:
+        shapes = shapes_of(tensors, file_dtypes(model))
+        with completed_at_end(target) as incomplete:
+            merging.write(shapes, fetch, incomplete, max_shard_size, variant)
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        state = model.state_dict()
+        write(lambda name: state[name].detach().cpu(), state)
+        return
+    details = {"adapters": adapters, "max_shard_size": max_shard_size, "variant": variant}
+    (writer,) = meet("save_merged()", details)
+    shards = sharded_state(model)
+    shards.led_by(writer, lambda fetch: write(fetch, shards.tensors))
+
+
+@dataclass
+class _Layer:
+    """A PEFT layer and the module below it that keeps the merged weights."""
+
+    path: str
+    outer: nn.Module
+    tuners: list[Any] = field(default_factory=list)
+    base: Any = None
+    base_path: str = ""
+
+
+class Merging:
+    """Which weight of the plain model comes from where.
+
+    Args:
+        model: the ``PeftModel``, sharded or on the meta device.
+        adapters: to merge, None for the active ones.
+    """
+
+    def __init__(self, model: nn.Module, adapters: list[str] | None = None) -> None:
+        self.model, self.adapters = model, adapters
+        unknown = [name for name in adapters or () if name not in model.peft_config]  # type: ignore[operator]
+        if unknown:
+            raise ConfigError(f"adapters={adapters!r}: this model has {list(model.peft_config)}.")  # type: ignore[arg-type]
+        prompts = [n for n, c in model.peft_config.items() if c.is_prompt_learning]  # type: ignore[union-attr,operator]
+        if prompts:
+            raise UnsupportedError(f"the adapter {prompts[0]!r} learns a prompt, which cannot be merged into weights.")
+        self.inner, self.prefix = unwrapped(model)
+        if any(getattr(module, "quant_state", None) is not None for module in model.modules()):
+            raise UnsupportedError(
+                "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, load the "
+                "base model unquantised, and merge there (`hf-automodel-parallel export ... --merge --base`)."
+            )
+        #: name in the plain model -> name in the state dict of ``model``
+        self.sources: dict[str, str] = {}
+        #: name in the plain model -> the layer that has to be merged first
+        self.layers: dict[str, _Layer] = {}
+        self._find()
+        self._values: dict[str, torch.Tensor] = {}
+
+    def _find(self) -> None:
+        tuner: Any = compat.peft_tuner_layer_type()
+        auxiliary: Any = compat.peft_auxiliary_wrapper_type()
+        known = set(self.model.state_dict())
+        shared: dict[int, _Layer] = {}
+
+        def visit(module: Any, plain: str, path: str) -> None:
+            if isinstance(module, auxiliary):
+                inside = self._inside_wrapper(module)
+                visit(module.get_submodule(inside), plain, f"{path}{inside}.")
+                return
+            if isinstance(module, tuner):
+                layer = _Layer(path, module)
+                base: Any = module
+                below = path
+                while isinstance(base, tuner):
+                    layer.tuners.append(base)
+                    base, below = base.base_layer, f"{below}base_layer."
+                layer.base, layer.base_path = base, below
+                for name in base.state_dict():
+                    if any(isinstance(m, tuner) for m in base.modules()):
+                        raise UnsupportedError(
+                            f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one."
+                        )
+                    self.sources[plain + name], self.layers[plain + name] = below + name, layer
+                for weight in base.parameters():
+                    if shared.setdefault(id(weight), layer) is not layer:
+                        raise UnsupportedError(
+                            f"{path[:-1]}: two adapters change one tied weight; merge in one process."
+                        )
+                return
+            for name in [*module._parameters, *module._buffers]:
+                if path + name in known:
+                    self.sources[plain + name] = path + name
+                    parameter = module._parameters.get(name)
+                    if parameter is not None:
+                        tied.setdefault(id(parameter), []).append(plain + name)
+            for name, child in module.named_children():
+                visit(child, f"{plain}{name}.", f"{path}{name}.")
+
+        tied: dict[int, list[str]] = {}
+        visit(self.inner, "", self.prefix)
+        for key, layer in shared.items():  # a head that is tied to an adapted embedding changes with it
+            for name in tied.get(key, ()):
+                self.layers[name] = layer
+                self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
+
+    def _inside_wrapper(self, wrapper: Any) -> str:
+        """The path below one of PEFT's wrappers of the module that stays, as PEFT's unloading decides."""
+        if hasattr(wrapper, "token_adapter"):
+            return "token_adapter"
+        if not hasattr(wrapper, "modules_to_save"):
+            raise UnsupportedError(
+                f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process."
+            )
+        active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+        return f"modules_to_save.{active[0]}" if active else "original_module"
+
+    def plain_model(self) -> nn.Module:
+        """The transformers model inside, on the meta device and without adapters.
+
+        Raises:
+            UnsupportedError: it was changed after it was built, so that its config does not say what it is.
+        """
+        with torch.device("meta"):
+            plain = type(self.inner)(copy.deepcopy(self.inner.config))
+        if hasattr(self.inner, "generation_config"):
+            plain.generation_config = copy.deepcopy(self.inner.generation_config)
+        compat.copy_weight_conversions(self.inner, plain)
+        names = set(plain.state_dict())
+        if names != set(self.sources):
+            other = sorted(names ^ set(self.sources))[:3]
+            raise UnsupportedError(
+                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ "
+                f"in {', '.join(other)}. Merge in one process."
+            )
+        return plain
+
+    def shapes(self, shapes: Shapes, order: list[str]) -> Shapes:
+        """Of the plain model, from those of the model with adapters."""
+        return {name: shapes[self.sources[name]] for name in order}
+
+    def write(
+        self,
+        shapes: Shapes,
+        fetch: Fetch,
+        directory: Path,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the plain model.
+
+        Args:
+            shapes: of the state dict of the model with adapters, with the dtypes for the files.
+            fetch: gives its tensors, whole and on the CPU.
+            directory: exists.
+            max_shard_size: bytes, or text.
+            variant: part of the names of the files.
+            progress: called for each tensor.
+        """
+        plain = self.plain_model()
+        wanted = self.shapes(shapes, list(plain.state_dict()))
+        self._values.clear()
+        write_pretrained(
+            plain,
+            wanted,
+            lambda name: self.value(name, fetch).to(wanted[name][1]),
+            directory,
+            max_shard_size,
+            variant,
+            progress=progress,
+        )
+
+    def value(self, name: str, fetch: Fetch) -> torch.Tensor:
+        """The merged weight ``name`` of the plain model; what a layer has beside it is kept until it is asked for."""
+        layer = self.layers.get(name)
+        if layer is None:
+            return fetch(self.sources[name])
+        source = self.sources[name]
+        if source not in self._values:
+            self._values = self._merge(layer, fetch)
+        return self._values.pop(source)
+
+    @torch.no_grad()
+    def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
+        merged_before = [list(tuner.merged_adapters) for tuner in layer.tuners]
+        # DoRA's norm as a sum over ranks: here it sees whole rows.
+        methods = [
+            (m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__
+        ]
+        try:
+            with _with_values(layer.outer, layer.path, fetch):
+                for tuner in layer.tuners:
+                    type(tuner).merge(tuner, adapter_names=self.adapters)
+                return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}
+        finally:
+            for tuner, before in zip(layer.tuners, merged_before, strict=True):
+                tuner.merged_adapters = before
+            for owner, method in methods:
+                owner.__dict__["get_weight_norm"] = method
+
+
+@contextmanager
+def _with_values(module: nn.Module, path: str, fetch: Fetch) -> Iterator[None]:
+    """Show whole values in the places of the parameters and buffers below ``module``, and take them away again."""
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    shown: dict[int, Any] = {}
+    saved = set(module.state_dict())
+    for prefix, owner in module.named_modules():
+        for holder, wrap in ((owner._parameters, True), (owner._buffers, False)):
+            for name, old in holder.items():
+                full = f"{prefix}.{name}" if prefix else name
+                if old is None or full not in saved:
+                    continue
+                places.append((holder, name, old))
+                if id(old) not in shown:
+                    value = fetch(path + full).clone()  # PEFT merges in place
+                    shown[id(old)] = nn.Parameter(value, old.requires_grad) if wrap else value
+    try:
+        for holder, name, old in places:
+            holder[name] = shown[id(old)]
+        yield
+    finally:
+        for holder, name, old in places:
+            holder[name] = old

@@ -1,0 +1,223 @@
+"""What ``prepare`` does with a model whose values are still in files: shard it without them, then read each rank's part."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from .. import compat
+from ..errors import PrepareError
+from ..optimizer import replace_parameters
+from ..plan.spec import REPLICATED, ParameterSpec
+from ..synchronize import agreement
+from .deferred import DeferredTensor
+from .files import TensorFile
+from .values import Given, Region, Value
+
+if TYPE_CHECKING:
+    from ..strategies.base import Job
+
+
+class ValuesSetAside:
+    """The values of a model's deferred parameters, while plain parameters on the meta device stand in for them.
+
+    As a context: if the body raises before :meth:`fill` or :meth:`keep`, the deferred parameters come back.
+
+    Attributes:
+        values: of each parameter by its first name; empty for a model that is in memory.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None) -> None:
+        self.values: dict[str, Value] = {}
+        self._model, self._optimizers = model, optimizers or []
+        self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._kept = False
+
+    def __enter__(self) -> ValuesSetAside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not self._kept:
+            self._exchange({id(new): old for old, new in self._replaced.values()})
+
+    def begin(self) -> None:
+        """Check that the files are still those that the model was loaded from, and put stand-ins in the model's place.
+
+        Raises:
+            CheckpointError: a file has changed or disappeared.
+        """
+        new: dict[int, nn.Parameter] = {}
+        for name, parameter in self._model.named_parameters():
+            if not isinstance(parameter, DeferredTensor):
+                continue
+            value = parameter.value
+            if isinstance(value, Given):  # written by the user, the same on each rank or not
+                replacement = nn.Parameter(value.read().to(parameter.device, parameter.dtype), parameter.requires_grad)
+            else:
+                self.values[name] = value
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                replacement = nn.Parameter(empty, parameter.requires_grad)
+            replacement.__dict__.update({key: held for key, held in vars(parameter).items() if key != "value"})
+            new[id(parameter)] = replacement
+            self._replaced[id(parameter)] = (parameter, replacement)
+        for file in self.files:
+            file.check_unchanged()
+        self._exchange(new)
+
+    def _exchange(self, new: dict[int, nn.Parameter]) -> None:
+        if not new:
+            return
+        for module in self._model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in new:
+                    module._parameters[name] = new[id(parameter)]
+        for optimizer in self._optimizers:
+            held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+            replace_parameters(optimizer, held | new)
+
+    def keep(self) -> None:
+        """From here on the model changes; there is no way back."""
+        self._kept = True
+
+    @property
+    def files(self) -> list[TensorFile]:
+        """The files that values come from."""
+        found = {id(leaf.file): leaf.file for value in self.values.values() for leaf in value.files()}
+        return list(found.values())
+
+    def compare_ranks(self, group: dist.ProcessGroup | None) -> None:
+        """Raise :class:`PrepareError` on all ranks unless their files have equal headers."""
+        if not self.values:
+            return
+        mine = [(file.path, file.digest) for file in self.files]
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        for rank, theirs in enumerate(everyone):
+            digests, reference = [digest for _, digest in theirs], [digest for _, digest in everyone[0]]
+            if digests != reference:
+                index = next(
+                    (i for i, pair in enumerate(zip(digests, reference, strict=False)) if pair[0] != pair[1]), 0
+                )
+                shown = " and ".join(
+                    held[index][0] if index < len(held) else "no file" for held in (everyone[0], theirs)
+                )
+                raise PrepareError(
+                    f"ranks 0 and {rank} were loaded from different files ({shown}: other tensors, shapes or dtypes). Give all "
+                    f"nodes the same checkpoint."
+                )
+
+    def fill(self, job: Job) -> None:
+        """Give each sharded parameter its rank's part of the values. Every rank reads for itself.
+
+        Args:
+            job: its model is sharded; what is set aside is still on the meta device.
+
+        Raises:
+            CheckpointError: a file cannot be read; on the other ranks PrepareError, so that none waits for it.
+        """
+        if not self.values:
+            return
+        names = {id(p): name for name, p in job.model.named_parameters() if name in self.values}
+        device = torch.device("cpu") if type(job.options.offload_policy) is CPUOffloadPolicy else job.device
+        with agreement("reading the model's files", job.group), _progress(len(names)) as step:
+
+            def filled(tensor: torch.Tensor) -> torch.Tensor:
+                name = names.get(id(tensor))
+                if name is None:
+                    return tensor
+                step()
+                return _local_part(tensor, self.values[name], _place(job, name), device)
+
+            with torch.no_grad():
+                compat.apply_to_tensors(job.model, filled)
+        self.values = {}
+
+    def fill_whole(self, job: Job, names: list[str]) -> None:
+        """Give parameters that nobody shards all of their values."""
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            module = job.model.get_submodule(owner)
+            old: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
+            value = self.values.pop(name).read().to(job.device, old.dtype, copy=True)
+            new = nn.Parameter(value, old.requires_grad)
+            for other in job.model.modules():
+                for slot, parameter in other._parameters.items():
+                    if parameter is old:
+                        other._parameters[slot] = new
+            job.options.ignored_parameters.discard(old)
+            job.options.ignored_parameters.add(new)
+
+
+def _place(job: Job, name: str) -> ParameterSpec:
+    return REPLICATED if job.spec is None else job.spec.parameters.get(name, REPLICATED)
+
+
+def _local_part(parameter: torch.Tensor, value: Value, place: ParameterSpec, device: torch.device) -> torch.Tensor:
+    """A DTensor like ``parameter`` that holds this rank's part of ``value``."""
+    if not isinstance(parameter, DTensor):
+        return value.read().to(device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+    parts = [value.read(region) for region in _regions(parameter, place)]
+    if len(parts) > 1:
+        local = torch.cat([part.to(parameter.dtype) for part in parts], dim=place.dim or 0).to(device)
+    else:
+        local = parts[0].to(device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _regions(parameter: DTensor, place: ParameterSpec) -> list[Region]:
+    """Where this rank's part is in the whole: one region, or one for each block that tp cuts (packed projections)."""
+    mesh = parameter.device_mesh
+    regions: list[list[tuple[int, int]]] = [[(0, size) for size in parameter.shape]]
+    axes = range(mesh.ndim)
+    if place.dim is not None:
+        *axes, tp = axes  # type: ignore[assignment]  # tp is the innermost axis
+        size, rank = mesh.size(tp), mesh.get_local_rank(tp)
+        block = parameter.shape[place.dim] // place.blocks
+        width = block // size
+        regions = [
+            [*regions[0][: place.dim], (index * block + rank * width, width), *regions[0][place.dim + 1 :]]
+            for index in range(place.blocks)
+        ]
+    for axis in axes:
+        placement = parameter.placements[axis]
+        dim = getattr(placement, "dim", None)  # also of torch's own strided shard
+        if dim is None:
+            continue
+        for region in regions:
+            first, count = region[dim]
+            step = -(-count // mesh.size(axis))  # as torch.chunk
+            start = min(mesh.get_local_rank(axis) * step, count)
+            region[dim] = (first + start, min(step, count - start))
+    return [tuple(region) for region in regions]
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on rank 0, if transformers' bars are enabled."""
+    from transformers.utils import logging
+
+    if dist.get_rank() != 0:
+        yield lambda: None
+        return
+    with logging.tqdm(total=total, desc="Reading weights") as bar:
+        yield lambda: bar.update(1)
+
+
+__all__ = ["ValuesSetAside"]
