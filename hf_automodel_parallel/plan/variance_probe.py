@@ -144,14 +144,16 @@ class VarianceProbe(SequenceProbe):
             raise UnsupportedError(f"{self.prefix or 'the model'}: {_first_line(error)}") from error
 
     def _is_sharded(self, name: str) -> bool:
-        return self.spec.parameters.get(name, REPLICATED).dim is not None
+        spec = self.spec.parameters.get(name, REPLICATED)
+        return spec.dim is not None or spec.part_dim is not None
 
     def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
-        dim = self.spec.parameters.get(name, REPLICATED).dim
+        spec = self.spec.parameters.get(name, REPLICATED)
+        dim, parts = (spec.dim, self.tp_size) if spec.part_dim is None else (spec.part_dim, spec.parts)
         inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # elsewhere nothing is followed
         if dim is not None and inside and not self.whole_shapes:
-            shape[dim] //= self.tp_size
+            shape[dim] //= parts
         return tuple(shape)
 
     def _skeleton(self) -> nn.Module:
@@ -340,6 +342,10 @@ class VarianceProbe(SequenceProbe):
             return forward(*args, **kwargs)
         self.path.append(name)
         self.variance.place = name
+        for key, (dim, _) in self.spec.head_arguments.get(name, {}).items():
+            if isinstance(kwargs.get(key), torch.Tensor):
+                own = kwargs[key].narrow(dim, 0, kwargs[key].shape[dim] // self.tp_size)
+                kwargs = {**kwargs, key: self.variance.mark(own, VARYING)}
         if boundary is None:
             output = forward(*args, **kwargs)
         elif boundary.foreign is not None:

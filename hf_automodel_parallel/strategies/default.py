@@ -228,7 +228,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
-        complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
+        if job.plan.origin != "derived":  # which has been proven with values
+            complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         if job.sequence_parallel_regather:
