@@ -11,10 +11,9 @@ from sweep.tiny import causal_lm_types, tiny_config
 #: What a type stands for -> the type. The first six also run on two axes.
 COVERING = {
     "an activation with parameters": "apertus",
-    "experts in one tensor, gate and up packed, shared experts as bare tensors": "inkling_text",
     "latent attention": "deepseek_v3",
     "keys shared between layers, statistics over features, per-layer embeddings": "gemma3n_text",
-    "linear attention beside attention": "qwen3_next",
+    "linear attention beside attention": "qwen3_5_text",
     "norms of heads that the plan does not name": "glm4_moe:use_qk_norm=True",
     "state-space layers and experts": "jamba",
     "a plan that fits a part of the layer only": "doge",
