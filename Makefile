@@ -4,6 +4,7 @@
 #   PYTHON=python    the interpreter that makes it (default python3.11, else python3)
 #   TORCH='...'      what pip installs first (default torch==2.13.0); for instance
 #                    TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+#   SWEEP_ARGS=...   arguments of the sweep, as in SWEEP_ARGS='--only llama --jobs 2'
 #   PYTEST_ARGS=...  more arguments for pytest, as in PYTEST_ARGS='-k lora -x'
 
 SHELL       := /bin/bash
@@ -17,6 +18,7 @@ VENV517 ?= .venv517
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
 PARITY_ARGS ?=
+SWEEP_ARGS ?=
 
 # Several processes share the cores, in the tests and in the demo.
 export OMP_NUM_THREADS ?= 1
@@ -72,6 +74,11 @@ test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
 parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md (two hours; PARITY_ARGS='--matrix sequence --resume')
 	@echo "[parity] every model x adapter x mesh x checkpointing x compile, with sequence parallelism, too, against one process"
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m parity.matrix $(PARITY_ARGS)
+
+.PHONY: sweep
+sweep: $(STAMP) ## every causal-LM type of transformers against one process, written to docs/architectures.md (an hour; continues)
+	@echo "[sweep] every type x full, LoRA, sequence parallelism x tp 2, tp 2 x FSDP2 2, against one process"
+	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m sweep.run $(SWEEP_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff and mypy

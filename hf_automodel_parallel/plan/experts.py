@@ -34,15 +34,17 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
     Raises:
         PlanError: no cut of the weights adds up, or the one of the user's own plan does not.
     """
+    names = {name for name, _ in model.named_modules()}
     known: dict[Any, tuple[dict[str, int] | None, str]] = {}
     for name, boundary in list(spec.modules.items()):
         if boundary.input is not Input.COPY_ALL or boundary.output is not Output.REDUCE:
             continue
         path = name
-        while f"{path}.base_layer" in dict(model.named_modules()):
+        while f"{path}.base_layer" in names:
             path = f"{path}.base_layer"
         module = model.get_submodule(path)
-        own = {key: spec.parameters.get(f"{path}.{key}", ParameterSpec()) for key, p in module._parameters.items() if p is not None}
+        keys = [key for key, parameter in module._parameters.items() if parameter is not None]
+        own = {key: spec.parameters.get(f"{path}.{key}", ParameterSpec()) for key in keys}
         if not any(s.dim is not None for s in own.values()) or any(True for c in module.children() for _ in c.parameters()):
             continue
         shapes = tuple((key, tuple(module._parameters[key].shape), own[key]) for key in own)  # type: ignore[union-attr]

@@ -25,7 +25,7 @@ from .sequence_probe import SequenceProbe, _first_line
 from .spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from .variance import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
 
-_REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between them), or use tp_size=1."
+_REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
 
 
 class _NotSeen(Exception):
@@ -94,13 +94,13 @@ def _add(model: nn.Module, spec: ShardingSpec, probe: VarianceProbe) -> None:
         if module.deferred_bias is not None
     }
     found: dict[str, int] = {}
-    for name, place in probe.trace.partial.items():
+    for name, place in probe.variance.partial.items():
         if name in deferred or spec.parameters.get(name, REPLICATED) != REPLICATED:
             continue
-        if name in probe.trace.complete:
+        if name in probe.variance.complete:
             raise PlanError(
-                f"the parameter {name} is used by {place}, where the values of the ranks differ, and by "
-                f"{probe.trace.complete[name]}, where they are equal, so its gradient is neither whole nor a summand. {_REMEDY}"
+                f"the parameter {name} is used by {place}, where the ranks differ, and by "
+                f"{probe.variance.complete[name]}, where they do not, so its gradient is neither whole nor a summand. {_REMEDY}"
             )
         for other in places[ids[name]]:
             spec.parameters[other] = PARTIAL
@@ -118,7 +118,7 @@ class VarianceProbe(SequenceProbe):
     whole_shapes = False
 
     def look(self) -> None:
-        """Run the stack; what it showed is in :attr:`trace` and :attr:`notes`.
+        """Run the stack; what it showed is in :attr:`variance` and :attr:`notes`.
 
         Raises:
             PlanError: the plan is wrong, see :func:`complete`.
@@ -133,7 +133,7 @@ class VarianceProbe(SequenceProbe):
             key: Value(varying=True) if self._is_sharded(name) else Value(parameters=frozenset([name]))
             for key, name in self.parameters.items()
         }
-        self.trace = VarianceTrace(known)  # type: ignore[assignment]
+        self.variance = VarianceTrace(known)
         self.path: list[str] = []
         try:
             with torch.enable_grad(), compat.quiet_fake_tensors():
@@ -144,16 +144,16 @@ class VarianceProbe(SequenceProbe):
             raise UnsupportedError(f"{self.prefix or 'the model'}: {_first_line(error)}") from error
 
     def _is_sharded(self, name: str) -> bool:
-        place = self.spec.parameters.get(name, REPLICATED)
-        return place.dim is not None or place.part_dim is not None
+        spec = self.spec.parameters.get(name, REPLICATED)
+        return spec.dim is not None or spec.part_dim is not None
 
     def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
-        place = self.spec.parameters.get(name, REPLICATED)
-        if place.dim is not None and not self.whole_shapes:
-            shape[place.dim] //= self.tp_size
-        if place.part_dim is not None and not self.whole_shapes:
-            shape[place.part_dim] //= place.parts
+        spec = self.spec.parameters.get(name, REPLICATED)
+        dim, parts = (spec.dim, self.tp_size) if spec.part_dim is None else (spec.part_dim, spec.parts)
+        inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # elsewhere nothing is followed
+        if dim is not None and inside and not self.whole_shapes:
+            shape[dim] //= parts
         return tuple(shape)
 
     def _skeleton(self) -> nn.Module:
@@ -169,11 +169,11 @@ class VarianceProbe(SequenceProbe):
 
     def _to_real(self, value: Any) -> Any:
         def real(x: torch.Tensor) -> torch.Tensor:
-            flows = x.is_floating_point() and (self.trace.value(x).data or self.trace.value(x).varying)
+            flows = x.is_floating_point() and (self.variance.value(x).data or self.variance.value(x).varying)
             zero = torch.zeros(x.shape, dtype=x.dtype, requires_grad=flows)
             zero = zero.clone() if flows else zero  # code between the layers may change it in place
-            if self.trace.value(x).varying:
-                self.trace.mark(zero, VARYING)
+            if self.variance.value(x).varying:
+                self.variance.mark(zero, VARYING)
             return zero
 
         return compat.tree_map_only(torch.Tensor, real, value)
@@ -184,10 +184,10 @@ class VarianceProbe(SequenceProbe):
         def fake(x: torch.Tensor) -> torch.Tensor:
             if id(x) not in made:
                 made[id(x)] = self.fake.from_tensor(x.detach())
-                if self.trace.value(x).varying:
-                    self.trace.mark(made[id(x)], VARYING)
+                if self.variance.value(x).varying:
+                    self.variance.mark(made[id(x)], VARYING)
                 elif x.requires_grad:
-                    self.trace.mark(made[id(x)], EQUAL)
+                    self.variance.mark(made[id(x)], EQUAL)
             return made[id(x)]
 
         return compat.tree_map_only(torch.Tensor, fake, value)
@@ -199,7 +199,7 @@ class VarianceProbe(SequenceProbe):
                 output = forward(*args, **kwargs)
             for x in compat.tree_leaves(output):
                 if isinstance(x, torch.Tensor) and x.is_floating_point():
-                    self.trace.mark(x, EQUAL)
+                    self.variance.mark(x, EQUAL)
             return self._to_real(output)
 
         return run
@@ -212,24 +212,24 @@ class VarianceProbe(SequenceProbe):
                 fake_args, fake_kwargs = self._to_fake((args, kwargs))
                 if self.whole_shapes:
                     return forward(*fake_args, **fake_kwargs)
-                before = dict(self.trace.partial), dict(self.trace.complete)
-                self.path, self.trace.place = [name], name
+                before = dict(self.variance.partial), dict(self.variance.complete)
+                self.path, self.variance.place = [name], name
                 try:
-                    with torch.no_grad(), self.fake, self.trace:
+                    with torch.no_grad(), self.fake, self.variance:
                         output = forward(*fake_args, **fake_kwargs)
                     first = output[0] if isinstance(output, (tuple, list)) and output else output
-                    if isinstance(first, torch.Tensor) and self.trace.value(first).varying:
+                    if isinstance(first, torch.Tensor) and self.variance.value(first).varying:
                         raise WrongPlan("its output differs between the ranks, because nothing sums or gathers it")
                     break
                 except Exception as error:
-                    self.trace.partial, self.trace.complete = before
+                    self.variance.partial, self.variance.complete = before
                     reason = self._fault(name, self.path[-1], error, (args, kwargs))
                     if reason is None:
                         self.notes.append(
                             f"{name} ({kind.__name__}) was not run without values beforehand: {_first_line(error)}."
                         )
                         tensors = compat.tree_leaves(self._to_fake((args, kwargs)))
-                        output = self.trace.mark(next(x for x in tensors if isinstance(x, torch.Tensor)), EQUAL)
+                        output = self.variance.mark(next(x for x in tensors if isinstance(x, torch.Tensor)), EQUAL)
                         break
                     if self._open(self.path[-1], error):
                         continue
@@ -306,7 +306,7 @@ class VarianceProbe(SequenceProbe):
                         whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
                     copied._parameters[key] = whole
                     full = ".".join(part for part in (block, path, key) if part)
-                    self.trace.mark(whole, Value(parameters=frozenset([full])))
+                    self.variance.mark(whole, Value(parameters=frozenset([full])))
             for key, value in vars(module).items():
                 if "head" in key and type(value) is int:
                     setattr(copied, key, value)
@@ -341,7 +341,11 @@ class VarianceProbe(SequenceProbe):
                 return self._experts(args, kwargs)
             return forward(*args, **kwargs)
         self.path.append(name)
-        self.trace.place = name
+        self.variance.place = name
+        for key, (dim, _) in self.spec.head_arguments.get(name, {}).items():
+            if isinstance(kwargs.get(key), torch.Tensor):
+                own = kwargs[key].narrow(dim, 0, kwargs[key].shape[dim] // self.tp_size)
+                kwargs = {**kwargs, key: self.variance.mark(own, VARYING)}
         if boundary is None:
             output = forward(*args, **kwargs)
         elif boundary.foreign is not None:
@@ -349,7 +353,7 @@ class VarianceProbe(SequenceProbe):
         else:
             output = self._crossed(name, boundary, forward, args, kwargs)
         self.path.pop()  # left where it is by an exception
-        self.trace.place = self.path[-1]
+        self.variance.place = self.path[-1]
         return output
 
     def _experts(self, args: Any, kwargs: Any) -> torch.Tensor:
@@ -358,7 +362,7 @@ class VarianceProbe(SequenceProbe):
         return torch.empty(first.shape, dtype=first.dtype)
 
     def _crossed(self, name: str, boundary: ModuleSpec, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        trace = self.trace
+        trace = self.variance
         if boundary.input is Input.COPY_ALL:
             self._check_equal([x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)])
             if name not in self.opened:  # their miniature has been tried
@@ -390,5 +394,5 @@ class VarianceProbe(SequenceProbe):
         return (fresh, *output[1:]) if isinstance(output, tuple) else fresh
 
     def _check_equal(self, tensors: list[torch.Tensor]) -> None:
-        if any(self.trace.value(x).varying and x.is_floating_point() for x in tensors):
+        if any(self.variance.value(x).varying and x.is_floating_point() for x in tensors):
             raise WrongPlan("its input differs between the ranks, but its boundary takes it for equal on all")

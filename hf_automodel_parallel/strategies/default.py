@@ -228,7 +228,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
-        if job.plan.origin != "derived":  # proven with values and gradients already
+        if job.plan.origin != "derived":  # which has been proven with values
             complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]

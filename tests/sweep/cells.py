@@ -18,11 +18,11 @@ from accelerate.state import AcceleratorState, GradientState
 from harness.compare import full_grads
 from harness.models import lora, make_batches
 from harness.oracle import loss_and_grads
+from parity.cells import judge
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import AutoParallelError
 from hf_automodel_parallel.plan.selection import select_plan
-from parity.cells import judge
 from sweep.tiny import build, vocabulary
 
 SEQUENCE, ROWS = 16, 2

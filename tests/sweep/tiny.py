@@ -121,12 +121,11 @@ def _shrink(config_class: type, model_type: str, overrides: dict[str, Any]) -> A
     except Exception:  # its default contradicts itself; what the exceptions say may mend that
         default = config_class(**exceptions)
     fields = {k: v for k, v in default.to_dict().items() if not k.startswith("_")}
-    parts = dict(getattr(config_class, "sub_configs", None) or {})
     values = {name: small for name, value in fields.items() if (small := _small(name, value, fields)) is not _KEEP}
     layers = next((fields[name] for name in _LAYER_COUNTS if isinstance(fields.get(name), int)), None)
     if layers is not None:
         values |= _fewer_layers(fields, values, layers)
-    for name, part in parts.items():
+    for name in getattr(config_class, "sub_configs", None) or ():
         part_class = type(getattr(default, name, None))
         if hasattr(part_class, "model_type"):
             values[name] = _shrink(part_class, part_class.model_type, {})
