@@ -27,12 +27,13 @@ class AgreedGradients:
     Args:
         root: the root unit.
         mesh: the data-parallel axes.
+        units: those that are gathered with the root and have no agreement yet; None for the root and all its companions.
     """
 
-    def __init__(self, root: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, root: nn.Module, mesh: DeviceMesh, units: list[Companion] | None = None) -> None:
         self.places = _own_parameters(root)
         self.mesh = mesh
-        for unit in (root, *companions(root)):
+        for unit in (root, *companions(root)) if units is None else units:
             compat.before_reduction(unit, self.agree)
 
     def trained(self) -> list[nn.Parameter]:
