@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint.background import wait_for_saves
     from .checkpoint.directory import last_complete_checkpoint
     from .checkpoint.training import load_training_state
+    from .derive.verify import verify_plan
     from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .loading import from_pretrained
     from .plan.optimized import register_optimized_plan
@@ -54,6 +55,7 @@ __all__ = [
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "verify_plan",
     "wait_for_saves",
 ]
 
@@ -64,6 +66,7 @@ _LAZY = {
     "AutoParallelTrainingArguments": ".integrations.trainer",
     "register_optimized_plan": ".plan.optimized",
     "register_plan": ".plan.selection",
+    "verify_plan": ".derive.verify",
     "ParallelizationStrategy": ".strategies.base",
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",

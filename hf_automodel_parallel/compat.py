@@ -56,9 +56,9 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "what is not saved; transformers 5.17 to 5.24",
     ),
     (
-        "transformers",
-        "PreTrainedModel._weight_conversions",
-        "a stand-in for a loaded model is saved under the names that the model was loaded from; 5.17 to 5.24",
+        "transformers.core_model_loading",
+        "revert_weight_conversion",
+        "names and shapes of weights in files; reads model._weight_conversions, see copy_weight_conversions; 5.17 to 5.24",
     ),
     ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
     (
@@ -948,5 +948,7 @@ def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
     trainer._save = save
 
 
-#: Attributes of a transformers model that decide how its weights are called in files; 5.17 to 5.24.
-WEIGHT_CONVERSIONS = ("_weight_conversions",)
+def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` be saved under the names that ``source`` was loaded from."""
+    if "_weight_conversions" in source.__dict__:
+        target._weight_conversions = source.__dict__["_weight_conversions"]

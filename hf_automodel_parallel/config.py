@@ -72,8 +72,8 @@ class AutoParallelismConfig(ParallelismConfig):
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
         sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
             dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
-        sequence_parallel_regather: keep of the gathered inputs of attention and MLP this rank's share alone, and gather them
-            again in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+        sequence_parallel_regather: keep only this rank's share of the inputs of attention and MLP, and gather them again in
+            backward: less memory, for two more all-gathers per dense layer in backward. Goes with
             ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
         loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
             parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole

@@ -181,9 +181,11 @@ def faults(sizes: dict[str, int], parent: str) -> dict[str, str]:
         seen[f"{label}_status"] = directories.status(root / label).kind
     seen["good_after_full"] = load(good)
     # Whole files of FULL_STATE_DICT are written by rank 0 alone.
-    whole = Run(sizes, "llama", None, FULL)
+    plugin = run.accelerator.state.fsdp_plugin
+    plugin.set_state_dict_type(FULL)
     with limited(rank == 0):
-        seen["full_file"] = failing(lambda: whole.accelerator.save_state(str(root / "full_file")))
+        seen["full_file"] = failing(lambda: run.accelerator.save_state(str(root / "full_file")))
+    plugin.set_state_dict_type(SHARDED)
     # A file changed, cut, gone.
     damaged = {
         "flipped": lambda p: p.write_bytes(p.read_bytes()[:-9] + b"x" + p.read_bytes()[-8:]),

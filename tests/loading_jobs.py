@@ -17,6 +17,8 @@ from harness.models import lora
 from parity.jobs import batches_for, data_rank, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +32,7 @@ from transformers import (
 
 from hf_automodel_parallel import AutoParallelismConfig, from_pretrained
 from hf_automodel_parallel.errors import AutoParallelError
+from hf_automodel_parallel.parallelizer import fsdp2_strategy_parallelize
 
 CLASSES = {"lm": AutoModelForCausalLM, "classes": AutoModelForSequenceClassification}
 
@@ -104,6 +107,20 @@ def streamed_gradients(path: str, sizes: dict[str, int], dp_size: int, adapter: 
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size(), full_grads(model)
+
+
+def without_accelerator(path: str) -> tuple[list[str], str | None]:
+    """Parameters that differ when a strategy parallelises a model without an Accelerator; its error on a second try."""
+    mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"))
+    model = from_pretrained(AutoModelForCausalLM, path)
+    want = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+    error = None
+    try:
+        fsdp2_strategy_parallelize(model, mesh, tp_shard_plan={"model.layers.*.no_such_module": "colwise"})
+    except AutoParallelError as caught:
+        error = str(caught)
+    fsdp2_strategy_parallelize(model, mesh, mp_policy=MixedPrecisionPolicy())
+    return [name for name, p in model.named_parameters() if not torch.equal(p.full_tensor(), want[name])], error
 
 
 class Losses(TrainerCallback):

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness.models import build_model
+from harness.fake_ranks import fake_world, sharded
+from harness.models import build_model, make_batches
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.async_tensor_parallel import check_async_tensor_parallel, with_async_tensor_parallel
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.compile import compile_layers
+from hf_automodel_parallel.layers import dissect, find_layers
+from hf_automodel_parallel.plan.names import unwrapped
 from hf_automodel_parallel.strategies import default
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -104,6 +107,33 @@ def test_inductor_fuses_the_collectives_of_our_group_alone(tp_mesh, monkeypatch)
     assert "symm_mem.fused_all_gather_matmul" in fused and "symm_mem.fused_matmul_reduce_scatter" in fused
     assert "symm_mem" not in operators_of(layer(other), inputs, options)  # another group keeps its collectives
     assert "symm_mem" not in operators_of(layer(group), inputs, COMPILED)  # and so does code that is not ours
+
+
+@pytest.mark.parametrize("adapter, scatters", [(None, 2), ({"target_modules": "all-linear"}, 0)], ids=["full", "lora"])
+def test_inductor_fuses_the_collectives_of_a_real_layer(monkeypatch, adapter, scatters):
+    """Both all-gathers and both reduce-scatters of a Llama layer, in forward. With LoRA on o_proj and down_proj a reduce-scatter
+    stands behind the sum of two products, the base layer's and the adapter's, which inductor does not fuse."""
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    found: list[str] = []
+
+    def look(graph):
+        found.extend(str(node.target) for node in graph.nodes if node.op == "call_function")
+        raise Stop
+
+    with fake_world(2):
+        model = sharded("llama", 2, 1, adapter, lambda model: None, sequence_parallel=True)
+        (layer,) = find_layers(unwrapped(model)[0])
+        options = with_async_tensor_parallel({"backend": "inductor"}, layer.forward.shared.group)
+        options["options"]["post_grad_custom_post_pass"] = look
+        torch._dynamo.reset()
+        compile_layers([layer], **options)
+        with pytest.raises(Exception, match="Stop"):
+            model(**make_batches(1, 2, 64, 128, seed=3)[0], use_cache=False)
+    counts = {name: sum(name in operator for operator in found) for name in FUSED}
+    assert counts == {"fused_all_gather_matmul": 2, "fused_matmul_reduce_scatter": scatters}, (counts, found)
+
+
+FUSED = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
 
 
 def test_prepare_compiles_its_layers_with_the_option(monkeypatch):

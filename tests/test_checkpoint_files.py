@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from hf_automodel_parallel import compat
+from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import directory, files, manifest, random_states, reader, writer
 from hf_automodel_parallel.checkpoint.pieces import LocalPart
 from hf_automodel_parallel.compat_checkpoint import METADATA_CLASSES
-from hf_automodel_parallel.errors import CheckpointError
+from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
 
@@ -383,6 +383,12 @@ def test_random_states_are_restored_and_new_rows_draw_otherwise():
         drawn.append(draw())
     assert drawn[0] == drawn[2]
     assert not set(drawn[0]) & set(drawn[1]) and not set(drawn[0]) & set(want)
+
+
+@pytest.mark.parametrize("options", [{"async_save": "yes"}, {"async_save": True, "backend": "megatron_fsdp"}])
+def test_async_save_is_checked(options):
+    with pytest.raises(ConfigError, match=r"async_save="):
+        AutoParallelismConfig(**options)
 
 
 # ---- the seam to the Trainer ---------------------------------------------------------------------------------------

@@ -43,13 +43,13 @@ def by_axis(counts: CollectiveCounts, mesh: DeviceMesh) -> Counts:
 
 
 def forward_and_backward(
-    model_name: str, layer_counts: list[int], sequence_parallel: bool = False
+    model_name: str, layer_counts: list[int], **fields: Any
 ) -> dict[int, tuple[Counts, Counts]]:
     """Collectives of one forward and one backward (no flush: `loss.backward()`), by number of layers."""
     name, adapter = MODELS[model_name]
     result = {}
     for layers in layer_counts:
-        config = AutoParallelismConfig(tp_size=2, sequence_parallel=sequence_parallel)
+        config = AutoParallelismConfig(tp_size=2, **fields)
         accelerator = Accelerator(parallelism_config=config)
         model = build(name, adapter, num_hidden_layers=layers)
         batch = batches_for(model, 1)[0]
@@ -117,6 +117,17 @@ def test_a_dense_layer_on_shares_costs_two_gathers_and_two_reduce_scatters_each_
         assert backward4["tp"] - backward2["tp"] == {"all_gather": 2 * 2, "reduce_scatter": 2 * 2}
         for counts in (*rank[2], *rank[4]):
             assert counts["elsewhere"] == {}
+
+
+@pytest.mark.parametrize("model", ["llama_full", "llama_lora"])
+def test_gathering_again_costs_two_all_gathers_per_layer_in_backward(model):
+    """One for each block, whatever reads its input: q, k and v, gate and up, and their adapters."""
+    fields = {"sequence_parallel": True, "sequence_parallel_regather": True}
+    again = run_distributed(2, forward_and_backward, model, [2, 4], **fields)
+    for rank, kept in zip(again, sequence_costs(model), strict=True):
+        for layers in (2, 4):
+            assert rank[layers][0] == kept[layers][0]
+            assert rank[layers][1]["tp"] - kept[layers][1]["tp"] == {"all_gather": 2 * layers}
 
 
 def test_the_ends_on_shares_cost_no_all_reduce_but_that_of_the_embedding():

@@ -140,14 +140,13 @@ def graphs_while_training(mode: str, adapter: dict | None, layers: int, batches:
 )
 def test_graphs_are_few_whole_and_constant(mode, adapter):
     """At most two graphs (first length, any length) per kind of layer and of pass; none after the second batch."""
-    shallow = run_distributed(2, graphs_while_training, mode, adapter, 2, 20, timeout=240)[0]
-    deep = run_distributed(2, graphs_while_training, mode, adapter, 4, 4, timeout=240)[0]
+    layers = 5  # more than the graphs that are allowed, so that one graph a layer would be too many
+    seen = run_distributed(2, graphs_while_training, mode, adapter, layers, 10, timeout=240)[0]
     kinds = 1 if adapter is None else 2  # a frozen embedding gives the first layer an input without gradient
-    assert not shallow["breaks"] and not deep["breaks"]
-    assert 1 <= shallow["train"][1] <= 2 * kinds
-    assert shallow["train"][1:4] == [shallow["train"][1]] * 3, "a graph after the second batch"
-    assert deep["train"][:4] == shallow["train"][:4], "graphs grow with the depth"
-    evaluation = shallow["eval"][-1] - shallow["train"][3]
-    assert evaluation <= 2 and len(set(shallow["eval"][1:])) == 1, shallow
-    assert shallow["train"][-1] == shallow["eval"][-1], "switching compiles again"
-    assert shallow["keys"] == list(build("llama", adapter).state_dict())
+    assert not seen["breaks"]
+    assert 1 <= seen["train"][1] <= 2 * kinds < layers, "graphs grow with the depth"
+    assert seen["train"][1:4] == [seen["train"][1]] * 3, "a graph after the second batch"
+    evaluation = seen["eval"][-1] - seen["train"][3]
+    assert evaluation <= 2 and len(set(seen["eval"][1:])) == 1, seen
+    assert seen["train"][-1] == seen["eval"][-1], "switching compiles again"
+    assert seen["keys"] == list(build("llama", adapter, num_hidden_layers=layers).state_dict())

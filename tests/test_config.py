@@ -289,6 +289,15 @@ def test_sequence_parallel_needs_more_than_one_rank_of_tp():
         AutoParallelismConfig(sequence_parallel="yes", tp_size=2)
 
 
+def test_gathering_again_needs_sequence_parallel():
+    config = AutoParallelismConfig.parse("tp=2,sequence_parallel,sequence_parallel_regather")
+    assert AutoParallelismConfig.from_dict(config.to_dict()).sequence_parallel_regather
+    with pytest.raises(ConfigError, match=r"sequence_parallel_regather=True .*Set sequence_parallel=True, or leave it out"):
+        AutoParallelismConfig(sequence_parallel_regather=True, tp_size=2)
+    with pytest.raises(ConfigError, match=r"sequence_parallel_regather=1: give true or false"):
+        AutoParallelismConfig(sequence_parallel_regather=1, sequence_parallel=True, tp_size=2)
+
+
 @pytest.mark.parametrize(
     "values",
     [

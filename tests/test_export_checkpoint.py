@@ -194,6 +194,15 @@ def test_mistakes_and_malice_are_friendly_errors_that_leave_everything_as_it_was
     assert not (full / "something").exists() and (full / "model.safetensors").exists()
 
 
+@pytest.mark.both_ends
+def test_a_loaded_model_keeps_its_conversions_in_the_attribute_that_is_copied():
+    import inspect
+
+    from transformers.core_model_loading import revert_weight_conversion
+
+    assert 'getattr(model, "_weight_conversions", None)' in inspect.getsource(revert_weight_conversion)
+
+
 def test_help_has_examples():
     result = CliRunner().invoke(app, ["export", "--help"])
     assert result.exit_code == 0 and "--merge --base path/to/base-model" in " ".join(result.output.split())

@@ -401,7 +401,8 @@ def just_prepare(model: str, adapter: dict[str, Any] | None, sizes: dict[str, in
 )
 def test_gap_14_what_cannot_be_sharded_is_a_clear_error_on_all_ranks(model, message, adapter):
     """Stock: a single key/value head dies in the model's `view()`, deep inside the first forward."""
-    expect_error(2, just_prepare, model, adapter, {"tp_size": 2}, match=rf"(?s){message}")
+    sizes = {"tp_size": 2, "plan_order": ("hf", "registry", "default")}  # without deriving one
+    expect_error(2, just_prepare, model, adapter, sizes, match=rf"(?s){message}")
 
 
 # ---- 16: the plugin and the mesh on CPU ----------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from loading_jobs import (
     streamed_gradients,
     trainer_losses,
     values_sent_by_prepare,
+    without_accelerator,
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -28,6 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from hf_automodel_parallel import CheckpointError, ConfigError, UnsupportedError, from_pretrained
 from hf_automodel_parallel.loading import DeferredTensor
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "load_memory.py"
 
 SIZES = {"tp_size": 2, "dp_shard_size": 2}
 
@@ -72,6 +77,12 @@ def test_every_bit_with_fsdp2_alone(root):
         assert {cell: wrong for cell, wrong in found.items() if wrong} == {}
 
 
+def test_without_an_accelerator(root):
+    """The reference API fills such a model, too; after a refusal it is as it was."""
+    for wrong, error in run_distributed(2, without_accelerator, str(root / "llama")):
+        assert not wrong and "no_such_module" in error
+
+
 @pytest.mark.parametrize("name, adapter", [("llama", True), ("llama_tied", False), ("mixtral", False)])
 def test_parity(root, name, adapter):
     model = build_model(name)
@@ -99,6 +110,21 @@ def test_equal_values_are_not_sent(root):
     assert run_distributed(2, values_sent_by_prepare, path, "in memory") == [0, 0]
     assert run_distributed(2, values_sent_by_prepare, path, "streamed") == [0, 0]
     assert run_distributed(2, values_sent_by_prepare, path, "one differs") == [128 * 64, 128 * 64]
+
+
+def test_memory(tmp_path):
+    """Anonymous memory stays below the shard, the largest tensor and 100 MB; a rank that reads everything is far above."""
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARK), "--size", "240MB", "--dtype", "float32", "--slack", "100MB"]
+    done = subprocess.run(
+        [*command, "--ways", "streamed", "--json", str(figures)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = json.loads(figures.read_text())["streamed"]
+    assert len(ranks) == 4
+    for rank in ranks:
+        whole = 4 * rank["shard"]
+        assert rank["shard"] < rank["peak"] <= rank["shard"] + rank["largest"] + 100e6 < 0.6 * whole
 
 
 # ---- before prepare -----------------------------------------------------------------------------------------------

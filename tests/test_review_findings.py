@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from harness.pool import expect_error, run_distributed
 from parity.jobs import _Rows, batches_for, build, trainable
 
-from hf_automodel_parallel import AutoParallelismConfig, PrepareError, UnsupportedError
+from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
 
 
 def prepared_llama(**sizes: int) -> tuple[Accelerator, Any]:

@@ -311,7 +311,8 @@ def test_intermediate_size_that_does_not_divide():
 
 
 def test_model_without_a_plan():
-    expect_error(2, call_prepare, TP2, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan=")
+    sizes = {**TP2, "plan_order": ["hf", "registry", "default"]}
+    expect_error(2, call_prepare, sizes, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan=")
 
 
 def plan_fails_on_one_rank(rank: int) -> None:

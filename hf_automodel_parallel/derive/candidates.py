@@ -157,7 +157,9 @@ class Observed:
                 continue
             numbers = {k: v for k, v in vars(module).items() if type(v) is int and not k.startswith("_")}
             counting = tuple(k for k, v in numbers.items() if "head" in k and "dim" not in k and 1 < v <= HEADS)
-            wide = tuple(k for k, v in numbers.items() if v == width and re.search("dim|size|width|hidden|feat|embed", k))
+            wide = tuple(
+                k for k, v in numbers.items() if v == width and re.search("dim|size|width|hidden|feat|embed", k)
+            )
             if counting:
                 heads[pattern] = counting
                 counter[pattern] = next((k for k in counting if numbers[k] == HEADS), "")

@@ -32,8 +32,14 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_(decoder_|encoder_)?attention_heads|n_heads?|(decoder_|encoder_)?attention_heads|num_heads", HEADS),
     (r"rotary_dim|qk_rope_head_dim|qk_nope_head_dim", HEAD_DIM // 2),
     (r"head_dim|d_kv|d_head|v_head_dim|dim_head|attention_head_size|kv_channels|qk_head_dim", HEAD_DIM),
-    (r".*intermediate_size|(decoder_|encoder_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|feed_forward_size", INTERMEDIATE),
-    (r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width", HIDDEN),
+    (
+        r".*intermediate_size|(decoder_|encoder_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|feed_forward_size",
+        INTERMEDIATE,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width",
+        HIDDEN,
+    ),
     (r"attention_hidden_size", HIDDEN),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
     (r"mamba_n_?groups|n_groups", 1),

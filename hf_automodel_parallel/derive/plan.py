@@ -97,7 +97,9 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model, which may raise anything
-        raise PlanError(f"a miniature of {type(model).__name__} cannot be run: {type(error).__name__}: {error}.") from error
+        raise PlanError(
+            f"a miniature of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
+        ) from error
     draft = _Draft()
     for group in observed.groups:
         draft = _with_group(draft, group, observed, prover, by_heads)
@@ -109,11 +111,15 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
     draft = _with_ends(draft, small, prover)
     failure = prover.failure(draft.plan())
     if failure is not None:
-        raise PlanError(f"the derived plan of {type(model).__name__} does not compute the same on a miniature: {failure}.")
+        raise PlanError(
+            f"the derived plan of {type(model).__name__} does not compute the same on a miniature: {failure}."
+        )
     seconds = time.monotonic() - started
     notes = [f"derived in {seconds:.1f} s; outputs and every gradient of a miniature are equal on {_RANKS} ranks."]
     if draft.gathered:
-        notes.append(f"{', '.join(draft.gathered)}: sharded one by one, the activations between them are whole on each rank.")
+        notes.append(
+            f"{', '.join(draft.gathered)}: sharded one by one, the activations between them are whole on each rank."
+        )
     notes += [f"{name}: whole on each rank ({reason})." for name, reason in draft.left_out.items()]
     return draft.plan(tuple(notes))
 

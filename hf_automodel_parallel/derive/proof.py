@@ -79,8 +79,8 @@ class Prover:
         except Exception as error:  # of the model's own code too, where shapes no longer fit
             return f"{type(error).__name__}: {first_line(error)}"
         for rank, result in enumerate(results):
-            for got, want in zip(result.outputs, self.want.outputs, strict=True):
-                if got.shape != want.shape or not _close(got, want, float(want.norm())):
+            for got, expected in zip(result.outputs, self.want.outputs, strict=True):
+                if got.shape != expected.shape or not _close(got, expected, float(expected.norm())):
                     return f"the output of rank {rank} differs"
         for name, want in self.want.gradients.items():
             reason = self._gradient(name, want, [r.gradients.get(name) for r in results], spec)

@@ -42,7 +42,8 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
         for value in picked.values():
             needed.update(dict.fromkeys(recording.leaves_of(value)))
     state = {**stand_ins, **{name: fetch(name) for name in needed}}
-    type(model).save_pretrained(model, directory, state_dict=state, **options)  # type: ignore[operator]
+    cls: Any = type(model)  # past what is bound on the instance
+    cls.save_pretrained(model, directory, state_dict=state, **options)
 
 
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -51,11 +52,10 @@ def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: an adapter that is not there; an option that would load an adapter while saving.
     """
-    unknown = [name for name in options.get("selected_adapters") or () if name not in model.peft_config]  # type: ignore[operator]
+    known: Any = model.peft_config
+    unknown = [name for name in options.get("selected_adapters") or () if name not in known]
     if unknown:
-        raise ConfigError(
-            f"selected_adapters={options['selected_adapters']!r}: this model has {list(model.peft_config)}."
-        )  # type: ignore[arg-type]
+        raise ConfigError(f"selected_adapters={options['selected_adapters']!r}: this model has {list(known)}.")
     path = options.get("path_initial_model_for_weight_conversion")
     if path is not None:
         raise ConfigError(

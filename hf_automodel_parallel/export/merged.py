@@ -74,8 +74,8 @@ class _Layer:
 
     path: str
     outer: nn.Module
-    tuners: list[nn.Module] = field(default_factory=list)
-    base: nn.Module | None = None
+    tuners: list[Any] = field(default_factory=list)
+    base: Any = None
     base_path: str = ""
 
 
@@ -109,30 +109,32 @@ class Merging:
         self._values: dict[str, torch.Tensor] = {}
 
     def _find(self) -> None:
-        tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
+        tuner: Any = compat.peft_tuner_layer_type()
+        auxiliary: Any = compat.peft_auxiliary_wrapper_type()
         known = set(self.model.state_dict())
         shared: dict[int, _Layer] = {}
 
-        def visit(module: nn.Module, plain: str, path: str) -> None:
-            if isinstance(module, auxiliary):  # type: ignore[arg-type]
+        def visit(module: Any, plain: str, path: str) -> None:
+            if isinstance(module, auxiliary):
                 inside = self._inside_wrapper(module)
                 visit(module.get_submodule(inside), plain, f"{path}{inside}.")
                 return
-            if isinstance(module, tuner):  # type: ignore[arg-type]
+            if isinstance(module, tuner):
                 layer = _Layer(path, module)
-                base, below = module, path
-                while isinstance(base, tuner):  # type: ignore[arg-type]
+                base: Any = module
+                below = path
+                while isinstance(base, tuner):
                     layer.tuners.append(base)
-                    base, below = base.base_layer, f"{below}base_layer."  # type: ignore[assignment]
+                    base, below = base.base_layer, f"{below}base_layer."
                 layer.base, layer.base_path = base, below
                 for name in base.state_dict():
-                    if any(isinstance(m, tuner) for m in base.modules()):  # type: ignore[arg-type]
+                    if any(isinstance(m, tuner) for m in base.modules()):
                         raise UnsupportedError(
                             f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one."
                         )
                     self.sources[plain + name], self.layers[plain + name] = below + name, layer
-                for parameter in base.parameters():
-                    if shared.setdefault(id(parameter), layer) is not layer:
+                for weight in base.parameters():
+                    if shared.setdefault(id(weight), layer) is not layer:
                         raise UnsupportedError(
                             f"{path[:-1]}: two adapters change one tied weight; merge in one process."
                         )
@@ -151,11 +153,7 @@ class Merging:
         for key, layer in shared.items():  # a head that is tied to an adapted embedding changes with it
             for name in tied.get(key, ()):
                 self.layers[name] = layer
-                self.sources[name] = next(
-                    layer.base_path + n
-                    for n, p in layer.base.named_parameters()
-                    if id(p) == key  # type: ignore[union-attr]
-                )
+                self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
 
     def _inside_wrapper(self, wrapper: Any) -> str:
         """The path below one of PEFT's wrappers of the module that stays, as PEFT's unloading decides."""
@@ -176,9 +174,9 @@ class Merging:
         """
         with torch.device("meta"):
             plain = type(self.inner)(copy.deepcopy(self.inner.config))
-        for name in ("generation_config", *compat.WEIGHT_CONVERSIONS):
-            if hasattr(self.inner, name):
-                setattr(plain, name, copy.deepcopy(getattr(self.inner, name)))
+        if hasattr(self.inner, "generation_config"):
+            plain.generation_config = copy.deepcopy(self.inner.generation_config)
+        compat.copy_weight_conversions(self.inner, plain)
         names = set(plain.state_dict())
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
@@ -236,7 +234,7 @@ class Merging:
 
     @torch.no_grad()
     def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
-        merged_before = [list(t.merged_adapters) for t in layer.tuners]  # type: ignore[call-overload]
+        merged_before = [list(tuner.merged_adapters) for tuner in layer.tuners]
         # DoRA's norm as a sum over ranks: here it sees whole rows.
         methods = [
             (m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__
@@ -244,11 +242,11 @@ class Merging:
         try:
             with _with_values(layer.outer, layer.path, fetch):
                 for tuner in layer.tuners:
-                    type(tuner).merge(tuner, adapter_names=self.adapters)  # type: ignore[operator]
-                return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}  # type: ignore[union-attr]
+                    type(tuner).merge(tuner, adapter_names=self.adapters)
+                return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}
         finally:
             for tuner, before in zip(layer.tuners, merged_before, strict=True):
-                tuner.merged_adapters = before  # type: ignore[assignment]
+                tuner.merged_adapters = before
             for owner, method in methods:
                 owner.__dict__["get_weight_norm"] = method
 

@@ -133,8 +133,9 @@ def _writers(
 
 def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
     """What ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of transformers."""
+    cls: Any = type(model)  # past what is bound on the instance
     with _quiet():
-        type(model).save_pretrained(model, directory, state_dict={})  # type: ignore[operator]
+        cls.save_pretrained(model, directory, state_dict={})
     path = directory / "config.json"
     if dtype is not None and path.exists():
         # The masters of trained parameters may be float32 while the files are in the dtype that the user loaded.

@@ -72,12 +72,12 @@ def bind_saving(model: nn.Module) -> None:
     """Let ``model`` save itself from shards."""
     if getattr(type(model), "save_pretrained", None) is None:
         return
-    original = model.save_pretrained
+    original: Any = model.save_pretrained
     model.save_pretrained = functools.wraps(original)(  # type: ignore[assignment]
         lambda *args, **kwargs: _save_pretrained(model, original, args, kwargs)
     )
     if hasattr(type(model), "push_to_hub"):
-        push = model.push_to_hub
+        push: Any = model.push_to_hub
         model.push_to_hub = functools.wraps(push)(  # type: ignore[assignment]
             lambda *args, **kwargs: _push_to_hub(model, push, args, kwargs)
         )

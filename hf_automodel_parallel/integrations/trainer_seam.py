@@ -24,7 +24,7 @@ def extend_trainer(accelerator: Accelerator) -> Any | None:
     module = sys.modules.get("transformers.trainer")
     trainer = None if module is None else compat.owner_of_running_accelerator_init(accelerator, module.Trainer)
     if trainer is not None:
-        trainer.__class__ = _extended(type(trainer))
+        trainer.__class__ = _extended(type(trainer))  # type: ignore[arg-type]
     return trainer
 
 

@@ -97,7 +97,8 @@ class _Resolver:
                 )
         self._tie(modules)
         self._check_experts()
-        if self.plan.origin not in ("hf", "derived"):  # transformers writes its plans for classes that take the number from the tensor
+        # transformers writes its plans for classes that take the number from the tensor; a derived plan says what counts.
+        if self.plan.origin not in ("hf", "derived"):
             self.spec.head_counts |= local_head_counts(self.model, self.spec, self.tp_size)
         self._local_attributes(modules)
         for name in share_key_value_heads(self.model, self.spec, self.tp_size):

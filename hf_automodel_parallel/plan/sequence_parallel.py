@@ -102,8 +102,8 @@ def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
 def recomputes_anyway(what: str) -> ConfigError:
     """The error for checkpoints that gather again by themselves."""
     return ConfigError(
-        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, and "
-        f"their shares alone are kept. Leave out one of the two; activation_checkpointing='selective' goes with it."
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, "
+        f"and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes with it."
     )
 
 

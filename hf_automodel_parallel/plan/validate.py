@@ -72,7 +72,7 @@ def _counts(config: Any) -> dict[str, int]:
 
 
 def counted_heads(config: Any) -> dict[str, int]:
-    """The counts of attention and key-value heads that ``config`` gives, by name; without those of models that count otherwise."""
+    """The counts of attention and key-value heads that ``config`` gives, by name; none where others have other names."""
     return _counts(config)
 
 

@@ -261,8 +261,10 @@ class VarianceProbe(SequenceProbe):
             return False
         if boundary.output is not Output.REDUCE or boundary.input is not Input.NONE:
             return False
-        if as_matrix(self.model.get_submodule(place), place) is not None:
-            return False
+        module = self.model.get_submodule(place)
+        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
+        if as_matrix(module, place) is not None or not inside or not all(map(self._is_sharded, inside)):
+            return False  # what is whole in there would count once per rank
         self.spec.modules[place] = replace(boundary, input=Input.COPY_ALL)
         self.opened.add(place)
         self.notes.append(f"{place}: the gradients of all its inputs are summed over the ranks, as its output is.")

@@ -39,6 +39,7 @@ from ..fsdp_dtypes import install_companions, own_dtype_parameters
 from ..layers import dissect
 from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
+from ..plan.expert_parallel import refuse_expert_parallel
 from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
 from ..plan.loss import keep_logits_sharded
@@ -202,6 +203,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def check_model(self, job: Job) -> None:
         """Refuse models that cannot be sharded from here."""
         refuse_sharded(job.model)
+        refuse_expert_parallel(job.model)
         check_trainable_as_shards(job.model)
         check_quantized(job.model, job.options.mp_policy.param_dtype, job.tp_mesh is not None, job.load_on_rank_zero)
         scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]

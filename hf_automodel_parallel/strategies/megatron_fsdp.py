@@ -136,7 +136,9 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         """Choose the plan and resolve it on the model; styles that need DTensors in flight are refused."""
         check_peft_method(job.model)
         size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, job.plan_order, job.tp_mesh.size())
+        # Derived plans have been compared under FSDP2 alone; the refusal names the sources that were asked.
+        order = tuple(source for source in job.plan_order if source != "derived")
+        job.plan = select_plan(job.model, job.tp_plan, order, size)
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         check_local(job.spec)

@@ -22,7 +22,9 @@ def built(model_type: str, adapter: bool, **overrides: Any) -> torch.nn.Module:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
         return get_peft_model(model, config)
 
 

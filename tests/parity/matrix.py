@@ -101,8 +101,8 @@ MATRICES = {
         sequence.CI_CELLS,
         [
             "Sequences of 15 tokens, which neither 2 nor 4 ranks divide; eager cells run a second forward, of 10 tokens, before",
-            "  the backward of both. `own` is transformers' gradient checkpointing (not reentrant). LoRA is on all linear layers,",
-            "  and on the experts.",
+            "  the backward of both. `own` is transformers' gradient checkpointing (not reentrant). LoRA is on all linear",
+            "  layers, and on the experts.",
             "`gathered again`: `sequence_parallel_regather=True`.",
         ],
     ),

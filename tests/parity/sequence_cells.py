@@ -127,5 +127,34 @@ def run_cell(cell: SequenceCell, backend: str, timeout: float = 280.0) -> Verdic
     return judge(loss, gradients, *want)
 
 
+#: model -> the modes of checkpointing whose cells are compiled: mostly on tp2, where there are two processes to compile.
+_COMPILED = {
+    "llama": ("none",),
+    "llama_tied": ("none",),
+    "qwen3": ("full",),
+    "gemma3": ("selective",),
+    "phi3": ("submodule",),
+    "mistral": ("own",),
+    "mixtral": ("selective",),
+    "qwen3_moe": ("submodule",),
+    "olmo2": ("full",),
+    "cohere": ("none",),
+}
+
+
+def _checked() -> list[SequenceCell]:
+    """Every model with every mode of checkpointing; adapters and meshes in turn."""
+    cells = []
+    for row, model in enumerate(AXES["model"]):
+        for column, mode in enumerate(AXES["checkpointing"]):
+            adapter = AXES["adapter"][(row + column) % 2]
+            mesh = AXES["mesh"][(row + column) % 3]
+            again = mode == ("selective" if row % 4 < 2 else "none")
+            compiled = mode in _COMPILED[model]
+            cells.append(SequenceCell(model, adapter, mesh, mode, compiled, "again" if again else "kept"))
+    cells.append(SequenceCell("llama", "lora", "tp2_fsdp2", "selective", True))
+    return cells
+
+
 #: Every pair of values of two axes, see :func:`uncovered`.
-CI_CELLS: list[SequenceCell] = []
+CI_CELLS = _checked()

@@ -91,34 +91,3 @@ def outputs_of_one_model(name: str, sizes: dict[str, Any]) -> dict[str, list[tor
     model = build(name, attn_implementation="eager")
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
     return outputs(model, accelerator.backward)
-
-
-def saved_bytes_on_shares(name: str, sizes: dict[str, Any], overrides: dict[str, Any], length: int) -> int:
-    """Bytes that one forward saves for backward outside of attention, MLP and head: what norms, residuals and dropout keep.
-
-    Each storage counts once. Parameters and what a block keeps (which a norm's output may be, in a block's place) do not count.
-    """
-    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
-    model = build(name, **overrides).train()
-    batch = batches_of(model, 1, length)[0]
-    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    inside: list[torch.nn.Module] = []
-    outside: dict[int, int] = {}
-    alive = []
-    parameters = {p.to_local().untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if not inside and storage.data_ptr() not in parameters and x.ndim == 3:
-            outside[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            block.register_forward_pre_hook(lambda m, _: inside.append(m), prepend=True)
-            block.register_forward_hook(lambda m, a, o: inside.clear())
-    model.lm_head.register_forward_pre_hook(lambda m, _: inside.append(m), prepend=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(**batch, use_cache=False)
-    return sum(outside.values())

@@ -11,45 +11,13 @@ from harness.pool import DistributedFailure, expect_error, run_distributed
 from hf_automodel_parallel.compat import checkpoints_around_calls
 from parity.jobs import batches_for, build
 from parity.random_jobs import gradients_and_masks, replayed_masks
-from parity.sequence_jobs import (
-    ODD,
-    batches_of,
-    freeze,
-    outputs,
-    outputs_of_one_model,
-    saved_bytes_on_shares,
-    sequence_gradients,
-)
+from parity.sequence_cells import CHECKPOINTS, CI_CELLS, run_cell, uncovered
+from parity.sequence_jobs import ODD, batches_of, freeze, outputs, outputs_of_one_model, sequence_gradients
 from parity.test_gradients import LORA, MESHES
 from parity.test_random import assembled, shapes_of
 
-MODELS = [
-    "llama",
-    "llama_tied",
-    "llama_odd_vocab",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "mistral",
-    "mixtral",
-    "mixtral_aux",
-    "qwen3_moe",
-    "qwen3_moe_aux",
-    "olmo2",
-    "cohere",
-]
-
-#: Every model full and with LoRA on tp2 x fsdp2; on the other meshes in turn.
-CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]
-CELLS += [
-    (model, mesh, (None, LORA)[(row + column) % 2])
-    for column, mesh in enumerate(("tp2", "tp4"))
-    for row, model in enumerate(MODELS)
-]
-
-
-def label(cell: tuple[str, str, Any]) -> str:
-    return f"{cell[0]}-{cell[1]}-{'full' if cell[2] is None else 'lora'}"
+#: Models of the adapters' matrix that the one of sequence parallelism does not have.
+MORE_MODELS = [("llama_odd_vocab", "tp2_fsdp2", None), ("mixtral_aux", "tp4", None), ("qwen3_moe_aux", "tp2_fsdp2", LORA)]
 
 
 def check(
@@ -78,38 +46,44 @@ def check(
     assert_gradients_equal(gradients, want)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=label)
-def test_gradients_equal_one_process(cell):
-    check(*cell)
+@pytest.mark.parametrize("cell", CI_CELLS, ids=str)
+def test_cells_of_the_matrix(cell):
+    """Odd lengths; eager ones with two forwards of different lengths before one backward, so that recomputations know theirs."""
+    verdict = run_cell(cell, "aot_eager")
+    assert not verdict.problems, verdict
 
 
-#: name -> (config fields, arguments of the job)
-CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full": ({"activation_checkpointing": "full"}, {}),
-    "submodule": ({"activation_checkpointing": "submodule"}, {}),
-    "selective": ({"activation_checkpointing": "selective"}, {}),
-    "own": ({}, {"own_checkpointing": {"use_reentrant": False}}),
-    "own-reentrant": ({}, {"own_checkpointing": {"use_reentrant": True}}),
-}
+def test_every_pair_of_values_is_covered():
+    assert uncovered(CI_CELLS) == set()
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTS)
-@pytest.mark.parametrize("model, adapter", [("llama", LORA), ("cohere", None), ("mixtral_aux", None), ("phi3", LORA)])
-def test_a_recomputation_knows_the_length_of_its_own_forward(model, adapter, mode):
-    """Two forwards of different lengths, one divided by tp and one not, before one backward of both."""
-    sizes, more = CHECKPOINTS[mode]
-    check(model, "tp2", adapter, sizes, lengths=(15, 10), **more)
+@pytest.mark.parametrize("model, mesh, adapter", MORE_MODELS)
+def test_gradients_equal_one_process(model, mesh, adapter):
+    check(model, mesh, adapter)
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective"])
-def test_compiled(mode):
-    sizes = {"compile": "aot_eager", "activation_checkpointing": mode}
-    check("llama", "tp2_fsdp2" if mode == "none" else "tp2", LORA, sizes)
+OWN_REENTRANT = {"own_checkpointing": {"use_reentrant": True}}
 
 
-@pytest.mark.parametrize("model", ["mixtral", "cohere"])
-def test_compiled_models(model):
-    check(model, "tp2", None, {"compile": "aot_eager"})
+def test_a_reentrant_recomputation_knows_the_length_of_its_own_forward():
+    check("mixtral_aux", "tp2", None, lengths=(15, 10), **OWN_REENTRANT)
+
+
+REGATHER = {"tp_size": 2, "sequence_parallel_regather": True}
+
+
+@pytest.mark.parametrize(
+    "fields, more, named",
+    [
+        ({"activation_checkpointing": "full"}, {}, "activation_checkpointing='full'"),
+        ({"activation_checkpointing": "submodule"}, {}, "activation_checkpointing='submodule'"),
+        ({}, {"own_checkpointing": {"use_reentrant": False}}, "the model's own gradient checkpointing"),
+    ],
+    ids=["full", "submodule", "own"],
+)
+def test_gathering_again_is_refused_where_it_happens_anyway(fields, more, named):
+    message = rf"sequence_parallel_regather=True with {named}: .*Leave out one of the two"
+    expect_error(2, sequence_gradients, "llama", {**REGATHER, **fields}, match=message, **more)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5])
@@ -120,7 +94,7 @@ def test_sequences_shorter_than_the_ranks(length):
 @pytest.mark.both_ends
 @pytest.mark.parametrize("mode", ["full", "own", "own-reentrant"])
 def test_both_supported_transformers_versions(mode):
-    sizes, more = CHECKPOINTS[mode]
+    sizes, more = ({}, OWN_REENTRANT) if mode == "own-reentrant" else CHECKPOINTS[mode]
     build("llama")  # loads the part of transformers that is asked
     if mode.startswith("own") and checkpoints_around_calls():
         with pytest.raises(DistributedFailure, match="needs transformers 5.23 or later.*activation_checkpointing='full'"):
@@ -152,6 +126,11 @@ def test_one_rank_of_tp_is_refused():
     )
 
 
+def test_context_parallelism_beside_it_is_refused():
+    message = r"cp_size=2 cannot be used with LlamaForCausalLM: sequence_parallel=True .*Leave out one of the two"
+    expect_error(4, sequence_gradients, "llama", {"tp_size": 2, "cp_size": 2}, match=message)
+
+
 def test_a_layer_that_cannot_be_understood_is_refused_by_name():
     expect_error(
         2,
@@ -177,18 +156,6 @@ def test_outputs_are_whole():
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("model", ["llama", "phi3"])
-def test_saved_activations_on_shares(model):
-    """Norm inputs, residuals and dropout masks: a quarter at tp4, beside what is whole in both (measured: see the message)."""
-    overrides = {"num_key_value_heads": 4, "num_hidden_layers": 4}
-    if model == "phi3":
-        overrides["resid_pdrop"] = 0.1
-    job = (saved_bytes_on_shares, model)
-    plain = run_distributed(4, *job, {"tp_size": 4}, overrides, 64)[0]
-    shares = run_distributed(4, *job, {"tp_size": 4, "sequence_parallel": True}, overrides, 64)[0]
-    assert plain > 0 and shares <= 0.35 * plain, f"{shares} of {plain} bytes: {shares / plain:.3f}"
-
-
 # ---- dropout -----------------------------------------------------------------------------------------------------------
 
 RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
@@ -197,7 +164,7 @@ RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pd
 @pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
 def test_masks(mode):
     """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat them."""
-    sizes, more = ({}, {}) if mode == "none" else CHECKPOINTS[mode]
+    sizes, more = CHECKPOINTS[mode]
     own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
     adapter = {**LORA, "lora_dropout": 0.25}
     loss, gradients, masks = run_distributed(

@@ -1,0 +1,118 @@
+"""Deriving plans in one process: what is found, what is refused, and that a wrong plan is not proven."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness.models import build_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hf_automodel_parallel import verify_plan
+from hf_automodel_parallel.derive.miniature import build_miniature, miniature_config
+from hf_automodel_parallel.derive.plan import derived_plan
+from hf_automodel_parallel.derive.proof import Prover
+from hf_automodel_parallel.errors import PlanError
+from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.spec import Plan, PlanEntry
+from hf_automodel_parallel.tensor_parallel.in_process import run_ranks
+
+
+def styles(plan: Plan) -> dict[str, str]:
+    return {pattern: entry.style for pattern, entry in plan.entries.items()}
+
+
+GPT2 = {
+    "transformer.h.*.attn.c_attn": "qkv_colwise",
+    "transformer.h.*.attn.c_proj": "rowwise",
+    "transformer.h.*.mlp.c_fc": "colwise",
+    "transformer.h.*.mlp.c_proj": "rowwise",
+    "transformer.wte": "embedding_rowwise",
+    "lm_head": "colwise_gather_output",
+}
+
+
+def test_gpt2():
+    model = build_model("gpt2")
+    state = torch.get_rng_state()
+    plan = select_plan(model, plan_order=("hf", "registry", "default", "derived"), tp_size=2)
+    assert torch.equal(torch.get_rng_state(), state), "the random state of the training is left alone"
+    assert plan.origin == "derived" and styles(plan) == GPT2
+    assert plan.counts == {"transformer.h.*.attn": ("num_heads", "embed_dim", "split_size")}
+    assert any("no _tp_plan" in note for note in plan.notes) and any("gradient" in note for note in plan.notes)
+
+
+def test_heads_that_do_not_divide_are_gathered():
+    """Three ranks cannot share four heads: the projections are sharded, the attention is whole on each rank."""
+    plan = derived_plan(build_model("gpt2", num_attention_heads=4), tp_size=3)
+    assert styles(plan)["transformer.h.*.attn.c_attn"] == "colwise_gather_output"
+    assert styles(plan)["transformer.h.*.mlp.c_fc"] == "colwise" and not plan.counts
+
+
+def test_a_plan_that_forgets_something_is_not_proven():
+    """The proof is what makes a derived plan safe, so it has to see every kind of mistake."""
+    small = build_miniature(build_model("gpt2"))
+    prover = Prover(small, 2)
+
+    def failure(changes: dict[str, str], counts: dict[str, tuple[str, ...]]) -> str | None:
+        wanted = {k: v for k, v in (GPT2 | changes).items() if v}
+        return prover.failure(Plan("derived", {k: PlanEntry(k, v, "") for k, v in wanted.items()}, counts=counts))
+
+    right = {"transformer.h.*.attn": ("split_size",)}
+    assert failure({}, right) is None
+    assert "ValueError" in failure({}, {}), "its forward splits into thirds of the whole width"
+    assert failure({"transformer.h.*.attn.c_attn": "colwise"}, right) is not None, "q, k and v are mixed up"
+    assert failure({"transformer.h.*.mlp.c_fc": ""}, right) is not None
+    # Only a gradient shows this one: the norm's output enters the sharded region through no boundary.
+    qwen = Prover(build_miniature(build_model("qwen3")), 2)
+    entries = select_plan(build_model("qwen3")).entries
+    assert qwen.failure(Plan("explicit", dict(entries))) is None
+    forgotten = {k: v for k, v in entries.items() if "norm" not in k}
+    assert "gradient of model.layers.0.self_attn" in qwen.failure(Plan("explicit", forgotten))
+
+
+def test_verify_plan():
+    report = verify_plan(build_model("llama").config, tp=2)
+    assert report.plan.origin == "hf" and report.ranks == 2 and report.parameters > 20
+    with pytest.raises(PlanError, match=r"does not compute what one process does.*tp_plan"):
+        wrong = {"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+        verify_plan(build_model("llama"), tp=2, plan=wrong)
+    with pytest.raises(PlanError, match="tp=1"):
+        verify_plan(build_model("llama"), tp=1)
+
+
+def test_what_cannot_be_tried_is_refused():
+    class Plain(nn.Module):
+        pass
+
+    with pytest.raises(PlanError, match="Plain has no config"):
+        derived_plan(Plain())
+    with pytest.raises(
+        PlanError, match=r"no tensor-parallel plan for the class Plain.*tp_plan=.*derived: Plain has no"):
+        select_plan(Plain(), plan_order=("hf", "derived"))
+
+
+def test_a_rank_that_fails_releases_the_others():
+    def wait(mesh):
+        if mesh.rank == 1:
+            raise RuntimeError("no such shape")
+        mesh.exchange(torch.zeros(1))
+
+    with pytest.raises(RuntimeError, match="no such shape"):
+        run_ranks(3, wait)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_encoders_with_a_classification_head(model_type):
+    config = AutoConfig.for_model(model_type, num_labels=3, pad_token_id=0, vocab_size=400)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(miniature_config(config))
+    plan = derived_plan(model, tp_size=2)
+    assert "rowwise" in styles(plan).values() and "embedding_rowwise" in styles(plan).values()
+
+
+def test_the_users_config_is_left_alone():
+    model = build_model("gpt2")
+    before = model.config.to_dict()
+    miniature_config(model.config)
+    assert model.config.to_dict() == before

@@ -1,0 +1,175 @@
+"""A resolved plan is run on the shapes of one rank without values, and fused experts are tried on a miniature."""
+
+import json
+
+import pytest
+import torch
+from harness.models import lora
+from sweep.tiny import build
+
+from hf_automodel_parallel.errors import PlanError, UnsupportedError
+from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.plan.expert_parallel import refuse_expert_parallel
+from hf_automodel_parallel.plan.resolve import resolve
+from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.spec import PARTIAL, Input, Output
+from hf_automodel_parallel.plan.variance import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
+from hf_automodel_parallel.plan.variance_probe import complete
+
+
+def completed(model, tp_plan=None, size=2):
+    plan = select_plan(model, tp_plan)
+    spec = resolve(model, plan, size)
+    complete(model, spec, dissect(model).layers, size, plan.strict)
+    return spec
+
+
+def partial(spec):
+    return {name.rpartition("layers.0.")[2] for name, p in spec.parameters.items() if p == PARTIAL and "layers.0." in name}
+
+
+# ---- parameters between sharded layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model_type, overrides, expected",
+    [
+        ("llama", {}, set()),
+        ("apertus", {}, {f"self_attn.{n}_norm.weight" for n in "qk"} | {f"mlp.act_fn.alpha_{n}" for n in "np"}),
+        ("glm4_moe", {"use_qk_norm": True}, {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}),
+        (
+            "phi",
+            {"qk_layernorm": True},
+            {f"self_attn.{n}_layernorm.{p}" for n in "qk" for p in ("weight", "bias")},
+        ),
+    ],
+)
+def test_replicated_parameters_on_differing_values_get_a_partial_gradient(model_type, overrides, expected):
+    assert partial(completed(build(model_type, **overrides))) == expected
+
+
+def test_the_names_that_peft_gives_are_marked_too():
+    spec = completed(lora(build("apertus")))
+    assert spec.parameters["base_model.model.model.layers.1.mlp.act_fn.alpha_p"] == PARTIAL
+
+
+def test_what_is_marked_is_in_the_table_for_people():
+    rows = [row for row in completed(build("apertus")).rows if row[4] == "derived: run without values"]
+    assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, grad summed") in [r[:4] for r in rows]
+
+
+# ---- plans that cannot be right ----------------------------------------------------------------------------------------
+
+LAYER = "model.layers.*."
+HALVES = {
+    "only the way in": ({LAYER + "mlp.up_proj": "colwise"}, r"model\.layers\.0\.mlp \(LlamaMLP\)"),
+    "one of two factors": (
+        {LAYER + "mlp.up_proj": "colwise", LAYER + "mlp.down_proj": "rowwise"},
+        r"model\.layers\.0\.mlp \(LlamaMLP\)",
+    ),
+    "only the queries": (
+        {LAYER + "self_attn.q_proj": "colwise", LAYER + "self_attn.o_proj": "rowwise"},
+        r"model\.layers\.0\.self_attn",
+    ),
+    "only the way out": ({LAYER + "mlp.down_proj": "rowwise"}, r"model\.layers\.0\.mlp\.down_proj"),
+    "a sum of equal values": ({LAYER + "mlp": "all_reduce"}, r"model\.layers\.0\.mlp .*counts that many times"),
+}
+
+
+@pytest.mark.parametrize("plan, where", HALVES.values(), ids=HALVES.keys())
+def test_an_explicit_plan_with_half_of_a_pair_is_refused_by_name(plan, where):
+    with pytest.raises(PlanError, match=where):
+        completed(build("llama"), plan)
+
+
+def test_where_a_model_brings_a_plan_that_does_not_fit_the_part_stays_whole():
+    spec = completed(build("doge"))
+    assert not [name for name in (*spec.modules, *spec.parameters) if ".self_attn." in name]
+    assert "model.layers.0.mlp.up_proj" in spec.modules
+    assert any("model.layers.1.self_attn is left whole on every rank" in note for note in spec.notes)
+
+
+def test_a_statistic_over_features_that_are_spread_over_ranks_is_seen():
+    spec = completed(build("gemma3n_text"))
+    assert not [name for name in spec.modules if "layers.0.mlp." in name]
+    assert [name for name in spec.modules if "layers.0.self_attn." in name]
+    assert any("aten.mean.dim combines features" in note for note in spec.notes)
+
+
+# ---- experts -----------------------------------------------------------------------------------------------------------
+
+
+def test_fused_experts_are_cut_so_that_the_shares_add_up():
+    spec = completed(build("inkling_text"))  # its plan says one block, its forward takes the halves for gate and up
+    assert spec.parameters["model.layers.0.mlp.experts.gate_up_proj"].blocks == 2
+    assert spec.modules["model.layers.0.mlp.shared_experts"].input is Input.COPY_ALL
+    assert spec.modules["model.layers.0.mlp.shared_experts"].output is Output.REDUCE
+
+
+def test_adapters_on_fused_experts_follow_the_cut():
+    adapters = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    spec = completed(lora(build("inkling_text"), **adapters))
+    cut = [p for name, p in spec.parameters.items() if "experts" in name and "lora_B" in name and p.dim is not None]
+    assert cut and all(p.blocks == 2 for p in cut)
+
+
+def test_an_explicit_plan_that_cuts_fused_experts_wrongly_is_refused():
+    experts = LAYER + "mlp.experts"
+    plan = {experts: "moe_tp_experts", f"{experts}.gate_up_proj": "colwise", f"{experts}.down_proj": "rowwise"}
+    with pytest.raises(PlanError, match="do not add up to the whole. gate_up_proj is packed"):
+        completed(build("qwen3_moe"), plan)
+    spec = completed(build("qwen3_moe"), plan | {f"{experts}.gate_up_proj": "packed_colwise"})
+    assert spec.parameters["model.layers.0.mlp.experts.gate_up_proj"].blocks == 2
+
+
+@pytest.mark.parametrize("wanted", [{"ep_size": 2}, {"enable_expert_parallel": True}], ids=json.dumps)
+def test_expert_parallelism_of_transformers_is_refused_by_name(wanted):
+    model = build("qwen3_moe")
+    refuse_expert_parallel(model)
+    model.config.distributed_config = wanted
+    with pytest.raises(UnsupportedError, match=f"{next(iter(wanted))}=.*expert parallelism.*Use tp_size"):
+        refuse_expert_parallel(model)
+
+
+# ---- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_rules():
+    weight, x, own = torch.ones(4), torch.ones(3, 4), torch.ones(3, 4)
+    trace = VarianceTrace({id(weight): Value(parameters=frozenset(["w"]))})
+    trace.mark(x, EQUAL)
+    trace.mark(own, VARYING)
+    with trace:
+        doubled = weight * 2
+        assert trace.value(doubled).parameters == {"w"}
+        assert trace.value(x * doubled) == EQUAL and "w" in trace.complete and not trace.partial
+        assert trace.value(own + doubled) == VARYING and "w" in trace.partial
+        with pytest.raises(WrongPlan, match="all ranks share"):
+            x * own
+        assert trace.value(trace.copied(x) * own) == VARYING
+        target = torch.zeros(3, 4)
+        target[:, :2].copy_(own[:, :2])  # through a view
+        assert trace.value(target).varying
+
+
+def test_a_tail_that_differs_is_told_from_the_rest():
+    x = torch.ones(3, 10)
+    trace = VarianceTrace({})
+    trace.mark(x, Value(varying=True, tail=4))
+    with trace:
+        latent, rotary = torch.split(x, [6, 4], dim=-1)
+        assert (trace.value(latent), trace.value(rotary)) == (EQUAL, VARYING)
+        assert trace.value(x[..., :6]) == EQUAL
+
+
+def test_shares_of_features_are_not_combined():
+    x = torch.ones(2, 3, 8)
+    trace = VarianceTrace({})
+    trace.mark(x, FEATURES)
+    with trace:
+        y = torch.nn.functional.silu(x)
+        with pytest.raises(WrongPlan, match="only a share"):
+            y.mean(-1)
+        assert y.mean(1) is not None  # over tokens
+        heads = y.view(2, 3, 2, 4)
+        assert heads.mean(-1) is not None  # within a head
