@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from .adapters import shown_instead
 from .errors import UnsupportedError
 from .fsdp import check_packed_parameters, fsdp_units, unit_options
-from .fsdp_dtypes import Companion, separate_unit
+from .fsdp_dtypes import Companion, companions, separate_unit
 from .plan.names import unwrapped
 from .plan.resolve import resolve
 from .plan.sequence_parallel import carry_over
@@ -33,6 +33,7 @@ from .tensor_parallel.random import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
+from .towers.gradients import AgreedGradients
 
 if TYPE_CHECKING:
     from .strategies.base import Job
@@ -188,6 +189,7 @@ def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, 
         if draws_random_numbers(model):
             synchronize_rng(job.tensor_parallel.mesh)
             synchronize_at_first_forward(model, job.tensor_parallel.mesh)
+    before = companions(model)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):
         members = by_unit[_unit_around(model, name), model.get_parameter(name).dtype]
@@ -199,6 +201,8 @@ def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, 
         options["ignored_params"] = others | job.options.ignored_parameters
         # Said explicitly: FSDP2 takes a unit that comes late for a root, which it would not free after its forward.
         separate_unit(unit, members, **options, reshard_after_forward=job.options.reshard_after_forward)
+    if job.anatomy is not None and job.anatomy.towers and job.options.towers != "layers" and job.dp_mesh.size() > 1:
+        AgreedGradients(model, job.dp_mesh, [unit for unit in companions(model) if unit not in before])
     if job.tensor_parallel is not None:
         job.tensor_parallel.partial.resolve()
 

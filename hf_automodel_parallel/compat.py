@@ -182,6 +182,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+        "FSDPParamGroup.post_backward",
+        "see before_reduction; torch has no hook there (2.11 to 2.13)",
+    ),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     (
         "torch.distributed.device_mesh",
@@ -706,6 +711,17 @@ def initialize_fsdp(model: nn.Module) -> None:
     Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+
+
+def before_reduction(unit: Any, function: Callable[[], None]) -> None:
+    """Call ``function`` in each backward when the gradients of an FSDP2 unit are complete, before they are reduced."""
+
+    def call(post_backward: Callable[..., None], *args: Any) -> None:
+        function()
+        post_backward(*args)
+
+    for group in _fsdp_groups(unit._get_fsdp_state()):
+        group.post_backward = functools.partial(call, group.post_backward)
 
 
 def trainer_signal_manager_type() -> type | None:

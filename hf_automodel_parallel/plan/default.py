@@ -57,10 +57,6 @@ def _head_norms(model: nn.Module, prefix: str) -> dict[str, PlanEntry]:
     return entries
 
 
-def _sizes(module: nn.Module) -> list[int]:
-    return [p.numel() for p in module.parameters()]
-
-
 def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
     """The default plan for ``model`` (unwrapped), if it can be seen to be right there.
 

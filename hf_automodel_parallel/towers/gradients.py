@@ -8,8 +8,6 @@ process, where an optimizer then leaves it alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,40 +15,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
-from ..fsdp_dtypes import Companion
+from ..fsdp_dtypes import Companion, companions
 
 
 class AgreedGradients:
-    """The agreement for one sharded model: one all-reduce of a byte per parameter at the end of each backward.
+    """The agreement for one sharded model: one all-reduce of a byte per parameter in each backward.
 
-    It is asked for by the first gradient that reaches an output of the model, before FSDP2 does so for its own end of the
-    backward, which therefore comes after it. Without trained parameters in the root there is no collective.
+    It happens when the gradients of the root are complete, which FSDP2 reduces last. Without trained parameters in the root
+    there is no collective.
 
     Args:
         root: the root unit.
         mesh: the data-parallel axes.
+        units: those that are gathered with the root and have no agreement yet; None for the root and all its companions.
     """
 
-    def __init__(self, root: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, root: nn.Module, mesh: DeviceMesh, units: list[Companion] | None = None) -> None:
         self.places = _own_parameters(root)
         self.mesh = mesh
-        self.queued = False
-        root.register_forward_hook(self.watch, prepend=True)
-
-    def watch(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook of the root: notice a backward through its output."""
-        self.queued = False  # a backward that raised never came to its end
-        if not torch.is_grad_enabled() or not self.trained():
-            return
-        for leaf in compat.tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(self.ask)
-
-    def ask(self, _: torch.Tensor) -> None:
-        """Tensor hook: agree when this backward is over."""
-        if not self.queued:
-            self.queued = True
-            compat.after_backward(self.agree)
+        for unit in (root, *companions(root)) if units is None else units:
+            compat.before_reduction(unit, self.agree)
 
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters of the root, as they stand in their modules now: gathered, while a backward runs."""
@@ -59,8 +43,9 @@ class AgreedGradients:
     @torch.no_grad()
     def agree(self) -> None:
         """Collective over the data-parallel ranks."""
-        self.queued = False
         parameters = self.trained()
+        if not parameters:
+            return
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         present = present.to(self.mesh.device_type)
         for dim in range(self.mesh.ndim):

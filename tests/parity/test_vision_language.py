@@ -9,6 +9,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.pool import expect_error, run_distributed
 from torch import nn
 
+from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import ConfigError, UnsupportedError
 from hf_automodel_parallel.fsdp import ShardingOptions
 from hf_automodel_parallel.layers import dissect
@@ -132,3 +133,10 @@ def test_a_replicated_tower_is_gathered_by_nobody_and_saved():
     )
     for (whole, equal, _), (none, _, _) in zip(replicated, root, strict=True):
         assert equal and none == [] and whole and all("vision_tower" in name for name in whole)
+
+
+def test_the_option_is_read_and_checked():
+    assert AutoParallelismConfig.parse("tp=2,towers=layers").towers == "layers"
+    assert AutoParallelismConfig(tp_size=2).towers is None
+    with pytest.raises(ConfigError, match="towers='tower': give one of root, layers, replicated"):
+        AutoParallelismConfig(tp_size=2, towers="tower")
