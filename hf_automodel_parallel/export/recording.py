@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import compat
 from ..compat import TorchDispatchMode, tree_leaves, tree_map_only
 from ..errors import UnsupportedError
 
@@ -143,7 +144,7 @@ class Recording(TorchDispatchMode):
         if id(tensor) in self._leaves:
             return whole
         func, args, kwargs, index = self._made_by[id(tensor)]
-        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+        if func in (torch.ops.aten.clone.default, compat.cast_operator()):
             return self._view(args[0], whole)
         args, kwargs = tree_map_only(torch.Tensor, lambda x: self._view(x, whole), (args, kwargs))
         made = func(*args, **kwargs)
