@@ -372,7 +372,6 @@ class AutoParallelismConfig(ParallelismConfig):
                 _check_alone()
                 self.resolve_sizes(1)
                 return None
-            from .mesh import inherit_timeouts
             from .synchronize import agreement, check_same_sizes
 
             with agreement("AutoParallelismConfig"):
@@ -380,6 +379,8 @@ class AutoParallelismConfig(ParallelismConfig):
             check_same_sizes(self._sizes)
         mesh = super().get_device_mesh(device_type)
         if mesh is not None:
+            from .mesh import inherit_timeouts
+
             inherit_timeouts(mesh)
         return mesh
 

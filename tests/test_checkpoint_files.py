@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import directory, files, manifest, random_states, reader, writer
 from hf_automodel_parallel.checkpoint.pieces import LocalPart
-from hf_automodel_parallel.compat_checkpoint import METADATA_CLASSES
+from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hf_automodel_parallel import compat
 
 PACKAGE = Path(hf_automodel_parallel.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMPAT = PACKAGE / "compat.py"
+COMPAT = sorted((PACKAGE / "compat").glob("*.py"))
 LIBRARIES = {"torch", "transformers", "accelerate", "peft"}
 
 #: The last part of each name in the table, and the private parts of its modules.
@@ -138,9 +138,7 @@ def test_every_listed_name_has_a_reason_and_stands_once():
 
 def test_every_listed_name_is_used():
     """What is no longer used is no longer listed."""
-    text = "\n".join(path.read_text() for path in FILES if path != COMPAT)
-    table = COMPAT.read_text().partition("PRIVATE_NAMES: ")[2].partition("\n)\n")
-    text += COMPAT.read_text().partition("PRIVATE_NAMES: ")[0] + table[2]
+    text = "\n".join(path.read_text() for path in FILES if path != PACKAGE / "compat" / "names.py")
     unused = [
         attribute for _, attribute, _ in compat.PRIVATE_NAMES if not re.search(rf"\b{attribute.split('.')[-1]}\b", text)
     ]
@@ -150,9 +148,9 @@ def test_every_listed_name_is_used():
 # ---- the package --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p != COMPAT], ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [p for p in FILES if p not in COMPAT], ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_file_imports_private_names(path):
-    """Neither imported nor reached through a module: that is what compat.py is for."""
+    """Neither imported nor reached through a module: that is what compat is for."""
     tree = parse(path)
     assert not private_imports(tree) + module_chains(tree)
 
@@ -166,9 +164,10 @@ def test_private_attributes_of_foreign_objects_are_listed(path):
 
 
 def test_private_imports_of_compat_are_listed():
-    tree = parse(COMPAT)
-    for line, name in private_imports(tree) + module_chains(tree):
-        assert any(part in LISTED for part in name.split(".") if is_private(part)), (line, name)
+    for path in COMPAT:
+        tree = parse(path)
+        for line, name in private_imports(tree) + module_chains(tree):
+            assert any(part in LISTED for part in name.split(".") if is_private(part)), (path, line, name)
 
 
 def test_checks_see_what_they_look_for():

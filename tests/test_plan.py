@@ -863,7 +863,6 @@ def test_default_plan_on_a_wrapped_model(llama_placements):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("qwen3", r"self_attn\.[qk]_norm\.weight is a parameter between"),
         ("olmo2", r"self_attn\.[qk]_norm\.weight is a parameter between"),
         ("phi3", "has only one half"),
         ("gpt2", "no module has the usual names"),
@@ -872,6 +871,11 @@ def test_default_plan_on_a_wrapped_model(llama_placements):
 def test_default_plan_refuses_what_it_cannot_see_to_be_right(name, reason):
     with pytest.raises(PlanError, match=f"default: .*{reason}"):
         select_plan(build(name), None, ("default",))
+
+
+def test_default_plan_knows_norms_of_one_head():
+    """Every head meets the whole norm, so its gradient is partial; transformers' own plan says the same."""
+    assert placements(build("qwen3"), order=("default",)) == placements(build("qwen3"), order=("hf",))
 
 
 def test_default_plan_refuses_a_parameter_of_the_block_itself():

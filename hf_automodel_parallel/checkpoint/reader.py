@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..compat_checkpoint import METADATA_CLASSES
+from ..compat.checkpoint_metadata import METADATA_CLASSES
 from ..errors import CheckpointError
 from .files import load_plain
 from .pieces import LocalPart
