@@ -1,0 +1,92 @@
+"""Private names of PEFT; their table is :mod:`.names`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    pass
+
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """True if ``model`` is a ``peft.PeftModel``; does not import peft when nobody has."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def peft_tuner_layer_type() -> type | None:
+    """Base class of PEFT's adapter layers, None when peft is not imported."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return BaseTunerLayer
+
+
+def peft_auxiliary_wrapper_type() -> type | None:
+    """Base class of PEFT's ``modules_to_save`` and ``trainable_token_indices`` wrappers, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return AuxiliaryTrainingWrapper
+
+
+def peft_layer_types() -> tuple[type, ...]:
+    """PEFT's layers that are local operators on a slice of their base layer, or leave it whole; empty without peft."""
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.ia3.layer import Linear as IA3Linear
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.tuners.lora.layer import Embedding, Linear
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    return Linear, Embedding, IA3Linear, LNTuningLayer, TrainableTokensLayer
+
+
+def peft_parameter_wrapper_type() -> type | None:
+    """PEFT's LoRA layer for a bare parameter, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return ParamWrapper
+
+
+def parameter_adapter_stores_out_first(adapter: Any) -> bool:
+    """True if the 3-D parameter under a ``ParamWrapper`` is (experts, out, in); private since peft 0.17."""
+    return bool(adapter._did_swap_in_out_features)
+
+
+def peft_lora_variant_types() -> tuple[type, ...]:
+    """PEFT's variants of LoRA on linear layers that know no more than plain LoRA of features: DoRA and activated LoRA."""
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
+
+    return DoraLinearVariant, ALoraLinearVariant
+
+
+def peft_dora_layer_type() -> type | None:
+    """PEFT's module that holds the magnitude vector of a linear layer, None without peft."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    return DoraLinearLayer
+
+
+def adapter_state(
+    model: nn.Module, state: dict[str, torch.Tensor], adapter: str, save_embedding_layers: bool | str
+) -> dict[str, torch.Tensor]:
+    """What of ``state`` belongs to ``adapter``, under the names of an adapter file."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter, save_embedding_layers=save_embedding_layers
+    )
