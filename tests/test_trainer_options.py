@@ -134,6 +134,8 @@ def best(sizes: dict[str, int] | None, ranks: int, directory: str, adapter: Any,
     }
     trainer = make(sizes, ranks, directory, adapter, Judged, **options)
     trainer.train()
+    if sizes:
+        dist.barrier()  # rank 0 deletes at the end of training, and the others do not wait for it
     kept = sorted(path.name for path in Path(directory).glob("checkpoint-*"))
     parameters = full_parameters(trainer.model)
     loss = Trainer.evaluate(trainer)["eval_loss"]
