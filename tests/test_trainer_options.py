@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.checkpoint.manifest import MANIFEST
 
 TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
 LORA: dict[str, Any] = {}
@@ -163,8 +164,9 @@ def model_only(sizes: dict[str, int] | None, ranks: int, directory: str) -> list
 
 
 def test_save_only_model_writes_the_files_of_one_process(tmp_path):
-    want = run_distributed(1, alone, model_only, str(tmp_path / "one"))[0]
-    assert all(got == want for got in run_distributed(4, model_only, TP2_FSDP2, 2, str(tmp_path / "four")))
+    """And the manifest, which says that the checkpoint is complete."""
+    want = sorted([*run_distributed(1, alone, model_only, str(tmp_path / "one"))[0], MANIFEST])
+    assert run_distributed(4, model_only, TP2_FSDP2, 2, str(tmp_path / "four")) == [want] * 4
 
 
 # ---- preparing again -----------------------------------------------------------------------------------------------
