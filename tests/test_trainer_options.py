@@ -21,6 +21,9 @@ TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
 LORA: dict[str, Any] = {}
 ROWS = 4
 STEPS = 4
+LENGTH = 23
+#: Rows of five whole batches: two ranks do not fill up the last one, and an epoch ends within an accumulation.
+EVEN_LENGTH = 20
 
 
 class Texts(Dataset):
@@ -44,7 +47,7 @@ class Texts(Dataset):
 #: name -> options of both runs, of one process and of tp2 x fsdp2
 OPTIONS: dict[str, dict[str, Any]] = {
     "shuffled": {},
-    "accumulation": {"gradient_accumulation_steps": 2},
+    "accumulation": {"gradient_accumulation_steps": 2, "length": EVEN_LENGTH},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "split_batches": {"accelerator_config": {"split_batches": True}},
     "uneven": {"accelerator_config": {"even_batches": True}, "dataloader_drop_last": True},
@@ -74,21 +77,30 @@ def arguments(directory: str, sizes: dict[str, int] | None, ranks: int, **option
     return TrainingArguments(**values | options)
 
 
-def make(sizes: Any, ranks: int, directory: str, adapter: Any = None, cls: type = Trainer, **options: Any) -> Trainer:
+def make(
+    sizes: Any,
+    ranks: int,
+    directory: str,
+    adapter: Any = None,
+    cls: type = Trainer,
+    length: int = LENGTH,
+    **options: Any,
+) -> Trainer:
     args = arguments(directory, sizes, ranks, **options)
-    return cls(build("llama", adapter), args, train_dataset=Texts(23, 1), eval_dataset=Texts(6, 2))
+    return cls(build("llama", adapter), args, train_dataset=Texts(length, 1), eval_dataset=Texts(6, 2))
+
+
+def history(sizes: dict[str, int] | None, ranks: int, directory: str, **options: Any) -> list[list[float]]:
+    trainer = make(sizes, ranks, directory, **options)
+    trainer.train()
+    return [
+        [entry[key] for key in ("loss", "grad_norm", "eval_loss", "learning_rate") if key in entry]
+        for entry in trainer.state.log_history
+    ]
 
 
 def histories(sizes: dict[str, int] | None, ranks: int, directory: str) -> dict[str, list[list[float]]]:
-    result = {}
-    for name, options in OPTIONS.items():
-        trainer = make(sizes, ranks, f"{directory}/{name}", **options)
-        trainer.train()
-        result[name] = [
-            [entry[key] for key in ("loss", "grad_norm", "eval_loss", "learning_rate") if key in entry]
-            for entry in trainer.state.log_history
-        ]
-    return result
+    return {name: history(sizes, ranks, f"{directory}/{name}", **options) for name, options in OPTIONS.items()}
 
 
 def alone(job: Any, *args: Any) -> Any:
@@ -104,6 +116,19 @@ def test_options_give_the_history_of_one_process(tmp_path):
             assert len(got[name]) == len(history) >= STEPS, name
             for step, (values, wanted) in enumerate(zip(got[name], history, strict=True)):
                 assert values == pytest.approx(wanted, rel=1e-4), (name, step, got[name], history)
+
+
+def filled_up(sizes: dict[str, int] | None, directory: str) -> list[list[float]]:
+    return history(sizes, 2, directory, gradient_accumulation_steps=2)
+
+
+def test_last_batch_is_filled_up_as_in_data_parallel(tmp_path):
+    """The third step has the last rows; what Accelerate repeats for two ranks has no counterpart in one process."""
+    assert LENGTH % ROWS
+    want = run_distributed(2, filled_up, None, str(tmp_path / "two"))[0]
+    assert len(want) >= STEPS
+    for got in run_distributed(4, filled_up, TP2_FSDP2, str(tmp_path / "four")):
+        assert got == [pytest.approx(values, rel=1e-4) for values in want]
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
@@ -152,7 +177,9 @@ def test_best_model_is_loaded_at_the_end(adapter, strategy, tmp_path):
         assert kept == want_kept
         assert loss == pytest.approx(want_loss, rel=1e-4)
         for name, tensor in want.items():
-            torch.testing.assert_close(parameters[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                parameters[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def model_only(sizes: dict[str, int] | None, ranks: int, directory: str) -> list[str]:
@@ -217,4 +244,3 @@ REFUSED = {
 def test_refused_by_name_on_all_ranks(name, tmp_path):
     options, match = REFUSED[name]
     expect_error(4, refused, options, str(tmp_path), match=match)
-
