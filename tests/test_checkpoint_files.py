@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import random
+import shutil
+import time
 from pathlib import Path
 
 import numpy
@@ -13,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers.trainer_utils import rotate_checkpoints
 
 from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import directory, files, manifest, random_states, reader, writer
@@ -332,6 +335,20 @@ def test_rotation_keeps_the_last_complete_one(tmp_path):
     assert sorted(path.name for path in deleted) == ["checkpoint-2", "checkpoint-3", "checkpoint-5"]
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-4"]
     assert directory.rotate(tmp_path, None, set()) == []
+
+
+def test_rotation_goes_by_time(tmp_path):
+    """A run that begins anew beside the checkpoints of an earlier one keeps its own, as with the stock Trainer."""
+    for age, number in ((40, 100), (30, 200), (20, 2), (10, 4)):
+        folder = tmp_path / f"checkpoint-{number}"
+        save(folder, str(number))
+        os.utime(folder, (time.time() - age,) * 2)
+    stock = tmp_path / "stock"
+    shutil.copytree(tmp_path, stock)  # with its times
+    rotate_checkpoints(str(stock), 2, use_mtime=True)
+    deleted = directory.rotate(tmp_path, 2, {tmp_path / "checkpoint-4"})
+    assert [path.name for path in deleted] == ["checkpoint-100", "checkpoint-200"]
+    assert sorted(path.name for path in directory.numbered(tmp_path)) == sorted(os.listdir(stock))
 
 
 def test_read_only_directory_is_named(tmp_path, monkeypatch):

@@ -326,17 +326,31 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
     return rank_zero_tells(answer, group)  # type: ignore[return-value]
 
 
+def _by_time(folders: list[Path]) -> list[Path]:
+    """The last first; all within one second is no time at all (file systems in the cloud), then in the order of ``folders``."""
+    times = {path: path.stat().st_mtime for path in folders}
+    if not times or max(times.values()) - min(times.values()) < 1.0:
+        return folders
+    return sorted(folders, key=times.__getitem__, reverse=True)
+
+
 def rotate(folder: str | Path, limit: int | None, keep: set[Path]) -> list[Path]:
     """Delete old checkpoints in ``folder`` until ``limit`` are left: those that cannot be used first. Not collective.
 
+    Which one is old, its time says, as in transformers: a run may begin again with lower numbers beside an earlier one.
     Never deletes the last complete one or those in ``keep``.
+
+    Args:
+        folder: holds the checkpoints.
+        limit: how many, None or 0 for any number.
+        keep: the one that has just been completed, the best one.
 
     Returns:
         What was deleted.
     """
     if limit is None or limit <= 0:
         return []
-    found = [status(path) for path in numbered(folder)]
+    found = [status(path) for path in _by_time(numbered(folder))]
     usable = [item for item in found if item.usable is not None]
     protected = {path.resolve() for path in keep} | {item.folder.resolve() for item in usable[:1]}
     order = [item for item in found if item.usable is None][::-1] + usable[::-1]

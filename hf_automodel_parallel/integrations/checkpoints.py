@@ -281,7 +281,7 @@ def save_state(
 
     def afterwards() -> None:
         if naming_ourselves and rank() == 0:
-            rotate(folder.parent, project.total_limit, set())
+            rotate(folder.parent, project.total_limit, {folder})
 
     finish(save, describe(self, step, how), tasks, how.copy, afterwards)
     project.iteration += 1

@@ -155,7 +155,7 @@ class ParallelTrainer(ParallelEvaluation):
             self.args.save_total_limit = limit
             self._tasks = None
         best = self.state.best_model_checkpoint
-        keep = {Path(best)} if best is not None else set()
+        keep = {folder} if best is None else {folder, Path(best)}
 
         def afterwards() -> None:
             if self.args.should_save:
