@@ -124,6 +124,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
     ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
     ("transformers", "Trainer._get_output_dir", "where a Trainer puts its checkpoints, also in a hyperparameter search"),
+    ("transformers", "Trainer._finalize_training", "where a Trainer deletes its last checkpoint if another is the best"),
     (
         "accelerate.accelerator",
         "Accelerator._custom_objects",

@@ -166,6 +166,11 @@ class ParallelTrainer(ParallelEvaluation):
         manifest.adapter_only = True
         finish(save, manifest, tasks, background, afterwards)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written any more."""
+        wait_for_saves()
+        return super()._finalize_training(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like the Trainer's. Within a checkpoint, whose directory has begun, an error on rank 0 reaches all ranks."""
         if self._tasks is None:
