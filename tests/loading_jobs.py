@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Trainer,
@@ -165,8 +166,9 @@ def refused(root: str, damage: str) -> tuple[float, str]:
     begin = time.monotonic()
     try:
         if damage == "meta":
+            config = AutoConfig.from_pretrained(mine)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(mine).config)
+                model = AutoModelForCausalLM.from_config(config)
         else:
             model = from_pretrained(AutoModelForCausalLM, str(mine))
         shard = sorted(mine.glob("*.safetensors"))[1]

@@ -18,21 +18,28 @@ from hf_automodel_parallel.integrations.records import prepared
 
 
 class ScaledActivation(nn.Module):
-    """An activation with a learnable scale per call, such as xIELU's."""
+    """An activation with a learnable scale per call, such as xIELU's.
 
-    def __init__(self) -> None:
+    Args:
+        looks: it reads a number, so that it cannot be run without values, and nobody sees before the first step what it does.
+    """
+
+    def __init__(self, looks: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor([1.1]))
+        self.looks = looks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.looks and not bool(x.detach().isfinite().all()):
+            raise FloatingPointError("not finite")
         return nn.functional.silu(x) * self.scale
 
 
-def one_step(sizes: dict, plan_the_scale: bool, raw_loop: bool = False) -> float:
+def one_step(sizes: dict, plan_the_scale: bool, raw_loop: bool = False, looks: bool = True) -> float:
     """A Llama whose activation has a parameter that its ``_tp_plan`` does not know; returns the scale after a step."""
     model = build("llama")
     for layer in model.model.layers:
-        layer.mlp.act_fn = ScaledActivation()
+        layer.mlp.act_fn = ScaledActivation(looks)
     plan = None
     if plan_the_scale:
         plan = {**model.tp_plan, "model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
@@ -65,6 +72,9 @@ def test_the_remedy_in_the_message_is_right():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     want = model.model.layers[0].mlp.act_fn.scale.item()
     got = run_distributed(2, one_step, {"tp_size": 2}, True)
+    assert got == pytest.approx([want, want], rel=1e-6)
+    # What can be run without values is understood before the first step.
+    got = run_distributed(2, one_step, {"tp_size": 2}, False, looks=False)
     assert got == pytest.approx([want, want], rel=1e-6)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import full_grads
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.tensor_parallel.random import ShardedDropout
@@ -18,19 +19,19 @@ from parity.jobs import batches_for, build, data_rank, trainable
 
 @contextmanager
 def recorded_masks() -> Iterator[list[torch.Tensor]]:
-    """What every active dropout kept, in the order of the calls."""
+    """What every active dropout kept, in the order of the calls; not of runs without values (while a model is planned)."""
     masks: list[torch.Tensor] = []
     real, real_sharded = torch.nn.functional.dropout, ShardedDropout.forward
 
     def dropout(input, p=0.5, training=True, inplace=False):
         output = real(input, p, training, inplace)
-        if training and p > 0:
+        if training and p > 0 and not isinstance(output, FakeTensor):
             masks.append((output != 0).detach())
         return output
 
     def forward(self, input):
         output = real_sharded(self, input)
-        if self.training and self.p > 0:
+        if self.training and self.p > 0 and not isinstance(output, FakeTensor):
             masks.append((output != 0).detach())
         return output
 
