@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ExportError
 
 #: Arrays of numbers, which numpy's random state and many a state dict contain.
 _SAFE: list[Any] = [
@@ -33,10 +33,13 @@ _SAFE: list[Any] = [
 def naming(path: str | Path) -> Iterator[None]:
     """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
 
-    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name.
+    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name. The ranks that did not
+    write get an :class:`ExportError` without one.
     """
     try:
         yield
+    except ExportError as error:
+        raise CheckpointError(f"cannot write {path}: {str(error).rstrip('.')}. The save was not completed.") from error
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
