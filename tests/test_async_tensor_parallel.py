@@ -146,6 +146,7 @@ def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
         model=model,
         anatomy=dissect(model),
         checkpointing="none",
+        sequence_parallel_regather=False,
         tensor_parallel=None,
         spec=None,
         compile_options={},

@@ -24,6 +24,7 @@ def test_fused_loss_is_refused_under_tensor_parallelism_only(wrap):
         model=wrap(model),
         tp_mesh=object(),
         load_on_rank_zero=False,
+        pending=None,
         options=ShardingOptions(),
         sums_after_backward=False,
     )
@@ -39,6 +40,7 @@ def test_a_plain_model_passes():
             model=build_model("llama"),
             tp_mesh=object(),
             load_on_rank_zero=False,
+            pending=None,
             options=ShardingOptions(),
             sums_after_backward=False,
         )

@@ -112,8 +112,8 @@ def test_the_models_own_plan_comes_first_by_default(name):
 )
 def test_heads_of_composite_and_heterogeneous_models_are_checked(name):
     model = built(name)
-    with pytest.raises(PlanError, match=r"num_\w+_heads=[24] does not divide by tp_size=[48]"):
-        spec_of(model, select_plan(model, None, REGISTRY_FIRST), tp_size=4 if name != "DeciLMForCausalLM" else 8)
+    with pytest.raises(PlanError, match=r"num_\w+_heads=\d does not divide by tp_size=8|and 4 heads for tp_size=8 ranks"):
+        spec_of(model, select_plan(model, None, REGISTRY_FIRST), tp_size=8)
 
 
 def test_tied_ends_are_planned_alike():

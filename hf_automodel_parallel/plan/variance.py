@@ -52,17 +52,27 @@ class WrongPlan(Exception):
     """What the ranks compute is not what one process computes."""
 
 
+class OutOfSight(Exception):
+    """Something runs whose boundaries cannot be seen, so that nothing is known of what it computes."""
+
+
 class VarianceTrace(compat.TorchDispatchMode):
     """Follows :class:`Value` through operators.
+
+    Args:
+        parameters: what is known, by ids of tensors.
+        whole: ids of sharded parameters in their whole shape. A forward that somebody replaced by a function of the original
+            module reads them, and runs past the boundaries.
 
     Attributes:
         partial: names of replicated parameters that meet differing values.
         complete: names of replicated parameters that meet activations that all ranks share.
     """
 
-    def __init__(self, parameters: dict[int, Value]) -> None:
+    def __init__(self, parameters: dict[int, Value], whole: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.values = parameters
+        self.whole = whole
         self.partial: dict[str, str] = {}
         self.complete: dict[str, str] = {}
         self.place = ""
@@ -98,6 +108,8 @@ class VarianceTrace(compat.TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.whole and any(id(x) in self.whole for x in compat.tree_leaves((args, kwargs))):
+            raise OutOfSight("a replaced forward reads the weights of the original module")
         result = func(*args, **kwargs)
         outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
         inputs = [x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

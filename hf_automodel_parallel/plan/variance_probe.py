@@ -23,13 +23,9 @@ from .layers import as_matrix
 from .names import plan_name, unwrapped
 from .sequence_probe import SequenceProbe, _first_line
 from .spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
-from .variance import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
+from .variance import EQUAL, FEATURES, VARYING, OutOfSight, Value, VarianceTrace, WrongPlan
 
 _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
-
-
-class _NotSeen(Exception):
-    """The probe cannot look into this."""
 
 
 def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_size: int, strict: bool) -> None:
@@ -133,7 +129,9 @@ class VarianceProbe(SequenceProbe):
             key: Value(varying=True) if self._is_sharded(name) else Value(parameters=frozenset([name]))
             for key, name in self.parameters.items()
         }
-        self.variance = VarianceTrace(known)
+        originals = {id(p): name for name, p in self.model.named_parameters()}
+        whole = frozenset(key for key, name in originals.items() if self._is_sharded(name))
+        self.variance = VarianceTrace(known, whole)
         self.path: list[str] = []
         try:
             with torch.enable_grad(), compat.quiet_fake_tensors():
@@ -250,7 +248,7 @@ class VarianceProbe(SequenceProbe):
         module = type(self.model.get_submodule(place)).__name__
         if isinstance(error, WrongPlan):
             return f"the tensor-parallel plan is wrong for {place} ({module}): {error}"
-        if isinstance(error, _NotSeen) or self._whole(name, arguments) is None:
+        if isinstance(error, OutOfSight) or self._whole(name, arguments) is None:
             return None
         return (
             f"the tensor-parallel plan does not fit {place} ({module}): with the shapes of one of {self.tp_size} ranks it fails "
@@ -349,7 +347,7 @@ class VarianceProbe(SequenceProbe):
         if boundary is None:
             output = forward(*args, **kwargs)
         elif boundary.foreign is not None:
-            raise _NotSeen(f"{name} runs on an engine of torch's")
+            raise OutOfSight(f"{name} runs on an engine of torch's")
         else:
             output = self._crossed(name, boundary, forward, args, kwargs)
         self.path.pop()  # left where it is by an exception
