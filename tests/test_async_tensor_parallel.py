@@ -139,7 +139,7 @@ FUSED = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
 def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
     """And enables symmetric memory for the tp group alone."""
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(default, "compile_layers", lambda layers, mode, **options: seen.update(options, layers=layers))
+    monkeypatch.setattr(default, "compile_layers", lambda layers, mode, keep, **options: seen.update(options, layers=layers))
     monkeypatch.setattr(compat, "enable_symmetric_memory", lambda group: seen.update(group=group))
     model = build_model("llama")
     job = SimpleNamespace(

@@ -41,6 +41,7 @@ from .sharding import is_strided_shard as is_strided_shard
 from .sharding import join_axes as join_axes
 from .sharding import keep_gathered_after_forward as keep_gathered_after_forward
 from .sharding import mark_packed_placements as mark_packed_placements
+from .sharding import reduce_all_but as reduce_all_but
 from .sharding import root_mesh as root_mesh
 from .sharding import set_timeout as set_timeout
 from .sharding import show_raw_parameters as show_raw_parameters

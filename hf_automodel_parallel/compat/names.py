@@ -189,6 +189,12 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "FSDPState._modules_to_run_forward",
         "see forget_unfinished_forward",
     ),
+    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see reduce_all_but; torch 2.11 to 2.13"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+        "FSDPParamGroup._training_state",
+        "see reduce_all_but; torch 2.11 to 2.13",
+    ),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._state_ctx", "see forget_unfinished_forward"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._is_root", "see keep_gathered_after_forward"),
     (

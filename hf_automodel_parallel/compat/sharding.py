@@ -137,6 +137,21 @@ def before_reduction(unit: Any, function: Callable[[], None]) -> None:
         group.post_backward = functools.partial(call, group.post_backward)
 
 
+def reduce_all_but(units: Any) -> None:
+    """Let every FSDP2 unit below the first of ``units`` reduce its gradients that has not done so, apart from ``units``.
+
+    A unit whose inputs need no gradient is left to the end of the backward, where FSDP2 comes to it after the root.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    states = [unit._get_fsdp_state() for unit in units]
+    for state in reversed(states[0]._state_ctx.all_states):
+        if not any(state is own for own in states):
+            for group in reversed(_fsdp_groups(state)):
+                if group._training_state != TrainingState.POST_BACKWARD:
+                    group.post_backward()
+
+
 def _fsdp_groups(state: Any) -> list[Any]:
     """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name in 2.13."""
     value = next((value for name, value in vars(state).items() if name.startswith("_fsdp_param_group")), None)

@@ -33,6 +33,7 @@ class AgreedGradients:
     def __init__(self, root: nn.Module, mesh: DeviceMesh, units: list[Companion] | None = None) -> None:
         self.places = _own_parameters(root)
         self.mesh = mesh
+        self.root = root
         for unit in (root, *companions(root)) if units is None else units:
             compat.before_reduction(unit, self.agree)
 
@@ -46,6 +47,9 @@ class AgreedGradients:
         parameters = self.trained()
         if not parameters:
             return
+        # Where images went into frozen embeddings, only ranks with images have a gradient at the input of the first layer. On
+        # the others FSDP2 would reduce that layer after the root.
+        compat.reduce_all_but((self.root, *companions(self.root)))
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         present = present.to(self.mesh.device_type)
         for dim in range(self.mesh.ndim):
