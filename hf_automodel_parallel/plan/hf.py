@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .. import compat
+from .layers import only_looks_up
 from .spec import PlanEntry
 
 
@@ -51,7 +52,8 @@ def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
 
 def _add_input_embedding(model: nn.Module, entries: dict[str, PlanEntry]) -> None:
     embedding = compat.input_embedding_module(model)
-    if embedding is None or _embedding_below(embedding) is None:
+    table = None if embedding is None else _embedding_below(embedding)
+    if table is None or not only_looks_up(table):
         return
     for name, module in model.named_modules():
         if module is embedding and name not in entries:

@@ -145,3 +145,11 @@ def parameter_adapter_out_dim(adapter: nn.Module) -> int:
     if adapter.num_experts == 1:  # type: ignore[union-attr]
         return 0
     return 1 if compat.parameter_adapter_stores_out_first(adapter) else 2
+
+
+def only_looks_up(embedding: nn.Embedding) -> bool:
+    """True if an embedding has no parameter but its table.
+
+    A norm inside of it, for example, would see the rows of this rank alone, before they are summed over the ranks.
+    """
+    return [name for name, _ in embedding.named_parameters()] == ["weight"]

@@ -16,6 +16,7 @@ from .layers import (
     check_peft_method,
     expand_wrappers,
     is_parameter_adapter,
+    only_looks_up,
     parameter_adapter_out_dim,
 )
 from .names import pattern_regex, plan_name, precision, unwrapped
@@ -332,6 +333,13 @@ class _Resolver:
                 f"the plan entry {entry.pattern!r} has the style {entry.style!r}, which shards an nn.Embedding, but {name} "
                 f"is a {type(module).__name__}."
             )
+        if not only_looks_up(module):
+            others = ", ".join(key for key, _ in module.named_parameters() if key != "weight")
+            reason = f"{name} ({type(module).__name__}) has parameters beside its table ({others})"
+            if self.plan.strict:
+                raise PlanError(f"{reason}, which would meet the rows of one rank alone; leave it out of the plan.")
+            self.spec.notes.append(f"{reason}, so it is left whole on every rank.")
+            return "Replicate"
         if module.max_norm is not None:
             raise PlanError(
                 f"{name} has max_norm set, which renormalises whole rows in place; leave it out of the plan."
@@ -463,7 +471,7 @@ class _Resolver:
             return
         if spec.dim is not None:
             matrix = as_matrix(owner, owner_name)
-            if isinstance(owner, nn.Embedding):
+            if isinstance(owner, nn.Embedding) and only_looks_up(owner):
                 self._shard_embedding(owner_name, spec.dim)
             elif (
                 matrix is not None
