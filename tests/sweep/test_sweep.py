@@ -14,7 +14,7 @@ COVERING = {
     "latent attention": "deepseek_v3",
     "a norm inside of the embedding, shared experts without a boundary": "inkling_text",
     "keys shared between layers, statistics over features, per-layer embeddings": "gemma3n_text",
-    "linear attention beside attention": "qwen3_5_text",
+    "linear attention beside attention": "qwen3_next",
     "norms of heads that the plan does not name": "glm4_moe:use_qk_norm=True",
     "state-space layers and experts": "jamba",
     "a plan that fits a part of the layer only": "doge",
