@@ -36,6 +36,7 @@ ROUNDING = 10.0
 MESHES: dict[str, tuple[int, dict[str, int], int]] = {
     "tp2": (2, {"tp_size": 2}, 1),
     "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
+    "fsdp2": (2, {"dp_shard_size": 2}, 2),
 }
 
 #: Name -> (with LoRA, further fields of the config).
@@ -44,6 +45,11 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
     "lora": (True, {}),
     "sp": (False, {"sequence_parallel": True}),
 }
+
+
+def cells(mesh: str) -> list[str]:
+    """The kinds that a mesh can run, in the order of the report; FSDP2 alone, which needs no plan, only in full."""
+    return list(KINDS) if "tp_size" in MESHES[mesh][1] else ["full"]
 
 
 @dataclass(frozen=True)

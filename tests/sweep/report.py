@@ -6,7 +6,7 @@ import datetime
 import os
 from collections import Counter
 
-from sweep.cells import KINDS, MESHES, ROUNDING, Outcome
+from sweep.cells import MESHES, ROUNDING, Outcome, cells
 
 _SHORT = {"refused": "refused", "failed": "**fails**", "wrong": "**WRONG**", "one process": "-"}
 
@@ -17,7 +17,9 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
     for outcome in outcomes:
         cases.setdefault(outcome.model_type, []).append(outcome)
     runnable = {c: rows for c, rows in cases.items() if any(o.status != "one process" for o in rows)}
-    planned = {c: r for c, r in runnable.items() if not all(o.status == "refused" and _no_plan(o) for o in r if o.kind == "full")}
+    planned = {c: r for c, r in runnable.items() if not any(_no_plan(o) for o in r)}
+    sources = Counter(next((o.plan for o in r if o.plan), "refused") for r in planned.values())
+    columns = [(k, m) for m in MESHES for k in cells(m)]
     today = datetime.datetime.now(datetime.timezone.utc).date()
     lines = [
         "# Every causal language model of transformers",
@@ -25,34 +27,35 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         f"Written by `make sweep` on {today}: {versions}; {os.cpu_count()} CPU cores, gloo, float32, {seconds / 60:.0f} minutes.",
         "",
         f"{len(cases)} types and variants, of which {len(runnable)} run in one process with a tiny configuration; "
-        f"{len(planned)} of these have a tensor-parallel plan.",
+        f"{len(planned)} of these get a tensor-parallel plan ({', '.join(f'{s}: {n}' for s, n in sorted(sources.items()))}).",
         "",
         "| | parity | refused in `prepare` | fails later | **wrong** |",
         "|---|---|---|---|---|",
     ]
-    for mesh in MESHES:
-        for kind in KINDS:
-            count = Counter(o.status for rows in planned.values() for o in rows if (o.mesh, o.kind) == (mesh, kind))
-            if count:
-                cells = " | ".join(str(count[s]) for s in ("parity", "refused", "failed", "wrong"))
-                lines.append(f"| {kind}, {mesh} | {cells} |")
+    for kind, mesh in columns:
+        tried = planned if "tp" in mesh else runnable
+        count = Counter(o.status for rows in tried.values() for o in rows if (o.mesh, o.kind) == (mesh, kind))
+        if count:
+            numbers = " | ".join(str(count[s]) for s in ("parity", "refused", "failed", "wrong"))
+            lines.append(f"| {kind}, {mesh} | {numbers} |")
     lines += [
         "",
         "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in",
         "one process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1",
-        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64. LoRA is on all",
-        "linear layers, and on fused experts where PEFT's \"all-linear\" knows them (`init_lora_weights=False`);",
+        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64, or no more than",
+        "twice what gradients of one process move when its weights move in their last bit. LoRA is on all linear layers,",
+        "and on fused experts where PEFT's \"all-linear\" knows them (`init_lora_weights=False`);",
         "sp is sequence parallelism with full fine-tuning.",
         "",
-        "| type | class | plan | " + " | ".join(f"{k}, {m}" for m in MESHES for k in KINDS) + " |",
-        "|---" * (3 + len(MESHES) * len(KINDS)) + "|",
+        "| type | class | plan | " + " | ".join(f"{k}, {m}" for k, m in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
     ]
-    for case, rows in sorted(planned.items()):
+    for case, rows in sorted(runnable.items()):
         by = {(o.mesh, o.kind): o for o in rows}
         about = next((o for o in rows if o.class_name), rows[0])
         plan = next((o.plan for o in rows if o.plan), "")
-        cells = " | ".join(_cell(by.get((m, k))) for m in MESHES for k in KINDS)
-        lines.append(f"| {case} | {about.class_name} | {plan} | {cells} |")
+        numbers = " | ".join(_cell(by.get((m, k))) for k, m in columns)
+        lines.append(f"| {case} | {about.class_name} | {plan} | {numbers} |")
     lines += [
         "",
         "## Mixtures of experts",
@@ -64,14 +67,16 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
     ]
     lines += ["", "## What is not at parity, and why", ""]
     reasons: dict[tuple[str, str], list[str]] = {}
-    for case, rows in sorted(planned.items()):
+    for case, rows in sorted(runnable.items()):
         for o in rows:
-            if o.status != "parity":
+            if o.status not in ("parity", "one process") and (case in planned or o.mesh == "fsdp2"):
                 places = reasons.setdefault((f"{case}, {o.kind}: {o.status}", _escaped(o.detail)), [])
                 places.append(o.mesh)
     lines += [f"* **{what}** ({', '.join(meshes)}): {detail}" for (what, detail), meshes in reasons.items()]
-    lines += ["", "## Types without a plan", "", "FSDP2 works for them; for tensor parallelism give a `tp_plan`.", ""]
-    lines += [", ".join(sorted(set(runnable) - set(planned))) or "None.", ""]
+    lines += ["", "## Types without a plan", "", "Refused under tensor parallelism: give a `tp_plan`, or use FSDP2.", ""]
+    for case in sorted(set(runnable) - set(planned)):
+        lines.append(f"* {case}: {_escaped(next(o.detail for o in runnable[case] if _no_plan(o)))}")
+    lines.append("")
     lines += ["## Types that do not run in one process with a tiny configuration", ""]
     for case, rows in sorted(cases.items()):
         if case not in runnable:

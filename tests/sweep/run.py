@@ -27,7 +27,7 @@ from harness.pool import DistributedFailure, WorkerPool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sweep.cells import KINDS, MESHES, Outcome, run_kinds
+from sweep.cells import KINDS, MESHES, Outcome, cells, run_kinds
 from sweep.report import report
 from sweep.tiny import VARIANTS, causal_lm_types
 
@@ -70,7 +70,7 @@ def main(
         task = progress.add_task("", total=len(cases) * len(meshes))
 
         def attempt(case: str, mesh: str, pools: _Pools) -> None:
-            todo = [k for k in kinds if (case, mesh, k) not in known]
+            todo = [k for k in kinds if k in cells(mesh) and (case, mesh, k) not in known]
             for outcome in pools.run(case, mesh, todo) if todo else []:
                 with lock:
                     known[case, mesh, outcome.kind] = outcome
