@@ -42,7 +42,7 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         "",
         "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in",
         "one process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1",
-        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when everything is computed in float64, or no more than",
+        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when all is computed in float64, or no more than",
         "twice what gradients of one process move when its weights move in their last bit. LoRA is on all linear layers,",
         "and on fused experts where PEFT's \"all-linear\" knows them (`init_lora_weights=False`);",
         "sp is sequence parallelism with full fine-tuning.",
