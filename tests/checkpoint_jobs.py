@@ -379,6 +379,7 @@ def trainer_run(sizes: dict[str, int], kind: str, output_dir: str, adapter: Any,
     seen["saves"] = made.saves
     dist.barrier()
     seen["left"] = sorted(os.listdir(kept))
+    dist.barrier()  # all ranks have looked
     if dist.get_rank() == 0:  # a save that was killed
         shutil.copytree(kept / "checkpoint-6", kept / "checkpoint-7")
         (kept / "checkpoint-7" / manifest.MANIFEST).rename(kept / "checkpoint-7" / manifest.MARK)

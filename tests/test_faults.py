@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import resource
 import signal
 import time
@@ -112,7 +113,11 @@ class Spoil(TrainerCallback):
         if state.global_step != 4:
             return
         if self.kind == "no_space" and dist.get_rank() in self.ranks:
-            # A file may grow to this many bytes and no further, as on a disk that is full then.
+            # A file may grow to this many bytes and no further, as on a disk that is full then. The file that takes the
+            # output of this process may have more already.
+            with open(os.devnull, "w") as nowhere:
+                for stream in (1, 2):
+                    os.dup2(nowhere.fileno(), stream)
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         elif self.kind == "read_only" and dist.get_rank() == 0:
             # Root may write into any directory; but nobody can make one where a file is.
@@ -145,10 +150,14 @@ def train_on(directory: str, kind: str | None, sharded: bool, ranks: tuple[int, 
     trainer = FaultyTrainer(model, arguments, train_dataset=_Rows(steps_of(model, STEPS)), callbacks=callbacks)
     watch = Watch(argparse.Namespace(die=None, wait_at=None))
     trainer.add_callback(watch)
+    streams = [(stream, os.dup(stream)) for stream in (1, 2)]
     try:
         trainer.train(resume_from_checkpoint=kind is None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for stream, was in streams:
+            os.dup2(was, stream)
+            os.close(was)
     losses = {str(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     return {"started": watch.started, "step": trainer.state.global_step, "losses": losses}
 

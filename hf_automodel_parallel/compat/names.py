@@ -182,14 +182,13 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "CheckpointWrapper._checkpoint_wrapped_module",
         "the module inside of torch's checkpoint wrapper (2.11 to 2.13), which has no public accessor",
     ),
-    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see forget_unfinished_forward"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see forget_unfinished_forward, reduce_all_but"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._training_state", "see forget_unfinished_forward"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_state",
         "FSDPState._modules_to_run_forward",
         "see forget_unfinished_forward",
     ),
-    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see reduce_all_but; torch 2.11 to 2.13"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
         "FSDPParamGroup._training_state",
