@@ -5,6 +5,7 @@
 #   TORCH='...'      what pip installs first (default torch==2.13.0); for instance
 #                    TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 #   SWEEP_ARGS=...   arguments of the sweep, as in SWEEP_ARGS='--only llama --jobs 2'
+#   TEST_JOBS=2      how many test files at once (each starts processes of its own; 1 on a machine that is busy)
 #   PYTEST_ARGS=...  more arguments for pytest, as in PYTEST_ARGS='-k lora -x'
 
 SHELL       := /bin/bash
@@ -17,6 +18,8 @@ VENV    ?= .venv
 VENV517 ?= .venv517
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
+PYTEST := python -m pytest -n $(TEST_JOBS) --dist loadfile --durations 25
 PARITY_ARGS ?=
 SWEEP_ARGS ?=
 
@@ -62,13 +65,13 @@ demo: $(STAMP) ## train a small Llama on four CPU processes (tp 2 x FSDP2 2), fu
 .PHONY: test
 test: lint ## ruff, mypy, all tests, then the tests at the oldest supported transformers
 	@echo "[test] pytest"
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/$(PYTEST) $(PYTEST_ARGS)
 	@$(MAKE) test-517
 
 .PHONY: test-517
 test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
 	@echo "[test] pytest -m both_ends, transformers 5.17"
-	@$(VENV517)/bin/python -m pytest -m both_ends $(PYTEST_ARGS)
+	@$(VENV517)/bin/$(PYTEST) -m both_ends $(PYTEST_ARGS)
 
 .PHONY: parity
 parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md (two hours; PARITY_ARGS='--matrix sequence --resume')
