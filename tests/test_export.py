@@ -384,7 +384,7 @@ class _Peak:
 
 def memory_of_saving(directory: str) -> tuple[int, int, int, int]:
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 8}
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 20, "num_attention_heads": 8}
     model = accelerator.prepare(build_model("llama", **sizes))
     largest = max(p.numel() * 4 for p in model.parameters())
     total = sum(p.numel() * 4 for p in model.parameters())
@@ -406,7 +406,9 @@ def test_saving_takes_memory_for_a_few_tensors_and_not_for_the_model(tmp_path):
     )
     print(report)
     assert gathered > 0.8 * total
-    assert max(streamed, helper) < 6 * largest + 16 * 2**20
+    # One tensor is held several times: as gathered, as put in order, as handed to the disk; and a thread of gloo may keep
+    # the buffers of the last gather until it is scheduled again.
+    assert max(streamed, helper) < 10 * largest + 16 * 2**20 < total / 4
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import threading
 import time
 
 import pytest
@@ -202,6 +203,16 @@ def test_results_of_all_ranks_come_back_in_order():
 
 def test_workers_are_kept_between_jobs():
     assert worker_pids() == worker_pids()
+
+
+def leave_threads(number: int) -> int:
+    for _ in range(number):
+        threading.Thread(target=time.sleep, args=(60.0,), daemon=True).start()
+    return os.getpid()
+
+
+def test_workers_that_a_job_left_threads_in_are_replaced():
+    assert not set(run_distributed(2, leave_threads, 40)) & set(run_distributed(2, leave_threads, 0))
 
 
 def test_error_on_all_ranks_is_reported_and_the_pool_survives():

@@ -33,6 +33,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch.distributed import TCPStore
 
@@ -46,6 +47,10 @@ FAILURE_GRACE = 10.0
 
 RESET_TIMEOUT = 30.0
 """Seconds for all ranks to clean up after a job and to meet again."""
+
+MOST_THREADS = 30
+"""A pool whose ranks have more when they are idle is replaced. A process group that something keeps alive after its job has three
+threads that wake up a hundred times a second; some dozen of them take a good part of the machine from the other tests."""
 
 CLOSE_TIMEOUT = 5.0
 STACK_DUMP_SECONDS = 0.5
@@ -209,6 +214,8 @@ class WorkerPool:
                 logs_of_stuck = "\n".join(f"--- rank {worker.rank}:\n{worker.read_log()}" for worker in stuck)
                 warnings.warn(f"the pool is replaced: ranks cannot be reset after {job}\n{logs_of_stuck}", stacklevel=3)
                 self.kill()
+            elif psutil.Process(self._workers[0].process.pid).num_threads() > MOST_THREADS:
+                self.close()
         except BaseException:
             self.kill()
             raise
