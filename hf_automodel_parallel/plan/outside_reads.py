@@ -86,7 +86,7 @@ def _reads(
     for chain in _chains(inspect.unwrap(function)):
         owner: Any = module
         for position, attribute in enumerate(chain):
-            wrapped = isinstance(owner, wrappers) and attribute not in owner._modules  # answers for what it wraps
+            wrapped = attribute not in owner._modules and isinstance(owner, wrappers)  # answers for what it wraps
             value = getattr(owner, attribute, None) if wrapped else owner._parameters.get(attribute)
             if isinstance(value, nn.Parameter):
                 if chain[position + 1 : position + 2] not in {(name,) for name in _HARMLESS}:

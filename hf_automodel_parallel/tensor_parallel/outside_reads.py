@@ -88,7 +88,7 @@ class ReadsOutside:
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replaced = []
+        replaced: list[tuple[nn.Module, str, DTensor]] = []
         try:
             for owner, name in self.places:
                 parameter = owner._parameters.get(name)
