@@ -88,7 +88,7 @@ class ReadsOutside:
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replaced: list[tuple[nn.Module, str, DTensor]] = []
+        replaced: list[tuple[nn.Module, str, Any]] = []
         try:
             for owner, name in self.places:
                 parameter = owner._parameters.get(name)
@@ -98,7 +98,7 @@ class ReadsOutside:
             return self.inner(*args, **kwargs)
         finally:
             for owner, name, parameter in replaced:
-                owner._parameters[name] = parameter  # type: ignore[assignment]
+                owner._parameters[name] = parameter
 
 
 def install_outside_reads(model: nn.Module, reads: dict[str, list[str]]) -> None:
