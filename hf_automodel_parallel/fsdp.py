@@ -44,6 +44,7 @@ class ShardingOptions:
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
         towers: where the parameters of parts go that only some forwards run, see :data:`.towers.find.PLACEMENTS`;
             None for the first of these.
+        read_outside: names of parameters that forwards of other modules read; they stay with the root.
         cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
     """
 
@@ -55,6 +56,7 @@ class ShardingOptions:
     ignored_parameters: set[nn.Parameter] = field(default_factory=set)
     minimum_unit_size: int | None = None
     own_dtype: frozenset[str] = frozenset()
+    read_outside: frozenset[str] = frozenset()
     fully_shard_fn: Callable[..., Any] | None = None
     cast_between_layers: bool = True
     towers: str | None = None
@@ -93,8 +95,13 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     units = separable(model, wanted) if options.minimum_unit_size is None else []
     for layer in units:
         shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
-    tail = list(anatomy.head)
-    embedding = anatomy.embedding
+    read = {id(p) for name, p in model.named_parameters() if name in options.read_outside}
+
+    def alone(module: nn.Module) -> bool:
+        return not any(id(p) in read for p in module.parameters())
+
+    tail = list(anatomy.head) if all(map(alone, anatomy.head)) else []
+    embedding = anatomy.embedding if anatomy.embedding is not None and alone(anatomy.embedding) else None
     if embedding is not None and anatomy.tied:
         tail = [embedding, *tail]
     elif embedding is not None and separable(model, [embedding]):
@@ -105,7 +112,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
         in_root = [] if options.towers == "layers" else anatomy.towers
-        _shard_large_modules(model, options.minimum_unit_size, in_root, {**common, "reshard_after_forward": reshard})
+        _shard_large_modules(model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard})
     shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
@@ -209,14 +216,20 @@ def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
     return bool(mine)
 
 
-def _shard_large_modules(model: nn.Module, minimum: int, in_root: list[nn.Module], common: dict[str, Any]) -> None:
+def _shard_large_modules(
+    model: nn.Module,
+    minimum: int,
+    in_root: list[nn.Module],
+    alone: Callable[[nn.Module], bool],
+    common: dict[str, Any],
+) -> None:
     units = [*in_root, *(unit for unit in model.modules() if isinstance(unit, FSDPModule))]
     done = {id(inner) for unit in units for inner in unit.modules()}
     for module in reversed(list(model.modules())[1:]):  # inner ones first, as FSDP2 needs it
         if id(module) in done or not compat.has_implemented_forward(module):
             continue
         size = sum(p.numel() for p in module.parameters())
-        if size > minimum and separable(model, [module]):
+        if size > minimum and alone(module) and separable(model, [module]):
             shard_unit(module, **common)
 
 

@@ -59,7 +59,7 @@ class Job:
         context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
         pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
-        plan, spec, anatomy, suitable, tensor_parallel: results of the steps.
+        plan, spec, anatomy, outside_reads, suitable, tensor_parallel: results of the steps.
     """
 
     model: nn.Module
@@ -86,6 +86,7 @@ class Job:
     plan: Plan | None = None
     spec: ShardingSpec | None = None
     anatomy: Anatomy | None = None
+    outside_reads: dict[str, list[str]] = field(default_factory=dict)
     suitable: Suitable | None = None
     tensor_parallel: TensorParallelState | None = None
 

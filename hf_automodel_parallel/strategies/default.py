@@ -44,6 +44,7 @@ from ..plan.explain import plan_lines
 from ..plan.layers import check_peft_method
 from ..plan.loss import keep_logits_sharded
 from ..plan.names import unwrapped
+from ..plan.outside_reads import check_outside_reads, outside_reads
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.sequence_parallel import derive, regather
@@ -53,6 +54,7 @@ from ..plan.variance_probe import complete
 from ..quantization import check_quantized, keep_layout
 from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
+from ..tensor_parallel.outside_reads import install_outside_reads
 from ..tensor_parallel.random import (
     draws_random_numbers,
     install_own_numbers,
@@ -192,6 +194,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        job.outside_reads = outside_reads(job.model, job.anatomy.layers)
+        job.options.read_outside = frozenset(name for names in job.outside_reads.values() for name in names)
         job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
@@ -230,6 +234,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         validate(job.model, job.spec, size)
         if job.plan.origin != "derived":  # which has been proven with values
             complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
+        check_outside_reads(job.spec, job.outside_reads)
         if job.sequence_parallel:
             derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
         if job.sequence_parallel_regather:
@@ -335,6 +340,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             if job.spec is not None and job.spec.packed():
                 job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_regions(job.model, layers, job.tensor_parallel, parts)
+            install_outside_reads(job.model, job.outside_reads)
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
         if job.compile_options is not None:

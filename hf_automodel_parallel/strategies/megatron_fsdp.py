@@ -20,6 +20,7 @@ from ..megatron.state import WholeStates
 from ..megatron.tensor_parallel import check_local, make_local
 from ..megatron.units import unit_classes
 from ..plan.layers import check_peft_method
+from ..plan.outside_reads import outside_reads, refuse_outside_reads
 from ..plan.resolve import resolve
 from ..plan.selection import select_plan
 from ..plan.torch_styles import check_sequence_layouts
@@ -73,6 +74,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         self.units = unit_classes(job.model, self.options.megatron_fsdp_unit_modules or job.layer_classes)
         if job.tp_mesh is not None:
             self.select_tensor_parallel(job)
+            refuse_outside_reads(job.spec, outside_reads(job.model, job.anatomy.layers))  # type: ignore[arg-type]
 
     def refuse_options_of_fsdp2(self, job: Job) -> None:
         """Refuse what the user asked of FSDP2 and megatron-fsdp does not have."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .boundaries import ReduceOutput, SharedInputs
+from .outside_reads import SeenFromOutside
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Region:
         replaced: list[tuple[Entry, nn.Parameter]] = []
         local: dict[int, torch.Tensor] = {}
         for entry in self.entries:
-            parameter = entry.owner._parameters.get(entry.name)
+            held = entry.owner._parameters.get(entry.name)
+            parameter: Any = held.parameter if isinstance(held, SeenFromOutside) else held
             if not _to_exchange(parameter, entry):
                 continue
             tensor = local.get(id(parameter))
@@ -133,7 +135,7 @@ class Region:
             if entry.bias_of is not None:
                 entry.bias_of.bias = tensor
             entry.owner._parameters[entry.name] = None if entry.bias_of is not None else tensor  # type: ignore[assignment]
-            replaced.append((entry, parameter))
+            replaced.append((entry, held))  # type: ignore[arg-type]
         return replaced
 
 

@@ -104,13 +104,23 @@ def _with_lora(model: torch.nn.Module) -> torch.nn.Module:
     targets: Any = "all-linear"
     if any(kind is not torch.nn.Linear for kind in linear.values()):
         head = model.get_output_embeddings()
-        targets = [n for n, kind in linear.items() if kind is torch.nn.Linear and model.get_submodule(n) is not head]
+        targets = [n for n in linear if (m := model.get_submodule(n)) is not head and _gives_one_tensor(m)]
     try:
         return lora(model, target_modules=targets)
     except ValueError as error:
         if "Mamba" not in str(error):
             raise
         return lora(model, target_modules=targets, exclude_modules=["out_proj", "conv1d"])
+
+
+@torch.no_grad()
+def _gives_one_tensor(layer: torch.nn.Module) -> bool:
+    """True if a (subclass of a) linear layer returns what ``nn.Linear`` does, as PEFT takes for granted."""
+    try:
+        output = type(layer).forward(layer, layer.weight.new_zeros(1, layer.in_features))
+    except Exception:
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
 
 
 def plan_source(model: torch.nn.Module) -> str:

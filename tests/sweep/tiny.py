@@ -81,6 +81,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
         "layer_types": ["full_attention", "full_attention"],
     },
+    "blt": {"encoder_hash_byte_group_vocab": 64},  # rows for each of six hashes
+    "blt_local_encoder": {"hidden_size_global": HIDDEN},
+    "blt_local_decoder": {"hidden_size_global": HIDDEN},
+    # its attention reads a base of the rotary embedding from a part of the configuration whose class does not have it
+    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0}}
+    | {"ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": INTERMEDIATE, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     "mamba2": {"num_heads": 8},  # elsewhere a field of that name counts attention heads
     "laguna": {"num_attention_heads_per_layer": [HEADS, HEADS], "layer_types": ["full_attention", "sliding_attention"]},
     "dots1": {"n_shared_experts": 1},
@@ -200,4 +208,7 @@ def _randomize_buffers(model: PreTrainedModel) -> None:
 
 def vocabulary(model: PreTrainedModel) -> int:
     """Number of token ids that a batch may hold."""
-    return int(model.get_input_embeddings().weight.shape[0]) if model.get_input_embeddings() is not None else COMMON["vocab_size"]
+    embedding = model.get_input_embeddings()
+    rows = COMMON["vocab_size"] if embedding is None else int(embedding.weight.shape[0])
+    known = getattr(model.config.get_text_config(), "vocab_size", None)  # the table may have rows that are no tokens (prompts)
+    return min(rows, known) if isinstance(known, int) else rows

@@ -1,0 +1,59 @@
+"""A forward reads a parameter of another module, past that module's forward: it sees the whole, with right gradients."""
+
+import pytest
+import torch
+from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.oracle import loss_and_grads
+from harness.pool import run_distributed
+from sweep.tiny import build
+
+from hf_automodel_parallel.errors import UnsupportedError
+from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.plan.outside_reads import check_outside_reads, outside_reads, refuse_outside_reads
+from hf_automodel_parallel.plan.spec import PARTIAL, ParameterSpec, ShardingSpec
+from parity.reading_jobs import batches, reading, reading_gradients
+from parity.test_gradients import MESHES
+
+CASES = [(False, False), (True, False), (False, True)]
+TABLE = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_gradients_equal_one_process(mesh):
+    world, sizes, dp_size = MESHES[mesh]
+    results = run_distributed(world, reading_gradients, CASES, sizes, dp_size)[0]
+    for (tied, adapter), (loss, gradients) in zip(CASES, results, strict=True):
+        want_loss, want = loss_and_grads(reading(tied, adapter), batches(dp_size))
+        assert_losses_equal(loss, want_loss)
+        assert_gradients_equal(gradients, want)
+
+
+def test_reads_are_found_in_forward_and_in_what_it_calls():
+    model = reading(False, False)
+    assert outside_reads(model, dissect(model).layers) == {"": [TABLE, "model.norm.weight"]}
+    peft = reading(False, True)
+    table = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert outside_reads(peft, dissect(peft).layers)["base_model.model"] == [table, "base_model.model.model.norm.weight"]
+
+
+def test_asking_for_a_dtype_is_no_read():
+    for model_type in ("llama", "falcon_mamba", "llama4_text"):  # the last two ask for the dtype and device of a weight
+        model = build(model_type)
+        assert outside_reads(model, dissect(model).layers) == {}
+
+
+def test_gemma4_reads_its_table_in_the_model_around_the_language_model():
+    model = build("gemma4")
+    with torch.device("meta"):
+        model = type(model)(model.config)
+    assert outside_reads(model, dissect(model).layers)["model"] == ["model.language_model.embed_tokens.weight"]
+
+
+def test_what_cannot_be_right_is_refused():
+    reads = {"model": [TABLE]}
+    check_outside_reads(ShardingSpec(parameters={TABLE: ParameterSpec(0)}), reads)
+    with pytest.raises(UnsupportedError, match=f"forward of model reads the parameter {TABLE}.*tp_size=1"):
+        check_outside_reads(ShardingSpec(parameters={TABLE: PARTIAL}), reads)
+    refuse_outside_reads(ShardingSpec(), reads)
+    with pytest.raises(UnsupportedError, match=f"{TABLE}.*megatron_fsdp"):
+        refuse_outside_reads(ShardingSpec(parameters={TABLE: ParameterSpec(0)}), reads)
