@@ -69,8 +69,8 @@ def with_layers(kind: Any, names: tuple[str, ...], model: str = "llama") -> nn.M
     return result.eval()
 
 
-def completed(model: nn.Module, plan: Any = None) -> ShardingSpec:
-    chosen = select_plan(model, plan, tp_size=2)
+def completed(model: nn.Module, plan: Any = None, order: tuple[str, ...] = ("hf",)) -> ShardingSpec:
+    chosen = select_plan(model, plan, order, tp_size=2)
     spec = resolve(model, chosen, 2)
     complete(model, spec, find_layers(model), 2, chosen.strict)
     return spec
@@ -139,7 +139,7 @@ def gradients_with_replaced_activations(parallel: bool) -> tuple[float, dict[str
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     loss = model.eval()(**batch).loss
     accelerator.backward(loss)
-    sharded = model.transformer.h[0].attn.c_attn.weight.placements[-1].is_shard()
+    sharded = not model.transformer.h[0].attn.c_proj.weight.placements[-1].is_replicate()
     return loss.item(), full_grads(model), sharded
 
 

@@ -100,7 +100,7 @@ def refuse_what_is_left(spec: ShardingSpec, faults: dict[str, str]) -> None:
 
 def _has_own_forward(module: nn.Module) -> bool:
     conv1d = compat.transformers_conv1d_type()
-    stock = [nn.Linear.forward, *([conv1d.forward] if conv1d is not None else [])]
+    stock = [nn.Linear.forward, *([conv1d.forward] if conv1d is not None else [])]  # type: ignore[attr-defined]
     if not isinstance(module, (nn.Linear, *([conv1d] if conv1d is not None else []))):
         return False
     return "forward" in vars(module) or type(module).forward not in stock

@@ -313,7 +313,7 @@ class VarianceProbe(SequenceProbe):
                     full = ".".join(part for part in (block, path, key) if part)
                     self.variance.mark(whole, Value(parameters=frozenset([full])))
             for key, value in vars(module).items():
-                if "head" in key and type(value) is int:
+                if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
         pattern = ".".join("*" if part.isdigit() else part for part in plan_name(block, unwrapped(self.model)[1]).split("."))
         self.notes.append(f"{block} is left whole on every rank: {reason}.")
