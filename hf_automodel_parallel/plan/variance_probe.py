@@ -9,7 +9,7 @@ with them), and activations that are mixed where a boundary is missing (refused 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..errors import PlanError, UnsupportedError
 from .experts import try_experts
 from .layers import as_matrix
 from .names import plan_name, unwrapped
+from .own_linears import faulty_linears, leave_ends_whole, refuse_what_is_left
 from .sequence_probe import SequenceProbe, _first_line
 from .spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from .variance import EQUAL, FEATURES, VARYING, OutOfSight, Value, VarianceTrace, WrongPlan
@@ -46,14 +47,19 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
     """
     try_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
+    inside = {names[layer] for layer in layers}
+    faults = faulty_linears(model, spec, tp_size, inside)
+    leave_ends_whole(model, spec, faults, inside, strict)
     try:
         stack, stack_layers = _runner(model, spec, layers, names)
         probe = VarianceProbe(model, spec, stack, stack_layers, names)
-        probe.tp_size, probe.strict = tp_size, strict
+        probe.tp_size, probe.strict, probe.faults = tp_size, strict, faults
         probe.look()
     except UnsupportedError as error:  # of the machinery that runs a stack: nothing is known of the plan then
         spec.notes.append(f"not run without values beforehand ({_first_line(error)}).")
+        refuse_what_is_left(spec, faults)
         return
+    refuse_what_is_left(spec, faults)
     spec.notes.extend(dict.fromkeys(probe.notes))
     _add(model, spec, probe)
 
@@ -112,6 +118,7 @@ class VarianceProbe(SequenceProbe):
     tp_size = 1
     strict = True
     whole_shapes = False
+    faults: Mapping[str, str] = {}
 
     def look(self) -> None:
         """Run the stack; what it showed is in :attr:`variance` and :attr:`notes`.
@@ -306,7 +313,7 @@ class VarianceProbe(SequenceProbe):
                     full = ".".join(part for part in (block, path, key) if part)
                     self.variance.mark(whole, Value(parameters=frozenset([full])))
             for key, value in vars(module).items():
-                if "head" in key and type(value) is int:
+                if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
         pattern = ".".join("*" if part.isdigit() else part for part in plan_name(block, unwrapped(self.model)[1]).split("."))
         self.notes.append(f"{block} is left whole on every rank: {reason}.")
@@ -340,6 +347,8 @@ class VarianceProbe(SequenceProbe):
             return forward(*args, **kwargs)
         self.path.append(name)
         self.variance.place = name
+        if name in self.faults and f"{name}.weight" in self.spec.parameters:  # else it has been left whole
+            raise WrongPlan(self.faults[name])
         for key, (dim, _) in self.spec.head_arguments.get(name, {}).items():
             if isinstance(kwargs.get(key), torch.Tensor):
                 own = kwargs[key].narrow(dim, 0, kwargs[key].shape[dim] // self.tp_size)

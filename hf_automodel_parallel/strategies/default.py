@@ -26,6 +26,7 @@ from ..async_tensor_parallel import check_async_tensor_parallel, with_async_tens
 from ..compile import compile_layers
 from ..context_parallel import forward as context_parallel
 from ..context_parallel.models import check_model as check_for_context_parallel
+from ..derive.miniature import replaced_modules
 from ..errors import ConfigError, UnsupportedError
 from ..fsdp import (
     ShardingOptions,
@@ -232,7 +233,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(job.plan, job.sequence_parallel)
         job.spec = resolve(job.model, job.plan, size)
         validate(job.model, job.spec, size)
-        if job.plan.origin != "derived":  # which has been proven with values
+        if job.plan.origin != "derived" or replaced_modules(job.model):  # a derived one is proven with values, for the class
             complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
         check_outside_reads(job.spec, job.outside_reads)
         if job.sequence_parallel:
