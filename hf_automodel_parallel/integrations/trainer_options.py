@@ -56,7 +56,8 @@ def _check_hub(accelerator: Accelerator, args: Any) -> None:
     if strategy == "every_save" and "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type):
         raise ConfigError(
             "hub_strategy='every_save' uploads the model of each checkpoint, which SHARDED_STATE_DICT does not write: there "
-            "would be configs without weights on the hub. Use state_dict_type='FULL_STATE_DICT', or hub_strategy='end' or 'checkpoint'."
+            "would be configs without weights on the hub. Use state_dict_type='FULL_STATE_DICT', or hub_strategy='end' or "
+            "'checkpoint'."
         )
     if "checkpoint" in strategy and getattr(accelerator.parallelism_config, "async_save", False):
         raise ConfigError(
