@@ -24,10 +24,11 @@ from .manifest import (
     MANIFEST,
     MARK,
     PREVIOUS,
-    SAVED_NAMES,
+    STATE_NAMES,
     Manifest,
     check_sizes,
     entries_of_all,
+    holds_a_save,
     read_manifest,
     write_manifest,
 )
@@ -82,7 +83,7 @@ def _own_status(folder: Path) -> Status:
         return Status(folder, "complete", usable=folder)
     if (folder / MARK).exists():
         return Status(folder, "incomplete", f"its save was interrupted: it has a {MARK} and no {MANIFEST}")
-    if any(SAVED_NAMES.match(name) for name in os.listdir(folder)):
+    if holds_a_save(folder):
         return Status(folder, "unverified", usable=folder)
     return Status(folder, "incomplete", "it is empty")
 
@@ -95,7 +96,7 @@ class Unfinished:
     """A save that has begun.
 
     Attributes:
-        folder: where.
+        folder: where, absolute.
         since: time of its mark, in nanoseconds of the file system's clock: what is older does not belong to it.
     """
 
@@ -109,7 +110,7 @@ def begin(folder: str | Path, group: Any = None) -> Unfinished:
     Raises:
         CheckpointError: on all ranks: it cannot be written to. What it held before is as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # a save in the background must not follow the working directory
     since = 0
     with agreed(f"saving to {folder}", group):
         if rank(group) == 0:
@@ -161,7 +162,8 @@ def _set_aside(folder: Path) -> None:
         (folder / MANIFEST).rename(previous / MANIFEST)
         names = list(manifest.files)
     else:
-        names = [name for name in os.listdir(folder) if SAVED_NAMES.match(name)]
+        # Not a model that was exported to the same directory: no save replaces that, so it stays.
+        names = [name for name in os.listdir(folder) if STATE_NAMES.match(name)]
     for name in names:
         (previous / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(previous / name)
@@ -215,7 +217,7 @@ def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
 
 def abandon(save: Unfinished, group: Any = None) -> None:
     """After a save that failed: bring back what was there before, or free the space and leave the mark. Not collective."""
-    if rank(group) != 0:
+    if rank(group) != 0 or (save.folder / MANIFEST).exists():  # complete: what failed came after
         return
     try:
         _remove_leftovers(save.folder)
@@ -328,7 +330,13 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
 
 def _by_time(folders: list[Path]) -> list[Path]:
     """The last first; all within one second is no time at all (file systems in the cloud), then in the order of ``folders``."""
-    times = {path: path.stat().st_mtime for path in folders}
+    times: dict[Path, float] = {}
+    for path in folders:
+        try:
+            times[path] = path.stat().st_mtime
+        except OSError:
+            pass  # another job has just deleted it
+    folders = list(times)
     if not times or max(times.values()) - min(times.values()) < 1.0:
         return folders
     return sorted(folders, key=times.__getitem__, reverse=True)

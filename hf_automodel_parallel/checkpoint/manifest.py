@@ -23,11 +23,13 @@ MARK = "checkpoint_incomplete.json"
 PREVIOUS = ".previous"
 FORMAT = 1
 
-#: Names that Accelerate and the Trainer give to what they save, and we too.
-SAVED_NAMES = re.compile(
-    r"^(pytorch_model|model|adapter_model|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
-    r"dataloader_shuffling|custom_checkpoint|trainer_state|training_args)([._-].*)?$"
+#: Names that Accelerate and the Trainer give to the state of a training, and we too. A save may move and replace these.
+STATE_NAMES = re.compile(
+    r"^(pytorch_model_fsdp|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|dataloader_shuffling|"
+    r"custom_checkpoint|trainer_state)([._-].*)?$"
 )
+#: Names of weights that a save may have written, or somebody who exported a model to the same directory.
+_WEIGHTS_NAMES = re.compile(r"^(pytorch_model|model|adapter_model)([._-].*)?$")
 
 _CHUNK = 1 << 22
 _RANK_IN_NAME = re.compile(r"(?:^__(\d+)_\d+\.distcp|_rank(\d+)\.bin|^(?:rng_state|random_states)_(\d+)\.p\w+)$")
@@ -115,11 +117,17 @@ def file_entry(path: Path, sync: bool = False) -> dict[str, int]:
     return {"size": size, "crc32": checksum}
 
 
+def holds_a_save(folder: Path) -> bool:
+    """True if a directory without a manifest has files of the kind that Accelerate and the Trainer save."""
+    return any(STATE_NAMES.match(name) or _WEIGHTS_NAMES.match(name) for name in os.listdir(folder))
+
+
 def new_files(folder: Path, since: int) -> list[str]:
     """Files below ``folder`` that belong to the save that began at ``since``, without the bookkeeping of this package.
 
-    They are what checkpoints consist of (whatever time the clock of another node gave them), and all that was written since, in
-    nanoseconds.
+    They are what the state of a training consists of (whatever time the clock of another node gave them), and all that was
+    written since, in nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be replaced at
+    any time.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -129,7 +137,7 @@ def new_files(folder: Path, since: int) -> list[str]:
         for name in names:
             path = Path(parent) / name
             relative = path.relative_to(folder)
-            if path.is_file() and (SAVED_NAMES.match(relative.parts[0]) or path.stat().st_mtime_ns >= since):
+            if path.is_file() and (STATE_NAMES.match(relative.parts[0]) or path.stat().st_mtime_ns >= since):
                 found.append(relative.as_posix())
     return sorted(found)
 
@@ -156,10 +164,14 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:  # another job deletes it at this moment
+            size = None
+        if size is None:
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["size"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+        elif size != entry["size"]:
+            problems.append(f"{path} has {size} bytes instead of {entry['size']}")
     return problems
 
 

@@ -66,6 +66,7 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
     with agreed(f"loading {source.name}", source.group):
         wanted = model_state(model, adapter_only)
         known = {str(path[-1]): entry for path, entry in source.entries.items()}
+        wanted = _with_what_was_trained(model, wanted, known)
         wanted = _names_of_peft(model, wanted, known, adapter_only)
         check_keys({n: v.shape if isinstance(v, torch.Tensor) else None for n, v in wanted.items()}, known, source.name)
         everything = wanted if not adapter_only else _all_names(model, wanted)
@@ -87,6 +88,14 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
 
 def _all_names(model: nn.Module, wanted: Mapping[str, Any]) -> set[str]:
     return set(wanted) | set(model.state_dict())
+
+
+def _with_what_was_trained(model: nn.Module, wanted: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint that lacks some of the base's weights has the others because they were trained, frozen here or not."""
+    everything = model_state(model, adapter_only=False)
+    if all(name in known for name in everything):
+        return wanted
+    return {name: value for name, value in everything.items() if name in wanted or name in known}
 
 
 def _names_of_peft(

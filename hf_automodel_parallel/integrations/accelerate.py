@@ -40,6 +40,7 @@ from ..strategies.registry import get_parallelization_strategy
 from ..synchronize import agreement
 from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
 from .data_parallel import gather_for_metrics, prepare_data_loader, prepare_scheduler
+from .data_position import skip_first_batches
 from .generation import guard_generation
 from .megatron import megatron_strategy, owner_of, whole_state
 from .megatron import sharded_parameters as megatron_parameters
@@ -470,6 +471,7 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare_model": _prepare_model,
     "prepare_data_loader": prepare_data_loader,
     "prepare_scheduler": prepare_scheduler,
+    "skip_first_batches": skip_first_batches,
     "backward": _backward,
     "clip_grad_norm_": _clip_grad_norm_,
     "maybe_context_parallel": _maybe_context_parallel,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +109,7 @@ def load_model(accelerator: Accelerator, model: nn.Module, folder: Path, index: 
         return
     from accelerate.utils import load_fsdp_model
 
-    with agreed(f"loading {folder}"):
+    with agreed(f"loading {folder}"), loading_whole(model):
         load_fsdp_model(
             accelerator.state.fsdp_plugin, accelerator, model, str(folder), index, adapter_only=adapter_only
         )
@@ -152,7 +151,8 @@ def finish(save: Unfinished, manifest: Manifest, tasks: list[Task], background: 
             raise
         logger.info("saved the checkpoint %s", save.folder)
         if afterwards is not None:
-            afterwards()
+            with agreed(f"deleting old checkpoints beside {save.folder}", group):
+                afterwards()
 
     start(work) if background else work()
 
@@ -247,6 +247,7 @@ def save_state(
                     f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on with."
                 )
     save = begin(folder)
+    folder = save.folder
     how = how_to_save(self)
     try:
         tasks: list[Task] = []
@@ -285,7 +286,7 @@ def save_state(
 
     finish(save, describe(self, step, how), tasks, how.copy, afterwards)
     project.iteration += 1
-    return str(folder)
+    return output_dir
 
 
 def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
@@ -335,16 +336,13 @@ def load_state(
     else:
         folder = to_load(os.path.expanduser(input_dir))
     manifest = verify(folder)
-    with ExitStack() as stack:
-        for model in self._models:
-            stack.enter_context(loading_whole(model))
-        for index, model in enumerate(self._models):
-            load_model(self, model, folder, index, adapter_only=bool(manifest and manifest.adapter_only))
-        if self.scaler is not None:
-            with agreed(f"loading {folder}"):
-                self.scaler.load_state_dict(load_plain(folder / "scaler.pt"))
-        for index, optimizer in enumerate(self._optimizers):
-            load_optimizer(self, optimizer, _model_of(self, optimizer, index), folder, index)
+    for index, model in enumerate(self._models):
+        load_model(self, model, folder, index, adapter_only=bool(manifest and manifest.adapter_only))
+    if self.scaler is not None:
+        with agreed(f"loading {folder}"):
+            self.scaler.load_state_dict(load_plain(folder / "scaler.pt"))
+    for index, optimizer in enumerate(self._optimizers):
+        load_optimizer(self, optimizer, _model_of(self, optimizer, index), folder, index)
     with agreed(f"loading {folder}"):
         for hook in self._load_model_state_pre_hook.values():
             hook([], str(folder))

@@ -1,17 +1,24 @@
-"""Where the shuffling of the prepared data loaders stands, which Accelerate's checkpoints do not hold.
+"""Where the prepared data loaders stand, which Accelerate's checkpoints do not hold.
 
 A loader draws the order of an epoch when the epoch begins. A run that continues within an epoch repeats that draw and skips what
 was seen (``accelerator.skip_first_batches``), so it needs the generator's state at the beginning of the epoch; one that continues
 between two epochs needs the present one.
+
+To begin an epoch draws a number from the common random state, too (torch's ``DataLoader`` seeds its workers), and so may a data
+set that is read. The uninterrupted run has done both before it saved, so a run that continues within an epoch goes back to the
+saved random state once the first batch has been read.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from ..checkpoint.files import load_plain, save_plain
@@ -25,6 +32,8 @@ FILE = "dataloader_shuffling.bin"
 
 #: Where a loader keeps the state of its generator at the beginning of its epoch.
 _START = "_automodel_parallel_epoch_start"
+#: Marks a loader whose position comes from a checkpoint, until it is read.
+_RESUMED = "_automodel_parallel_resumed"
 
 
 def watch_epochs(loader: Any) -> None:
@@ -56,7 +65,9 @@ def save_positions(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load_positions(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what :func:`save_positions` wrote; nothing happens without it (stock checkpoints)."""
+    """Restore what :func:`save_positions` wrote; without it (stock checkpoints) the loaders stay as they are."""
+    for loader in accelerator._dataloaders:
+        setattr(loader, _RESUMED, True)
     if not (folder / FILE).is_file():
         return
     positions = load_plain(folder / FILE)
@@ -76,3 +87,27 @@ def load_positions(accelerator: Accelerator, folder: Path) -> None:
             setattr(loader, _START, state)
         if hasattr(loader, "iteration"):
             loader.iteration = position["iteration"]
+
+
+def skip_first_batches(self: Accelerator, dataloader: Any, num_batches: int = 0) -> Any:
+    """Like ``Accelerator.skip_first_batches``; after ``load_state`` the first batch comes with the saved random state."""
+    skipped = type(self).skip_first_batches(self, dataloader, num_batches)
+    if vars(dataloader).pop(_RESUMED, False) and num_batches > 0 and hasattr(skipped, "base_dataloader"):
+        _keep_random_state(skipped.base_dataloader, getattr(skipped, "skip_batches", 0))
+    return skipped
+
+
+def _keep_random_state(loader: Any, first: int) -> None:
+    """The first time that ``loader`` is read, undo what was drawn until batch ``first`` is there."""
+
+    def read_once() -> Iterator[Any]:
+        del loader.__iter__
+        states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        for index, batch in enumerate(loader):
+            if index == first:
+                random.setstate(states[0])
+                numpy.random.set_state(states[1])
+                torch.set_rng_state(states[2])
+            yield batch
+
+    loader.__iter__ = read_once  # Accelerate's loader calls it by name

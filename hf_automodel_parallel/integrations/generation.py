@@ -64,6 +64,14 @@ def guard_generation(model: nn.Module, job: Job) -> None:
     inner.__dict__[_GUARDED] = True
 
 
+#: What a rank says in front of a forward.
+_DONE, _WRITES, _FAILED = 0, 1, 2
+
+
+class _OtherRankFailed(PrepareError):
+    """So that a rank which only learnt of a failure does not tell of it again."""
+
+
 class _Together:
     """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share.
 
@@ -84,6 +92,11 @@ class _Together:
         self._writing, self._inputs = True, None
         try:
             result = generate(*args, **kwargs)
+        except _OtherRankFailed as failed:
+            raise PrepareError(str(failed)) from None
+        except Exception:
+            self._tell(_FAILED)  # the others wait in front of their next forward, or at the end
+            raise
         finally:
             self._writing = False
         with torch.no_grad():
@@ -101,9 +114,19 @@ class _Together:
         self._anybody(writes=True)
 
     def _anybody(self, writes: bool) -> bool:
-        writing = torch.tensor(int(writes), device=communication_device())
-        dist.all_reduce(writing, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(writing.item())
+        said = self._tell(_WRITES if writes else _DONE)
+        if said == _FAILED:
+            raise _OtherRankFailed(
+                "generate() failed on another rank, whose message says why; the ranks generate together, because they share the "
+                "parameters."
+            )
+        return said == _WRITES
+
+    def _tell(self, mine: int) -> int:
+        """The most that any rank says."""
+        said = torch.tensor(mine, device=communication_device())
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
+        return int(said.item())
 
 
 def _one_token(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

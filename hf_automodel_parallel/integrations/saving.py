@@ -286,8 +286,11 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
             return save_model(output_dir, _internal_call=_internal_call)
         sharded = "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
         # The weights of a checkpoint are in its sharded files; the configs make it complete for an export.
-        in_checkpoint = _internal_call and output_dir is not None and sharded
-        with _streaming(accelerator, Streamed(sharded_state(model, trainer.args.should_save), weights=not in_checkpoint)):
+        in_checkpoint = _internal_call and output_dir is not None
+        if not in_checkpoint:  # whose ranks have met already
+            meet(f"{type(trainer).__name__}.save_model()", {})
+        shards = sharded_state(model, trainer.args.should_save)
+        with _streaming(accelerator, Streamed(shards, weights=not (in_checkpoint and sharded))):
             return save_model(output_dir, _internal_call=_internal_call)
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:

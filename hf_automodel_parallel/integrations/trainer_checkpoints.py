@@ -19,7 +19,7 @@ from ..checkpoint.files import load_plain, naming, save_plain
 from ..checkpoint.manifest import Manifest, verify
 from ..checkpoint.ranks import agreed
 from ..checkpoint.training import Task, restore_model, restore_optimizer
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..optimizer import raw_optimizer
 from . import checkpoints
 from .checkpoints import asynchronous, describe, finish, how_to_save, load_random_state, model_task, optimizer_task
@@ -33,6 +33,8 @@ class ParallelTrainer(ParallelEvaluation):
 
     #: What writes the large files of the save that is under way; None outside of one.
     _tasks: list[Task] | None = None
+    #: The checkpoint that goes to the hub when it is complete.
+    _to_push: str | None = None
     #: The checkpoint whose files have been checked, and its manifest.
     _verified: tuple[str, Manifest | None] | None = None
 
@@ -134,12 +136,7 @@ class ParallelTrainer(ParallelEvaluation):
             return
         wait_for_saves()
         background = asynchronous(self.accelerator) and not self.args.save_only_model
-        if background and self.args.push_to_hub and "checkpoint" in str(self.args.hub_strategy):
-            raise ConfigError(
-                f"hub_strategy={self.args.hub_strategy!r} uploads a checkpoint at once, async_save=True writes it later. Use one "
-                f"of the two."
-            )
-        run_dir = Path(self._get_output_dir(trial=trial))
+        run_dir = Path(self._get_output_dir(trial=trial)).absolute()
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         save = begin(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -155,7 +152,7 @@ class ParallelTrainer(ParallelEvaluation):
             self.args.save_total_limit = limit
             self._tasks = None
         best = self.state.best_model_checkpoint
-        keep = {folder} if best is None else {folder, Path(best)}
+        keep = {folder} if best is None else {folder, Path(best).absolute()}
 
         def afterwards() -> None:
             if self.args.should_save:
@@ -165,6 +162,17 @@ class ParallelTrainer(ParallelEvaluation):
         manifest = describe(self.accelerator, self.state.global_step, how_to_save(self.accelerator, adapter_only=True))
         manifest.adapter_only = True
         finish(save, manifest, tasks, background, afterwards)
+        to_push, self._to_push = self._to_push, None
+        if to_push is not None:
+            with agreed(f"pushing {to_push}"):
+                super()._push_from_checkpoint(to_push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Like the Trainer's, when the checkpoint is complete: what goes to the hub has the manifest and not the mark."""
+        if self._tasks is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        self._to_push = checkpoint_folder
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written any more."""
@@ -184,7 +192,7 @@ class ParallelTrainer(ParallelEvaluation):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        folder = Path(output_dir)
+        folder = Path(output_dir).absolute()
         how = how_to_save(self.accelerator, adapter_only=True)
         collect = [
             lambda: model_task(self.accelerator, self.model, folder, 0, how),

@@ -140,7 +140,8 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
     if os.path.isdir(path):
-        local = os.path.join(path, hub.get("subfolder") or "", name)
+        # Absolute: the files are read in prepare, and the script may change its directory before.
+        local = os.path.abspath(os.path.join(path, hub.get("subfolder") or "", name))
         return local if os.path.isfile(local) else None
     from transformers.utils import cached_file
 

@@ -67,8 +67,8 @@ class WholeStates:
             if isinstance(value, DTensor):
                 raise UnsupportedError(
                     "loading DTensors into a model that megatron-fsdp manages: its shards are uneven, theirs are not. Load whole "
-                    "tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state(); the Trainer cannot "
-                    "resume with backend='megatron_fsdp' (its checkpoints fit backend='fsdp2')."
+                    "tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state() or "
+                    "Trainer.train(resume_from_checkpoint=...)."
                 )
             if isinstance(value, torch.Tensor):
                 state[f"{prefix}{name}"] = self.managed.sharded(first, value)
