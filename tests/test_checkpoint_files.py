@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from checkpoint_jobs import limited
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers.trainer_utils import rotate_checkpoints
@@ -368,6 +369,18 @@ def test_read_only_directory_is_named(tmp_path, monkeypatch):
 
 
 # ---- random states -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["torch", "json"])
+def test_full_disk_names_the_file_that_a_library_was_writing(write, tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "deeper").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*deeper/rng_state_0\.pth"):
+        with files.naming(tmp_path), limited(here=True):
+            if write == "torch":
+                torch.save(torch.zeros(10_000), tmp_path / "deeper" / "rng_state_0.pth")
+            else:
+                (tmp_path / "deeper" / "rng_state_0.pth").write_text("0" * 10_000)
 
 
 def test_origin_of_random_states():

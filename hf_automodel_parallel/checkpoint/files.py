@@ -34,7 +34,8 @@ def naming(path: str | Path) -> Iterator[None]:
     """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
 
     torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name. The ranks that did not
-    write get an :class:`ExportError` without one.
+    write get an :class:`ExportError` without one. Where ``path`` is a directory that several libraries write into and the error
+    names no file, it is the one that was touched last.
     """
     try:
         yield
@@ -43,12 +44,20 @@ def naming(path: str | Path) -> Iterator[None]:
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
-        raise CheckpointError(f"cannot write {path}: {error}. The save was not completed.") from error
+        raise CheckpointError(f"cannot write {_written_last(path)}: {error}. The save was not completed.") from error
     except OSError as error:
-        where = error.filename or path
+        where = error.filename or _written_last(path)
         raise CheckpointError(
             f"cannot write {where}: {error.strerror or error}. The save was not completed."
         ) from error
+
+
+def _written_last(path: str | Path) -> str | Path:
+    try:
+        files = [found for found in Path(path).rglob("*") if found.is_file()] if Path(path).is_dir() else []
+        return max(files, key=lambda found: found.stat().st_mtime_ns, default=path)
+    except OSError:  # another rank is cleaning up
+        return path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
