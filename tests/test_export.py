@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -145,6 +146,44 @@ def test_options_mean_what_they_mean_in_one_process(tmp_path):
     for name in pickles:
         ours, theirs = (torch.load(d / name, weights_only=True) for d in (tmp_path / "found", expected))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs), name
+
+
+def own_adapters() -> torch.nn.Module:
+    """By transformers' ``add_adapter``, without a PeftModel."""
+    model = build_model("llama")
+    for name, rank in (("default", 4), ("other", 2)):
+        config = adapter_config()
+        config.r = rank
+        model.add_adapter(config, name)
+    model.set_adapter("default")
+    return model
+
+
+def save_own_adapters(directory: str) -> None:
+    own = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2)).prepare(own_adapters())
+    own.save_pretrained(f"{directory}/default")
+    own.set_adapter("other")
+    own.save_pretrained(f"{directory}/other", save_peft_format=False)
+    own.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match=r"several active adapters \(default, other\)"):
+        own.save_pretrained(f"{directory}/both")
+
+
+@pytest.mark.both_ends
+def test_adapters_without_a_peft_model(tmp_path):
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # transformers asks for more than PyPI has
+        with pytest.raises(ValueError, match=f"PEFT.*{MIN_PEFT_VERSION}"):
+            own_adapters()
+        return
+    run_distributed(2, save_own_adapters, str(tmp_path / "found"))
+    expected = own_adapters()
+    expected.save_pretrained(tmp_path / "expected/default")
+    expected.set_adapter("other")
+    expected.save_pretrained(tmp_path / "expected/other", save_peft_format=False)
+    assert_same_files(tmp_path / "expected", tmp_path / "found")
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------

@@ -46,6 +46,28 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
     cls.save_pretrained(model, directory, state_dict=state, **options)
 
 
+def write_own_adapter(
+    model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: Mapping[str, Any]
+) -> None:
+    """Write what ``PreTrainedModel.save_pretrained`` writes of a model with adapters of its own: the active adapter.
+
+    Args:
+        model: has got its adapters by ``model.add_adapter``, without a ``PeftModel``.
+        shapes: of its state dict.
+        fetch: gives whole tensors on the CPU.
+        directory: exists.
+        options: of transformers' method, such as ``save_peft_format``.
+    """
+    cls: Any = type(model)  # past what is bound on the instance
+    recording = Recording()
+    state = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+    with recording:
+        picked = cls.get_adapter_state_dict(model, state_dict=dict(state))
+    for value in picked.values():
+        state.update({name: fetch(name) for name in recording.leaves_of(value)})
+    cls.save_pretrained(model, directory, state_dict=state, **options)
+
+
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse what cannot be done on shards, before any rank waits for another.
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import compat
 from ..errors import ConfigError, UnsupportedError
-from ..export.adapters import check_adapter_options, keep_model_card, write_adapters
+from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapter
 from ..export.files import completed_at_end
 from ..export.gathering import Fetch, ShardedState
 from ..export.meeting import meet
@@ -177,10 +177,13 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
             "with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
         )
     if compat.carries_adapters(model):
-        raise UnsupportedError(
-            f"save_pretrained() of a sharded {type(model).__name__} with adapters of its own (add_adapter without a PeftModel) "
-            f"is not available. Wrap the model with peft.get_peft_model before accelerator.prepare."
-        )
+        active: Any = model.active_adapters()  # type: ignore[operator]
+        if len(active) > 1:
+            raise ConfigError(
+                f"save_pretrained() of a {type(model).__name__} with several active adapters ({', '.join(active)}): transformers "
+                f"saves one. Call model.set_adapter(name) and save_pretrained(directory) for each."
+            )
+        return
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(
             "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. Save the "
@@ -205,6 +208,8 @@ def _write(
         elif compat.is_peft_model(model):
             keep_model_card(directory, incomplete)
             write_adapters(model, shapes, fetch, incomplete, options)
+        elif compat.carries_adapters(model):
+            write_own_adapter(model, shapes, fetch, incomplete, options)
         else:
             options = {k: v for k, v in options.items() if k != "save_peft_format"}
             write_pretrained(model, shapes, fetch, incomplete, **options)
