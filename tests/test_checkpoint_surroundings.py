@@ -70,9 +70,9 @@ def test_exports_other_directories_and_failures_of_one_rank(tmp_path):
         assert "FileNotFoundError: gone" in seen["after"] and seen["complete"] == "complete"
 
 
-def spoilt_generation() -> tuple[str, float, tuple[int, ...]]:
+def spoilt_generation(sizes: dict[str, int]) -> tuple[str, float, tuple[int, ...]]:
     """A generation that fails on one rank between two forwards, and one after it."""
-    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**FSDP2))
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     model = accelerator.prepare(build("llama", None)).eval()
     rank, calls = dist.get_rank(), []
 
@@ -90,8 +90,9 @@ def spoilt_generation() -> tuple[str, float, tuple[int, ...]]:
     return message, seconds, tuple(model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape)
 
 
-def test_a_generation_that_fails_on_one_rank_ends_on_all():
-    results = run_distributed(2, spoilt_generation, timeout=60)
+@pytest.mark.parametrize("sizes", [FSDP2, {"tp_size": 2}], ids=["fsdp2", "tp2"])
+def test_a_generation_that_fails_on_one_rank_ends_on_all(sizes):
+    results = run_distributed(2, spoilt_generation, sizes, timeout=60)
     for (message, seconds, shape), wanted in zip(
         results, ("PrepareError: generate() failed on another rank", "ValueError: spoilt"), strict=True
     ):

@@ -29,8 +29,8 @@ def guard_generation(model: nn.Module, job: Job) -> None:
     * The ranks of a tp group need one prompt and one random state: with tokens of their own, each would go on with a cache
       that fits another text, and the first to stop would leave the others waiting. A script may have seeded each process
       by its index (Accelerate's ``set_seed(..., device_specific=True)``).
-    * Data-parallel ranks that share parameters run equally many forwards, however long their texts get; see
-      :class:`_Together`.
+    * Data-parallel ranks that share parameters run equally many forwards, however long their texts get; and where a rank fails
+      between two forwards (a logits processor of the user's), so do those that compute with it. See :class:`_Together`.
 
     Args:
         model: the prepared model, PEFT-wrapped or not.
@@ -45,15 +45,16 @@ def guard_generation(model: nn.Module, job: Job) -> None:
         register_fsdp_forward_method(model, "generate")
     data_parallel = job.dp_mesh
     shared_parameters = data_parallel.size(data_parallel.ndim - 1) > 1
-    together = _Together(inner, job.group) if shared_parameters else None
     tp_mesh = job.tp_mesh
+    # All ranks meet in a generation that gathers parameters; otherwise each tp group generates when it likes to.
+    group = job.group if shared_parameters or tp_mesh is None else tp_mesh.get_group()
+    together = _Together(inner, group) if shared_parameters or tp_mesh is not None else None
     original: Callable[..., Any] = inner.generate  # type: ignore[assignment]
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         if tp_mesh is not None:
-            # All ranks meet in a generation that gathers parameters; otherwise each tp group generates when it likes to.
-            with agreement("generate", job.group if shared_parameters else tp_mesh.get_group()):
+            with agreement("generate", group):
                 _check_same_prompt([*enumerate(args), *kwargs.items()], tp_mesh)
             synchronize_rng(tp_mesh)
         if together is None:
@@ -73,7 +74,7 @@ class _OtherRankFailed(PrepareError):
 
 
 class _Together:
-    """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share.
+    """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share or reduces over tp.
 
     In front of each forward of a generation the ranks ask each other who still writes. A rank that has finished joins in with
     forwards of one token until nobody does. transformers' ``synced_gpus`` is meant for this, but lets a rank that has finished
@@ -118,7 +119,7 @@ class _Together:
         if said == _FAILED:
             raise _OtherRankFailed(
                 "generate() failed on another rank, whose message says why; the ranks generate together, because they share the "
-                "parameters."
+                "parameters or compute one text."
             )
         return said == _WRITES
 
