@@ -1,4 +1,4 @@
-"""The program one rank of a `pool.WorkerPool` runs: ``python -m harness.pool_worker FILE_DESCRIPTOR``.
+"""The program one rank of a `pool.WorkerPool` runs, in a process forked from one that has imported this module.
 
 It says that it is ready, gets a job, answers with ``(True, pickled result)`` or ``(False, (type name, message,
 traceback))``, waits for the word that all ranks have answered, undoes what the job left behind, and is ready again.
@@ -36,6 +36,10 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from .pool import HOST, dumps, loads
 
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
+
+
+# These names are resolved lazily; resolved here, their imports are paid once.
+transformers.PreTrainedModel, transformers.Trainer  # noqa: B018
 
 
 class ProcessState:
@@ -119,19 +123,21 @@ def serve(connection: Connection, state: ProcessState) -> None:
         state.tear_down()
 
 
-def main() -> None:
+def main(connection: Connection, environment: dict[str, str], log_path: str) -> None:
+    os.setsid()  # so that the pool can kill the rank's own children too, and Ctrl-C spares it
+    with open(log_path, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [__name__]
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    connection = Connection(int(sys.argv[1]))
-    # These names are resolved lazily; resolved here, their imports are paid once.
-    transformers.PreTrainedModel, transformers.Trainer  # noqa: B018
     state = ProcessState()
     gc.freeze()  # makes the collection after each job skip the modules imported so far
     with contextlib.suppress(EOFError):  # the parent has closed the pool, or is gone
         serve(connection, state)
     sys.stdout.flush()
     os._exit(0)  # shutting the group down in order would have to wait for the peers
-
-
-if __name__ == "__main__":
-    main()
