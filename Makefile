@@ -5,7 +5,7 @@
 #   TORCH='...'      what pip installs first (default torch==2.13.0); for instance
 #                    TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 #   SWEEP_ARGS=...   arguments of the sweep, as in SWEEP_ARGS='--only llama --jobs 2'
-#   TEST_JOBS=2      how many test files at once (each starts processes of its own; 1 on a machine that is busy)
+#   TEST_JOBS=2      how many tests at once (each starts processes of its own; 1 on a machine that is busy)
 #   PYTEST_ARGS=...  more arguments for pytest, as in PYTEST_ARGS='-k lora -x'
 
 SHELL       := /bin/bash
@@ -19,7 +19,7 @@ VENV517 ?= .venv517
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
-PYTEST := python -m pytest -n $(TEST_JOBS) --dist loadfile --durations 25
+PYTEST := python -m pytest -n $(TEST_JOBS) --dist worksteal --durations 25
 PARITY_ARGS ?=
 SWEEP_ARGS ?=
 
