@@ -1,6 +1,7 @@
 """Private names of other libraries: all of them exist, stand in one table, and are used nowhere but where the table says."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -25,10 +26,12 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def own_names() -> set[str]:
     """Names that the package itself defines: functions, classes, variables, attributes of its own objects."""
     names: set[str] = set()

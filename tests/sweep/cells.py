@@ -124,11 +124,11 @@ def _gives_one_tensor(layer: torch.nn.Module) -> bool:
 
 
 def plan_source(model: torch.nn.Module) -> str:
-    """Where the plan of ``model`` comes from: hf, registry or default."""
+    """Where the plan of ``model`` comes from: hf, registry, default; derived where none of these has one."""
     try:
         return select_plan(model).origin
     except AutoParallelError:
-        return "none"
+        return "derived"
 
 
 def _value(text: str) -> Any:
