@@ -78,7 +78,7 @@ def check_same_structure(
         group: the ranks that hold the model; None means all.
 
     Raises:
-        PrepareError: with the first difference between rank 0 and this rank.
+        PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
     """
     places = {} if spec is None else spec.parameters
     seen: dict[int, str] = {}
@@ -94,14 +94,16 @@ def check_same_structure(
     dist.all_gather_object(digests, digest, group=group)
     if len(set(digests)) == 1:
         return
-    reference: list[list[str] | None] = [described if dist.get_rank(group) == 0 else None]
-    dist.broadcast_object_list(reference, group_src=0, group=group)
-    first = reference[0] or []
-    differences = sorted(set(first) ^ set(described))
     ranks = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    compared: list[list[str]] = []
+    for rank in (0, ranks[0]):  # every rank names the same difference
+        theirs: list[list[str] | None] = [described if dist.get_rank(group) == rank else None]
+        dist.broadcast_object_list(theirs, group_src=rank, group=group)
+        compared.append(theirs[0] or [])
+    differences = sorted(set(compared[0]) ^ set(compared[1]))
     raise PrepareError(
         f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
-        + (f", here for example in {differences[0]!r}" if differences else "")
+        + (f", for example in {differences[0]!r}" if differences else ", in the order of their parameters or buffers")
         + ". Build, wrap and plan it alike on every rank."
     )
 

@@ -39,6 +39,8 @@ class Streamed(dict):  # type: ignore[type-arg]
         state: the shards.
         fetch: set on the rank that writes.
         weights: False to write configs only.
+        given: a library has asked for the weights and got this.
+        used: this rank has taken part in writing it.
     """
 
     def __init__(self, state: ShardedState, weights: bool = True) -> None:
@@ -46,6 +48,7 @@ class Streamed(dict):  # type: ignore[type-arg]
         self.state = state
         self.fetch: Fetch | None = None
         self.weights = weights
+        self.given = self.used = False
 
 
 def sharded_state(model: nn.Module, writes: bool) -> ShardedState:
@@ -295,12 +298,17 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         if not in_checkpoint:  # whose ranks have met already
             meet(f"{type(trainer).__name__}.save_model()", {})
         shards = sharded_state(model, trainer.args.should_save)
-        with _streaming(accelerator, Streamed(shards, weights=not (in_checkpoint and sharded))):
-            return save_model(output_dir, _internal_call=_internal_call)
+        streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
+        with _streaming(accelerator, streamed):
+            result = save_model(output_dir, _internal_call=_internal_call)
+        if streamed.given and not streamed.used:  # before transformers 5.18 only ranks that write call _save
+            bound_save(output_dir, streamed)
+        return result
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
         if not isinstance(state_dict, Streamed):
             return save(output_dir, state_dict)
+        state_dict.used = True
         shards = state_dict.state
         asked: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(asked, bool(trainer.args.should_save))  # with save_on_each_node one on each
@@ -323,7 +331,12 @@ def _streaming(accelerator: Accelerator, streamed: Streamed):  # type: ignore[no
     plugin = accelerator.state.fsdp_plugin
     kind, gather = plugin.state_dict_type, accelerator.__dict__["get_state_dict"]
     plugin.state_dict_type = "FULL_STATE_DICT"
-    accelerator.get_state_dict = lambda model, unwrap=True: streamed  # type: ignore[method-assign,assignment]
+
+    def give(model: nn.Module, unwrap: bool = True) -> Streamed:
+        streamed.given = True
+        return streamed
+
+    accelerator.get_state_dict = give  # type: ignore[method-assign]
     try:
         yield
     finally:
