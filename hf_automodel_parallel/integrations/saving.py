@@ -39,7 +39,6 @@ class Streamed(dict):  # type: ignore[type-arg]
         state: the shards.
         fetch: set on the rank that writes.
         weights: False to write configs only.
-        given: a library has asked for the weights and got this.
         used: this rank has taken part in writing it.
     """
 
@@ -48,7 +47,7 @@ class Streamed(dict):  # type: ignore[type-arg]
         self.state = state
         self.fetch: Fetch | None = None
         self.weights = weights
-        self.given = self.used = False
+        self.used = False
 
 
 def sharded_state(model: nn.Module, writes: bool) -> ShardedState:
@@ -299,15 +298,21 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
             meet(f"{type(trainer).__name__}.save_model()", {})
         shards = sharded_state(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
-        with _streaming(accelerator, streamed):
-            result = save_model(output_dir, _internal_call=_internal_call)
-        if streamed.given and not streamed.used:  # before transformers 5.18 only ranks that write call _save
-            bound_save(output_dir, streamed)
-        return result
+
+        def get_state_dict(model: nn.Module, unwrap: bool = True) -> Streamed:
+            # The others help at once: in transformers 5.17 they do not call _save.
+            if not trainer.args.should_save:
+                bound_save(None, streamed)
+            return streamed
+
+        with _streaming(accelerator, get_state_dict):
+            return save_model(output_dir, _internal_call=_internal_call)
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
         if not isinstance(state_dict, Streamed):
             return save(output_dir, state_dict)
+        if state_dict.used:
+            return None
         state_dict.used = True
         shards = state_dict.state
         asked: list[bool] = [False] * dist.get_world_size()
@@ -326,17 +331,12 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def _streaming(accelerator: Accelerator, streamed: Streamed):  # type: ignore[no-untyped-def]
+def _streaming(accelerator: Accelerator, get_state_dict: Callable[..., Streamed]):  # type: ignore[no-untyped-def]
     """Let Trainer take the path on which it asks for all weights, and give it what stands for them."""
     plugin = accelerator.state.fsdp_plugin
     kind, gather = plugin.state_dict_type, accelerator.__dict__["get_state_dict"]
     plugin.state_dict_type = "FULL_STATE_DICT"
-
-    def give(model: nn.Module, unwrap: bool = True) -> Streamed:
-        streamed.given = True
-        return streamed
-
-    accelerator.get_state_dict = give  # type: ignore[method-assign]
+    accelerator.get_state_dict = get_state_dict  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
