@@ -173,3 +173,15 @@ def test_shares_of_features_are_not_combined():
         assert y.mean(1) is not None  # over tokens
         heads = y.view(2, 3, 2, 4)
         assert heads.mean(-1) is not None  # within a head
+
+
+def test_memory_that_was_freed_is_forgotten():
+    """What is known of a tensor does not depend on the memory that it happens to get, which differs between ranks."""
+    weight = torch.ones(4)
+    trace = VarianceTrace({id(weight): Value(parameters=frozenset(["weight"]))})
+    with trace:
+        for _ in range(50):
+            torch.zeros(4).add_(torch.ones(4))
+            made = weight * 2
+            assert trace.value(made).parameters == {"weight"}
+            del made

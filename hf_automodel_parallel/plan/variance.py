@@ -132,6 +132,7 @@ class VarianceTrace(compat.TorchDispatchMode):
                 before = self.value(x)
                 own = VARYING if before.varying or own.varying else own if own != CONSTANT else before
                 self._written[x.untyped_storage()._cdata] = own
+                self._alive.append(x)  # the address of memory that is freed is taken again
             if own != CONSTANT or id(x) in self.values:
                 self.mark(x, own)
         return result
