@@ -1,5 +1,6 @@
 """A resolved plan is run on the shapes of one rank without values, and fused experts are tried on a miniature."""
 
+import gc
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.selection import select_plan
 from hf_automodel_parallel.plan.spec import PARTIAL, Input, Output
 from hf_automodel_parallel.plan.variance import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
-from hf_automodel_parallel.plan.variance_probe import complete
+from hf_automodel_parallel.plan.variance_probe import VarianceProbe, complete
 
 
 def completed(model, tp_plan=None, size=2):
@@ -185,3 +186,19 @@ def test_memory_that_was_freed_is_forgotten():
             made = weight * 2
             assert trace.value(made).parameters == {"weight"}
             del made
+
+
+def test_what_is_known_by_an_id_stays_alive(monkeypatch):
+    """Doge's attention and MLP are left whole, which takes the copies of their parameters out of the miniature."""
+    alive = []
+    look = VarianceProbe.look
+
+    def watched(probe):
+        look(probe)
+        living = {id(found) for found in gc.get_objects()}
+        alive.append([key in living for key in probe.variance.values])
+
+    monkeypatch.setattr(VarianceProbe, "look", watched)
+    spec = completed(build("doge"))
+    assert any("left whole" in note for note in spec.notes)
+    assert alive and all(map(all, alive))

@@ -77,6 +77,7 @@ class SequenceProbe:
         self.prefix = names[stack]
         self.share, self.whole = _marks(model)
         self.known: dict[tuple[type, str], _Choice] = {}  # what worked in the layers before
+        self.keep: list[dict[int, Any]] = []
 
     def run(self) -> Found:
         """Run it.
@@ -131,7 +132,8 @@ class SequenceProbe:
                 memo[id(parameter)] = empty
                 # Under both ids: a forward that somebody replaced by a function reads the parameters of the original.
                 self.parameters[id(empty)] = self.parameters[id(parameter)] = name
-        self.keep = memo
+        # Parameters are known by their ids. One that a copy does not hold any more must not leave its id to another tensor.
+        self.keep = [*self.keep, memo]
         for buffer in self.model.buffers():
             if buffer.device.type == "meta":
                 memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
