@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from . import compat
 from .errors import PrepareError, UnsupportedError
 from .fsdp import data_parallel_placement
 from .plan.spec import REPLICATED, ParameterSpec
@@ -248,14 +249,16 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach()
     # Shards that are offloaded to the CPU are gathered where the process group works.
     local = parameter.to_local().detach().to(parameter.device_mesh.device_type)
-    return DTensor.from_local(
+    gathered = DTensor.from_local(
         local,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
-    ).full_tensor()
+    )
+    compat.mark_packed_placements([gathered])
+    return gathered.full_tensor()
 
 
 def like_on(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from ..errors import ExportError
 from ..fsdp import fsdp_units
 from ..synchronize import communication_device
@@ -113,4 +114,5 @@ class ShardedState:
                 shape=tensor.shape,
                 stride=tensor.stride(),
             )
+        compat.mark_packed_placements([tensor])
         return tensor.full_tensor()
