@@ -52,3 +52,8 @@ def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYet
         remedy: what to do instead, as an imperative sentence.
     """
     return NotAvailableYetError(f"{field}={value!r} is not available yet in this version. {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of ``error`` without its full stop, or its class if it has none: for a message of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..errors import AutoParallelError
+from ..plan.names import layer_pattern
 from .replicas import compare_copies
 from .witnesses import Witnesses
 
@@ -188,7 +189,7 @@ def _named(names: list[str], what: str) -> str:
 
 
 def _forgotten_sum(names: list[str]) -> str:
-    pattern = ".".join("*" if part.isdigit() else part for part in names[0].split("."))
+    pattern = layer_pattern(names[0])
     owner = pattern.removeprefix("base_model.model.").rpartition(".")[0]
     return (
         f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold copies of them; training on "

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PlanError
-from ..plan.names import unwrapped
+from ..errors import PlanError, first_line
+from ..plan.names import layer_pattern, unwrapped
 
 HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM
@@ -152,11 +152,6 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
     return inputs
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def replaced_modules(model: nn.Module) -> list[str]:
     """Modules of ``model`` that are of another class than where its class builds it: somebody has replaced them afterwards.
 
@@ -169,13 +164,9 @@ def replaced_modules(model: nn.Module) -> list[str]:
         return []
     built: dict[str, set[type]] = {}
     for name, module in small.named_modules():
-        built.setdefault(_pattern(name), set()).add(type(module))
+        built.setdefault(layer_pattern(name), set()).add(type(module))
     found: dict[str, tuple[str, type]] = {}
     for name, module in inner.named_modules():
         if not type(module).__module__.startswith("peft."):
             found[name.replace(".base_layer", "").replace(".original_module", "")] = name, type(module)
-    return [name for key, (name, kind) in found.items() if kind not in built.get(_pattern(key), {kind})]
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return [name for key, (name, kind) in found.items() if kind not in built.get(layer_pattern(key), {kind})]

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AutoParallelError, PlanError
+from ..errors import AutoParallelError, PlanError, first_line
 from ..layers import find_layers
 from ..plan.resolve import resolve
 from ..plan.spec import REPLICATED, Plan, ShardingSpec
 from ..plan.validate import validate
 from ..tensor_parallel.in_process import InProcessGroup, parallel_copy, run_ranks
 from ..tensor_parallel.shards import local_slice
-from .miniature import LENGTH, first_line, inputs_for
+from .miniature import LENGTH, inputs_for
 
 #: A difference of a gradient, relative to its norm and to that of all gradients, that rounding in float32 explains.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7

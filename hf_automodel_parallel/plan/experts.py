@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from .layers import is_parameter_adapter
 from .spec import Input, Output, ParameterSpec, ShardingSpec
+from .trials import CannotRun, is_close, share_of
 
 _EXPERTS, _WIDTH, _TOKENS, _CHOSEN = 4, 6, 5, 2
 
@@ -52,7 +53,7 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
         if kind not in known:
             try:
                 known[kind] = _fitting_blocks(module, own, tp_size), ""
-            except _CannotRun as error:
+            except CannotRun as error:
                 known[kind] = {}, str(error)
         blocks, trouble = known[kind]
         if trouble:
@@ -85,10 +86,6 @@ def _set_blocks(model: nn.Module, spec: ShardingSpec, path: str, key: str, block
                 spec.parameters[full] = replace(spec.parameters[full], blocks=blocks)
 
 
-class _CannotRun(Exception):
-    """The miniature does not run even whole."""
-
-
 def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: int) -> dict[str, int] | None:
     """Blocks of each parameter with which the shares add up, the planned ones first; None if there are none."""
     small, values = _miniature(module, own, tp_size)
@@ -96,9 +93,9 @@ def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: i
     try:
         whole = _run(small, values, arguments)
     except Exception as error:
-        raise _CannotRun(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from error
+        raise CannotRun(first_line(error)) from error
     if whole.abs().max() == 0 or not whole.isfinite().all():
-        raise _CannotRun("it returns zeros or no numbers")
+        raise CannotRun("it returns zeros or no numbers")
     packable = [k for k, s in own.items() if s.dim is not None and values[k].shape[s.dim] >= 2 * 2 * tp_size]
     planned = {key: s.blocks for key, s in own.items()}
     choices = [planned]
@@ -108,11 +105,11 @@ def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: i
         total = torch.zeros_like(whole)
         try:
             for rank in range(tp_size):
-                shares = {k: _share(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()}
+                shares = {k: share_of(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()}
                 total = total + _run(small, shares, arguments)
         except Exception:  # shapes that do not fit: another cut
             continue
-        if torch.allclose(total, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item()):
+        if is_close(total, whole):
             return blocks
     return None
 
@@ -124,12 +121,12 @@ def _miniature(
     shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
     matrices = {k: s for k, s in shapes.items() if len(s) == 3 and own[k].dim in (1, 2)}
     if not matrices:
-        raise _CannotRun("its weights have no dimension of experts")
+        raise CannotRun("its weights have no dimension of experts")
     inner = min(s[own[k].dim] for k, s in matrices.items())  # type: ignore[index]
     experts = next(iter(matrices.values()))[0]
     widths = {s[3 - own[k].dim] for k, s in matrices.items()}  # type: ignore[operator]
     if len(widths) != 1:
-        raise _CannotRun(f"its weights have widths of {sorted(widths)}")
+        raise CannotRun(f"its weights have widths of {sorted(widths)}")
     (width,) = widths
     small_inner = 2 * tp_size
     sizes = {2 * inner: 2 * small_inner, inner: small_inner, width: _WIDTH, experts: _EXPERTS}
@@ -148,7 +145,7 @@ def _miniature(
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:
-        raise _CannotRun(f"it cannot be copied: {error}") from error
+        raise CannotRun(f"it cannot be copied: {error}") from error
     for key, value in vars(copied).items():
         if type(value) is int and value in sizes:
             setattr(copied, key, sizes[value])
@@ -181,12 +178,5 @@ def _run(module: nn.Module, values: dict[str, torch.Tensor], arguments: list[tor
     with torch.no_grad():
         output = module(*(x.clone() for x in arguments))
     if not isinstance(output, torch.Tensor):
-        raise _CannotRun("it returns no tensor")
+        raise CannotRun("it returns no tensor")
     return output.float()
-
-
-def _share(value: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    if spec.dim is None:
-        return value
-    parts = [block.chunk(size, spec.dim)[rank] for block in value.chunk(spec.blocks, spec.dim)]
-    return torch.cat(parts, spec.dim)

@@ -43,3 +43,8 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 def precision(pattern: str) -> int:
     """Higher for patterns with fewer wildcards, so that ``layers.0.x`` wins over ``layers.*.x``."""
     return -pattern.split(".").count("*")
+
+
+def layer_pattern(name: str) -> str:
+    """``name`` with a star for each number, as ``model.layers.*.mlp``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import PlanError
-from .experts import _CannotRun, _share
+from ..errors import PlanError, first_line
 from .layers import Matrix, as_matrix
 from .spec import REPLICATED, ShardingSpec
+from .trials import CannotRun, is_close, share_of
 
 _FEATURES, _TOKENS = 4, 5  # features per rank
 
@@ -45,7 +45,7 @@ def faulty_linears(model: nn.Module, spec: ShardingSpec, tp_size: int, inside: s
         if kind not in known:
             try:
                 known[kind] = "" if _adds_up(matrix, spec, name, tp_size) else "does not compute the same on the shares of ranks"
-            except _CannotRun as error:
+            except CannotRun as error:
                 known[kind] = f"cannot be tried on a small copy ({error})"
         trouble = known[kind]
         further = module._parameters.keys() - {"weight", "bias"}
@@ -123,38 +123,39 @@ def _adds_up(matrix: Matrix, spec: ShardingSpec, name: str, tp_size: int) -> boo
     try:
         whole = _run(module, matrix, values, x, weights)
     except Exception as error:
-        raise _CannotRun(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__) from error
+        raise CannotRun(first_line(error)) from error
     results = []
     for rank in range(tp_size):
-        shares = {key: _share(value, places[key], rank, tp_size) for key, value in values.items()}
+        shares = {key: share_of(value, places[key], rank, tp_size) for key, value in values.items()}
         cut = replace(place, dim=-1)
-        own = _share(weights, cut, rank, tp_size) if columns else weights
+        own = share_of(weights, cut, rank, tp_size) if columns else weights
         if not columns and "bias" in shares and rank:
             shares["bias"] = torch.zeros_like(shares["bias"])  # added once
+        given = x if columns else share_of(x, replace(cut, blocks=1), rank, tp_size)
         try:
-            results.append(_run(module, matrix, shares, x if columns else _share(x, replace(cut, blocks=1), rank, tp_size), own))
+            results.append(_run(module, matrix, shares, given, own))
         except Exception:
             return False
     outputs, inputs = [r[0] for r in results], [r[1] for r in results]
     if columns:
-        same = all(map(_close, outputs, (_share(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
-        same = same and _close(sum(inputs), whole[1])
+        same = all(map(is_close, outputs, (share_of(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
+        same = same and is_close(sum(inputs), whole[1])
     else:
-        same = _close(sum(outputs), whole[0]) and _close(torch.cat(inputs, -1), whole[1])
+        same = is_close(sum(outputs), whole[0]) and is_close(torch.cat(inputs, -1), whole[1])
     for key, gradient in whole[2].items():
         own_gradients = [r[2][key] for r in results]
         if places[key].dim is None and not (key == "bias" and not columns):
-            same = same and _close(sum(own_gradients), gradient)
+            same = same and is_close(sum(own_gradients), gradient)
         elif places[key].dim is not None:
-            expected = (_share(gradient, places[key], rank, tp_size) for rank in range(tp_size))
-            same = same and all(map(_close, own_gradients, expected))
+            expected = (share_of(gradient, places[key], rank, tp_size) for rank in range(tp_size))
+            same = same and all(map(is_close, own_gradients, expected))
     return same
 
 
 def _small(matrix: Matrix, features: int) -> tuple[list[int], dict[str, torch.Tensor]]:
     """The shape of the weight of a small copy, and values for all parameters of the layer itself."""
     if any(True for child in matrix.module.children() for _ in child.parameters()):
-        raise _CannotRun("it holds other layers with parameters")
+        raise CannotRun("it holds other layers with parameters")
     small = [features, features]
     if matrix.out_features != matrix.in_features:
         small[matrix.in_dim] = 2 * features
@@ -187,11 +188,7 @@ def _run(
         torch.manual_seed(0)
         output = copied(x)
         if not isinstance(output, torch.Tensor):
-            raise _CannotRun("it returns no tensor")
+            raise CannotRun("it returns no tensor")
         (output * weights).sum().backward()
     zeros = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in parameters.items()}
     return output.detach(), torch.zeros_like(x) if x.grad is None else x.grad, zeros
-
-
-def _close(got: Any, want: torch.Tensor) -> bool:
-    return got.shape == want.shape and bool(torch.allclose(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max())))

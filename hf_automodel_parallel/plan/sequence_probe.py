@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, first_line
 from .spec import Input, Output, SequenceBlock, ShardingSpec
 from .token_trace import FEATURES, TokensMeet, TokenTrace
 
@@ -108,7 +108,7 @@ class SequenceProbe:
                 raise _TailFails from error
             raise UnsupportedError(
                 f"sequence_parallel=True: {self.prefix or 'the model'} ({type(self.stack).__name__}) cannot be understood: "
-                f"{_first_line(error)}. {REMEDY}"
+                f"{first_line(error)}. {REMEDY}"
             ) from error
         if self.left:
             raise UnsupportedError(
@@ -133,7 +133,7 @@ class SequenceProbe:
                 # Under both ids: a forward that somebody replaced by a function reads the parameters of the original.
                 self.parameters[id(empty)] = self.parameters[id(parameter)] = name
         # Parameters are known by their ids. One that a copy does not hold any more must not leave its id to another tensor.
-        self.keep = [*self.keep, memo]
+        self.keep.append(memo)
         for buffer in self.model.buffers():
             if buffer.device.type == "meta":
                 memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
@@ -142,7 +142,7 @@ class SequenceProbe:
         except Exception as error:
             raise UnsupportedError(
                 f"sequence_parallel=True: {self.prefix} ({type(self.stack).__name__}) cannot be copied to look at its layers: "
-                f"{_first_line(error)}. {REMEDY}"
+                f"{first_line(error)}. {REMEDY}"
             ) from error
         stack.train()
         config = getattr(stack, "config", None)
@@ -273,13 +273,13 @@ class SequenceProbe:
                 break
             except Exception as error:
                 self.trace.used = used
-                self.found.reasons[self.path[0] if self.path else name] = _first_line(error)
+                self.found.reasons[self.path[0] if self.path else name] = first_line(error)
                 if not self._adapt(name):
                     where = self.path[-1] if self.path else name
                     module = self.model.get_submodule(where)
                     raise UnsupportedError(
                         f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a share of the sequence: "
-                        f"{_first_line(error)}. {REMEDY}"
+                        f"{first_line(error)}. {REMEDY}"
                     ) from error
         for block, choice in choices.items():
             self.known[kind, block.removeprefix(f"{name}.")] = choice
@@ -414,7 +414,3 @@ def _marks(model: nn.Module) -> tuple[int, int]:
         return start
 
     return prime_from(1000), prime_from(60)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

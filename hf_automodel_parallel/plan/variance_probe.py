@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..errors import PlanError, UnsupportedError
+from ..errors import PlanError, UnsupportedError, first_line
 from .experts import try_experts
 from .layers import as_matrix
-from .names import plan_name, unwrapped
+from .names import layer_pattern, plan_name, unwrapped
 from .own_linears import faulty_linears, leave_ends_whole, refuse_what_is_left
-from .sequence_probe import SequenceProbe, _first_line
+from .sequence_probe import SequenceProbe
 from .spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from .variance import EQUAL, FEATURES, VARYING, OutOfSight, Value, VarianceTrace, WrongPlan
 
@@ -56,7 +56,7 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         probe.tp_size, probe.strict, probe.faults = tp_size, strict, faults
         probe.look()
     except UnsupportedError as error:  # of the machinery that runs a stack: nothing is known of the plan then
-        spec.notes.append(f"not run without values beforehand ({_first_line(error)}).")
+        spec.notes.append(f"not run without values beforehand ({first_line(error)}).")
         refuse_what_is_left(spec, faults)
         return
     refuse_what_is_left(spec, faults)
@@ -107,7 +107,7 @@ def _add(model: nn.Module, spec: ShardingSpec, probe: VarianceProbe) -> None:
         for other in places[ids[name]]:
             spec.parameters[other] = PARTIAL
         short = plan_name(name, unwrapped(model)[1])
-        pattern = ".".join("*" if part.isdigit() else part for part in short.split("."))
+        pattern = layer_pattern(short)
         found[pattern] = found.get(pattern, 0) + 1
     spec.rows += [(p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()]
 
@@ -146,7 +146,7 @@ class VarianceProbe(SequenceProbe):
         except PlanError:
             raise
         except Exception as error:
-            raise UnsupportedError(f"{self.prefix or 'the model'}: {_first_line(error)}") from error
+            raise UnsupportedError(f"{self.prefix or 'the model'}: {first_line(error)}") from error
 
     def _is_sharded(self, name: str) -> bool:
         spec = self.spec.parameters.get(name, REPLICATED)
@@ -231,7 +231,7 @@ class VarianceProbe(SequenceProbe):
                     reason = self._fault(name, self.path[-1], error, (args, kwargs))
                     if reason is None:
                         self.notes.append(
-                            f"{name} ({kind.__name__}) was not run without values beforehand: {_first_line(error)}."
+                            f"{name} ({kind.__name__}) was not run without values beforehand: {first_line(error)}."
                         )
                         tensors = compat.tree_leaves(self._to_fake((args, kwargs)))
                         output = self.variance.mark(next(x for x in tensors if isinstance(x, torch.Tensor)), EQUAL)
@@ -259,7 +259,7 @@ class VarianceProbe(SequenceProbe):
             return None
         return (
             f"the tensor-parallel plan does not fit {place} ({module}): with the shapes of one of {self.tp_size} ranks it fails "
-            f"with {type(error).__name__}: {_first_line(error)}"
+            f"with {type(error).__name__}: {first_line(error)}"
         )
 
     def _open(self, place: str, error: Exception) -> bool:
@@ -315,7 +315,7 @@ class VarianceProbe(SequenceProbe):
             for key, value in vars(module).items():
                 if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
-        pattern = ".".join("*" if part.isdigit() else part for part in plan_name(block, unwrapped(self.model)[1]).split("."))
+        pattern = layer_pattern(plan_name(block, unwrapped(self.model)[1]))
         self.notes.append(f"{block} is left whole on every rank: {reason}.")
         self.spec.rows.append((pattern, "left whole", 1, "Replicate", "derived: run without values"))
 

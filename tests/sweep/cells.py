@@ -22,7 +22,7 @@ from parity.cells import judge
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import AutoParallelError
-from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.integrations.records import prepared
 from sweep.tiny import build, vocabulary
 
 SEQUENCE, ROWS = 16, 2
@@ -65,7 +65,7 @@ class Outcome:
         in_bounds: the worst gradient's error in units of its bound.
         detail: the worst gradient's name, or what was wrong, or the error.
         class_name: the model's class.
-        plan: where the plan comes from.
+        plan: where the plan comes from that the model was given; empty without tensor parallelism.
         seconds: how long it took.
     """
 
@@ -121,14 +121,6 @@ def _gives_one_tensor(layer: torch.nn.Module) -> bool:
     except Exception:
         return False
     return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
-
-
-def plan_source(model: torch.nn.Module) -> str:
-    """Where the plan of ``model`` comes from: hf, registry, default; derived where none of these has one."""
-    try:
-        return select_plan(model).origin
-    except AutoParallelError:
-        return "derived"
 
 
 def _value(text: str) -> Any:
@@ -224,7 +216,8 @@ def _run(case: str, mesh: str, kind: str, dtype: torch.dtype) -> Outcome:
         raise RuntimeError(f"after prepare: {type(error).__name__}: {error}") from error
     if want is None:
         return Outcome(**about, status="parity")
-    about["plan"] = plan_source(inner)
+    plan = prepared(model).job.plan
+    about["plan"] = "" if plan is None else plan.origin
     verdict = judge(total.item() / dist.get_world_size(), gradients, *want)
     detail = "; ".join(verdict.problems)[:600] or verdict.worst
     return Outcome(
