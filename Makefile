@@ -80,7 +80,7 @@ parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md 
 
 .PHONY: sweep
 sweep: $(STAMP) ## every causal-LM type of transformers against one process, written to docs/architectures.md (an hour; continues)
-	@echo "[sweep] every type x full, LoRA, sequence parallelism x tp 2, tp 2 x FSDP2 2, against one process"
+	@echo "[sweep] every type x full, LoRA, sequence parallelism x tp 2, tp 2 x FSDP2 2, and in full on FSDP2 2, against one process"
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m sweep.run $(SWEEP_ARGS)
 
 .PHONY: lint

@@ -26,8 +26,8 @@ _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".s
 def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Followed are chains of attributes that begin with ``self``, in ``forward`` and in the methods that it calls, also those of
-    other modules. What cannot be read (a forward without source) is taken for harmless.
+    Followed are chains of attributes that begin with ``self`` or a local name for such a chain, in ``forward`` and in the methods
+    that it calls, also those of other modules. What cannot be read (a forward without source) is taken for harmless.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -104,21 +104,31 @@ def _reads(
 
 @functools.lru_cache(maxsize=4096)
 def _chains(function: Any) -> frozenset[tuple[str, ...]]:
-    """The longest chains of attributes of ``self`` in ``function``, each without ``self``."""
+    """The longest chains of attributes of ``self`` (also under a local name) in ``function``, each without ``self``."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
     chains: set[tuple[str, ...]] = set()
+    local: dict[str, set[tuple[str, ...]]] = {"self": {()}}
+
+    def read(node: ast.AST) -> list[tuple[str, ...]]:
+        chain: list[str] = []
+        while isinstance(node, ast.Attribute):
+            chain.insert(0, node.attr)
+            node = node.value
+        starts = local.get(node.id, set()) if isinstance(node, ast.Name) else set()
+        return [(*start, *chain) for start in starts]
+
+    for node in ast.walk(tree):  # table = self.embed_tokens
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    local.setdefault(target.id, set()).update(read(node.value))
 
     def visit(node: ast.AST) -> None:
-        chain: list[str] = []
-        inner = node
-        while isinstance(inner, ast.Attribute):
-            chain.append(inner.attr)
-            inner = inner.value
-        if chain and isinstance(inner, ast.Name) and inner.id == "self" and isinstance(node.ctx, ast.Load):  # type: ignore[attr-defined]
-            chains.add(tuple(reversed(chain)))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (found := read(node)):
+            chains.update(found)
             return
         for child in ast.iter_child_nodes(node):
             visit(child)

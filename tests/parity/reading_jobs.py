@@ -19,15 +19,17 @@ class ReadingLlama(LlamaForCausalLM):
     """Its loss depends on a row of the embedding, on the whole table, and on the last norm, each read from outside."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        pad = self.model.embed_tokens.weight[5, :]
+        inner = self.model
+        pad = inner.embed_tokens.weight[5, :]
         output = super().forward(*args, **kwargs)
-        extra = (pad * torch.arange(pad.shape[-1]).to(self.model.embed_tokens.weight.dtype)).mean()
+        extra = (pad * torch.arange(pad.shape[-1]).to(inner.embed_tokens.weight.dtype)).mean()
         extra = extra + self.all_of_it().square().mean() + self.model.norm.weight.sum()
         output.loss = output.loss + extra
         return output
 
     def all_of_it(self) -> torch.Tensor:
-        return 3 * self.model.embed_tokens.weight[-2] + self.model.embed_tokens.weight
+        table = self.model.embed_tokens
+        return 3 * table.weight[-2] + table.weight
 
 
 def reading(tied: bool, adapter: bool) -> torch.nn.Module:
