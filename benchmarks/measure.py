@@ -6,13 +6,14 @@ Everything is counted, nothing is timed, so the figures are the same on every ma
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,26 +157,29 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-@contextmanager
-def saved_bytes(model: nn.Module, result: list[int]) -> Any:
-    """Append to ``result`` the bytes that autograd keeps for the backward of the block, parameters apart, views once."""
-    found: dict[int, int] = {}
-    keep = []
+class Storages(TorchDispatchMode):
+    """Knows every storage that operators allocate, to say what is alive of them later.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = _local(tensor).untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        keep.append(tensor)  # an address is only its own as long as it is taken
-        return tensor
+    Saved-tensor hooks would not do: those of ``sequence_parallel_regather`` and of checkpoints hide what they keep from others.
+    """
 
-    def own() -> set[int]:
-        return {_local(t).untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    parameters = own()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
-    parameters |= own()  # after a forward FSDP2 shows the gathered ones, which are other storages
-    result.append(sum(size for address, size in found.items() if address not in parameters))
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = _local(tensor).untyped_storage()
+            self._seen[id(storage)] = weakref.ref(storage)  # torch keeps the Python object as long as the memory
+        return result
+
+    def alive(self, apart_from: Iterable[torch.Tensor]) -> int:
+        """Bytes of those that are still alive, without the ones of the given tensors."""
+        gc.collect()
+        known = {_local(tensor).untyped_storage().data_ptr() for tensor in apart_from}
+        alive = [storage for reference in self._seen.values() if (storage := reference()) is not None]
+        return sum(storage.nbytes() for storage in alive if storage.data_ptr() not in known)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
