@@ -26,8 +26,8 @@ _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".s
 def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Followed are chains of attributes that begin with ``self`` or a local name for such a chain, in ``forward`` and in the methods
-    that it calls, also those of other modules. What cannot be read (a forward without source) is taken for harmless.
+    Followed are chains of attributes that begin with ``self``, ``super()`` or a local name for such a chain, in ``forward`` and
+    in the methods that it calls, also of other modules. What cannot be read (a forward without source) is taken for harmless.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -46,7 +46,7 @@ def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[s
             continue  # an adapter reads the layer that it wraps, and is run together with it
         own = {id(p) for p in module._parameters.values()}
         own |= {id(p) for m in module.children() if not compat.has_implemented_forward(m) for p in m.parameters()}
-        forwards = [f for cls in type(module).__mro__ if inspect.isfunction(f := vars(cls).get("forward"))]
+        forwards = _definitions(module, "forward")
         reads = {id(p) for forward in forwards for p in _reads(module, forward, set(), wrappers)} - own - within
         if reads & set(names):
             found[name] = sorted(names[key] for key in reads if key in names)
@@ -94,17 +94,22 @@ def _reads(
                 break
             child = owner._modules.get(attribute)
             if child is None:
-                method = inspect.getattr_static(type(owner), attribute, None)
-                if inspect.isfunction(method) and (id(owner), attribute) not in seen:
+                if (id(owner), attribute) not in seen:
                     seen.add((id(owner), attribute))
-                    yield from _reads(owner, method, seen, wrappers)
+                    for method in _definitions(owner, attribute):
+                        yield from _reads(owner, method, seen, wrappers)
                 break
             owner = child
 
 
+def _definitions(module: nn.Module, method: str) -> list[Any]:
+    """The functions of that name in the module's class and its bases, which ``super()`` reaches."""
+    return [f for cls in type(module).__mro__ if inspect.isfunction(f := vars(cls).get(method))]
+
+
 @functools.lru_cache(maxsize=4096)
 def _chains(function: Any) -> frozenset[tuple[str, ...]]:
-    """The longest chains of attributes of ``self`` (also under a local name) in ``function``, each without ``self``."""
+    """The longest chains of attributes of ``self`` or ``super()`` (also under a local name) in ``function``, without these."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -117,7 +122,8 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
         while isinstance(node, ast.Attribute):
             chain.insert(0, node.attr)
             node = node.value
-        starts = local.get(node.id, set()) if isinstance(node, ast.Name) else set()
+        parent = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+        starts = {()} if parent else local.get(node.id, set()) if isinstance(node, ast.Name) else set()
         return [(*start, *chain) for start in starts]
 
     for node in ast.walk(tree):  # table = self.embed_tokens

@@ -49,6 +49,13 @@ def test_gemma4_reads_its_table_in_the_model_around_the_language_model():
     assert outside_reads(model, dissect(model).layers)["model"] == ["model.language_model.embed_tokens.weight"]
 
 
+def test_prophetnet_calls_a_method_of_an_embedding_that_is_not_its_forward():
+    """That method calls ``super().forward``; the parity of such a model is checked in sweep/test_sweep.py."""
+    model = build("prophetnet")
+    reads = outside_reads(model, dissect(model).layers)
+    assert reads["prophetnet.decoder"] == [f"prophetnet.decoder.{n}_embeddings.weight" for n in ("ngram", "position")]
+
+
 def test_what_cannot_be_right_is_refused():
     reads = {"model": [TABLE]}
     check_outside_reads(ShardingSpec(parameters={TABLE: ParameterSpec(0)}), reads)

@@ -21,6 +21,7 @@ COVERING = {
     "fused query, key and value": "phi3",
     "attention in chunks, experts without indices": "llama4_text",
     "norms with biases of heads": "phi:qk_layernorm=True",
+    "a method of an embedding beside its forward": "prophetnet",
     "a router's auxiliary loss": "mixtral:output_router_logits=True",
 }
 TWO_AXES = list(COVERING.values())[:4]
