@@ -35,19 +35,9 @@ STAMP517 := $(VENV517)/.installed-$(KEY)
 
 DEMO_OUT ?= build/demo
 
-# $(call install,ENVIRONMENT,WHAT COMES WITH THE PACKAGE)
-define install
-	@echo "[setup] $(1): virtual environment ($(PYTHON))"
-	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	@rm -f $(1)/.installed-*
-	@# torch first and alone, so that what comes after takes the version that is there
-	@echo "[setup] $(1): $(TORCH)"
-	@$(1)/bin/python -m pip install --quiet --quiet $(TORCH)
-	@echo "[setup] $(1): this package and its development tools $(2)"
-	@$(1)/bin/python -m pip install --quiet --quiet $(2) -e '.[dev]'
-	@$(1)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(1): ready:", *(f"{p} {v(p)}" for p in ("torch", "transformers", "accelerate", "peft", "trl")))'
-	@touch $@
-endef
+SITE_PACKAGES = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SHOW_VERSIONS = $(@D)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(@D): ready:", \
+	*(f"{p} {v(p)}" for p in ("torch", "transformers", "accelerate", "peft", "trl")))'
 
 .PHONY: help
 help: ## this list
@@ -94,10 +84,26 @@ lint: $(STAMP) ## ruff and mypy
 setup: $(STAMP) ## only the virtual environment
 
 $(STAMP):
-	$(call install,$(VENV),)
+	@echo "[setup] $(VENV): virtual environment ($(PYTHON))"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
+	@# torch first and alone, so that what comes after takes the version that is there
+	@echo "[setup] $(VENV): $(TORCH)"
+	@$(VENV)/bin/python -m pip install --quiet --quiet $(TORCH)
+	@echo "[setup] $(VENV): this package and its development tools"
+	@$(VENV)/bin/python -m pip install --quiet --quiet -e '.[dev]'
+	@$(SHOW_VERSIONS)
+	@touch $@
 
-$(STAMP517):
-	$(call install,$(VENV517),'transformers==5.17.*')
+# The older transformers and what it needs; everything else is that of the first environment.
+$(STAMP517): $(STAMP)
+	@echo "[setup] $(VENV517): transformers 5.17 over $(VENV)"
+	@rm -rf $(VENV517)
+	@$(VENV)/bin/python -m venv --without-pip $(VENV517)
+	@echo "import site; site.addsitedir('$(call SITE_PACKAGES,$(VENV))')" > "$(call SITE_PACKAGES,$(VENV517))/below.pth"
+	@$(VENV)/bin/python -m pip --python $(VENV517)/bin/python install --quiet --quiet 'transformers==5.17.*'
+	@$(SHOW_VERSIONS)
+	@touch $@
 
 .PHONY: clean
 clean: ## remove what the demo, the tests and the tools left behind; distclean: the environments too

@@ -96,7 +96,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 2, "moe_intermediate_size": 32},
-    "reformer": {"is_decoder": True},
+    # rows of positions times columns is the length of the batches; its other attention draws random hashes
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [HIDDEN // 2, HIDDEN // 2], "axial_pos_shape": [4, 4]}
+    | {"attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    # unset by default, although its full attention does not work without
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM, "indexer_budget": 8}
+    | {"indexer_compress_ratio": 4, "ple_layer_ids": [1], "ngram_vocab_size_base": 64, "split_ngram_parts": 1}
+    | {"heads_per_ngram": 2, "eos_token_id": 2},
 }
 
 #: Further cases: fields that change which parameters lie between sharded projections.
