@@ -137,8 +137,9 @@ def main(
         raise typer.Exit(2)
     known = read_verdicts(verdicts, backend)
     chosen = [(name, cell) for name, cell in chosen if (name, str(cell)) not in known]
-    # One world size after the other: only one pool of workers is alive at a time. What is quick comes first.
-    chosen.sort(key=lambda pair: (pair[1].compiled, MESHES[pair[1].mesh][0]))
+    # One world size after the other: only one pool of workers is alive at a time. What is quick comes first, and the plain
+    # cells before those of an option.
+    chosen.sort(key=lambda pair: (pair[1].compiled, str(pair[1]).endswith("-again"), MESHES[pair[1].mesh][0]))
     start = time.monotonic()
     columns = (
         BarColumn(),
