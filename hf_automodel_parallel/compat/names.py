@@ -161,6 +161,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+        "RegisterPostBackwardFunction",
+        "the name of its node tells a view that FSDP2 has made from other code, see is_view_of; torch 2.11 to 2.13",
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
         "FSDPParamGroup.post_backward",
         "see before_reduction; torch has no hook there (2.11 to 2.13)",
     ),

@@ -227,6 +227,22 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     return base if base is not None and base.requires_grad else tensor
 
 
+#: Nodes of autograd whose gradient is the gradient they get, if what they return has the place of what they are given. The last is
+#: what FSDP2 puts on the inputs of a unit.
+_PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunctionBackward")
+
+
+def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
+    """True if between ``base`` and ``x``, at the same place, lie views alone, by the names of their nodes (torch 2.11 to 2.13).
+
+    A name that is not known counts as something else, so the answer errs towards False.
+    """
+    node: Any = x.grad_fn
+    while type(node).__name__ in _PLAIN_VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node is base.grad_fn
+
+
 def rendezvous_store() -> Any:
     """The store through which the ranks found each other; works without a collective, and with every backend."""
     from torch.distributed import distributed_c10d

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import TensorWeakRef
 
 from .. import compat
 from .in_process import InProcessGroup
@@ -134,10 +135,14 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
         ctx.rank, ctx.size = rank, size
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # all that reaches it may have gone to the share directly
         return _all_gather_tokens(x, group, length)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:  # type: ignore[override]
+        if gradient is None:
+            return None, None, None, None, None
         return _own_tokens(_pad(gradient, ctx.size, zeros=True), ctx.rank, ctx.size), None, None, None, None
 
 
@@ -152,6 +157,24 @@ class _PartialView(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         return _reduce_scatter_tokens(_pad(gradient, ctx.size, zeros=True), ctx.group), None, None, None
+
+
+class _WatchedView(torch.autograd.Function):
+    """:class:`_PartialView` that is connected with ``whole`` as well, for the case that somebody looks at its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int, *seen: TensorWeakRef
+    ) -> torch.Tensor:
+        ctx.group, ctx.size, ctx.seen = group, size, seen
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        unused = (None,) * (2 + len(ctx.seen))
+        if any(x is not None and is_watched(x) for x in (reference() for reference in ctx.seen)):
+            return None, all_reduce(gradient, ctx.group), *unused
+        return _reduce_scatter_tokens(_pad(gradient, ctx.size, zeros=True), ctx.group), None, *unused
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -195,6 +218,24 @@ def partial_view(share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGr
     if not (torch.is_grad_enabled() and share.requires_grad):
         return whole.detach()
     return _PartialView.apply(share, whole.detach(), group, size)
+
+
+def watched_view(
+    share: torch.Tensor, whole: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup, size: int
+) -> torch.Tensor:
+    """:func:`partial_view` of ``x``, a plain view of ``whole``, for a ``whole`` that the model's caller can see.
+
+    If one of the two is watched by the time of the backward, the gradient takes the way through them, complete.
+    """
+    if not (torch.is_grad_enabled() and share.requires_grad):
+        return x.detach()
+    seen = [TensorWeakRef(tensor) for tensor in ((whole,) if x is whole else (whole, x))]
+    return _WatchedView.apply(share, x, group, size, *seen)
+
+
+def is_watched(x: torch.Tensor) -> bool:
+    """True if somebody has put a hook on the gradient of ``x``, or wants it kept."""
+    return x.retains_grad or compat.has_gradient_hooks(x)
 
 
 def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:

@@ -27,7 +27,16 @@ from ..errors import UnsupportedError
 from ..plan.sequence_parallel import recomputes_anyway
 from ..plan.spec import SequenceBlock, SequenceSpec
 from .boundaries import CopyInput, ReduceOutput, SharedInputs, first_tensor, map_tensor, replace_first
-from .collectives import copy_to_tp, gather_sequence, is_gathered, partial_view, scatter_sequence, split_sequence
+from .collectives import (
+    copy_to_tp,
+    gather_sequence,
+    is_gathered,
+    is_watched,
+    partial_view,
+    scatter_sequence,
+    split_sequence,
+    watched_view,
+)
 from .gathered_again import GatheredAgain, keeping_shares, same_storage
 from .in_flight import Region
 from .random import OwnNumbers
@@ -131,7 +140,7 @@ class SharedSequence(SharedInputs):
             if source is x:
                 return copied
         for share, whole in self.gathered:
-            if whole is x and _is_unchanged(whole):
+            if whole is x and _is_unchanged(whole) and (torch.compiler.is_compiling() or not is_watched(whole)):
                 copied = partial_view(share, whole, self.group, self.size)
                 self.known.append((x, copied))
                 return copied
@@ -154,9 +163,11 @@ class TailInputs(SharedInputs):
     def copy(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         if self.gathered is not None and torch.is_grad_enabled() and _is_unchanged(self.gathered[1]):
             share, whole = self.gathered
+            if torch.compiler.is_compiling():
+                return partial_view(share, x, group, self.size) if x is whole else copy_to_tp(x, group)
             # The head usually reads hidden_states[:, slice(0, None)]: another object, the same values and history.
-            if x is whole or (x.grad_fn is not None and _same_place(x, whole)):
-                return partial_view(share, x, group, self.size)
+            if (x is whole or _is_plain_view(x, whole)) and not (is_watched(x) or is_watched(whole)):
+                return watched_view(share, whole, x, group, self.size)
         return copy_to_tp(x, group)
 
     def clear(self) -> None:
@@ -169,13 +180,10 @@ def _is_unchanged(whole: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or whole.grad_fn is None or is_gathered(whole)
 
 
-def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.shape, a.stride(), a.dtype, a.data_ptr()) == (
-        b.shape,
-        b.stride(),
-        b.dtype,
-        b.data_ptr(),
-    ) and a.numel() > 0
+def _is_plain_view(x: torch.Tensor, whole: torch.Tensor) -> bool:
+    """True if ``x`` is all of ``whole``, and no function with a backward of its own (a scaled gradient) lies between."""
+    place, same = ((t.shape, t.stride(), t.dtype, t.data_ptr()) for t in (x, whole))
+    return place == same and x.numel() > 0 and compat.is_view_of(x, whole)
 
 
 class ScatterOutput(ReduceOutput):

@@ -91,3 +91,71 @@ def outputs_of_one_model(name: str, sizes: dict[str, Any]) -> dict[str, list[tor
     model = build(name, attn_implementation="eager")
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
     return outputs(model, accelerator.backward)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Looks like a view of its input, and is none: the gradient becomes a tenth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 0.1
+
+
+class BeforeHead:
+    """Pre-hook of the head: what a script does to the last hidden states."""
+
+    def __init__(self) -> None:
+        self.function: Any = None
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> Any:
+        return None if self.function is None else (self.function(args[0]),)
+
+
+def doubled_gradient(x: torch.Tensor) -> torch.Tensor:
+    """`x`, with a hook on its gradient."""
+    x.register_hook(lambda gradient: gradient * 2)
+    return x
+
+
+def ends_looked_at(
+    model: torch.nn.Module, before_head: BeforeHead, backward: Any = torch.Tensor.backward
+) -> dict[str, list[torch.Tensor]]:
+    """Gradients where somebody stands between the final norm and the head, and what he sees of the gradient there."""
+    batch = batches_of(model, 1)[0]
+    result: dict[str, list[torch.Tensor]] = {}
+
+    def step(key: str, **more: Any) -> Any:
+        out = model(**batch, use_cache=False, **more)
+        kept = out.hidden_states[-1] if more else None
+        if kept is not None:
+            kept.retain_grad()
+        backward(out.loss)
+        result[key] = [g for g in full_grads(model).values() if g is not None]
+        if kept is not None:
+            result[f"{key} there"] = [kept.grad]
+        model.zero_grad()
+
+    step("plain")
+    for function in (ScaledGradient.apply, doubled_gradient, lambda x: x[:, 0:] * 1.5):
+        before_head.function = function
+        step(getattr(function, "__name__", "") + str(len(result)))
+    before_head.function = None
+    step("retained", output_hidden_states=True)
+    seen: list[torch.Tensor] = []
+    handle = model.model.norm.register_full_backward_hook(lambda module, given, got: seen.append(got[0].clone()))
+    step("hook of the norm")
+    handle.remove()
+    return result | {"hook of the norm there": seen}
+
+
+def ends_looked_at_on_shares(name: str) -> dict[str, list[torch.Tensor]]:
+    """:func:`ends_looked_at` under sequence parallelism."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, sequence_parallel=True, audit="off"))
+    model, before_head = build(name).train(), BeforeHead()
+    model.lm_head.register_forward_pre_hook(before_head)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    return ends_looked_at(model, before_head, accelerator.backward)

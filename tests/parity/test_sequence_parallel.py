@@ -12,7 +12,17 @@ from hf_automodel_parallel.compat import checkpoints_around_calls
 from parity.jobs import batches_for, build
 from parity.random_jobs import gradients_and_masks, replayed_masks
 from parity.sequence_cells import CHECKPOINTS, CI_CELLS, run_cell, uncovered
-from parity.sequence_jobs import ODD, batches_of, freeze, outputs, outputs_of_one_model, sequence_gradients
+from parity.sequence_jobs import (
+    ODD,
+    BeforeHead,
+    batches_of,
+    ends_looked_at,
+    ends_looked_at_on_shares,
+    freeze,
+    outputs,
+    outputs_of_one_model,
+    sequence_gradients,
+)
 from parity.test_gradients import LORA, MESHES
 from parity.test_random import assembled, shapes_of
 
@@ -154,6 +164,17 @@ def test_outputs_are_whole():
             for got, expected in zip(rank[key], want[key], strict=True):
                 assert got.shape == expected.shape, key
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_whoever_stands_between_norm_and_head_sees_the_whole_gradient():
+    """Functions with a backward of their own, hooks, and gradients that are retained after the forward."""
+    for rank in run_distributed(2, ends_looked_at_on_shares, "llama"):
+        model, before_head = build("llama").train(), BeforeHead()
+        model.lm_head.register_forward_pre_hook(before_head)
+        want = ends_looked_at(model, before_head)
+        assert rank.keys() == want.keys()
+        for key in want:
+            assert_gradients_equal(*({str(i): g for i, g in enumerate(r[key])} for r in (rank, want)))
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
