@@ -82,6 +82,14 @@ def test_without_a_norm_with_parameters_the_end_is_the_last_layer():
     assert spec.sequence.tail == "model.layers.1"
 
 
+def test_layers_that_training_leaves_out_are_seen():
+    """LayerDrop would leave out most of them in most runs."""
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"out_proj": "rowwise"}
+    plan = {f"model.decoder.layers.*.self_attn.{name}": style for name, style in attention.items()}
+    spec = derived(meta_model("opt", num_hidden_layers=2, layerdrop=0.99), plan=plan)
+    assert len(spec.sequence.layers) == 2 and spec.sequence.tail == "model.decoder.final_layer_norm"
+
+
 def test_flat_tokens_are_split_by_row():
     spec = derived(meta_model("llama4_text", num_hidden_layers=2))
     assert spec.sequence.blocks["model.layers.0.feed_forward"].splits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,6 +157,7 @@ class SequenceProbe:
             compat.without_hooks(module)
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
+            _call_every_layer(module)
         self.inside = {name for name in by_name if any(name.startswith(f"{layer}.") for layer in self.layer_names)}
         for name in self.inside:
             if compat.has_implemented_forward(by_name[name]):
@@ -398,6 +400,14 @@ class _Watched:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.probe.called(self.name, self.forward, args, kwargs)
+
+
+def _call_every_layer(module: nn.Module) -> None:
+    """Switch LayerDrop off, where ``module`` or its config has it: which layers a run shows must not be drawn."""
+    for holder in (module, getattr(module, "config", None)):
+        for name, value in list(getattr(holder, "__dict__", {}).items()):
+            if isinstance(value, float) and re.search("layer_?drop", name, re.IGNORECASE):
+                setattr(holder, name, 0.0)
 
 
 def _marks(model: nn.Module) -> tuple[int, int]:

@@ -292,6 +292,7 @@ class SequenceParallel:
         self.tail = TailInputs(mesh)
         self.length: int | None = None
         self.records: bool | None = None  # does the running forward of the stack record gradients; None outside of one
+        self.ended = False  # the running forward has gathered what the layers returned
         self.shares: list[weakref.ref[torch.Tensor]] = []
         self.members: dict[str, Any] = {}
         self.regions: list[Region] = []
@@ -320,7 +321,10 @@ class SequenceParallel:
                 block.register_forward_pre_hook(around.before, with_kwargs=True)
                 block.register_forward_hook(around.after)
             self.members[f"{name}:block"] = around
-        model.get_submodule(spec.tail).register_forward_hook(self.gather_tail)
+        tail = model.get_submodule(spec.tail)
+        if tail not in self.layers:
+            tail.register_forward_pre_hook(self.enter_tail, with_kwargs=True)
+        tail.register_forward_hook(self.gather_tail)
 
     # ---- wiring ------------------------------------------------------------------------------------------------------
 
@@ -369,17 +373,26 @@ class SequenceParallel:
             )
         if own and torch.is_grad_enabled() and self.spec.regather:
             raise recomputes_anyway("the model's own gradient checkpointing")
-        self.records, self.length = torch.is_grad_enabled(), None
+        self.records, self.length, self.ended = torch.is_grad_enabled(), None, False
         self.shares = []
         for region in self.regions:  # transformers before 5.23 checkpoints outside of the layer's forward
             region.adopt_checkpoint_function()
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Hook of the stack: recorded hidden states become whole."""
+        """Hook of the stack: recorded hidden states become whole.
+
+        Raises:
+            UnsupportedError: the hidden states that it returns are not whole.
+        """
         length, self.length, self.records = self.length, None, None
         shares, self.shares = self.shares, []
         if length is None or output is None:
             return output
+        if not self.ended:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {self.spec.tail}, which returns the whole sequence, was not called in this forward of "
+                f"{type(module).__name__}. Call all layers (layerdrop=0 in the model's config), or use sequence_parallel=False."
+            )
         known = {id(x) for x in (ref() for ref in shares) if x is not None}
         return _map_known(output, known, lambda x: gather_sequence(x, self.group, self.rank, self.size, length))
 
@@ -388,16 +401,28 @@ class SequenceParallel:
         self.tail.clear()
 
     def enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of a layer: the first one splits."""
-        if layer is self.layers[0] and (torch.is_grad_enabled() if self.records is None else self.records):
-            x = first_tensor(args, kwargs)
-            self.length = x.shape[1]
-            share = split_sequence(x, self.group, self.rank, self.size)
-            self.shares.append(weakref.ref(share))
-            args, kwargs = replace_first(args, kwargs, share)
+        """Pre-hook of a layer: the first one that is called (LayerDrop may leave some out) splits."""
+        if self.records is None:  # outside of a forward of the stack
+            begins = layer is self.layers[0] and torch.is_grad_enabled()
+        else:
+            begins = self.records and self.length is None
+        if begins:
+            args, kwargs = self.split_first(args, kwargs)
         if self.length is None:
             return None
         return args, {**kwargs, LENGTH: self.length}
+
+    def enter_tail(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the last module on shares: its parameters expect them, also if no layer was called."""
+        return self.split_first(args, kwargs) if self.records and self.length is None else None
+
+    def split_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with hidden states that are whole -> with this rank's share of them."""
+        x = first_tensor(args, kwargs)
+        self.length = x.shape[1]
+        share = split_sequence(x, self.group, self.rank, self.size)
+        self.shares.append(weakref.ref(share))
+        return replace_first(args, kwargs, share)
 
     def leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Hook of a layer: remember its output, which somebody may have recorded."""
@@ -408,6 +433,7 @@ class SequenceParallel:
         """Hook of the last module on shares."""
         if self.length is None:
             return None
+        self.ended = True
 
         def gather(share: torch.Tensor) -> torch.Tensor:
             whole = gather_sequence(share, self.group, self.rank, self.size, self.length)  # type: ignore[arg-type]

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import full_grads
-from harness.models import make_batches
+from harness.models import COMMON, make_batches, randomize
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.errors import UnsupportedError
 from parity.jobs import build, data_rank, trainable
 
 #: A length that neither 2 nor 4 divides.
@@ -159,3 +161,53 @@ def ends_looked_at_on_shares(name: str) -> dict[str, list[torch.Tensor]]:
     model.lm_head.register_forward_pre_hook(before_head)
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
     return ends_looked_at(model, before_head, accelerator.backward)
+
+
+def other_model(kind: str, **values: Any) -> torch.nn.Module:
+    """A model of two layers that is no part of the matrices."""
+    config = AutoConfig.for_model(kind, **(COMMON | {"pad_token_id": 1} | values))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    randomize(model)
+    return model.train()
+
+
+def opt(**values: Any) -> torch.nn.Module:
+    """Its layers are called or left out, if asked to; biases stand behind its reductions."""
+    return other_model("opt", ffn_dim=128, word_embed_proj_dim=64, dropout=0.0, **values)
+
+
+#: A seed with which LayerDrop of one half calls these of two layers.
+LAYERS_CALLED = {(False, True): 0, (True, False): 1, (False, False): 3}
+
+
+def gradients_of_dropped_layers(model: torch.nn.Module, backward: Any = torch.Tensor.backward) -> dict[Any, Any]:
+    """Loss and gradients for each choice of layers."""
+    batch = batches_of(model, 1)[0]
+    result = {}
+    model.model.decoder.layerdrop = 0.5
+    for called, seed in LAYERS_CALLED.items():
+        torch.manual_seed(seed)
+        loss = model(**batch, use_cache=False).loss
+        backward(loss)
+        result[called] = (loss.item(), full_grads(model))
+        model.zero_grad(set_to_none=True)
+    return result
+
+
+def dropped_layers() -> tuple[dict[Any, Any], str]:
+    """:func:`gradients_of_dropped_layers` under sequence parallelism, and what is said where the last layer is the end of it."""
+    config = AutoParallelismConfig(tp_size=2, sequence_parallel=True, audit="off")
+    accelerator = Accelerator(parallelism_config=config)
+    model = opt()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    result = gradients_of_dropped_layers(model, accelerator.backward)
+    accelerator.free_memory()
+    model = other_model("olmo", intermediate_size=128)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    model.config.num_hidden_layers = 1
+    try:
+        model(**batches_of(model, 1)[0], use_cache=False)
+    except UnsupportedError as error:
+        return result, str(error)
+    return result, "nothing"

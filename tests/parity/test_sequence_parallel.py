@@ -1,5 +1,6 @@
 """Sequence parallelism equals one process: lengths that tp does not divide, all kinds of blocks, checkpoints and compilation."""
 
+import re
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from parity.sequence_jobs import (
     ODD,
     BeforeHead,
     batches_of,
+    dropped_layers,
     ends_looked_at,
     ends_looked_at_on_shares,
     freeze,
+    gradients_of_dropped_layers,
+    opt,
     outputs,
     outputs_of_one_model,
     sequence_gradients,
@@ -175,6 +179,16 @@ def test_whoever_stands_between_norm_and_head_sees_the_whole_gradient():
         assert rank.keys() == want.keys()
         for key in want:
             assert_gradients_equal(*({str(i): g for i, g in enumerate(r[key])} for r in (rank, want)))
+
+
+def test_layers_that_are_left_out():
+    """Whichever layer is called first splits, the final norm if none is; the end has to be called."""
+    for rank, said in run_distributed(2, dropped_layers):
+        for called, (want_loss, want) in gradients_of_dropped_layers(opt()).items():
+            loss, gradients = rank[called]
+            assert_losses_equal(loss, want_loss)
+            assert_gradients_equal(gradients, want)
+        assert re.search(r"model\.layers\.1, which returns the whole sequence, was not called.*layerdrop=0", said), said
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
