@@ -141,6 +141,28 @@ def test_a_module_that_shifts_tokens_gets_the_whole_sequence():
     assert "model.layers.0.input_layernorm.0.weight" not in spec.parameters, "complete on every rank"
 
 
+def test_blocks_that_write_into_their_input_are_known():
+    """What a block writes into a whole sequence is not seen on the share; where somebody reads that afterwards, it is refused."""
+    blocks = derived(meta_model("mixtral", num_hidden_layers=1, router_jitter_noise=0.1)).sequence.blocks
+    assert {name: block.writes for name, block in blocks.items()} == {
+        "model.layers.0.self_attn": False,
+        "model.layers.0.mlp": True,
+    }
+    model = build_model("llama")
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.forward = lambda x: x  # the residual reads the input of the MLP
+    mlp = model.model.layers[0].mlp
+    kind = type(mlp)
+
+    class Writing(kind):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.view(-1, x.shape[-1]).mul_(2).view(x.shape))
+
+    mlp.__class__ = Writing
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0 .*a block has changed in place what is read here"):
+        derived(model)
+
+
 def test_a_forward_that_was_replaced_by_a_function_is_seen():
     """Its function reads the parameters of the model itself, not of the copy that runs."""
     model = build_model("llama")

@@ -261,7 +261,7 @@ class SequenceProbe:
         """Run a layer, changing how its blocks are treated until it works."""
         choices = {f"{name}.{part}": replace(c) for (k, part), c in self.known.items() if k is kind}
         while True:
-            self.choices, self.path = choices, []
+            self.choices, self.path, self.trace.outdated = choices, [], []
             self.blocks: dict[str, SequenceBlock] = {}
             self.scatters: list[str] = []
             used = {parameter: set(where) for parameter, where in self.trace.used.items()}
@@ -338,9 +338,14 @@ class SequenceProbe:
         if gathers:
             if len(shares) > 1 or given[0] is not shares[0] or not self._has_tokens(shares[0], self.share):
                 raise TokensMeet("it takes more of a share, or another shape of it, than one hidden state")
+            self.trace.refuse_outdated(shares)
             whole = self._resized(shares[0], self.whole)
+            before = compat.version_of(whole)
             args, kwargs = compat.tree_map_only(torch.Tensor, lambda x: whole if x is shares[0] else x, (args, kwargs))
         output = self._module(name, forward, args, kwargs)
+        writes = gathers and compat.version_of(whole) != before
+        if writes:  # into a copy of what the layer has, so nobody else sees it
+            self.trace.outdated.append(shares[0])
         first = output[0] if isinstance(output, tuple) and output else output
         others = [x for x in (output[1:] if isinstance(output, tuple) else ()) if isinstance(x, torch.Tensor)]
         if not isinstance(first, torch.Tensor) or any(self.trace.is_share(x) for x in others):
@@ -349,7 +354,7 @@ class SequenceProbe:
         if splits:
             share = self._resized(first, self.share)
             output = (share, *output[1:]) if isinstance(output, tuple) else share
-        self.blocks[name] = SequenceBlock(gathers, splits)
+        self.blocks[name] = SequenceBlock(gathers, splits, writes)
         return output
 
     def _module(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -136,10 +136,12 @@ class SequenceBlock:
         gathers: its first tensor argument is gathered along the sequence.
         splits: its output is the same on all ranks, and each keeps its share. False: it is split already, or no activation
             of the layer's width.
+        writes: it changes what is gathered in place, so that its parts read something else than what the others read.
     """
 
     gathers: bool
     splits: bool
+    writes: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
 
@@ -51,6 +52,7 @@ class TokenTrace(compat.TorchDispatchMode):
         self.share, self.whole = share, whole
         self.labels: dict[int, frozenset[str]] = {key: frozenset([name]) for key, name in parameters.items()}
         self.used: dict[str, set[str]] = {}
+        self.outdated: list[torch.Tensor] = []  # shares of what has been changed in place where it was whole
         self._alive: list[torch.Tensor] = []  # ids are unique among living objects only
 
     def is_share(self, x: torch.Tensor) -> bool:
@@ -70,6 +72,16 @@ class TokenTrace(compat.TorchDispatchMode):
         """The labels of ``x``."""
         return self.labels.get(id(x), frozenset())
 
+    def refuse_outdated(self, inputs: Iterable[torch.Tensor]) -> None:
+        """Raise if one of ``inputs`` should hold what a block has written into the whole sequence.
+
+        Raises:
+            TokensMeet: it does not.
+        """
+        places = {_storage(x) for x in self.outdated}
+        if places and any(_storage(x) in places for x in inputs):
+            raise TokensMeet("a block has changed in place what is read here once more")
+
     @staticmethod
     def _dims(x: torch.Tensor, length: int) -> list[int]:
         return [dim for dim, size in enumerate(x.shape) if size and size % length == 0]
@@ -83,6 +95,7 @@ class TokenTrace(compat.TorchDispatchMode):
         on_whole = any(self.is_whole(x) for x in inputs)
         if on_shares and on_whole:
             raise TokensMeet(f"{func} combines a share of the sequence with the whole sequence")
+        self.refuse_outdated(inputs)
         result = func(*args, **kwargs)
         outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
         if on_shares and outputs:  # without outputs: a question about shape, dtype or device
@@ -122,6 +135,10 @@ class TokenTrace(compat.TorchDispatchMode):
             raise TokensMeet(f"{func} combines tokens of a share of the sequence")
         if any(len(self._dims(x, self.share)) != 1 for x in outputs):
             raise TokensMeet(f"{func} on a share of the sequence drops, combines or pairs tokens")
+
+
+def _storage(x: torch.Tensor) -> int:
+    return StorageWeakRef(x.untyped_storage()).cdata
 
 
 def _argument(func: Any, wanted: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -52,14 +52,14 @@ class SharedSequence(SharedInputs):
     Attributes:
         length: tokens of the whole sequence while the layer runs on shares, else None.
         gathered: (share, whole) pairs; two blocks that read the same activation share one all-gather.
-        again: under ``sequence_parallel_regather``, (whole, how to gather it again) pairs of a layer that is not compiled.
+        again: under ``sequence_parallel_regather``, (whole, its version, how to gather it again) of a layer that is not compiled.
     """
 
     def __init__(self, axis: DeviceMesh, regather: bool = False) -> None:
         super().__init__()
         self.group, self.rank, self.size = axis.get_group(), axis.get_local_rank(), axis.size()
         self.regather = regather
-        self.again: list[tuple[torch.Tensor, GatheredAgain]] = []
+        self.again: list[tuple[torch.Tensor, int, GatheredAgain]] = []
         self.length: int | None = None
         self.gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.numbers: OwnNumbers | None = None
@@ -93,10 +93,13 @@ class SharedSequence(SharedInputs):
         if self.numbers is not None:
             self.numbers.leave()
 
-    def gather(self, share: torch.Tensor) -> torch.Tensor:
-        """The whole sequence ``(batch, length, ...)`` of ``share``. Its gradient has to be complete on every rank."""
+    def gather(self, share: torch.Tensor, writes: bool = False) -> torch.Tensor:
+        """The whole sequence ``(batch, length, ...)`` of ``share``. Its gradient has to be complete on every rank.
+
+        With ``writes``, the caller changes it in place: it gets one of its own, and takes no shortcut past its own history.
+        """
         for known, whole in self.gathered:
-            if known is share:
+            if known is share and not writes:
                 return whole
         length: int = self.length  # type: ignore[assignment]
         if share.ndim == 2:  # a flat list of tokens; no shortcut, since what is gathered is then a view
@@ -106,7 +109,8 @@ class SharedSequence(SharedInputs):
             self.note(share, whole, length)
             return whole.flatten(0, 1)
         whole = gather_sequence(share, self.group, self.rank, self.size, length)
-        self.gathered.append((share, whole))
+        if not writes:
+            self.gathered.append((share, whole))
         self.note(share, whole, length)
         return whole
 
@@ -118,13 +122,13 @@ class SharedSequence(SharedInputs):
         def gather(share: torch.Tensor) -> torch.Tensor:
             return gather_sequence(share, self.group, self.rank, self.size, length)
 
-        self.again.append((whole, GatheredAgain(share, gather)))
+        self.again.append((whole, compat.version_of(whole), GatheredAgain(share, gather)))
 
     def source_of(self, tensor: torch.Tensor) -> GatheredAgain | None:
-        """How ``tensor`` is gathered again, None if it is nothing that was gathered."""
-        for whole, source in self.again:
+        """How ``tensor`` is gathered again, None if it is nothing that was gathered, or has been changed in place since."""
+        for whole, version, source in self.again:
             if same_storage(tensor, whole):
-                return source
+                return source if compat.version_of(whole) == version else None
         return None
 
     def split(self, whole: torch.Tensor) -> torch.Tensor:
@@ -249,7 +253,7 @@ class BlockForward:
         around, shared.length = shared.length, length
         try:
             if self.spec.gathers:
-                args, kwargs = replace_first(args, kwargs, shared.gather(first_tensor(args, kwargs)))
+                args, kwargs = replace_first(args, kwargs, shared.gather(first_tensor(args, kwargs), self.spec.writes))
             output = self.inner(*args, **kwargs)
             return map_tensor(output, shared.split) if self.spec.splits else output
         finally:
@@ -266,7 +270,7 @@ class BoundaryBlock(BlockForward):
         self.shared.draw_common()
         if not self.spec.gathers:
             return None
-        return replace_first(args, kwargs, self.shared.gather(first_tensor(args, kwargs)))
+        return replace_first(args, kwargs, self.shared.gather(first_tensor(args, kwargs), self.spec.writes))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.shared is None or self.shared.length is None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from harness.compare import full_grads
 from harness.models import COMMON, make_batches, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import UnsupportedError
@@ -211,3 +212,38 @@ def dropped_layers() -> tuple[dict[Any, Any], str]:
     except UnsupportedError as error:
         return result, str(error)
     return result, "nothing"
+
+
+class WritingMLP(LlamaMLP):
+    """Changes its input in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(1.5)
+        return super().forward(x)
+
+
+WritingMLP.__name__ = LlamaMLP.__name__
+
+
+def writing(name: str) -> torch.nn.Module:
+    """A model whose MLPs write into their input: Mixtral does so by itself, others get one that does."""
+    model = build(name, **({"router_jitter_noise": 0.5} if name == "mixtral" else {})).train()
+    for layer in model.model.layers:
+        if type(layer.mlp) is LlamaMLP:
+            layer.mlp.__class__ = WritingMLP
+    return model
+
+
+def written_gradients(name: str, sizes: dict[str, Any] | None) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of :func:`writing`; `sizes=None` in one process."""
+    model, backward = writing(name), torch.Tensor.backward
+    batch = batches_of(model, 1)[0]
+    if sizes is not None:
+        config = AutoParallelismConfig(tp_size=2, sequence_parallel=True, audit="off", **sizes)
+        accelerator = Accelerator(parallelism_config=config)
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        backward = accelerator.backward
+    torch.manual_seed(7)
+    loss = model(**batch, use_cache=False).loss
+    backward(loss)
+    return loss.item(), full_grads(model)

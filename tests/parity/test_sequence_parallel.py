@@ -27,6 +27,7 @@ from parity.sequence_jobs import (
     outputs_of_one_model,
     sequence_gradients,
 )
+    written_gradients,
 from parity.test_gradients import LORA, MESHES
 from parity.test_random import assembled, shapes_of
 
@@ -202,6 +203,24 @@ def test_masks(mode):
     sizes, more = CHECKPOINTS[mode]
     own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
     adapter = {**LORA, "lora_dropout": 0.25}
+@pytest.mark.parametrize(
+    "model, sizes",
+    [
+        ("llama", {"sequence_parallel_regather": True}),
+        ("mixtral", {"sequence_parallel_regather": True}),
+        ("llama", {"compile": "aot_eager"}),
+        ("llama", {"compile": "aot_eager", "sequence_parallel_regather": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_blocks_that_change_their_input_in_place(model, sizes):
+    """Mixtral multiplies it by noise."""
+    want_loss, want = written_gradients(model, None)
+    for loss, gradients in run_distributed(2, written_gradients, model, sizes):
+        assert_losses_equal(loss, want_loss)
+        assert_gradients_equal(gradients, want)
+
+
     loss, gradients, masks = run_distributed(
         2, gradients_and_masks, "phi3", {"tp_size": 2, "sequence_parallel": True, **sizes}, adapter, RESIDUAL, **own
     )[0]
