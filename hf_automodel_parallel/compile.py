@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from . import compat
-from .activation_checkpointing import Checkpointed, Contexts, is_checkpoint_wrapped
+from .activation_checkpointing import Checkpointed, Contexts, gathering_contexts, is_checkpoint_wrapped
 from .errors import UnsupportedError
 from .fsdp_dtypes import Accompanied
 from .tensor_parallel.in_flight import Region
@@ -57,6 +57,8 @@ def compile_layers(
             layer.forward = compiled  # type: ignore[method-assign]
         else:
             region.body = compiled
+            if keep is not None and region.shared is not None:
+                region.shared.told_compiler = True
         if whole and not options.get("fullgraph"):
             eager = keep if checkpointing == "selective" else None
             layer.forward = _OneGraph(layer, body, region, eager)  # type: ignore[method-assign]
@@ -125,6 +127,8 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
                 f"{type(layer).__name__} has a reentrant checkpoint inside of what would be compiled: its first forward runs "
                 f"without gradients, and the compiled graph would not train adapters. Use use_reentrant=False."
             )
+    if mode == "none" and isinstance(forward, Region) and forward.shared is not None and forward.shared.regather:
+        keep = gathering_contexts  # until now hooks did it
     layer.forward = forward  # type: ignore[method-assign]
     compile_layers([layer], mode, keep, **options)
     for function in reversed(put_back):

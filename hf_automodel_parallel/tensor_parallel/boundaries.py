@@ -26,9 +26,13 @@ class SharedInputs:
 
     Attributes:
         length: under sequence parallelism, the tokens of the whole sequence while the layer runs on shares of it.
+        regather: under sequence parallelism, what the layer gathers is gathered again in backward.
+        told_compiler: the layer is compiled together with what tells the compiler to do that.
     """
 
     length: int | None = None
+    regather = False
+    told_compiler = False
 
     def __init__(self) -> None:
         self.known: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -13,6 +13,7 @@ no saved activations to save; then the model is tensor parallel only.
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ from .collectives import (
 from .gathered_again import GatheredAgain, keeping_shares, same_storage
 from .in_flight import Region
 from .random import OwnNumbers
+
+logger = logging.getLogger(__name__)
 
 #: Keyword with which a layer or a block is told the length of the whole sequence. It travels with the call, so that a checkpoint
 #: recomputes with the length of its own forward, and a compiled layer takes it as an input.
@@ -69,9 +72,12 @@ class SharedSequence(SharedInputs):
         around, self.length = self.length, length
         self.draw_own()
         try:
-            if self.regather and not torch.compiler.is_compiling():
-                with keeping_shares(self.source_of):
-                    return function(*args, **kwargs)
+            if self.regather:
+                if not torch.compiler.is_compiling():
+                    with keeping_shares(self.source_of):
+                        return function(*args, **kwargs)
+                if not self.told_compiler:
+                    _warn_of_foreign_compilation()
             return function(*args, **kwargs)
         finally:
             self.draw_common()
@@ -154,6 +160,21 @@ class SharedSequence(SharedInputs):
         super().clear()
         self.gathered.clear()
         self.again.clear()
+
+
+@torch.compiler.assume_constant_result  # called once while the compiler traces, and no part of the graph
+def _warn_of_foreign_compilation() -> bool:
+    if not _warned:
+        _warned.append(True)
+        logger.warning(
+            "sequence_parallel_regather=True has no effect: this model was compiled as a whole, after prepare, where nothing "
+            "tells the compiler what to gather again. Results are right. Compile with compile=True in AutoParallelismConfig or "
+            "with torch_compile=True in TrainingArguments instead of torch.compile(model)."
+        )
+    return True
+
+
+_warned: list[bool] = []
 
 
 class TailInputs(SharedInputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -247,3 +248,23 @@ def written_gradients(name: str, sizes: dict[str, Any] | None) -> tuple[float, d
     loss = model(**batch, use_cache=False).loss
     backward(loss)
     return loss.item(), full_grads(model)
+
+
+def compiled_by_the_user(name: str) -> tuple[float, dict[str, torch.Tensor | None], list[str]]:
+    """Loss, gradients and warnings where a model that gathers again is compiled as a whole, after `prepare`."""
+    config = AutoParallelismConfig(tp_size=2, sequence_parallel=True, sequence_parallel_regather=True, audit="off")
+    accelerator = Accelerator(parallelism_config=config)
+    model = build(name).train()
+    batch = batches_of(model, 1)[0]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hf_automodel_parallel")
+    logger.addHandler(handler)
+    try:
+        loss = torch.compile(model, backend="aot_eager")(**batch, use_cache=False).loss
+    finally:
+        logger.removeHandler(handler)
+    accelerator.backward(loss)
+    return loss.item(), full_grads(model), [message for message in said if "sequence_parallel_regather" in message]

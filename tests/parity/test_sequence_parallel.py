@@ -17,6 +17,7 @@ from parity.sequence_jobs import (
     ODD,
     BeforeHead,
     batches_of,
+    compiled_by_the_user,
     dropped_layers,
     ends_looked_at,
     ends_looked_at_on_shares,
@@ -26,8 +27,8 @@ from parity.sequence_jobs import (
     outputs,
     outputs_of_one_model,
     sequence_gradients,
-)
     written_gradients,
+)
 from parity.test_gradients import LORA, MESHES
 from parity.test_random import assembled, shapes_of
 
@@ -99,6 +100,16 @@ REGATHER = {"tp_size": 2, "sequence_parallel_regather": True}
 def test_gathering_again_is_refused_where_it_happens_anyway(fields, more, named):
     message = rf"sequence_parallel_regather=True with {named}: .*Leave out one of the two"
     expect_error(2, sequence_gradients, "llama", {**REGATHER, **fields}, match=message, **more)
+
+
+def test_gathering_again_says_where_it_cannot():
+    """Under a compilation of the whole model; said once, and the gradients are right."""
+    for loss, gradients, said in run_distributed(2, compiled_by_the_user, "llama", timeout=190):
+        model = build("llama").train()
+        want_loss, want = loss_and_grads(model, batches_of(model, 1))
+        assert_losses_equal(loss, want_loss)
+        assert_gradients_equal(gradients, want)
+        assert len(said) == 1 and "compile=True" in said[0], said
 
 
 @pytest.mark.parametrize("length", [2, 3, 5])
@@ -192,17 +203,6 @@ def test_layers_that_are_left_out():
         assert re.search(r"model\.layers\.1, which returns the whole sequence, was not called.*layerdrop=0", said), said
 
 
-# ---- dropout -----------------------------------------------------------------------------------------------------------
-
-RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
-
-
-@pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
-def test_masks(mode):
-    """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat them."""
-    sizes, more = CHECKPOINTS[mode]
-    own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
-    adapter = {**LORA, "lora_dropout": 0.25}
 @pytest.mark.parametrize(
     "model, sizes",
     [
@@ -221,6 +221,17 @@ def test_blocks_that_change_their_input_in_place(model, sizes):
         assert_gradients_equal(gradients, want)
 
 
+# ---- dropout -----------------------------------------------------------------------------------------------------------
+
+RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
+def test_masks(mode):
+    """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat them."""
+    sizes, more = CHECKPOINTS[mode]
+    own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
+    adapter = {**LORA, "lora_dropout": 0.25}
     loss, gradients, masks = run_distributed(
         2, gradients_and_masks, "phi3", {"tp_size": 2, "sequence_parallel": True, **sizes}, adapter, RESIDUAL, **own
     )[0]
