@@ -59,6 +59,12 @@ def _set(x: torch.Tensor, index: Any) -> torch.Tensor:
     return x
 
 
+def _after(function: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """`x` after a function has changed it in place, called with names alone."""
+    function(input=x, **arguments)
+    return x * 2
+
+
 def _write_into_view(x: torch.Tensor, view: Any) -> torch.Tensor:
     view(x).mul_(0.5)
     return x * 2
@@ -123,6 +129,20 @@ FUNCTIONS: dict[str, tuple[Any, bool]] = {
     "custom function": (Squared.apply, False),
     "custom function after a change": (lambda x: Squared.apply(x.clone().mul_(3.0)), False),
     "like": (lambda x: torch.zeros_like(x) + x.new_ones(CLASSES), False),
+    "named: softmax": (lambda x: torch.softmax(input=x, dim=-1), False),
+    "named: softmax of rows": (lambda x: torch.softmax(input=x, dim=0), True),
+    "named: transposed": (lambda x: torch.transpose(input=x, dim0=0, dim1=2), True),
+    "named: in one row": (lambda x: torch.flatten(input=x), True),
+    "named: new shape": (lambda x: torch.reshape(input=x, shape=(-1,)), True),
+    "named: detached": (lambda x: torch.detach(input=x) * x, False),
+    "named: like": (lambda x: torch.zeros_like(input=x) + x, False),
+    "named: view as": (lambda x: x.view_as(other=torch.empty(10, CLASSES)), False),
+    "named: where": (lambda x: torch.where(condition=MASK.unsqueeze(-1), input=x, other=0.0), False),
+    "named: in place": (lambda x: _after(torch.clamp_, x.clone(), min=torch.zeros(5, 1, dtype=x.dtype)), False),
+    "named: in place, whole": (lambda x: _after(torch.relu_, x.clone()), True),
+    "numpy's names: a sum": (lambda x: torch.logsumexp(x, axis=-1, keepdims=True), False),
+    "numpy's names: classes": (lambda x: torch.stack(x.unbind(axis=-1)[:3]), True),
+    "numpy's names: joined": (lambda x: torch.concatenate([x, x], axis=-1), True),
 }
 
 

@@ -51,10 +51,27 @@ def with_whole(value: Any) -> Any:
     return value
 
 
+#: What torch calls an argument by numpy's names -> its own name.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as handlers read them: the tensor first, wherever a function takes it by name, and torch's own names.
+
+    New objects where something is moved: whole values are computed with the arguments as they came.
+    """
+    named = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+    # torch.where has its tensor in the second place.
+    name = None if args or "condition" in named else next((n for n in ("input", "x", "a", "x1") if n in named), None)
+    return (args if name is None else (named.pop(name),)), named
+
+
 def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``function`` with gathered logits; what it writes into them is written back into the slices."""
     name = getattr(function, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if in_place:
+        args, kwargs = in_order(args, kwargs)
     if in_place and args and isinstance(args[0], ShardedLogits):
         logits: ShardedLogits = args[0]
         whole = logits.whole().clone()
@@ -367,8 +384,9 @@ def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @handles("view_as", "reshape_as")
 def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of modules)."""
-    logits, other = args
-    if not isinstance(logits, ShardedLogits):
+    logits = args[0]
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    if not isinstance(logits, ShardedLogits) or other is None:
         return NotImplemented
     return _view(
         torch.Tensor.view if function is torch.Tensor.view_as else torch.Tensor.reshape, (logits, *other.shape), {}

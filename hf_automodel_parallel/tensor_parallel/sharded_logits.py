@@ -135,13 +135,13 @@ class ShardedLogits(torch.Tensor):
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .sharded_functions import METADATA, on_whole
+        from .sharded_functions import METADATA, in_order, on_whole
         from .sharded_losses import HANDLERS  # complete when that module is loaded
 
         if function in METADATA:
             return super().__torch_function__(function, types, args, kwargs or {})
         handler = HANDLERS.get(function)
-        result = NotImplemented if handler is None else handler(function, args, kwargs or {})
+        result = NotImplemented if handler is None else handler(function, *in_order(args, kwargs or {}))
         return on_whole(function, args, kwargs or {}) if result is NotImplemented else result
 
     @classmethod

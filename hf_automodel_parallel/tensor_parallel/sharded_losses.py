@@ -78,7 +78,7 @@ def _logsumexp(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @handles("log_softmax", "softmax")
 def _log_softmax(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    logits = args[0] if args else kwargs.pop("input", None)
+    logits = args[0] if args else None
     dim = dim_of(args, kwargs, 1)
     if not isinstance(logits, ShardedLogits) or not logits.is_floating_point() or not _is_last(dim, logits):
         return NotImplemented
