@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .config_forms import is_file, load_yaml, parse_pairs, plain, read_file, restore
+from .config_forms import collective_choices, is_file, load_yaml, parse_pairs, plain, read_file, restore
 from .errors import ConfigError, UnsupportedError
 from .towers.find import PLACEMENTS
 
@@ -65,7 +65,7 @@ class AutoParallelismConfig(ParallelismConfig):
         tp_plan: explicit tensor-parallel plan, preferred to every other source: a dict (module or parameter pattern ->
             style name or ``torch.distributed.tensor.parallel.ParallelStyle``), a callable returning one (with or without
             the model as argument), the import path of either (``"my_package.plans:llama"``), or the name of a named plan.
-        plan_order: sources to try, in order, when ``tp_plan`` is None. A subset of ``("hf", "registry", "default")``.
+        plan_order: sources to try, in order, when ``tp_plan`` is None: some of :data:`PLAN_SOURCES`, each once.
         reshard_after_forward: free a layer's gathered parameters after its forward. None: what the ``fsdp_plugin`` says,
             else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
@@ -106,7 +106,6 @@ class AutoParallelismConfig(ParallelismConfig):
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
-        NotAvailableYetError: an option whose implementation has not landed was asked for.
         UnsupportedError: a ``cp_handler`` asks for ring attention.
 
     Example:
@@ -364,7 +363,7 @@ class AutoParallelismConfig(ParallelismConfig):
             The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp), or None in a process without a process group.
 
         Raises:
-            ConfigError: the sizes do not fit the world size.
+            ConfigError: the sizes do not fit the world size, or the ranks have different configs.
         """
         if self.device_mesh is None:
             world = _world_size()
@@ -372,11 +371,11 @@ class AutoParallelismConfig(ParallelismConfig):
                 _check_alone()
                 self.resolve_sizes(1)
                 return None
-            from .synchronize import agreement, check_same_sizes
+            from .synchronize import agreement, check_same_configs
 
             with agreement("AutoParallelismConfig"):
                 self.resolve_sizes(world)
-            check_same_sizes(self._sizes)
+            check_same_configs(self._sizes, collective_choices(self))
         mesh = super().get_device_mesh(device_type)
         if mesh is not None:
             from .mesh import inherit_timeouts

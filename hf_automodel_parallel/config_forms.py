@@ -12,6 +12,32 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import yaml
 
+    from .config import AutoParallelismConfig
+
+#: Fields, besides the sizes, that decide which collectives run and in which order: ranks that differ in one wait for ever. Not
+#: among them are where a plan comes from (what it came to is compared when a model is prepared) and what each rank does alone.
+DECIDE_COLLECTIVES = (
+    *("backend", "megatron_fsdp", "towers", "reshard_after_forward", "forward_prefetch", "backward_prefetch"),
+    *("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "loss_parallel"),
+    *("activation_checkpointing", "compile", "check_optimizer", "audit", "audit_steps", "async_save"),
+)
+
+#: Field -> values that mean another one.
+_SYNONYMS: dict[str, dict[Any, str]] = {
+    "audit": {None: "first_step", True: "first_step", False: "off"},
+    "activation_checkpointing": {True: "full", False: "none"},
+    "towers": {None: "root"},
+}
+
+
+def collective_choices(config: AutoParallelismConfig) -> dict[str, Any]:
+    """The values of :data:`DECIDE_COLLECTIVES`, one for all ways to write it, as text or numbers that ranks can exchange."""
+    values = {name: getattr(config, name) for name in DECIDE_COLLECTIVES}
+    return {
+        name: plain(value if isinstance(value, Mapping) else _SYNONYMS.get(name, {}).get(value, value))
+        for name, value in values.items()
+    }
+
 
 def is_file(text: str) -> bool:
     """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can hold."""

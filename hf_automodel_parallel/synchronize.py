@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
@@ -47,35 +48,52 @@ def agreement(what: str, group: dist.ProcessGroup | None = None) -> Iterator[Non
         raise PrepareError(f"{what} failed on rank {rank} (and {len(failed) - 1} others): {message}")
 
 
-def check_same_sizes(sizes: dict[str, int]) -> None:
-    """Raise on all ranks unless they agree on the mesh; otherwise each would wait for ever in groups of its own.
+def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
+    """Raise on all ranks unless they agree on the mesh and on what else decides which collectives run.
+
+    Otherwise each would wait for ever in groups of its own, or for a collective that the others never call.
+
+    Args:
+        sizes: axis -> size.
+        choices: field of the config -> value.
 
     Raises:
-        ConfigError: with the sizes of rank 0 and of the first rank that has others.
+        ConfigError: with the values of rank 0 and of the first rank that has others.
     """
-    everyone: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, sizes)
-    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
-    if other is None:
+    mine = ({f"{axis}_size": size for axis, size in sizes.items()}, choices)
+    everyone: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if not others:
         return
-    shown = [", ".join(f"{axis}_size={size}" for axis, size in everyone[rank].items()) for rank in (0, other)]
+    (first_sizes, first), (other_sizes, other) = everyone[0], everyone[others[0]]
+    names = [name for name in first if first[name] != other.get(name)]
+    shown = []
+    for values, fields in ((first_sizes, first), (other_sizes, other)):
+        told = values if first_sizes != other_sizes else {}
+        shown.append(", ".join(f"{name}={value!r}" for name, value in {**told, **{n: fields.get(n) for n in names}}.items()))
+    more = f" ({len(others) - 1} more ranks differ from rank 0)" if len(others) > 1 else ""
     raise ConfigError(
-        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {other}. Start all "
+        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {others[0]}{more}. Start all "
         f"processes with the same config file, environment and arguments."
     )
 
 
 def check_same_structure(
-    model: nn.Module, spec: ShardingSpec | None = None, group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    spec: ShardingSpec | None = None,
+    group: dist.ProcessGroup | None = None,
+    choices: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise on all ranks unless they hold models with the same parameters and buffers.
+    """Raise on all ranks unless they hold models with the same parameters and buffers, and are going to treat them alike.
 
-    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, and their place in the plan.
+    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, the plan as resolved, the choices.
 
     Args:
         model: the model, on every rank.
-        spec: where its parameters are going to be on the tp axis, which has to be the same too.
+        spec: where its parameters and activations are going to be on the tp axis.
         group: the ranks that hold the model; None means all.
+        choices: name -> value, with a ``repr`` that is the same in all processes, of what else decides which collectives run.
 
     Raises:
         PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
@@ -89,6 +107,8 @@ def check_same_structure(
         for name, p in model.named_parameters(remove_duplicate=False)
     ]
     described += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers()]
+    described += [] if spec is None else spec.described()
+    described += [f"option {name}={value!r}" for name, value in (choices or {}).items()]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
     digests: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(digests, digest, group=group)
@@ -100,11 +120,12 @@ def check_same_structure(
         theirs: list[list[str] | None] = [described if dist.get_rank(group) == rank else None]
         dist.broadcast_object_list(theirs, group_src=rank, group=group)
         compared.append(theirs[0] or [])
-    differences = sorted(set(compared[0]) ^ set(compared[1]))
+    alone = [sorted(set(a) - set(b)) for a, b in (compared, compared[::-1])]
+    examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]
     raise PrepareError(
         f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
-        + (f", for example in {differences[0]!r}" if differences else ", in the order of their parameters or buffers")
-        + ". Build, wrap and plan it alike on every rank."
+        + (f", for example in {' and '.join(examples)}" if examples else ", in the order of their parameters or buffers")
+        + ". Build, wrap and plan it alike, with the same options, on every rank."
     )
 
 

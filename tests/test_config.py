@@ -25,6 +25,7 @@ from hf_automodel_parallel import (
     UnsupportedError,
 )
 from hf_automodel_parallel.config import AXES
+from hf_automodel_parallel.config_forms import DECIDE_COLLECTIVES, collective_choices
 
 PLAN = {"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}
 
@@ -523,6 +524,20 @@ def test_round_trip(name, resolved, trip):
     result.resolve_sizes(world)
     assert result == config
     assert result.total_size == world
+
+
+def test_each_field_is_compared_between_ranks_or_left_alone_on_purpose():
+    own = set(AutoParallelismConfig.__annotations__)
+    assert own - set(DECIDE_COLLECTIVES) == {"tp_plan", "plan_order", "loss_chunk_size"}
+    assert set(DECIDE_COLLECTIVES) <= own
+
+
+def test_choices_are_compared_as_what_they_mean():
+    written = [
+        AutoParallelismConfig(audit=True, activation_checkpointing=True, towers="root"),
+        AutoParallelismConfig(activation_checkpointing="full", audit="first_step"),
+    ]
+    assert collective_choices(written[0]) == collective_choices(written[1])
 
 
 def test_dict_holds_only_what_differs_from_the_defaults():

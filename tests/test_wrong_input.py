@@ -159,6 +159,37 @@ def test_sizes_that_do_not_fit_on_one_rank():
     assert "failed on rank 1" in messages[0]
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("loss_parallel", (None, False)),
+        ("sequence_parallel_regather", (True, False)),
+        ("activation_checkpointing", ("full", "selective")),
+        ("check_optimizer", (False, True)),
+    ],
+)
+def test_other_choices_on_one_rank(name, values):
+    """One rank would wait in a collective that the other never calls."""
+    configs = [{"tp": 2, "sequence_parallel": True, name: value} for value in values]
+    message = rf"different parallelism configs: {name}={values[0]!r} on rank 0, {name}={values[1]!r} on rank 1\. Start all"
+    expect_error(2, config_depends_on_the_rank, configs, match=message)
+
+
+def test_what_ranks_may_write_differently():
+    """The same in other words, and what each rank does alone."""
+    configs = [{"tp": 2, "audit": True, "plan_order": ["hf"]}, {"tp": 2, "plan_order": ["hf", "default"], "loss_chunk_size": 8}]
+    run_distributed(2, config_depends_on_the_rank, configs)
+
+
+def plugin_depends_on_the_rank(options: list[dict[str, Any]]) -> None:
+    with_plugin(TP2, {"fsdp_version": 2, **options[dist.get_rank()]})
+
+
+def test_other_plugin_on_one_rank():
+    message = r"option activation_checkpointing='none'.* on rank 0 and .*activation_checkpointing='full'.* on rank 1\."
+    expect_error(2, plugin_depends_on_the_rank, [{}, {"activation_checkpointing": True}], match=message)
+
+
 def test_other_plan_on_one_rank():
     plans = [{"tp": 2}, {"tp": 2, "tp_plan": {"lm_head": "rowwise_split_input"}}]
     expect_error(2, config_depends_on_the_rank, plans, match=r"not the same on all ranks: ranks \[1\]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -34,7 +34,7 @@ class Plan:
     """A tensor-parallel plan: entries by pattern.
 
     Attributes:
-        origin: which source won ("explicit", "hf", "registry", "default").
+        origin: which source won ("explicit", "hf", "registry", "default", "derived").
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
         strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
         notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
@@ -195,3 +195,25 @@ class ShardingSpec:
     def packed(self) -> list[str]:
         """Names of the parameters that are sharded in more than one block."""
         return [name for name, spec in self.parameters.items() if spec.blocks > 1 and spec.dim is not None]
+
+    def described(self) -> list[str]:
+        """A line for each thing that decides which collectives run, equal in all processes with the same plan.
+
+        Parameters are left to whoever describes the model. Of a foreign style only the type is told (its ``repr`` may hold an
+        address), and not how many rows of logits a rank computes at a time, which is its own affair.
+        """
+        lines = [f"boundaries of {name}: {_line(module)}" for name, module in self.modules.items()]
+        for what, table in (("head counts", self.head_counts), ("arguments by heads", self.head_arguments)):
+            lines += [f"{what} of {name}: {sorted(values.items())}" for name, values in table.items()]
+        lines += [f"summed norm of {name}" for name in self.summed_norms]
+        for part in fields(self.sequence) if self.sequence is not None else ():
+            value = getattr(self.sequence, part.name)
+            ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
+            items = list(value.items()) if isinstance(value, dict) else [ordered]
+            lines += [f"sequence parallelism, {part.name}: {item}" for item in items]
+        return lines
+
+
+def _line(spec: ModuleSpec) -> str:
+    foreign = None if spec.foreign is None else type(spec.foreign).__name__
+    return str(replace(spec, chunk_rows=None, foreign=foreign))

@@ -110,6 +110,24 @@ class Job:
         """The ranks that hold this model; None means all."""
         return self.axes.holders(self.mesh)
 
+    @property
+    def choices(self) -> dict[str, object]:
+        """What decides, beside model and plan, which collectives run: whoever asked for it (config, plugins, environment)."""
+        options, policy = self.options, self.options.mp_policy
+        return {
+            "reshard_after_forward": options.reshard_after_forward,
+            "forward_prefetch": options.forward_prefetch,
+            "backward_prefetch": options.backward_prefetch,
+            "towers": options.towers or "root",
+            "min_num_params": options.minimum_unit_size,
+            "transformer_cls_names_to_wrap": sorted(self.layer_classes or []),
+            "param_dtype": policy.param_dtype,
+            "reduce_dtype": policy.reduce_dtype,
+            "activation_checkpointing": self.checkpointing,
+            "compile": self.compile_options is not None,
+            "async_tensor_parallel": self.async_tensor_parallel,
+        }
+
 
 class ParallelizationStrategy(ABC):
     """How models of one family are parallelised. Subclass it and register the subclass with
@@ -181,7 +199,7 @@ class ParallelizationStrategy(ABC):
 
     def compare_ranks(self, job: Job) -> None:
         """Raise on all ranks unless they hold the same model."""
-        check_same_structure(job.model, job.spec, job.group)
+        check_same_structure(job.model, job.spec, job.group, job.choices)
 
     def carry_out(self, job: Job) -> None:
         """Parallelise ``job.model``; the same collectives on every rank."""

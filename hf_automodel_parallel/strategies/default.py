@@ -255,7 +255,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
 
     def compare_ranks(self, job: Job) -> None:
         """Raise on all ranks unless they hold the same model and planned the same."""
-        check_same_structure(job.model, job.spec, job.group)
+        check_same_structure(job.model, job.spec, job.group, job.choices)
         if job.pending is not None:
             job.pending.compare_ranks(job.group)
 
