@@ -15,6 +15,7 @@ from parity.jobs import batches_for, build
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.derive import miniature
 from hf_automodel_parallel.derive.miniature import replaced_modules
 from hf_automodel_parallel.derive.proof import run_once
 from hf_automodel_parallel.errors import PlanError
@@ -157,3 +158,16 @@ def test_replaced_modules_are_seen_through_adapters():
     assert replaced_modules(model) == []
     model.get_base_model().transformer.h[1].mlp.act = NormedActivation()
     assert replaced_modules(model) == ["transformer.h.1.mlp.act"]
+
+
+def test_a_replaced_module_whose_name_begins_like_a_wrapped_one(monkeypatch):
+    """PEFT's "base_layer" is a whole part of a name."""
+
+    def built(*_: Any) -> nn.Module:
+        return nn.ModuleDict({"base_layer_norm": nn.ModuleDict({"base_layer_norm": nn.LayerNorm(4)})})
+
+    monkeypatch.setattr(miniature, "build_miniature", built)
+    model = built()
+    assert replaced_modules(model) == []
+    model["base_layer_norm"]["base_layer_norm"] = nn.Identity()
+    assert replaced_modules(model) == ["base_layer_norm.base_layer_norm"]

@@ -168,5 +168,6 @@ def replaced_modules(model: nn.Module) -> list[str]:
     found: dict[str, tuple[str, type]] = {}
     for name, module in inner.named_modules():
         if not type(module).__module__.startswith("peft."):
-            found[name.replace(".base_layer", "").replace(".original_module", "")] = name, type(module)
+            parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
+            found[".".join(parts)] = name, type(module)
     return [name for key, (name, kind) in found.items() if kind not in built.get(layer_pattern(key), {kind})]
