@@ -113,8 +113,10 @@ def attention(
     if not _is_mark(attention_mask, key.shape[-2], size):
         if active() is not None:
             raise UnsupportedError(
-                f"cp_size={size}: {type(module).__name__} was called inside of maybe_context_parallel past the forward of the "
-                f"prepared model, so that nobody told it which part of the sequence it has. Call the model that prepare returned."
+                f"cp_size={size}: the mask that tells {type(module).__name__} which part of the sequence it has did not "
+                f"reach it. Either the model makes a mask of its own, which context parallelism cannot split: use cp_size=1 for "
+                f"it. Or it was called inside of maybe_context_parallel past the forward of the prepared model: call the model "
+                f"that prepare returned."
             )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

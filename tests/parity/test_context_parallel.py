@@ -9,6 +9,7 @@ from harness.oracle import loss_and_grads, train_steps
 from harness.pool import run_distributed
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
+from hf_automodel_parallel.context_parallel import attention
 from hf_automodel_parallel.context_parallel.attention import mark
 from hf_automodel_parallel.context_parallel.layout import Layout
 from hf_automodel_parallel.context_parallel.models import check_model
@@ -374,6 +375,17 @@ def test_the_mark_cannot_be_mistaken_for_a_mask():
     with pytest.raises(RuntimeError, match="mask"):
         torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mark(4, 2, query.device))
     assert mark(1024, 8, query.device).untyped_storage().nbytes() == 1
+
+
+def test_an_attention_that_the_mark_does_not_reach(monkeypatch):
+    """As in Doge, whose attention makes a mask of its own: the message names that, not the caller alone."""
+    module = torch.nn.Identity()
+    monkeypatch.setattr(attention, "active", lambda: object())
+    module.config = build("llama").config
+    attention.install([module], attention.Place(Layout(0, 2), None))
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(UnsupportedError, match="Identity.* makes a mask of its own.*cp_size=1.*model that prepare returned"):
+        attention.attention(module, query, query, query, torch.zeros(1, 1, 4, 4))
 
 
 def test_layout_covers_each_position_once():
