@@ -41,14 +41,15 @@ def mode_of_argument(value: str | bool | None) -> str:
     """The mode that an ``activation_checkpointing`` argument of the reference API asks for.
 
     Args:
-        value: a truth value (True means "full"), or a mode in any case and with "-" for "_"; "off" means "none".
+        value: a truth value (True means "full"), or a mode, in any case and with or without "-" and "_" ("Sub-Module"); "off"
+            means "none".
 
     Raises:
         ConfigError: a word that is no mode.
     """
     if value is None or isinstance(value, bool):
         return normalized_mode(value)
-    mode = str(value).lower().replace("-", "_").replace("_", "")
+    mode = str(value).lower().replace("-", "").replace("_", "")
     if mode in ("off", "false", ""):
         return "none"
     if mode not in CHECKPOINTING_MODES:

@@ -204,7 +204,8 @@ def test_defect_16_words_that_switch_checkpointing_off(word):
     from hf_automodel_parallel.activation_checkpointing import mode_of_argument
 
     assert mode_of_argument(word) == "none"
-    assert mode_of_argument("Selective") == "selective" and mode_of_argument(True) == "full"
+    assert [mode_of_argument(mode) for mode in ("Selective", "sub-module", "sub_module")] == ["selective", *["submodule"] * 2]
+    assert mode_of_argument(True) == "full"
 
 
 def test_every_argument_reaches_the_strategy(monkeypatch):

@@ -1,4 +1,4 @@
-"""Which plan a model gets: explicit, else the first of HF's own, the registry's and the default plan that is usable."""
+"""Which plan a model gets: explicit, else the first of HF's own, the registry's, the default or a derived plan."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def select_plan(
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta.
         tp_plan: the user's own plan in any accepted form; wins when given.
-        plan_order: sources to try otherwise: "hf", "registry", "default", "derived".
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config asks all of them; here the last,
+            which takes seconds, only if it is named.
         tp_size: number of ranks on the tp axis, which decides what a derived plan shards; None: any.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The only place that sums a gradient over the tp axis.
+"""The place that sums gradients over the tp axis, but for styles on torch's own engine (:mod:`.summed_gradients`).
 
 A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every rank
 only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them are
