@@ -11,11 +11,13 @@ import torch.distributed as dist
 from harness.compare import full_parameters
 from harness.pool import expect_error, run_distributed
 from parity.jobs import build
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.checkpoint.manifest import MANIFEST
+from hf_automodel_parallel.integrations.records import prepared
 
 TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
 LORA: dict[str, Any] = {}
@@ -225,6 +227,29 @@ def test_auto_find_batch_size_prepares_again(tmp_path):
         assert len(got) == len(want) == STEPS
         for values, wanted in zip(got, want, strict=True):
             assert values == pytest.approx(wanted, rel=1e-4), (got, want)
+
+
+def evaluated_first(sizes: dict[str, int] | None, ranks: int, directory: str, compiled: bool) -> Any:
+    """Losses of an evaluation and of the training after it; and what became of another model, that is for evaluation alone."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}
+    trainer = make(sizes, ranks, directory, max_steps=2, **(options if compiled else {}))
+    losses = [trainer.evaluate()["eval_loss"]]
+    sharded = prepared(trainer.model) is not None
+    trainer.train()
+    losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    reference = trainer.accelerator.prepare_model(build("llama"), evaluation_mode=True)
+    whole = not any(isinstance(p, DTensor) for p in reference.parameters())
+    return losses, sharded, type(trainer.model).__name__, whole
+
+
+def test_an_evaluation_before_a_compiled_training(tmp_path):
+    """The Trainer then asks for nothing but compilation of its model, which would leave it whole on each rank."""
+    want = run_distributed(1, alone, evaluated_first, str(tmp_path / "one"), False)[0][0]
+    for losses, sharded, name, whole in run_distributed(
+        2, evaluated_first, {"tp_size": 2}, 1, str(tmp_path / "two"), True, timeout=200
+    ):
+        assert sharded and whole and "Llama" in name
+        assert losses == pytest.approx(want, rel=1e-4)
 
 
 # ---- refused -------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ from .records import (
     remember,
 )
 from .saving import bind_saving, bind_trainer, save_model
-from .trainer_options import check_trainer, remember_trainer
+from .trainer_options import check_trainer, is_of_trainer, remember_trainer
 from .trainer_seam import extend_trainer
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ logger = logging.getLogger(__name__)
 def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
 
-    In a process without a process group there is nothing to parallelise and the Accelerator stays stock.
+    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, and a Trainer
+    extended, so that checkpoints of a parallel run can be read in one process.
 
     Raises:
         ConfigError: what Accelerate was given beside the config contradicts it.
-        NotAvailableYetError: an option of the plugin that has not landed.
     """
     if config.device_mesh is None:
         config.check_accelerator(accelerator)
@@ -405,11 +405,15 @@ def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
 def _prepare_model(
     self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
 ) -> nn.Module:
-    """Like ``Accelerator.prepare_model``; where stock refuses (FSDP2 alone, a model without TP), parallelise."""
+    """Like ``Accelerator.prepare_model``; what is or will be sharded here is neither wrapped in DDP nor compiled as a whole.
+
+    Under ``torch_compile`` the Trainer prepares its model in this way for an evaluation before training. Other models that are
+    for evaluation alone (the reference and reward models of TRL) stay whole on each rank, as in stock.
+    """
     if evaluation_mode and prepared(model) is None:
         refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
-    if evaluation_mode or prepared(model) is not None:
-        return type(self).prepare_model(self, model, device_placement, evaluation_mode)
+        if not is_of_trainer(self, model):
+            return type(self).prepare_model(self, model, device_placement, evaluation_mode)
     return self.prepare(model)
 
 

@@ -25,6 +25,17 @@ def remember_trainer(accelerator: Accelerator, trainer: Any) -> None:
         inherit_timeouts(accelerator.torch_device_mesh)
 
 
+def is_of_trainer(accelerator: Accelerator, model: Any) -> bool:
+    """True if ``model`` is the one that the Trainer of ``accelerator`` trains."""
+    trainer = _trainer(accelerator)
+    return trainer is not None and getattr(trainer, "model", None) is model
+
+
+def _trainer(accelerator: Accelerator) -> Any | None:
+    reference = _TRAINERS.get(accelerator)
+    return None if reference is None else reference()
+
+
 def check_trainer(accelerator: Accelerator) -> None:
     """Before a model is prepared for training.
 
@@ -33,8 +44,7 @@ def check_trainer(accelerator: Accelerator) -> None:
             of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much too large.
             Checkpoints for the hub that would have no weights, or none yet.
     """
-    reference = _TRAINERS.get(accelerator)
-    trainer = None if reference is None else reference()
+    trainer = _trainer(accelerator)
     if trainer is None:
         return
     _check_hub(accelerator, trainer.args)
