@@ -336,9 +336,9 @@ def test_chunks_and_a_compiled_whole_model_change_nothing():
         assert_gradients_equal(got[1], gradients)
 
 
-def what_outlives_a_step() -> list[bool]:
+def what_outlives_a_step(**config: Any) -> list[bool]:
     """Whether the logits, and the model, are still there when nobody holds them."""
-    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, **config))
     model = build("llama")
     batch = batches_for(model, 1)[0]
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
@@ -354,8 +354,8 @@ def what_outlives_a_step() -> list[bool]:
 
 def test_nothing_outlives_a_step():
     """A hook that refers to the logits it hangs on is a cycle through the graph of autograd, which is never collected."""
-    for kept_logits, _ in run_distributed(2, what_outlives_a_step):
-        assert not kept_logits
+    for options in ({}, {"sequence_parallel": True}):
+        assert run_distributed(2, what_outlives_a_step, **options) == [[False, False]] * 2
 
 
 def test_mixed_precision():
