@@ -79,6 +79,9 @@ def test_verify_plan():
         verify_plan(build_model("llama"), tp=2, plan=wrong)
     with pytest.raises(PlanError, match="tp=1"):
         verify_plan(build_model("llama"), tp=1)
+    attention = {f"model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+    # as prepare would take it: the norms of heads, which it does not name, are seen to
+    verify_plan(build_model("qwen3"), tp=2, plan=attention | {"model.layers.*.self_attn.o_proj": "rowwise"})
 
 
 def test_what_cannot_be_tried_is_refused():

@@ -301,3 +301,9 @@ def test_nemotron_flash_keeps_its_head_whole(where):
         )
         assert any("lm_head: left out of the plan" in note for note in plan.notes)
     assert given == kept
+
+
+def test_folders_above_a_model_say_nothing_of_it():
+    model = built("LlamaForCausalLM")
+    model.config.name_or_path = "/runs/nemotron-flash-against-llama/checkpoint-3"
+    assert "lm_head" in select_plan(model, None, ("registry",)).entries

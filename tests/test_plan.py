@@ -424,6 +424,16 @@ def test_style_that_does_not_fit_the_layer(llama, key, style, message):
         plan_and_spec(llama, {key: style})
 
 
+@pytest.mark.parametrize("field, value", [("max_norm", 1.0), ("scale_grad_by_freq", True)])
+def test_table_that_depends_on_all_tokens(llama, field, value):
+    setattr(llama.model.embed_tokens, field, value)
+    try:
+        with pytest.raises(PlanError, match=f"model.embed_tokens has {field}.*leave it out of the plan"):
+            plan_and_spec(llama, {"model.embed_tokens": "embedding_rowwise"})
+    finally:
+        setattr(llama.model.embed_tokens, field, None if field == "max_norm" else False)
+
+
 def test_a_callers_dict_is_not_changed(llama):
     """It may be a module's constant, used again for the next model."""
     plan = copy.deepcopy(LLAMA | {"base_model.model.model.norm": "replicate"})

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError, first_line
-from ..plan.names import layer_pattern, unwrapped
+from ..plan.names import layer_pattern, unwrapped, without_wrappers
 
 HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM
@@ -168,6 +168,5 @@ def replaced_modules(model: nn.Module) -> list[str]:
     found: dict[str, tuple[str, type]] = {}
     for name, module in inner.named_modules():
         if not type(module).__module__.startswith("peft."):
-            parts = [part for part in name.split(".") if part not in ("base_layer", "original_module")]
-            found[".".join(parts)] = name, type(module)
+            found[without_wrappers(name)] = name, type(module)
     return [name for key, (name, kind) in found.items() if kind not in built.get(layer_pattern(key), {kind})]

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..errors import AutoParallelError, PlanError, first_line
-from ..layers import find_layers
+from ..layers import dissect, find_layers
 from ..plan.resolve import resolve
 from ..plan.spec import REPLICATED, Plan, ShardingSpec
 from ..plan.validate import validate
+from ..plan.variance_probe import complete
 from ..tensor_parallel.in_process import InProcessGroup, parallel_copy, run_ranks
 from ..tensor_parallel.shards import local_slice
 from .miniature import LENGTH, inputs_for
@@ -77,11 +78,18 @@ class Prover:
             self.layers = []
         self.norm = sum(float(g.norm()) ** 2 for g in self.want.gradients.values() if g is not None) ** 0.5
 
-    def failure(self, plan: Plan) -> str | None:
-        """None if ``plan`` computes on :attr:`size` ranks what the model does, else what differs first."""
+    def failure(self, plan: Plan, completed: bool = False) -> str | None:
+        """None if ``plan`` computes on :attr:`size` ranks what the model does, else what differs first.
+
+        Args:
+            plan: any plan.
+            completed: look at it as ``prepare`` takes it, with what its run without values adds.
+        """
         try:
             spec = resolve(self.model, plan, self.size)
             validate(self.model, spec, self.size)
+            if completed:
+                complete(self.model, spec, dissect(self.model).layers, self.size, plan.strict)
             results = run_ranks(self.size, lambda mesh: self._rank(spec, mesh))
         except Exception as error:  # of the model's own code too, where shapes no longer fit
             return f"{type(error).__name__}: {first_line(error)}"

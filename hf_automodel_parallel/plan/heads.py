@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from .layers import as_matrix
@@ -12,7 +14,8 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
     """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
 
     Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an integer,
-    has "head" in its name and equals the number of heads that a projection below the module makes or takes, or their width.
+    has "head" in its name and equals the number of heads that a projection below the module makes or takes, or the width of
+    all of them together. The width of one head, which may happen to equal the number of heads, stays what it is.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.
@@ -40,6 +43,13 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
         else:
             continue
         for attribute, value in vars(parent).items():
-            if "head" in attribute and type(value) is int and features in (value * head_dim, value):
+            if "head" in attribute and type(value) is int and _counts(attribute, value, head_dim, features):
                 counts.setdefault(parent_name, {})[attribute] = value // tp_size
     return counts
+
+
+def _counts(attribute: str, value: int, head_dim: int, features: int) -> bool:
+    """True if the attribute says how many heads ``features`` are, or how wide all of them; not how wide one is."""
+    if re.search("dim|size", attribute):
+        return value == features > head_dim
+    return value * head_dim == features

@@ -34,6 +34,11 @@ def plan_name(name: str, prefix: str) -> str:
     return _TRANSPARENT.sub("", name.removeprefix(prefix) if name.startswith(prefix) else name)
 
 
+def without_wrappers(name: str) -> str:
+    """``name`` without the levels that PEFT puts around a layer, as ``base_layer``."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
 @lru_cache(maxsize=4096)
 def pattern_regex(pattern: str) -> re.Pattern[str]:
     """Compile a plan pattern; ``*`` matches exactly one path component."""

@@ -19,7 +19,7 @@ from .layers import (
     only_looks_up,
     parameter_adapter_out_dim,
 )
-from .names import pattern_regex, plan_name, precision, unwrapped
+from .names import pattern_regex, plan_name, precision, unwrapped, without_wrappers
 from .shared_heads import share_key_value_heads
 from .spec import (
     ADDED_ONCE,
@@ -139,7 +139,7 @@ class _Resolver:
     def _match(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> dict[str, PlanEntry]:
         """Name -> entry, most precise pattern first; complains about explicit entries that match nothing."""
         names = [*modules, *parameters]
-        short = {name: plan_name(name, self.prefix).replace(".base_layer", "") for name in names}
+        short = {name: without_wrappers(plan_name(name, self.prefix)) for name in names}
         best: dict[str, PlanEntry] = {}
         for pattern, entry in self.plan.entries.items():
             regex = pattern_regex(pattern)
@@ -340,10 +340,11 @@ class _Resolver:
                 raise PlanError(f"{reason}, which would meet the rows of one rank alone; leave it out of the plan.")
             self.spec.notes.append(f"{reason}, so it is left whole on every rank.")
             return "Replicate"
-        if module.max_norm is not None:
-            raise PlanError(
-                f"{name} has max_norm set, which renormalises whole rows in place; leave it out of the plan."
-            )
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            what = "max_norm set, which renormalises whole rows in place"
+            if module.max_norm is None:
+                what = "scale_grad_by_freq=True, and a rank sees the tokens of its own rows only"
+            raise PlanError(f"{name} has {what}; leave it out of the plan.")
         dims = (EMBEDDING_STYLES[entry.style], 1 - EMBEDDING_STYLES[entry.style])
         dim = next((d for d in dims if module.weight.shape[d] % self.tp_size == 0), None)
         if dim is None:

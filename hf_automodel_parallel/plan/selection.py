@@ -123,7 +123,8 @@ _HEADS = ("lm_head", "language_model.lm_head")
 def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
     """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that weight."""
     config = getattr(inner, "config", None)
-    names = [type(inner).__name__, getattr(config, "model_type", None), getattr(config, "name_or_path", None)]
+    repository = str(getattr(config, "name_or_path", "")).rpartition("/")[2]  # the folders above say nothing of the model
+    names = [type(inner).__name__, getattr(config, "model_type", None), repository]
     names += getattr(config, "architectures", None) or []
     if not any("nemotronflash" in re.sub("[-_ ]", "", str(name)).lower() for name in names):
         return plan
