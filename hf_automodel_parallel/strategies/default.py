@@ -53,6 +53,7 @@ from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..plan.variance_probe import complete
 from ..quantization import check_quantized, keep_layout
+from ..reversible import refuse_own_backward
 from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
 from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
 from ..tensor_parallel.outside_reads import install_outside_reads
@@ -195,6 +196,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(job)
         job.anatomy = dissect(job.model, job.layer_classes)
+        refuse_own_backward(unwrapped(job.model)[0], job.anatomy.layers)
         job.outside_reads = outside_reads(job.model, job.anatomy.layers)
         job.options.read_outside = frozenset(name for names in job.outside_reads.values() for name in names)
         job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)

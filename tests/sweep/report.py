@@ -17,14 +17,15 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
     for outcome in outcomes:
         cases.setdefault(outcome.model_type, []).append(outcome)
     runnable = {c: rows for c, rows in cases.items() if any(o.status != "one process" for o in rows)}
-    planned = {c: r for c, r in runnable.items() if not any(_no_plan(o) for o in r)}
-    sources = Counter(next((o.plan for o in r if o.plan), "refused") for r in planned.values())
+    planned = {c: r for c, r in runnable.items() if any(o.plan for o in r)}
+    sources = Counter(next(o.plan for o in r if o.plan) for r in planned.values())
     columns = [(k, m) for m in MESHES for k in cells(m)]
     today = datetime.datetime.now(datetime.timezone.utc).date()
     lines = [
         "# Every causal language model of transformers",
         "",
-        f"Written by `make sweep` on {today}: {versions}; {os.cpu_count()} CPU cores, gloo, float32, {seconds / 60:.0f} minutes.",
+        f"Written by `make sweep` on {today}: {versions}; {os.cpu_count()} CPU cores, gloo, float32.",
+        f"The cells took {seconds / 60:.0f} minutes.",
         "",
         f"{len(cases)} types and variants, of which {len(runnable)} run in one process with a tiny configuration; "
         f"{len(planned)} of these get a tensor-parallel plan ({', '.join(f'{s}: {n}' for s, n in sorted(sources.items()))}).",
@@ -73,9 +74,9 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
                 places = reasons.setdefault((f"{case}, {o.kind}: {o.status}", _escaped(o.detail)), [])
                 places.append(o.mesh)
     lines += [f"* **{what}** ({', '.join(meshes)}): {detail}" for (what, detail), meshes in reasons.items()]
-    lines += ["", "## Types without a plan", "", "Refused under tensor parallelism: give a `tp_plan`, or use FSDP2.", ""]
+    lines += ["", "## Types that are refused under tensor parallelism", "", "Without a plan: give a `tp_plan`, or use FSDP2.", ""]
     for case in sorted(set(runnable) - set(planned)):
-        lines.append(f"* {case}: {_escaped(next(o.detail for o in runnable[case] if _no_plan(o)))}")
+        lines.append(f"* {case}: {_escaped(next((o.detail for o in runnable[case] if o.status == 'refused'), 'not tried'))}")
     lines.append("")
     lines += ["## Types that do not run in one process with a tiny configuration", ""]
     for case, rows in sorted(cases.items()):
@@ -88,10 +89,6 @@ def _cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
     return f"{outcome.in_bounds:.2f}" if outcome.status == "parity" else _SHORT[outcome.status]
-
-
-def _no_plan(outcome: Outcome) -> bool:
-    return "no tensor-parallel plan for" in outcome.detail
 
 
 def _escaped(text: str) -> str:

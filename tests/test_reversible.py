@@ -1,0 +1,37 @@
+"""Layers whose backward somebody else runs."""
+
+import pytest
+import torch
+from harness.models import build_model
+from sweep.tiny import build
+
+from hf_automodel_parallel.errors import UnsupportedError
+from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.reversible import refuse_own_backward
+
+
+def test_reversible_layers_are_refused():
+    model = build("reformer")
+    with pytest.raises(UnsupportedError, match=r"_ReversibleFunction.backward .* calls ReformerLayer.backward_pass.*DDP"):
+        refuse_own_backward(model, dissect(model).layers)
+
+
+class Doubled(torch.autograd.Function):
+    """Calls methods of tensors alone; two have the names of methods of every module."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.float() * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.float().to(gradient.dtype).mul(2)
+
+
+def test_other_functions_are_not():
+    model = build_model("llama")
+    layers = dissect(model).layers
+    kind = type("Layer", (type(layers[0]),), {"__module__": __name__})
+    for layer in layers:
+        layer.__class__ = kind
+    refuse_own_backward(model, layers)
