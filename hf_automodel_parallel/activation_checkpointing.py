@@ -132,17 +132,21 @@ def shares_keys_and_values(model: nn.Module) -> bool:
 def switch_cache_off(model: nn.Module) -> None:
     """Pass ``use_cache=False`` in training forwards: a recomputed layer would fill a cache twice.
 
-    The config, which would be saved, is not touched; evaluation and generation keep their cache.
+    To every model inside that names the argument, because a model around others (vision and language) may hand it on unnamed. The
+    config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
-    if "use_cache" not in inspect.signature(model.forward).parameters:
-        return
+
+    from transformers import PreTrainedModel
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module.training and torch.is_grad_enabled():
             kwargs = {**kwargs, "use_cache": False}
         return args, kwargs
 
-    model.register_forward_pre_hook(hook, with_kwargs=True)
+    for module in model.modules():
+        is_model = module is model or isinstance(module, PreTrainedModel)
+        if is_model and "use_cache" in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _operators(*names: str) -> set[Any]:

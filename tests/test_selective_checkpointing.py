@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.models import LORA_7, build_model, lora, make_batches
+from parity import vision_language
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -230,6 +231,17 @@ def test_alone_on_one_device(adapter, compiled, monkeypatch):
     assert selective.config.to_dict() == config and list(selective.state_dict()) == keys
     if not compiled:
         assert all(is_checkpointed(layer) for layer in find_layers(selective))
+
+
+def test_a_model_around_another_that_fills_a_cache():
+    """Its forward does not name the argument that says so."""
+    plain, selective = (vision_language.build("llava").train() for _ in range(2))
+    apply_selective_activation_checkpointing(selective)
+    batch = vision_language.batch("llava", [1, 1])
+    for model in (plain, selective):
+        model(**batch).loss.backward()
+    want = {name: p.grad for name, p in plain.named_parameters()}
+    assert_gradients_equal({name: p.grad for name, p in selective.named_parameters()}, want)
 
 
 def test_alone_it_is_refused_where_it_would_do_nothing_or_double_work():

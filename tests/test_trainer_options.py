@@ -262,6 +262,7 @@ def refused(options: dict[str, Any], directory: str) -> None:
 REFUSED = {
     "dispatch_batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     "average_tokens": ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
+    "bf16_full_eval": ({"bf16_full_eval": True}, r"bf16_full_eval=True.*Use bf16=True"),
 }
 
 

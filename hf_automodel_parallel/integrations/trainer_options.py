@@ -42,12 +42,19 @@ def check_trainer(accelerator: Accelerator) -> None:
     Raises:
         ConfigError: ``average_tokens_across_devices=False`` where ranks share batches. The Trainer then divides the number
             of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much too large.
-            Checkpoints for the hub that would have no weights, or none yet.
+            Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and ``fp16_full_eval`` beside
+            data parallelism.
     """
     trainer = _trainer(accelerator)
     if trainer is None:
         return
     _check_hub(accelerator, trainer.args)
+    for field in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(trainer.args, field, False) and _has_data_parallel_ranks(accelerator):
+            raise ConfigError(
+                f"{field}=True casts the model when it is evaluated, and FSDP2 cannot gather parameters whose dtype has changed. "
+                f"Use {field[:4]}=True (mixed precision), which evaluates in that dtype, too."
+            )
     if getattr(trainer.args, "average_tokens_across_devices", True):
         return
     counts = getattr(trainer, "model_accepts_loss_kwargs", True) or getattr(trainer, "compute_loss_func", None)
@@ -57,6 +64,10 @@ def check_trainer(accelerator: Accelerator) -> None:
             f"average_tokens_across_devices=False with {shared} ranks to a batch (tp_size x cp_size): the Trainer would make "
             f"losses and gradients {shared} times too large. Leave it at True, its default."
         )
+
+
+def _has_data_parallel_ranks(accelerator: Accelerator) -> bool:
+    return accelerator.num_processes > accelerator.parallelism_config.non_data_parallel_size  # type: ignore[union-attr]
 
 
 def _check_hub(accelerator: Accelerator, args: Any) -> None:
