@@ -439,6 +439,14 @@ def test_the_head_is_found_where_it_is_sharded_over_the_vocabulary():
     assert not any(module.output is Output.LOGITS for module in spec.modules.values())
 
 
+def test_ranks_compare_where_logits_stay_sharded_but_not_the_rows_of_a_chunk():
+    kept, chunked, gathered = (
+        planned(build_model("llama"), **options) for options in ({}, {"chunk_rows": 8}, {"wanted": False})
+    )
+    assert kept.parameters == gathered.parameters and kept.described() != gathered.described()
+    assert kept.modules != chunked.modules and kept.described() == chunked.described()
+
+
 def test_an_odd_vocabulary_falls_back_with_a_note_and_is_refused_when_required():
     model = build_model("llama_odd_vocab")
     assert any("lm_head is not sharded over the vocabulary" in note for note in planned(model).notes)

@@ -211,7 +211,7 @@ class ShardingSpec:
             ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
             items = list(value.items()) if isinstance(value, dict) else [ordered]
             lines += [f"sequence parallelism, {part.name}: {item}" for item in items]
-        return lines
+        return sorted(lines)  # sets of names, from which tables are filled, have another order in each process
 
 
 def _line(spec: ModuleSpec) -> str:
