@@ -208,6 +208,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
+    ("transformers.modeling_utils", "PreTrainedModel._supports_sdpa", "whether a class could compute SDPA; 5.17 to 5.24"),
     (
         "transformers.configuration_utils",
         "PreTrainedConfig._attn_implementation",

@@ -61,10 +61,10 @@ def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     implementation = getattr(config, "_attn_implementation", None)
     if implementation != "sdpa":
-        raise refuse(
-            f"its attention implementation is {implementation!r}, and context parallelism computes SDPA.",
-            "Load it with attn_implementation='sdpa', or use cp_size=1.",
-        )
+        why = f"its attention implementation is {implementation!r}, and context parallelism computes SDPA"
+        if not getattr(inner, "_supports_sdpa", True):
+            raise refuse(f"{why}, which this class does not have.")
+        raise refuse(f"{why}.", "Load it with attn_implementation='sdpa', or use cp_size=1.")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise refuse("it has an encoder; only causal language models are supported.")
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:

@@ -327,6 +327,7 @@ UNSUITABLE = {
     "eager": (lambda: build("llama", attn_implementation="eager"), "attn_implementation='sdpa'"),
     "router loss": (lambda: build("mixtral_aux"), "output_router_logits"),
     "mamba": (lambda: from_config("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=2), "attention impl"),
+    "no sdpa": (lambda: from_config("bloom", vocab_size=64, hidden_size=16, n_layer=2, n_head=2), "class does not have. Use cp"),
     "hybrid": (lambda: from_config("lfm2", **TINY, layer_types=["full_attention", "conv"]), "type conv"),
     "dynamic rope": (
         lambda: build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
