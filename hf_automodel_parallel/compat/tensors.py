@@ -229,7 +229,7 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
 
 #: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The last is what
 #: FSDP2 puts on the inputs of a unit.
-_PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunctionBackward")
+_PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunction" + "Backward")
 
 
 def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
