@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from .collectives import copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
 
 
@@ -35,16 +36,26 @@ class SharedInputs:
     told_compiler = False
 
     def __init__(self) -> None:
-        self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.known: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # what is read, its version, its copy
 
     def copy(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """:func:`copy_to_tp`, once per tensor object."""
-        for source, copied in self.known:
-            if source is x:
-                return copied
+        known = self.copied(x)
+        if known is not None:
+            return known
         copied = copy_to_tp(x, group)
-        if copied is not x:
-            self.known.append((x, copied))
+        return copied if copied is x else self.remember(x, copied)
+
+    def copied(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What :meth:`remember` was told about ``x``, if that has not been changed in place since."""
+        for source, version, copied in self.known:
+            if source is x and version == _version(x):
+                return copied
+        return None
+
+    def remember(self, x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+        """Let all who read ``x`` share ``copied``, and return it."""
+        self.known.append((x, _version(x), copied))
         return copied
 
     def clear(self) -> None:
@@ -54,6 +65,10 @@ class SharedInputs:
     def resumed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` so that it finds, also when a checkpoint calls it again, the :attr:`length` of now."""
         return function
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() else compat.version_of(x)  # nothing that a graph may depend on
 
 
 def replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor) -> tuple[tuple[Any, ...], dict]:

@@ -28,6 +28,7 @@ from ..errors import UnsupportedError
 from ..plan.sequence_parallel import recomputes_anyway
 from ..plan.spec import SequenceBlock, SequenceSpec
 from .boundaries import CopyInput, ReduceOutput, SharedInputs, first_tensor, map_tensor, replace_first
+from .changed_in_place import note_version, refuse_changed
 from .collectives import (
     copy_to_tp,
     gather_sequence,
@@ -117,6 +118,8 @@ class SharedSequence(SharedInputs):
         whole = gather_sequence(share, self.group, self.rank, self.size, length)
         if not writes:
             self.gathered.append((share, whole))
+            if torch.compiler.is_compiling():
+                note_version(whole)
         self.note(share, whole, length)
         return whole
 
@@ -146,14 +149,15 @@ class SharedSequence(SharedInputs):
 
     def copy(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """A column-wise consumer of a gathered activation gives its part of the gradient straight to the share."""
-        for source, copied in self.known:
-            if source is x:
-                return copied
+        for _share, whole in self.gathered:
+            if whole is x and torch.compiler.is_compiling():
+                refuse_changed(whole)
+        known = self.copied(x)
+        if known is not None:
+            return known
         for share, whole in self.gathered:
             if whole is x and _is_unchanged(whole) and (torch.compiler.is_compiling() or not is_watched(whole)):
-                copied = partial_view(share, whole, self.group, self.size)
-                self.known.append((x, copied))
-                return copied
+                return self.remember(x, partial_view(share, whole, self.group, self.size))
         return super().copy(x, group)
 
     def clear(self) -> None:
@@ -201,7 +205,10 @@ class TailInputs(SharedInputs):
 
 
 def _is_unchanged(whole: torch.Tensor) -> bool:
-    """False if the model has written into what was gathered: it has another history since, which leads elsewhere."""
+    """False if the model has written into what was gathered: it has another history since, which leads elsewhere.
+
+    While the compiler traces, :func:`refuse_changed` asks the same.
+    """
     return torch.compiler.is_compiling() or whole.grad_fn is None or is_gathered(whole)
 
 

@@ -223,21 +223,32 @@ class WritingMLP(LlamaMLP):
         return super().forward(x)
 
 
-WritingMLP.__name__ = LlamaMLP.__name__
+class SecretlyWritingMLP(LlamaMLP):
+    """Does so where it was not seen before the model was prepared."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            x.mul_(1.5)
+        return super().forward(x)
 
 
-def writing(name: str) -> torch.nn.Module:
+SecretlyWritingMLP.__name__ = WritingMLP.__name__ = LlamaMLP.__name__
+
+
+def writing(name: str, kind: type = WritingMLP) -> torch.nn.Module:
     """A model whose MLPs write into their input: Mixtral does so by itself, others get one that does."""
     model = build(name, **({"router_jitter_noise": 0.5} if name == "mixtral" else {})).train()
     for layer in model.model.layers:
         if type(layer.mlp) is LlamaMLP:
-            layer.mlp.__class__ = WritingMLP
+            layer.mlp.__class__ = kind
     return model
 
 
-def written_gradients(name: str, sizes: dict[str, Any] | None) -> tuple[float, dict[str, torch.Tensor | None]]:
+def written_gradients(
+    name: str, sizes: dict[str, Any] | None, kind: type = WritingMLP
+) -> tuple[float, dict[str, torch.Tensor | None]]:
     """Loss and gradients of :func:`writing`; `sizes=None` in one process."""
-    model, backward = writing(name), torch.Tensor.backward
+    model, backward = writing(name, kind), torch.Tensor.backward
     batch = batches_of(model, 1)[0]
     if sizes is not None:
         config = AutoParallelismConfig(tp_size=2, sequence_parallel=True, audit="off", **sizes)

@@ -16,6 +16,7 @@ from parity.sequence_cells import CHECKPOINTS, CI_CELLS, run_cell, uncovered
 from parity.sequence_jobs import (
     ODD,
     BeforeHead,
+    SecretlyWritingMLP,
     batches_of,
     compiled_by_the_user,
     dropped_layers,
@@ -219,6 +220,16 @@ def test_blocks_that_change_their_input_in_place(model, sizes):
     for loss, gradients in run_distributed(2, written_gradients, model, sizes):
         assert_losses_equal(loss, want_loss)
         assert_gradients_equal(gradients, want)
+
+
+def test_a_write_in_place_that_was_not_foreseen_is_refused_by_the_compiler():
+    """Eagerly it is seen when it happens."""
+    message = r"sequence_parallel=True with compile: a block changes its input in place.*Change a copy.*or leave out compile"
+    expect_error(2, written_gradients, "llama", {"compile": "aot_eager"}, SecretlyWritingMLP, match=message)
+    want_loss, want = written_gradients("llama", None, SecretlyWritingMLP)
+    loss, gradients = run_distributed(2, written_gradients, "llama", {}, SecretlyWritingMLP)[0]
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(gradients, want)
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------
