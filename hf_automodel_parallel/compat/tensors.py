@@ -227,9 +227,9 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     return base if base is not None and base.requires_grad else tensor
 
 
-#: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The last is what
-#: FSDP2 puts on the inputs of a unit.
-_PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunction" + "Backward")
+#: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The last is that
+#: of ``RegisterPostBackwardFunction``, which FSDP2 puts on the inputs of a unit.
+_PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunctionBackward")
 
 
 def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
