@@ -60,6 +60,7 @@ from .tensors import enable_symmetric_memory as enable_symmetric_memory
 from .tensors import fake_tensor_mode as fake_tensor_mode
 from .tensors import flash_attention_of_last_queries as flash_attention_of_last_queries
 from .tensors import functional_collectives as functional_collectives
+from .tensors import gradient_hooks as gradient_hooks
 from .tensors import graph_break_type as graph_break_type
 from .tensors import has_gradient_hooks as has_gradient_hooks
 from .tensors import has_implemented_forward as has_implemented_forward

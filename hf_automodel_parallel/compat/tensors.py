@@ -151,6 +151,11 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+def gradient_hooks(tensor: torch.Tensor) -> list[Callable[..., Any]]:
+    """The hooks that ``register_hook`` of this very tensor object was given."""
+    return list((tensor._backward_hooks or {}).values())
+
+
 def is_compiled(module: nn.Module) -> bool:
     """True if the call or the forward of ``module`` is a product of ``torch.compile``."""
     if module._compiled_call_impl is not None:

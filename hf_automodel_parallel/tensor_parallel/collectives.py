@@ -233,9 +233,15 @@ def watched_view(
     return _WatchedView.apply(share, x, group, size, *seen)
 
 
+#: Packages whose hooks on a gradient of an activation ask whether one comes, and do not look at it.
+_INDIFFERENT = (__name__.partition(".")[0], "torch.distributed.fsdp")
+
+
 def is_watched(x: torch.Tensor) -> bool:
     """True if somebody has put a hook on the gradient of ``x``, or wants it kept."""
-    return x.retains_grad or compat.has_gradient_hooks(x)
+    return x.retains_grad or any(
+        not str(getattr(hook, "__module__", "")).startswith(_INDIFFERENT) for hook in compat.gradient_hooks(x)
+    )
 
 
 def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
