@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import compat
 from .errors import UnsupportedError
@@ -54,7 +55,8 @@ def check_trainable_as_shards(model: nn.Module) -> None:
 
     Raises:
         UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets only
-            a part of the gradient), or a PEFT method works with all weights outside of the layers.
+            a part of the gradient), two parameters are views of the same memory, or a PEFT method works with all weights
+            outside of the layers.
     """
     hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
     if hooked:
@@ -64,6 +66,7 @@ def check_trainable_as_shards(model: nn.Module) -> None:
             f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else register them after "
             f"prepare, where they see shards."
         )
+    _check_no_views(model)
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method in _OUTSIDE_OF_LAYERS:
@@ -71,6 +74,57 @@ def check_trainable_as_shards(model: nn.Module) -> None:
                 f"the adapter {adapter!r} is PEFT's {method}, which {_OUTSIDE_OF_LAYERS[method]}, where they are shards; it "
                 f"is not available. Use LoRA (rank_pattern gives layers different ranks)."
             )
+
+
+def _check_no_views(model: nn.Module) -> None:
+    """Refuse trainable parameters that share memory as different objects: what a step writes to one changes the other.
+
+    Their shards have memory of their own, so they would come apart. (A parameter with several names is one object and stays one.)
+    """
+    by_storage: dict[int, list[tuple[range, str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            key = StorageWeakRef(parameter.untyped_storage()).cdata
+            by_storage.setdefault(key, []).append((_bytes(parameter), name, parameter))
+    for group in by_storage.values():
+        reaching: list[tuple[range, str, nn.Parameter]] = []  # to where the next one begins; a file's mapping holds many
+        for own, name, parameter in sorted(group, key=lambda entry: entry[0].start):
+            reaching = [entry for entry in reaching if entry[0].stop > own.start]
+            for _, other_name, other in reaching:
+                if (parameter.requires_grad or other.requires_grad) and _overlap(parameter, other):
+                    raise _views_of_one_memory(model, {other_name: other, name: parameter})
+            reaching.append((own, name, parameter))
+
+
+def _bytes(tensor: torch.Tensor) -> range:
+    """From the first to the last byte of ``tensor`` in its storage."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start, width = tensor.storage_offset(), tensor.element_size()
+    return range(start * width, (start + last + 1) * width)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two views whose bytes reach into each other have a number in common; columns of one matrix have none."""
+    if one.dtype != other.dtype:
+        return True
+    size = max(_bytes(one).stop, _bytes(other).stop) // one.element_size()
+    touched = torch.zeros(size, dtype=torch.bool, device="cpu")
+    touched.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(touched.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def _views_of_one_memory(model: nn.Module, views: dict[str, nn.Parameter]) -> UnsupportedError:
+    configs = (getattr(model, "peft_config", None) or {}).items()
+    tying = [adapter for adapter, config in configs if getattr(config, "ensure_weight_tying", False)]
+    asked, remedy = "", "Let both places hold one nn.Parameter, or give each memory of its own (clone)."
+    if tying:
+        asked = f"ensure_weight_tying=True of the adapter {tying[0]!r}: "
+        remedy = "Use ensure_weight_tying=False and adapt one of the tied layers, or train them whole (modules_to_save)."
+    shapes = " and ".join(f"{name} of shape {tuple(view.shape)}" for name, view in views.items())
+    return UnsupportedError(
+        f"{asked}{shapes} are views of the same memory, which keeps them equal in one process; their shards would come apart at "
+        f"the first step. {remedy}"
+    )
 
 
 #: Marks a model whose operations are managed.

@@ -235,6 +235,41 @@ def structural_errors(sizes: dict[str, int]) -> dict[str, str]:
     return messages
 
 
+def views() -> dict[str, nn.Module]:
+    """Models in which two trainable parameters are views of one memory, and one in which they lie side by side."""
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    plain, apart = build_model("llama"), build_model("llama")
+    first, second = (layer.mlp.up_proj for layer in plain.model.layers)
+    second.weight = nn.Parameter(first.weight.detach())
+    for layer, half in zip(apart.model.layers, torch.randn(128, 128).chunk(2), strict=True):
+        layer.mlp.down_proj.weight = nn.Parameter(half)
+    return {"adapters": get_peft_model(build_model("llama_tied"), config), "weights": plain, "slices": apart}
+
+
+def prepare_views(sizes: dict[str, int]) -> dict[str, str]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    messages = {}
+    for name, model in views().items():
+        try:
+            accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+            messages[name] = "prepared"
+        except UnsupportedError as error:
+            messages[name] = str(error)
+    return messages
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
+def test_views_of_the_same_memory_are_refused(mesh):
+    """Their shards would come apart at the first step; slices of one buffer do not touch each other."""
+    world, sizes, _ = MESHES[mesh]
+    for messages in run_distributed(world, prepare_views, sizes):
+        assert messages.pop("slices") == "prepared"
+        assert messages["adapters"].startswith("ensure_weight_tying=True of the adapter 'default': "), messages
+        assert "Use ensure_weight_tying=False" in messages["adapters"]
+        assert "layers.0.mlp.up_proj.weight" in messages["weights"] and "layers.1.mlp.up_proj.weight" in messages["weights"]
+        assert all("views of the same memory" in message for message in messages.values())
+
+
 def wrap_after_prepare(sizes: dict[str, int]) -> str:
     """Wrapping a prepared model works in PEFT; then nobody would sum the gradients of the new parameters."""
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
