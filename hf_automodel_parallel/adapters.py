@@ -335,10 +335,11 @@ def _unloading(
             new = after.get(name)
             if new is None or new is old:
                 continue
-            if state is not None:
-                state.move_boundaries(old, new)
-            if isinstance(old, FSDPModule):
-                _gather_with(new, old)
+            for gone in _around(old, new):
+                if state is not None:
+                    state.move_boundaries(gone, new)
+                if isinstance(gone, FSDPModule):
+                    _gather_with(new, gone)
         if model is not inner and isinstance(model, FSDPModule):
             compat.initialize_fsdp(model)
             _gather_with(inner, model)
@@ -346,6 +347,11 @@ def _unloading(
         return result
 
     return call
+
+
+def _around(old: nn.Module, new: nn.Module) -> list[nn.Module]:
+    """``old`` and what stood between it and ``new`` inside of it: nobody calls these any more. A copy that stood beside stays."""
+    return [m for m in old.modules() if m is old or (m is not new and any(inner is new for inner in m.modules()))]
 
 
 def _gather_with(module: nn.Module, unit: Any) -> None:

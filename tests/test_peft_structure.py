@@ -23,7 +23,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"target_modules": "all-linear", "use_dora": True},
     "ends": {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]},
     "saved_head": {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 7, 100]},
+    "rows_packed": {"target_modules": ["c_attn"], "trainable_token_indices": [1, 7, 100], "fan_in_fan_out": True},
 }
+
+
+#: Parts of the names of what is trained.
+ADAPTED = ("lora_", "modules_to_save", "trainable_tokens")
 
 
 def two_adapters(model: str, adapter: str, **overrides: Any) -> nn.Module:
@@ -40,7 +46,7 @@ class Teller:
     """Trains and looks at a model, in one process or prepared; keeps what was seen."""
 
     def __init__(self, model: nn.Module, parts: int, accelerator: Accelerator | None) -> None:
-        everything = [p for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n]
+        everything = [p for n, p in model.named_parameters() if any(part in n for part in ADAPTED)]
         optimizer: Any = torch.optim.SGD(everything, lr=1e-4)
         self.batches = batches_for(model, parts)
         if accelerator is not None:
@@ -194,6 +200,13 @@ def test_llama(story, mesh):
 @pytest.mark.parametrize("story", [merging, unloading], ids=lambda s: s.__name__)
 def test_other_layers(story, model, adapter):
     compare(story, model, "tp2_fsdp2", adapter)
+
+
+@pytest.mark.parametrize("model, adapter", [("llama_tied", "rows"), ("gpt2", "rows_packed")])
+@pytest.mark.parametrize("story", [merging, unloading], ids=lambda s: s.__name__)
+def test_trained_rows(story, model, adapter):
+    """The layer that reads the table lies within a wrapper, and both go."""
+    compare(story, model, "tp2", adapter)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "submodule"}, {"compile": "aot_eager"}], ids=str)
