@@ -14,6 +14,7 @@ from .layers import (
     as_matrix,
     check_adapter,
     check_peft_method,
+    edits_rows,
     expand_wrappers,
     is_parameter_adapter,
     only_looks_up,
@@ -221,7 +222,7 @@ class _Resolver:
             check_adapter(base_name, base)
             adapter = None if is_parameter_adapter(base) else base
             base_name, base = f"{base_name}.base_layer", base.base_layer  # type: ignore[assignment]
-        if hasattr(adapter, "trainable_tokens_delta") and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
+        if edits_rows(adapter) and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
             return self._edited_rows(name, adapter, base_name, base)  # type: ignore[arg-type]
         if style in LINEAR_STYLES:
             matrix = as_matrix(base, name)
@@ -472,10 +473,15 @@ class _Resolver:
             return
         if spec.dim is not None:
             matrix = as_matrix(owner, owner_name)
-            if isinstance(owner, nn.Embedding) and only_looks_up(owner):
+            adapters = self.model.named_modules()
+            editor = next(((n, m) for n, m in adapters if edits_rows(m) and m.base_layer is owner), None)
+            if editor is not None and spec == ParameterSpec(1):  # it reads the table, so the boundary is its
+                self._edited_rows(*editor, owner_name, owner)
+            elif editor is None and isinstance(owner, nn.Embedding) and only_looks_up(owner):
                 self._shard_embedding(owner_name, spec.dim)
             elif (
-                matrix is not None
+                editor is None
+                and matrix is not None
                 and leaf == "weight"
                 and spec.blocks == 1
                 and getattr(owner, "bias", None) is None  # a bias would need a plan of its own

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
-from harness.models import build_model
+from harness.models import build_model, randomize
 from harness.pool import run_distributed
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
 from parity.jobs import batches_for, data_rank, trainable
@@ -35,6 +36,7 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "modules_to_save": ("llama", {}, {**ALL, "modules_to_save": ["norm", "lm_head", "embed_tokens"]}),
     "tokens": ("llama", {}, {**ALL, "trainable_token_indices": [1, 7, 100]}),
     "tokens tied": ("llama_tied", {}, {**ALL, "trainable_token_indices": [1, 7, 100]}),
+    "tokens of an encoder": ("t5", {}, {"target_modules": ["q"], "trainable_token_indices": [1, 7, 100]}),
     "tokens odd": ("llama_odd_vocab", {}, {**ALL, "trainable_token_indices": [1, 7, 130]}),
     "target_parameters": (
         "mixtral",
@@ -48,13 +50,22 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def encoder_decoder() -> torch.nn.Module:
+    """A T5, whose encoder and decoder look up in one table."""
+    sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    randomize(model)
+    return model
+
+
 def build_cell(label: str) -> torch.nn.Module:
     """The adapted model; with an initialisation of PEFT's own, the factors are then moved off their zeros."""
     name, overrides, options = CELLS[label]
-    values = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    values = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": task, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = build_model(name, **overrides)
+        model = encoder_decoder() if name == "t5" else build_model(name, **overrides)
         if label == "injected":  # transformers' own way, without a PeftModel
             try:
                 model.add_adapter(LoraConfig(**values))
