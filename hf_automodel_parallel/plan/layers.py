@@ -55,7 +55,8 @@ def as_matrix(module: nn.Module, name: str) -> Matrix | None:
     """
     if isinstance(module, nn.Linear):
         weight = module.weight
-        if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+        # Not compared side by side: a layer made around a tied table may name its features the other way round.
+        if not weight.is_floating_point() or sorted(weight.shape) != sorted((module.out_features, module.in_features)):
             raise UnsupportedError(
                 f"{name} is a quantised {type(module).__name__} (weight {tuple(weight.shape)}, {weight.dtype}); tensor "
                 f"parallelism of quantised weights is not available. Use tp_size=1, or load the model unquantised."

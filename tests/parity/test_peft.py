@@ -33,6 +33,11 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bias lora_only": ("llama", BIASES, {**ALL, "bias": "lora_only"}),
     "lora_bias": ("llama", BIASES, {**ALL, "lora_bias": True}),
     "lora_bias packed": ("phi3", {}, {**ALL, "lora_bias": True}),
+    "saved and tied": (
+        "llama_tied",
+        {},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "modules_to_save": ("llama", {}, {**ALL, "modules_to_save": ["norm", "lm_head", "embed_tokens"]}),
     "tokens": ("llama", {}, {**ALL, "trainable_token_indices": [1, 7, 100]}),
     "tokens tied": ("llama_tied", {}, {**ALL, "trainable_token_indices": [1, 7, 100]}),
