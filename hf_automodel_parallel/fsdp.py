@@ -182,9 +182,12 @@ def _dimension_beside_packed(shape: tuple[int, ...], size: int, name: str) -> in
     for dim in range(1, len(shape)):
         if shape[dim] % size == 0:
             return dim
+    packed = f"{name} of shape {shape} packs several projections and is sharded over tp on dimension 0, and "
+    if len(shape) == 1:
+        raise UnsupportedError(f"{packed}has no other for FSDP2. Name its layer in the plan instead of it, or leave it out.")
     raise UnsupportedError(
-        f"{name} of shape {shape} packs several projections and is sharded over tp on dimension 0, and none of its other "
-        f"dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA rank if it is an adapter's."
+        f"{packed}none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA "
+        f"rank if it is an adapter's."
     )
 
 

@@ -247,9 +247,7 @@ class _Resolver:
         self._parameter_adapters(f"{base_name}.weight", weight)
         has_bias = getattr(matrix.module, "bias", None) is not None
         if has_bias and row.side == "out":
-            # Packed along its only dimension it would have none left for FSDP2 to shard, so it stays whole at rest.
-            packed = ParameterSpec(None, row.blocks, partial_gradient=True, part_dim=0, parts=self.tp_size)
-            self.spec.parameters[f"{base_name}.bias"] = ParameterSpec(0) if row.blocks == 1 else packed
+            self.spec.parameters[f"{base_name}.bias"] = self._features(row.blocks)
         if row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features:  # Conv1D reshapes its output to this
             self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
         deferred = has_bias and row.side == "in"
@@ -265,6 +263,15 @@ class _Resolver:
             self._lora(name, adapter, row.side, row.blocks)
         return str(weight) + ("" if style == entry.style else f" ({style})")
 
+    def _features(self, blocks: int) -> ParameterSpec:
+        """One number for each sharded output feature.
+
+        Packed along its only dimension it would have none left for FSDP2 to shard, so it stays whole at rest.
+        """
+        if blocks == 1:
+            return ParameterSpec(0)
+        return ParameterSpec(None, blocks, partial_gradient=True, part_dim=0, parts=self.tp_size)
+
     def _lora(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
         """Adapters are linear, so they live between the boundaries of their base layer and add no collective to them."""
         for key in adapter.lora_A:  # type: ignore[union-attr]
@@ -277,10 +284,10 @@ class _Resolver:
                 self.spec.parameters[b] = PARTIAL
             if getattr(adapter.lora_B[key], "bias", None) is not None:  # type: ignore[index,union-attr]
                 bias = f"{name}.lora_B.{key}.bias"
-                self.spec.parameters[bias] = ParameterSpec(0, blocks) if side == "out" else ADDED_ONCE
+                self.spec.parameters[bias] = self._features(blocks) if side == "out" else ADDED_ONCE
         for key in getattr(adapter, "lora_magnitude_vector", {}):
             magnitude = f"{name}.lora_magnitude_vector.{key}"
-            self.spec.parameters[f"{magnitude}.weight"] = ParameterSpec(0, blocks) if side == "out" else PARTIAL
+            self.spec.parameters[f"{magnitude}.weight"] = self._features(blocks) if side == "out" else PARTIAL
             if side == "in":
                 self.spec.summed_norms.append(magnitude)
 
@@ -294,7 +301,8 @@ class _Resolver:
                 f"the reduction. List it in feedforward_modules, exclude it from target_modules, or use tp_size=1."
             )
         for key in adapter.ia3_l:  # type: ignore[union-attr]
-            spec = ParameterSpec(0 if own == "out" else 1, blocks) if own == side else PARTIAL
+            sharded = self._features(blocks) if own == "out" else ParameterSpec(1, blocks)
+            spec = sharded if own == side else PARTIAL
             self.spec.parameters[f"{name}.ia3_l.{key}"] = spec
 
     def _edited_rows(self, name: str, adapter: nn.Module, base_name: str, base: nn.Module) -> str:

@@ -17,6 +17,7 @@ from parity.jobs import batches_for, data_rank, trainable
 from parity.test_gradients import MESHES
 
 ALL = {"target_modules": "all-linear"}
+PACKED = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 #: label -> (model, overrides of its config, options of LoRA)
@@ -33,6 +34,9 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bias lora_only": ("llama", BIASES, {**ALL, "bias": "lora_only"}),
     "lora_bias": ("llama", BIASES, {**ALL, "lora_bias": True}),
     "lora_bias packed": ("phi3", {}, {**ALL, "lora_bias": True}),
+    # query, key and value are one matrix, so vectors of its features are packed along their only dimension
+    "dora packed in three": ("gpt2", {}, {**PACKED, "use_dora": True}),
+    "lora_bias packed in three": ("gpt2", {}, {**PACKED, "lora_bias": True}),
     "saved and tied": (
         "llama_tied",
         {},
@@ -137,6 +141,7 @@ def test_lora_options(mesh):
 @pytest.mark.both_ends
 def test_lora_options_on_both_axes():
     check_cells("tp2_fsdp2", ["pissa", "dora on the head", "lora_bias", "tokens tied", "target_parameters", "alora"])
+    check_cells("tp2_fsdp2", ["dora packed in three", "lora_bias packed in three", "saved and tied", "tokens of an encoder"])
 
 
 #: label -> (options, word of the message)
