@@ -66,7 +66,7 @@ def check_trainable_as_shards(model: nn.Module) -> None:
             f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else register them after "
             f"prepare, where they see shards."
         )
-    _check_no_views(model)
+    check_no_views(model)
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method in _OUTSIDE_OF_LAYERS:
@@ -76,11 +76,12 @@ def check_trainable_as_shards(model: nn.Module) -> None:
             )
 
 
-def _check_no_views(model: nn.Module) -> None:
+def check_no_views(model: nn.Module) -> None:
     """Refuse trainable parameters that share memory as different objects: what a step writes to one changes the other.
 
     Their shards have memory of their own, so they would come apart. (A parameter with several names is one object and stays one.)
     """
+    trained = _ever_trained(model)
     by_storage: dict[int, list[tuple[range, str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.numel():
@@ -91,9 +92,20 @@ def _check_no_views(model: nn.Module) -> None:
         for own, name, parameter in sorted(group, key=lambda entry: entry[0].start):
             reaching = [entry for entry in reaching if entry[0].stop > own.start]
             for _, other_name, other in reaching:
-                if (parameter.requires_grad or other.requires_grad) and _overlap(parameter, other):
+                if {id(parameter), id(other)} & trained and _overlap(parameter, other):
                     raise _views_of_one_memory(model, {other_name: other, name: parameter})
             reaching.append((own, name, parameter))
+
+
+def _ever_trained(model: nn.Module) -> set[int]:
+    """Ids of the parameters that are trainable, and of the adapters, which ``set_adapter`` may make so."""
+    result = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    tuner = compat.peft_tuner_layer_type()
+    for layer in model.modules() if tuner is not None else ():
+        if isinstance(layer, tuner):  # type: ignore[arg-type]
+            held = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+            result |= {id(p) for holder in held if isinstance(holder, nn.Module) for p in holder.parameters()}
+    return result
 
 
 def _bytes(tensor: torch.Tensor) -> range:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .adapters import shown_instead
+from .adapters import check_no_views, shown_instead
 from .errors import UnsupportedError
 from .fsdp import check_packed_parameters, fsdp_units, unit_options
 from .fsdp_dtypes import Companion, companions, separate_unit
@@ -157,6 +157,7 @@ def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:
             f"the new adapter brings {others[0]} along, a copy of a layer of the model (a head, modules_to_save), whose values "
             f"are shards by now. Add this adapter before accelerator.prepare."
         )
+    check_no_views(model)
     if job.tp_mesh is None:
         return
     sequence = job.spec.sequence if job.spec is not None else None

@@ -268,6 +268,13 @@ def prepare_views(sizes: dict[str, int]) -> dict[str, str]:
             messages[name] = "prepared"
         except UnsupportedError as error:
             messages[name] = str(error)
+    model = get_peft_model(build_model("llama_tied"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model, _ = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    try:
+        model.add_adapter("new", LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM"))
+        messages["added"] = "added"
+    except UnsupportedError as error:
+        messages["added"] = str(error)
     return messages
 
 
@@ -278,6 +285,7 @@ def test_views_of_the_same_memory_are_refused(mesh):
     for messages in run_distributed(world, prepare_views, sizes):
         assert messages.pop("slices") == "prepared"
         assert messages["adapters"].startswith("ensure_weight_tying=True of the adapter 'default': "), messages
+        assert messages["added"].startswith("ensure_weight_tying=True of the adapter 'new': "), messages
         assert "Use ensure_weight_tying=False" in messages["adapters"]
         assert "layers.0.mlp.up_proj.weight" in messages["weights"] and "layers.1.mlp.up_proj.weight" in messages["weights"]
         assert all("views of the same memory" in message for message in messages.values())
