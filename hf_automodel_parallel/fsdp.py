@@ -83,6 +83,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | whole)
     outermost: dict[str, Any] = {
         **unit_options(mesh, options),
+        "agree": True,
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
     # The output dtype is that of the model. What a layer hands on inside of it is what the model's code expects.
@@ -113,11 +114,16 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     if options.minimum_unit_size is not None:
         in_root = [] if options.towers == "layers" else anatomy.towers
         _shard_large_modules(model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard})
+    # The root's agreement of a model with towers comes before its reduction: a tower is much to fill in where no rank runs it.
+    outermost["agree"] = not anatomy.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
     if anatomy.towers and mesh.size() > 1:
         _follow_towers(model, anatomy, mesh, options.towers)
+    if outermost["agree"] and mesh.size() > 1:
+        # Where a unit is reached on some ranks only (its input needs no gradient), the others would reduce it after the root.
+        compat.before_reduction(model, lambda: compat.reduce_all_but((model, *companions(model))))
 
 
 def _follow_towers(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, placement: str | None) -> None:

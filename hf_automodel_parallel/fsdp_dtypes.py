@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 
 from . import compat
 from .errors import UnsupportedError
+from .fsdp_used import shard_counting
 from .plan.names import plan_name, unwrapped
 
 _NAME = "companion_{}"
@@ -89,21 +90,26 @@ def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> N
         options: of ``fully_shard``.
     """
     companion = Companion()
+    members = list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
     for index, owner in enumerate(owners):
         companion.add_module(str(index), owner)
-    options.pop("fully_shard_fn", fully_shard)(companion, **options)
+    ignored = options.get("ignored_params") or ()
+    shard_counting(options.pop("fully_shard_fn", fully_shard), companion, [p for p in members if p not in ignored], **options)
     for index in range(len(owners)):
         delattr(companion, str(index))
     unit.add_module(_NAME.format(len(companions(unit))), companion)
     unit.forward = Accompanied(companion, unit.forward)  # type: ignore[method-assign]
 
 
-def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), **options: Any) -> None:
+def shard_unit(
+    modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), agree: bool = False, **options: Any
+) -> None:
     """Like ``fully_shard(modules, **options)``, for parameters of any dtypes. :func:`install_companions` completes it.
 
     Args:
         modules: one module, or several that form one unit.
         own_dtype: parameters that compute in the dtype they are stored in, whatever the policy says.
+        agree: the ranks agree on the parameters that have a gradient, see :mod:`.fsdp_used`.
         options: of ``fully_shard``; ``mp_policy`` is that of all other parameters. ``fully_shard_fn`` is called in its place.
 
     Raises:
@@ -132,13 +138,21 @@ def shard_unit(modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Para
             companion = Companion()
             companion.add_module("unit", root)
             rest = {entry[0] for entry in places.values()} - members
-            shard(companion, ignored_params=ignored | rest, mp_policy=_policy_of(group[0], own, policy), **options)
+            unit: dict[str, Any] = {"ignored_params": ignored | rest, "mp_policy": _policy_of(group[0], own, policy), **options}
+            if agree:
+                shard_counting(shard, companion, list(members), **unit)
+            else:
+                shard(companion, **unit)
             del companion.unit
             made.append((root, companion))
             sharded = {places[id(p)][2] for p in members}
             ignored |= {owner._parameters[name] for owner, name in sharded}  # type: ignore[misc]
     main_policy = _policy_of(main[0], own, policy) if main else policy
-    shard(modules, ignored_params=ignored or None, mp_policy=main_policy, **options)
+    options = {"ignored_params": ignored or None, "mp_policy": main_policy, **options}
+    if agree:
+        shard_counting(shard, modules, main, **options)
+    else:
+        shard(modules, **options)
     for root, companion in made:
         root.add_module(_NAME.format(len(companions(root))), companion)
 

@@ -31,9 +31,14 @@ from .peft import peft_layer_types as peft_layer_types
 from .peft import peft_lora_variant_types as peft_lora_variant_types
 from .peft import peft_parameter_wrapper_type as peft_parameter_wrapper_type
 from .peft import peft_tuner_layer_type as peft_tuner_layer_type
+from .sharding import around_group as around_group
+from .sharding import backward_reached as backward_reached
 from .sharding import before_reduction as before_reduction
 from .sharding import describe_on as describe_on
 from .sharding import forget_unfinished_forward as forget_unfinished_forward
+from .sharding import give_gathered_gradient as give_gathered_gradient
+from .sharding import group_of as group_of
+from .sharding import has_gathered_gradient as has_gathered_gradient
 from .sharding import has_joined_axis as has_joined_axis
 from .sharding import inherit_timeout as inherit_timeout
 from .sharding import initialize_fsdp as initialize_fsdp
@@ -41,6 +46,7 @@ from .sharding import is_strided_shard as is_strided_shard
 from .sharding import join_axes as join_axes
 from .sharding import keep_gathered_after_forward as keep_gathered_after_forward
 from .sharding import mark_packed_placements as mark_packed_placements
+from .sharding import owner_of as owner_of
 from .sharding import reduce_all_but as reduce_all_but
 from .sharding import root_mesh as root_mesh
 from .sharding import set_timeout as set_timeout
@@ -48,6 +54,7 @@ from .sharding import show_raw_parameters as show_raw_parameters
 from .sharding import silence_redistribution_hints as silence_redistribution_hints
 from .sharding import slice_mesh as slice_mesh
 from .sharding import strided_shard as strided_shard
+from .sharding import trained_when_gathered as trained_when_gathered
 from .tensors import ASYNC_TENSOR_PARALLEL_OPTION as ASYNC_TENSOR_PARALLEL_OPTION
 from .tensors import after_backward as after_backward
 from .tensors import all_gather_dim as all_gather_dim

@@ -169,6 +169,24 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "FSDPParamGroup.post_backward",
         "see before_reduction; torch has no hook there (2.11 to 2.13)",
     ),
+    *(
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", f"FSDPParamGroup.{name}", "see around_group; 2.11 to 2.13")
+        for name in ("pre_forward", "lazy_init", "fsdp_params", "reduce_grads")
+    ),
+    *(
+        (
+            "torch.distributed.fsdp._fully_shard._fsdp_param",
+            f"FSDPParam.{name}",
+            "gradients before their reduction, where ranks used other parameters of a unit; torch 2.11 to 2.13",
+        )
+        for name in (
+            "_module_info",
+            "_unsharded_param",
+            "sharded_param",
+            "unsharded_accumulated_grad",
+            "to_accumulated_grad_if_needed",
+        )
+    ),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     (
         "torch.distributed.device_mesh",

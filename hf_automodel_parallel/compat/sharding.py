@@ -137,6 +137,56 @@ def before_reduction(unit: Any, function: Callable[[], None]) -> None:
         group.post_backward = functools.partial(call, group.post_backward)
 
 
+def group_of(unit: Any, parameter: nn.Parameter) -> Any:
+    """The FSDP2 group of ``unit`` that manages the module that holds ``parameter``; None if there is none."""
+    groups = _fsdp_groups(unit._get_fsdp_state())
+    return next((group for group in groups if any(p.sharded_param is parameter for p in group.fsdp_params)), None)
+
+
+def owner_of(fsdp_param: Any) -> nn.Module:
+    """The module that holds a parameter of a group."""
+    return fsdp_param._module_info.module
+
+
+def around_group(
+    group: Any, forward: Callable[[], None], reduction: Callable[[], None], start: Callable[[], None]
+) -> None:
+    """Call ``forward`` before each forward of an FSDP2 group, ``reduction`` before its gradients are reduced or accumulated, and
+    ``start`` before FSDP2 looks at the dtypes of its parameters, at the first forward."""
+
+    def call(function: Callable[[], None], original: Callable[..., Any], *args: Any) -> Any:
+        function()
+        return original(*args)
+
+    group.pre_forward = functools.partial(call, forward, group.pre_forward)
+    group.post_backward = functools.partial(call, reduction, group.post_backward)
+    group.lazy_init = functools.partial(call, start, group.lazy_init)
+
+
+def backward_reached(group: Any) -> bool:
+    """True if the running backward has come to the output of this FSDP2 group."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    return group._training_state == TrainingState.PRE_BACKWARD
+
+
+def trained_when_gathered(fsdp_param: Any) -> bool:
+    """True if the gathered form of a parameter of an FSDP2 group exists and takes a gradient."""
+    gathered = getattr(fsdp_param, "_unsharded_param", None)
+    return gathered is not None and gathered.requires_grad
+
+
+def has_gathered_gradient(fsdp_param: Any) -> bool:
+    """True if there is something to reduce for a parameter of an FSDP2 group."""
+    return fsdp_param.unsharded_accumulated_grad is not None or fsdp_param._unsharded_param.grad is not None
+
+
+def give_gathered_gradient(fsdp_param: Any, values: torch.Tensor | None) -> None:
+    """Let the gathered form of a parameter of an FSDP2 group have the gradient ``values``, None for zeros."""
+    gathered = fsdp_param._unsharded_param
+    gathered.grad = torch.zeros_like(gathered) if values is None else values.to(gathered)
+
+
 def reduce_all_but(units: Any) -> None:
     """Let every FSDP2 unit below the first of ``units`` reduce its gradients that has not done so, apart from ``units``.
 
