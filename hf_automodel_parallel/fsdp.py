@@ -92,8 +92,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     common = {**outermost, "mp_policy": inside}
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
-    wanted = anatomy.layers if options.towers == "layers" else anatomy.main_layers
-    units = separable(model, wanted) if options.minimum_unit_size is None else []
+    units = separable(model, wanted_units(anatomy, options)) if options.minimum_unit_size is None else []
     for layer in units:
         shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
     read = {id(p) for name, p in model.named_parameters() if name in options.read_outside}
@@ -112,7 +111,7 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         shard_unit(tail, **common, reshard_after_forward=False)
         gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
-        in_root = [] if options.towers == "layers" else anatomy.towers
+        in_root = [] if options.towers == "layers" else [*anatomy.towers, *anatomy.skipped]
         _shard_large_modules(model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard})
     # The root's agreement of a model with towers comes before its reduction: a tower is much to fill in where no rank runs it.
     outermost["agree"] = not anatomy.towers or options.towers == "layers"
@@ -126,6 +125,11 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *companions(model))))
 
 
+def wanted_units(anatomy: Anatomy, options: ShardingOptions) -> list[nn.Module]:
+    """The layers that should be units of their own; the others stay with the root."""
+    return anatomy.layers if options.towers == "layers" else anatomy.main_layers
+
+
 def _follow_towers(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, placement: str | None) -> None:
     """Keep the ranks together whose forwards do not all run the towers."""
     if placement != "layers":
@@ -133,7 +137,8 @@ def _follow_towers(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, placeme
         return
     names = {module: name for name, module in model.named_modules()}
     first = {names[tower]: layers_of_towers(anatomy.tower_layers, [tower])[0] for tower in anatomy.towers}
-    TowerGuard(model, first, anatomy.main_layers[0], mesh)
+    embedding = anatomy.embedding if isinstance(anatomy.embedding, FSDPModule) else None
+    TowerGuard(model, first, anatomy.main_layers[0], mesh, embedding)
 
 
 def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:

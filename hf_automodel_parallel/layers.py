@@ -26,6 +26,7 @@ class Anatomy:
         head: modules at the end that are used together (final norm and output projection), may be empty.
         tied: the output projection shares its weight with the input embedding.
         towers: parts that only some forwards run (vision towers), each the module around some of ``layers``.
+        skipped: layers outside of towers that a forward of text alone skips.
     """
 
     layers: list[nn.Module]
@@ -33,6 +34,7 @@ class Anatomy:
     head: list[nn.Module]
     tied: bool
     towers: list[nn.Module] = field(default_factory=list)
+    skipped: list[nn.Module] = field(default_factory=list)
 
     @property
     def tower_layers(self) -> list[nn.Module]:
@@ -42,8 +44,8 @@ class Anatomy:
     @property
     def main_layers(self) -> list[nn.Module]:
         """Those of ``layers`` that every forward runs."""
-        towers = {id(layer) for layer in self.tower_layers}
-        return [layer for layer in self.layers if id(layer) not in towers]
+        others = {id(layer) for layer in (*self.tower_layers, *self.skipped)}
+        return [layer for layer in self.layers if id(layer) not in others]
 
 
 def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy:

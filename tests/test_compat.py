@@ -108,10 +108,12 @@ def module_chains(tree: ast.Module) -> list[tuple[int, str]]:
 
 
 def has(holder: Any, name: str) -> bool:
-    """True for an attribute, an annotation, or (for what ``__init__`` or others set) a mention in the class's code."""
+    """True for an attribute, an annotation, or (for what others set) a mention in the code of the class or function."""
     if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
         return True
-    return inspect.isclass(holder) and re.search(rf"\.{name}\b", inspect.getsource(holder)) is not None
+    before = r"\." if inspect.isclass(holder) else r"\b"
+    code = inspect.getsource(holder) if inspect.isclass(holder) or inspect.isfunction(holder) else ""
+    return re.search(rf"{before}{name}\b", code) is not None
 
 
 @pytest.mark.both_ends

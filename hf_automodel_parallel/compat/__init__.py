@@ -96,6 +96,8 @@ from .transformers import lm_head_module as lm_head_module
 from .transformers import names_kept_in_float32 as names_kept_in_float32
 from .transformers import names_not_saved as names_not_saved
 from .transformers import no_split_module_names as no_split_module_names
+from .transformers import runs_all_layers_under_fsdp as runs_all_layers_under_fsdp
+from .transformers import show_as_sharded as show_as_sharded
 from .transformers import tensor_parallel_plan_of_class as tensor_parallel_plan_of_class
 from .transformers import transformers_conv1d_type as transformers_conv1d_type
 from .transformers import transformers_layer_type as transformers_layer_type

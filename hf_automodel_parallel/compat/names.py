@@ -253,6 +253,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.distributed", "ProcessGroup._get_backend", "what the process group was told"),
     ("torch.distributed.distributed_c10d", "ProcessGroupGloo._Options._timeout", "the same"),
+    (
+        "transformers.models.wav2vec2.modeling_wav2vec2",
+        "is_fsdp_managed_module._is_fsdp_managed_module",
+        "its mark on what is sharded, where it then drops no layer; transformers 5.17 to 5.24",
+    ),
     ("transformers.trainer", "Trainer._save_checkpoint", "what the Trainer's own handler of SIGTERM calls"),
     (
         "transformers.trainer_jit_checkpoint",

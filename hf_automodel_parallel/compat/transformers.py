@@ -169,3 +169,14 @@ def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
     """Let ``target`` be saved under the names that ``source`` was loaded from (transformers 5.17 to 5.24)."""
     if _CONVERSIONS in source.__dict__:
         target.__dict__[_CONVERSIONS] = source.__dict__[_CONVERSIONS]
+
+
+def runs_all_layers_under_fsdp(cls: type) -> bool:
+    """True if the forward of ``cls`` asks transformers whether its module is sharded, and then drops no layer (5.17 to 5.24)."""
+    forward = inspect.unwrap(getattr(cls, "forward", lambda: None))
+    return "is_fsdp_managed_module" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def show_as_sharded(module: nn.Module) -> None:
+    """Let transformers' ``is_fsdp_managed_module`` be true for ``module``."""
+    module._is_fsdp_managed_module = True  # type: ignore[assignment]

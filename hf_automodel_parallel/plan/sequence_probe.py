@@ -138,6 +138,8 @@ class SequenceProbe:
         for buffer in self.model.buffers():
             if buffer.device.type == "meta":
                 memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            elif buffer.device.type != "cpu":
+                memo[id(buffer)] = buffer.detach().cpu()  # the run is on the CPU
         try:
             stack = copy.deepcopy(self.stack, memo)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -33,10 +34,12 @@ from ..fsdp import (
     check_packed_parameters,
     on_device,
     shard_data_parallel,
+    wanted_units,
     without_pinning,
     without_units_inside,
 )
 from ..fsdp_dtypes import install_companions, own_dtype_parameters
+from ..layer_drop import keep_layers_together, refuse_layer_drop
 from ..layers import dissect
 from ..loading.fill import ValuesSetAside
 from ..mesh import MeshAxes
@@ -65,6 +68,7 @@ from ..tensor_parallel.random import (
     synchronize_at_first_forward,
 )
 from ..towers.placement import placement, replicated_parameters
+from ..towers.skipped import skipped_without_images
 from .base import (
     GivenPlan,
     Job,
@@ -200,6 +204,11 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         job.outside_reads = outside_reads(job.model, job.anatomy.layers)
         job.options.read_outside = frozenset(name for names in job.outside_reads.values() for name in names)
         job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
+        if job.dp_mesh.size() > 1:
+            if job.anatomy.towers:
+                skipped = skipped_without_images(job.model, job.anatomy.main_layers)
+                job.anatomy = dataclasses.replace(job.anatomy, skipped=skipped)
+            refuse_layer_drop(job.model, wanted_units(job.anatomy, job.options))
         if job.async_tensor_parallel:
             check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
         if job.cp_mesh is not None:
@@ -306,6 +315,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
 
     def apply_data_parallel(self, job: Job) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
+        if job.dp_mesh.size() > 1:
+            keep_layers_together(job.model, wanted_units(job.anatomy, job.options))  # type: ignore[arg-type]
         shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
         if job.tp_mesh is not None:
             compat.mark_packed_placements(job.model.parameters())

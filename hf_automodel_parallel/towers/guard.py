@@ -13,24 +13,34 @@ from ..errors import UnsupportedError
 
 
 class TowerGuard:
-    """Compares what the ranks are about to run: at each entry into a tower, and at the first layer of the main part.
+    """Compares what the ranks are about to run: at each entry into a tower, at the first layer of the main part, and at the
+    embedding where that is a unit, since some models run their tower before it.
 
-    One all-reduce of two numbers each time, so one for each tower that runs and one more, for every forward of the model.
+    One all-reduce of two numbers each time, so one for each tower that runs and two more, for every forward of the model.
 
     Args:
         model: the root unit.
         towers: tower name -> its first layer that is a unit.
         main: the first layer of the main part.
         mesh: the data-parallel axes.
+        embedding: the input embedding of the main part, if it is a unit.
     """
 
-    def __init__(self, model: nn.Module, towers: dict[str, nn.Module], main: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        towers: dict[str, nn.Module],
+        main: nn.Module,
+        mesh: DeviceMesh,
+        embedding: nn.Module | None = None,
+    ) -> None:
         self.mesh = mesh
         self.names = ["the language layers", *towers]
         self.running = False  # a checkpoint calls layers again in backward, where all ranks have agreed already
         model.register_forward_pre_hook(self.begin, prepend=True)
         model.register_forward_hook(self.end, always_call=True)
-        for number, layer in enumerate((main, *towers.values())):
+        units = [*enumerate((main, *towers.values()))] + ([] if embedding is None else [(0, embedding)])
+        for number, layer in units:
             layer.register_forward_pre_hook(lambda *_, number=number: self.compare(number), prepend=True)
 
     def begin(self, *_: Any) -> None:
