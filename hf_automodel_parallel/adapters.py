@@ -103,7 +103,8 @@ def _ever_trained(model: nn.Module) -> set[int]:
     tuner = compat.peft_tuner_layer_type()
     for layer in model.modules() if tuner is not None else ():
         if isinstance(layer, tuner):  # type: ignore[arg-type]
-            held = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+            names: Any = layer.adapter_layer_names
+            held = [getattr(layer, name, None) for name in names]
             result |= {id(p) for holder in held if isinstance(holder, nn.Module) for p in holder.parameters()}
     return result
 
