@@ -90,18 +90,21 @@ class _Agreement:
     @torch.no_grad()
     def fill(self) -> None:
         """Before a reduction. No rank has run the unit alone, so where one reduces it all do, with a gradient or without."""
-        if not self.group.reduce_grads or not (self.ran or compat.backward_reached(self.group)):
+        if not self.group.reduce_grads:
             return
+        expected = self.ran or compat.backward_reached(self.group)
         self.ran = False
         members = [(i, p) for i, p in enumerate(self.members) if compat.trained_when_gathered(p)]
-        if not members:
-            return
         missing = [(i, p) for i, p in members if not compat.has_gathered_gradient(p)]
+        if not members or (not expected and len(missing) == len(members)):
+            return
         wide = any(p.unsharded_accumulated_grad is not None for _, p in members)
         mine = torch.zeros(self.used.count)
         mine[[i for i, _ in members]] = 1
         mine[[i for i, _ in missing]] = 0
         compat.give_gathered_gradient(self.answer, mine.repeat(self.used.shards))
+        if not expected:  # a unit of several modules, of which another one was reduced before: nothing more is missing
+            missing = []
         for _, parameter in missing:
             compat.give_gathered_gradient(parameter, None)
         for i, parameter in missing:
