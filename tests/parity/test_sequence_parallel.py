@@ -225,7 +225,8 @@ def test_blocks_that_change_their_input_in_place(model, sizes):
 def test_a_write_in_place_that_was_not_foreseen_is_refused_by_the_compiler():
     """Eagerly it is seen when it happens."""
     message = r"sequence_parallel=True with compile: a block changes its input in place.*Change a copy.*or leave out compile"
-    expect_error(2, written_gradients, "llama", {"compile": "aot_eager"}, SecretlyWritingMLP, match=message)
+    compiled = {"compile": "aot_eager"}  # the time is the compiler's
+    expect_error(2, written_gradients, "llama", compiled, SecretlyWritingMLP, match=message, within=120.0)
     want_loss, want = written_gradients("llama", None, SecretlyWritingMLP)
     loss, gradients = run_distributed(2, written_gradients, "llama", {}, SecretlyWritingMLP)[0]
     assert_losses_equal(loss, want_loss)
