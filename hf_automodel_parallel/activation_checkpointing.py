@@ -135,7 +135,6 @@ def switch_cache_off(model: nn.Module) -> None:
     To every model inside that names the argument, because a model around others (vision and language) may hand it on unnamed. The
     config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
-
     from transformers import PreTrainedModel
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ Each name stands in one table with the reason for its use; ``tests/test_compat.p
 a private name is used that is not in the table. No other module imports one; the attributes of their objects that others
 read are in the table too. Everything else in the package uses public API.
 
-Checked on: torch 2.13, transformers 5.17 and 5.23, accelerate 1.15, peft 0.21.
+Checked on: torch 2.13, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
 """
 
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
