@@ -98,8 +98,7 @@ $(STAMP):
 # The older transformers and what it needs; everything else is that of the first environment.
 $(STAMP517): $(STAMP)
 	@echo "[setup] $(VENV517): transformers 5.17 over $(VENV)"
-	@rm -rf $(VENV517)
-	@$(VENV)/bin/python -m venv --without-pip $(VENV517)
+	@$(VENV)/bin/python -m venv --clear --without-pip $(VENV517)
 	@echo "import site; site.addsitedir('$(call SITE_PACKAGES,$(VENV))')" > "$(call SITE_PACKAGES,$(VENV517))/below.pth"
 	@$(VENV)/bin/python -m pip --python $(VENV517)/bin/python install --quiet --quiet 'transformers==5.17.*'
 	@$(SHOW_VERSIONS)
