@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness.models import build_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_automodel_parallel import verify_plan
 from hf_automodel_parallel.derive.miniature import build_miniature, miniature_config
@@ -47,6 +47,33 @@ def test_heads_that_do_not_divide_are_gathered():
     plan = derived_plan(build_model("gpt2", num_attention_heads=4), tp_size=3)
     assert styles(plan)["transformer.h.*.attn.c_attn"] == "colwise_gather_output"
     assert styles(plan)["transformer.h.*.mlp.c_fc"] == "colwise" and not plan.counts
+
+
+HYBRIDS = {
+    # where its attention is, which a miniature has to show too
+    "bamba": ({"attn_layer_indices": [9, 18, 27]}, "model.layers.*.self_attn"),
+    # one attention for several layers, so that two of them are needed; it reads more than the hidden states
+    "zamba": ({}, "model.layers.*.shared_transf.self_attn"),
+    "zamba2": ({}, "model.layers.*.shared_transformer.self_attn"),
+}
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_hybrids_of_state_space_layers_and_attention(model_type):
+    """At their real sizes: a miniature keeps what the sizes have to do with each other, and each kind of layer."""
+    fields, attention = HYBRIDS[model_type]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    found = styles(derived_plan(model, tp_size=2))
+    assert [found[f"{attention}.{name}_proj"] for name in "qkvo"] == ["colwise", "colwise", "colwise", "rowwise"]
+
+
+def test_what_kernels_read_is_left_whole():
+    """Mamba hands weights to fused kernels where these are installed: the run without them shows nothing of it."""
+    for model_type in ("mamba", "mamba2", "falcon_mamba"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+        assert {p.rpartition(".")[2] for p in styles(derived_plan(model, tp_size=2))} == {"in_proj", "embeddings", "lm_head"}
 
 
 def test_a_plan_that_forgets_something_is_not_proven():

@@ -112,7 +112,7 @@ class Observed:
         for call in self.calls:
             if columns and call.source is columns[0].source:
                 columns.append(call)
-            elif columns and call.out_features == columns[0].in_features:
+            elif columns and _may_be_row(call, columns):
                 yield Group(tuple(dict.fromkeys(pattern_of(c.name) for c in columns)), pattern_of(call.name))
                 columns = []
             else:
@@ -185,6 +185,15 @@ class Observed:
             yield found
 
 
+def _may_be_row(call: _Call, columns: list[_Call]) -> bool:
+    """True if a layer may write the result of ``columns``: as wide as what they read, or read as wide as they write.
+
+    The latter for attention over more than the hidden states (Zamba), where the input is wider than the result.
+    """
+    wide = len(columns) > 2 and call.in_features == max(column.out_features for column in columns)
+    return wide or call.out_features == columns[0].in_features
+
+
 def pattern_of(name: str) -> str:
     """``name`` with ``*`` for each index of a layer."""
     return _INDEX.sub("*", name)
@@ -210,6 +219,6 @@ def _read_by_owner(model: nn.Module, name: str) -> bool:
         source = inspect.getsource(type(model.get_submodule(owner)))
     except (OSError, TypeError):
         return False
-    if not re.search("cuda|fast_path", source):
+    if not re.search("cuda|fast_path|use_kernel", source):
         return False
     return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b(?!\s*\.(dtype|device|shape))", source) is not None

@@ -23,6 +23,8 @@ HIDDEN = HEADS * HEAD_DIM
 LAYERS = 2
 BATCH, LENGTH, LONGER = 3, 7, 40
 
+_MIXER_HEAD_DIM = r"mamba_(d_head|head_?dim)"
+
 #: Whole names of integer fields of a config -> their value in the miniature; the first that matches wins.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(type|task_type)_vocab_size", 2),
@@ -41,7 +43,7 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width",
         HIDDEN,
     ),
-    (r"attention_hidden_size", HIDDEN),
+    (_MIXER_HEAD_DIM, HEAD_DIM),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
     (r"mamba_n_?groups|n_groups", 1),
     (r"(mamba_)?dt_rank|time_step_rank", 4),
@@ -50,38 +52,74 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*window(_size)?|attention_window|local_attention", 4),
 )
 _KEY_VALUE = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num|num_query_groups")
+_MIXER_HEADS = re.compile(r"mamba_(n_heads|num_heads)|n_mamba_heads")
+_INDICES = re.compile(r".*(indices|idxs?|layer_ids|_layers)")
 _RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*")
 _HEADS = re.compile(SIZES[5][0])
 
 
-def miniature_config(config: Any) -> Any:
-    """A small copy of ``config``, a transformers config; the original is not changed."""
+def miniature_config(config: Any, each: int = 1) -> Any:
+    """A small copy of ``config``, a transformers config, with ``each`` layers of every kind; the original is not changed."""
     small = copy.deepcopy(config)
     fields = small.to_dict()
     heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
     layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
-    kept = _kept_layers(fields, layers)
+    kept = _kept_layers(fields, layers, each)
     for name, value in fields.items():
         if isinstance(value, list) and layers > 2 and len(value) == layers:
             _set(small, name, [value[i] for i in kept])
+        elif _are_indices(name, value, layers):
+            _set(small, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
-            _set(small, name, miniature_config(getattr(small, name)))
+            _set(small, name, miniature_config(getattr(small, name), each))
         elif isinstance(value, float) and _RANDOM.fullmatch(name):
             _set(small, name, 0.0)
         elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
             _set(small, name, 3)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            _set(small, name, _small(name, value, heads, len(kept)))
+            _set(small, name, _small(name, value, heads, len(kept), fields))
     return small
 
 
-def _small(name: str, value: int, heads: int, layers: int) -> int:
+def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any]) -> int:
     if _KEY_VALUE.fullmatch(name):
         return HEADS if value == heads else min(value, 2)
+    if (related := _related(name, value, fields)) is not None:
+        return related
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):
             return layers if size == LAYERS and "layers" in pattern else size
     return value
+
+
+def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
+    """The size of a field that follows from other sizes; ``fields`` are those of the original."""
+    hidden = fields.get("hidden_size")
+    expansion = next((fields[k] for k in ("mamba_expand", "expand") if isinstance(fields.get(k), int)), 1)
+    # Attention over more than the hidden states: Zamba puts the embeddings beside them.
+    if name == "attention_hidden_size":
+        return HIDDEN * _times(value, hidden)
+    if name == "attention_head_dim":
+        return HEAD_DIM * _times(fields.get("attention_hidden_size"), hidden)
+    # State-space mixers: all their heads together are as wide as the expanded hidden states.
+    if name == "mamba_d_ssm":
+        return HIDDEN * expansion
+    alone = name == "num_heads" and "expand" in fields and "num_attention_heads" not in fields
+    if alone or (_MIXER_HEADS.fullmatch(name) and any(re.fullmatch(_MIXER_HEAD_DIM, k) for k in fields)):
+        return HEADS * expansion
+    return None
+
+
+def _times(value: Any, of: Any) -> int:
+    """How many times ``of`` goes into ``value``; 1 if not evenly, or where one is missing."""
+    return value // of if isinstance(value, int) and isinstance(of, int) and of and not value % of else 1
+
+
+def _are_indices(name: str, value: Any, layers: int) -> bool:
+    """True for a list of some of the layers, by their indices."""
+    if not (isinstance(value, list) and value and _INDICES.fullmatch(name)):
+        return False
+    return all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -91,11 +129,12 @@ def _set(config: Any, name: str, value: Any) -> None:
         return  # a property that follows from other fields
 
 
-def _kept_layers(fields: dict[str, Any], layers: int) -> list[int]:
+def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
     """Indices of layers that together show each kind of layer, at least :data:`LAYERS`."""
     lists = [v for v in fields.values() if isinstance(v, list) and layers > 2 and len(v) == layers]
-    kinds = [repr([v[i] for v in lists]) for i in range(layers)]
-    kept = sorted({kinds.index(kind) for kind in kinds}) if lists else []
+    indices = [v for k, v in fields.items() if layers > 2 and _are_indices(k, v, layers)]
+    kinds = [repr([*(v[i] for v in lists), *(i in v for v in indices)]) for i in range(layers)]
+    kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < each] if lists or indices else []
     rest = [i for i in range(layers) if i not in kept]
     return sorted(kept + rest[: max(0, LAYERS - len(kept))]) or list(range(LAYERS))
 
@@ -111,22 +150,30 @@ def build_miniature(model: nn.Module) -> nn.Module:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise PlanError(f"{type(model).__name__} has no config to make a miniature of.")
-    cls: Any = type(model)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(0)
-            small = cls(miniature_config(config)).float()
-            with torch.no_grad():
-                for parameter in small.parameters():
-                    if parameter.dim() == 1:
-                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-                    else:
-                        parameter.normal_(std=HIDDEN**-0.5)
+        small = _build(type(model), miniature_config(config))
     except Exception as error:  # code of the model, which may raise anything
-        raise PlanError(
-            f"no miniature of {cls.__name__} can be built from its config: {type(error).__name__}: {first_line(error)}."
-        ) from error
+        try:  # what layers of one kind share needs two of them
+            small = _build(type(model), miniature_config(config, each=2))
+        except Exception:
+            raise PlanError(
+                f"no miniature of {type(model).__name__} can be built from its config: {type(error).__name__}: "
+                f"{first_line(error)}."
+            ) from error
     return small.eval()
+
+
+def _build(cls: Any, config: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = cls(config).float()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                else:
+                    parameter.normal_(std=HIDDEN**-0.5)
+    return small
 
 
 def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
