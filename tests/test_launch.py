@@ -1,5 +1,7 @@
 """An unmodified script behind the launcher: parallel, with the results of one process, and untouched without it."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -156,11 +158,15 @@ def start(command: list[str], directory: Path, timeout: float = 240) -> tuple[in
     return process.returncode, output
 
 
+def reported(output: str) -> dict[str, Any]:
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
 def result_of(command: list[str], directory: Path) -> dict[str, Any]:
     code, output = start(command, directory)
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    assert code == 0 and len(lines) == 1, output
-    return json.loads(lines[0].removeprefix("RESULT "))
+    assert code == 0 and output.count("RESULT ") == 1, output
+    return reported(output)
 
 
 def accelerate_launch(config: str | None = None) -> list[str]:
@@ -188,12 +194,17 @@ def scripts(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def one_process(scripts, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """The same files, started by nothing but python."""
+    """The same files, run here by nothing but python."""
     results = {}
     for kind, script in scripts.items():
-        results[kind] = result_of([str(script)], tmp_path_factory.mktemp(kind))
-        assert results[kind]["dtensors"] == 0 and not results[kind]["package"]
-        assert len(results[kind]["losses"]) >= 5
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.chdir(tmp_path_factory.mktemp(kind))
+            patch.setattr(sys, "argv", [str(script)])
+            runpy.run_path(str(script), run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        results[kind] = reported(output.getvalue())
+        assert results[kind]["dtensors"] == 0 and len(results[kind]["losses"]) >= 5
     return results
 
 
@@ -210,47 +221,46 @@ def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
     assert result["arguments"] == ["--learning_rate", "1"], "the script has its own arguments and no others"
 
 
-LEAVING_SCRIPT = """
+LEAVING = """
 import atexit
-import sys
 import torch.distributed as dist
 
 atexit.register(lambda: print("LEFT", dist.is_initialized(), flush=True))  # runs after what is registered later
-
-from accelerate import Accelerator
-
-Accelerator()
-assert dist.is_initialized()
-if "fail" in sys.argv:
-    raise RuntimeError("of the script")
 """
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LAUNCHER, "--auto_parallel", "tp=2"]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_process_group_is_closed_before_python_goes(fails, tmp_path):
-    """Else gloo's threads may meet an interpreter that is gone: SIGABRT after all the work is done. After an error of the
-    script nobody waits for others."""
-    script = tmp_path / "leaving.py"
-    script.write_text(LEAVING_SCRIPT)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    code, output = start([*torchrun, *LAUNCHER, "--auto_parallel", "tp=2", str(script), *["fail"] * fails], tmp_path)
-    assert (code == 0) == (not fails), output
-    left = [line for line in output.splitlines() if line.startswith("LEFT")]
-    assert left and set(left) == {f"LEFT {fails}"}, output
+def ways_of_leaving(output: str) -> set[str]:
+    return {line for line in output.splitlines() if line.startswith("LEFT")}
 
 
-def test_script_with_the_flag_under_torchrun(scripts, one_process, tmp_path):
-    """No config file anywhere: the launcher's own flag is enough."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = result_of([*torchrun, *LAUNCHER, "--auto_parallel", "tp=2", str(scripts["accelerator"])], tmp_path)
+def test_script_with_the_flag_under_torchrun(one_process, tmp_path):
+    """No config file anywhere: the launcher's own flag is enough.
+
+    And the process group is closed before python goes: else gloo's threads may meet an interpreter that is gone, which is a
+    SIGABRT after all the work is done.
+    """
+    script = tmp_path / "train.py"
+    script.write_text(LEAVING + ACCELERATOR_SCRIPT)
+    code, output = start([*TORCHRUN, str(script)], tmp_path)
+    assert code == 0 and ways_of_leaving(output) == {"LEFT False"}, output
+    result = reported(output)
     assert_tensor_parallel(result, ["dp_shard", "tp"])
     assert result["losses"] == pytest.approx(one_process["accelerator"]["losses"], rel=1e-5)
+
+
+def test_after_an_error_of_the_script_nobody_waits_for_others(tmp_path):
+    script = tmp_path / "leaving.py"
+    script.write_text(f"{LEAVING}\nfrom accelerate import Accelerator\nAccelerator()\nraise RuntimeError('of the script')\n")
+    code, output = start([*TORCHRUN, str(script)], tmp_path)
+    assert code != 0 and ways_of_leaving(output) == {"LEFT True"}, output
 
 
 def test_script_without_the_launcher_is_untouched(scripts, one_process, tmp_path):
     """Installed beside it, the package never meets a script that does not ask for it."""
     result = result_of([*accelerate_launch(), str(scripts["accelerator"])], tmp_path)
-    assert result == one_process["accelerator"]
+    assert not result["package"]
+    assert result | {"package": True} == one_process["accelerator"]
 
 
 # ---- command line -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness.jobs import SCRIPT, Job, environment
+from harness.jobs import SCRIPT, Job, environment, start_commands
 from harness.nodes import Nodes, launch, two_nodes
 from harness.pool import run_distributed
 from parity.jobs import build
@@ -32,7 +32,7 @@ def nodes():
 def start(nodes: Nodes, directory: Path, *arguments: object) -> Job:
     sizes = ["--sizes", '{"tp_size": 2, "dp_shard_size": 2}', "--data_ranks", "2"]
     commands = launch(nodes, CONFIG, [str(SCRIPT), *sizes, *map(str, arguments)])
-    return Job(commands, directory, [environment(GLOO_SOCKET_IFNAME=nodes.interface)] * 2)
+    return start_commands(commands, directory, [environment(GLOO_SOCKET_IFNAME=nodes.interface)] * 2)
 
 
 @pytest.mark.timeout(600)

@@ -122,6 +122,12 @@ def _are_indices(name: str, value: Any, layers: int) -> bool:
     return all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
 
 
+def _is_period(name: str, value: Any, layers: int) -> bool:
+    """True for a short list of kinds of layer that is repeated over all layers (RecurrentGemma)."""
+    kinds = isinstance(value, list) and 1 < len(value) < layers and all(isinstance(kind, str) for kind in value)
+    return kinds and re.fullmatch(r".*(types|pattern)", name) is not None
+
+
 def _set(config: Any, name: str, value: Any) -> None:
     try:
         setattr(config, name, value)
@@ -136,7 +142,8 @@ def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
     kinds = [repr([*(v[i] for v in lists), *(i in v for v in indices)]) for i in range(layers)]
     kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < each] if lists or indices else []
     rest = [i for i in range(layers) if i not in kept]
-    return sorted(kept + rest[: max(0, LAYERS - len(kept))]) or list(range(LAYERS))
+    wanted = max([LAYERS, *(len(v) for k, v in fields.items() if _is_period(k, v, layers))])
+    return sorted(kept + rest[: max(0, wanted - len(kept))]) or list(range(LAYERS))
 
 
 def build_miniature(model: nn.Module) -> nn.Module:

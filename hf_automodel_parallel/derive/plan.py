@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -93,7 +94,7 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
     small = build_miniature(model)
     try:
         prover = Prover(small, _RANKS)
-        observed = Observed(small, inputs_for(small))
+        observed = Observed(copy.deepcopy(small), inputs_for(small))
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model, which may raise anything

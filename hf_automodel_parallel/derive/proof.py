@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Prover:
     """Compares plans with one model.
 
     Args:
-        model: a small model in evaluation mode on the CPU; only its gradients are written to.
+        model: a small model in evaluation mode on the CPU, which has not run yet. It is only copied.
         size: number of ranks.
         length: tokens in each row of the batch.
 
@@ -64,13 +65,13 @@ class Prover:
     def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
         self.model, self.size = model, size
         self.inputs = inputs_for(model, length)
-        before = [(name, id(module)) for name, module in model.named_modules()]
-        self.want = run_once(model, self.inputs)
-        if before != [(name, id(module)) for name, module in model.named_modules()]:
+        used = copy.deepcopy(model)  # some modules keep states of a forward, which cannot be copied
+        before = [(name, id(module)) for name, module in used.named_modules()]
+        self.want = run_once(used, self.inputs)
+        if before != [(name, id(module)) for name, module in used.named_modules()]:
             raise PlanError(
                 f"{type(model).__name__} replaces modules of its own in its forward, so a trial proves nothing."
             )
-        model.zero_grad(set_to_none=True)
         names = {module: name for name, module in model.named_modules()}
         try:
             self.layers = [names[layer] for layer in find_layers(model)]

@@ -6,9 +6,11 @@ would end the others, so that what the survivors do is seen.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from .pool import fork
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = TESTS / "harness" / "training_job.py"
@@ -38,27 +42,55 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Forked:
+    """What `subprocess.Popen` has, as far as :class:`Job` uses it, for a script in a process that need not import everything."""
+
+    def __init__(self, script: Path, arguments: list[str], values: dict[str, str], directory: Path, log: Path) -> None:
+        self.process = fork(_run_script, str(script), arguments, values, str(directory), str(log))
+        self.pid: int = self.process.pid  # type: ignore[assignment]
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired([str(self.pid)], timeout or 0.0)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def _run_script(script: str, arguments: list[str], values: dict[str, str], directory: str, log: str) -> None:
+    os.setsid()
+    with open(log, "wb", buffering=0) as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.clear()
+    os.environ.update(values)
+    os.chdir(directory)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would leave them out
+
+
 class Job:
     """Processes that belong together, each with a log. Leaving the block kills what still runs."""
 
-    def __init__(self, commands: list[list[str]], directory: Path, environments: list[dict[str, str]]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.logs = [directory / f"process{index}.log" for index in range(len(commands))]
-        self.processes = []
-        for command, values, log in zip(commands, environments, self.logs, strict=True):
-            with log.open("wb") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=values,
-                        cwd=directory,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+    def __init__(self, processes: list[Any], directory: Path, logs: list[Path]) -> None:
+        self.processes, self.directory, self.logs = processes, directory, logs
 
     def __enter__(self) -> Job:
         return self
@@ -72,6 +104,7 @@ class Job:
                         child.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # it may not lead its group yet
             process.wait()
 
     def signal_all(self, index: int, number: int) -> None:
@@ -111,11 +144,37 @@ class Job:
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-last:]}" for log in self.logs)
 
 
+def _logs(directory: Path, count: int) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    return [directory / f"process{index}.log" for index in range(count)]
+
+
+def start_commands(commands: list[list[str]], directory: Path, environments: list[dict[str, str]]) -> Job:
+    """Programs of their own."""
+    logs, processes = _logs(directory, len(commands)), []
+    for command, values, log in zip(commands, environments, logs, strict=True):
+        with log.open("wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=values,
+                    cwd=directory,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    return Job(processes, directory, logs)
+
+
 def start_ranks(world: int, directory: Path, *arguments: Any) -> Job:
     """`training_job.py` on `world` ranks of this machine."""
     port = free_port()
-    environments = [
-        environment(
+    logs = _logs(directory, world)
+    processes = []
+    for rank, log in enumerate(logs):
+        values = environment(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(world),
@@ -124,7 +183,5 @@ def start_ranks(world: int, directory: Path, *arguments: Any) -> Job:
             MASTER_PORT=str(port),
             GLOO_SOCKET_IFNAME="lo",
         )
-        for rank in range(world)
-    ]
-    command = [sys.executable, "-u", str(SCRIPT), *map(str, arguments)]
-    return Job([command] * world, directory, environments)
+        processes.append(Forked(SCRIPT, list(map(str, arguments)), values, directory, log))
+    return Job(processes, directory, logs)

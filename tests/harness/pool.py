@@ -30,6 +30,7 @@ from collections.abc import Callable
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,14 @@ def _start_server() -> None:
         os.environ.update(before)
 
 
+def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start ``target`` in a process that is forked from the one that has imported everything."""
+    _start_server()
+    process = _CONTEXT.Process(target=target, args=args)
+    process.start()
+    return process
+
+
 def work(connection: Connection, environment: dict[str, str], log_path: str) -> None:
     """What a worker's process runs."""
     from . import pool_worker
@@ -164,9 +173,8 @@ class _Worker:
             "MASTER_PORT": str(port),
         }
         self.log_path.touch()
-        self.process = _CONTEXT.Process(target=work, args=(child_connection, environment, str(self.log_path)))
         with child_connection:
-            self.process.start()
+            self.process = fork(work, child_connection, environment, str(self.log_path))
         self.pid: int = self.process.pid  # type: ignore[assignment]
 
     def read_log(self) -> str:
@@ -205,7 +213,6 @@ class WorkerPool:
         self.world_size = world_size
         self.alive = True
         self._log_directory = Path(tempfile.mkdtemp(prefix=f"worker_pool_{world_size}_"))
-        _start_server()
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._workers = [_Worker(rank, world_size, self._store.port, self._log_directory) for rank in range(world_size)]
         try:

@@ -130,7 +130,7 @@ def run_cell(cell: SequenceCell, backend: str, timeout: float = 280.0) -> Verdic
 #: model -> the modes of checkpointing whose cells are compiled: mostly on tp2, where there are two processes to compile.
 _COMPILED = {
     "llama": ("none",),
-    "llama_tied": ("none",),
+    "llama_tied": ("selective",),
     "qwen3": ("full",),
     "gemma3": ("selective",),
     "phi3": ("submodule",),
