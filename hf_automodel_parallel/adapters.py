@@ -63,8 +63,8 @@ def check_trainable_as_shards(model: nn.Module) -> None:
         raise UnsupportedError(
             f"{len(hooked)} parameters have gradient hooks ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), which the "
             f"shards that take their place would not have. If they belong to a layer-wise optimizer (LOMO, layer-wise GaLore and "
-            f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else register them after "
-            f"prepare, where they see shards."
+            f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else change the gradients, "
+            f"which are shards, between accelerator.backward and optimizer.step."
         )
     check_no_views(model)
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():

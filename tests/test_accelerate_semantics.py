@@ -930,3 +930,31 @@ def test_gradient_checkpointing_of_the_trainer(mesh, name, adapter, reentrant, t
     assert forwards == 2
     assert_losses_equal(loss, want_loss)
     assert_gradients_equal(gradients, want)
+
+
+def norms_of_two(sizes: dict[str, int]) -> list[float]:
+    """Gradient norms of two models of one class, each clipped on its own."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    norms = []
+    models = []
+    for seed in (0, 1):
+        model = build("llama", num_hidden_layers=1, seed=seed)
+        models.append(accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))[0])
+    for model in models:
+        accelerator.backward(model(**batches_for(model, 1)[0], use_cache=False).loss)
+    for model in models:
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    return norms
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
+def test_a_second_model_of_the_same_class_is_clipped(mesh):
+    """Accelerate compares the lists of parameters with ``==``, which is no truth value for tensors of equal shapes."""
+    want = []
+    for seed in (0, 1):
+        model = build("llama", num_hidden_layers=1, seed=seed)
+        model(**batches_for(model, 1)[0], use_cache=False).loss.backward()
+        want.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+    for norms in run_distributed(2, norms_of_two, MESHES[mesh][1]):
+        assert norms == pytest.approx(want, rel=1e-5)

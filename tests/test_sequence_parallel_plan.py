@@ -13,7 +13,7 @@ from hf_automodel_parallel.layers import dissect
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.selection import select_plan
 from hf_automodel_parallel.plan.sequence_parallel import carry_over, derive
-from hf_automodel_parallel.plan.spec import PARTIAL, Output, ShardingSpec
+from hf_automodel_parallel.plan.spec import ON_SHARES, PARTIAL, Output, ShardingSpec
 from hf_automodel_parallel.plan.token_trace import FEATURES, TokensMeet, TokenTrace
 
 ORDER = ("hf", "registry", "default")
@@ -48,7 +48,7 @@ def test_a_llama_layer():
     assert scatters(spec) == {f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj"}
     norms = {f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"}
     assert spec.sequence.on_shards == norms
-    assert {name for name, s in spec.parameters.items() if s == PARTIAL} == {f"{name}.weight" for name in norms}
+    assert {name for name, s in spec.parameters.items() if s == ON_SHARES} == {f"{name}.weight" for name in norms}
     assert before == {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()}, "only read"
 
 
@@ -169,19 +169,29 @@ def test_a_forward_that_was_replaced_by_a_function_is_seen():
     norm = model.model.layers[1].input_layernorm
     forward = norm.forward
     norm.forward = lambda x: forward(x) * 1.0
-    assert derived(model).parameters["model.layers.1.input_layernorm.weight"] == PARTIAL
+    assert derived(model).parameters["model.layers.1.input_layernorm.weight"] == ON_SHARES
+
+
+@pytest.mark.parametrize("path", ["self_attn", "mlp", "mlp.down_proj"])
+def test_a_block_of_two_layers_is_refused_by_name(path):
+    """Its boundaries know the length and the gathered inputs of one layer."""
+    model = build_model("llama")
+    owner, _, name = f"model.layers.1.{path}".rpartition(".")
+    setattr(model.get_submodule(owner), name, model.get_submodule(f"model.layers.0.{path}"))
+    with pytest.raises(UnsupportedError, match=rf"layers\.0\.{path}.* is one module in model\.layers\.0 and model\.layers\.1"):
+        derived(model)
 
 
 def test_all_copies_of_a_norm_and_adapters_added_later_follow():
     model = lora(build_model("llama"), target_modules=["q_proj"], modules_to_save=["input_layernorm"])
     spec = derived(model)
     prefix = "base_model.model.model.layers.0.input_layernorm"
-    assert spec.parameters[f"{prefix}.original_module.weight"] == PARTIAL
-    assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == PARTIAL
+    assert spec.parameters[f"{prefix}.original_module.weight"] == ON_SHARES
+    assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == ON_SHARES
     new = ShardingSpec()
     late = "base_model.model.model.norm.lora_A.late.weight"
     carry_over(spec, new, [late, "base_model.model.lm_head.lora_A.late.weight"])
-    assert new.sequence is spec.sequence and new.parameters == {late: PARTIAL}
+    assert new.sequence is spec.sequence and new.parameters == {late: ON_SHARES}
 
 
 def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
@@ -193,7 +203,7 @@ def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
     new = ShardingSpec()
     late = "base_model.model.model.layers.0.mlp.up_proj.lora_A.late.weight"
     carry_over(spec, new, [late, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.late.weight"])
-    assert new.parameters == {late: PARTIAL}
+    assert new.parameters == {late: ON_SHARES}
 
 
 # ---- the trace -----------------------------------------------------------------------------------------------------------

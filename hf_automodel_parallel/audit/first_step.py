@@ -123,12 +123,14 @@ class Audit:
         stepping = parameters_of(optimizer)  # those of others may be frozen meanwhile
         held = {p for one in self.optimizers for p in parameters_of(one)}
         switched_on, switched_off = _adapter_parameters(model)
-        unfrozen, frozen, orphaned = [], [], []
+        unfrozen, frozen, orphaned, hooked = [], [], [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in self.trainable | switched_on and not self.done:
                 unfrozen.append(name)
             elif parameter.requires_grad and held and id(parameter) not in held:
                 orphaned.append(name)
+            if isinstance(parameter, DTensor) and compat.gradient_hooks(parameter):
+                hooked.append(name)
             was_trained = name in self.trainable - switched_off and id(parameter) in stepping
             if was_trained and not parameter.requires_grad and not self.done:
                 frozen.append(name)
@@ -149,6 +151,12 @@ class Audit:
             problems.append(
                 f"{_named(orphaned, 'trainable parameters are')} in no optimizer, so they would collect gradients and never "
                 f"change. Remedy: add them to the optimizer, or freeze them with requires_grad_(False) before prepare."
+            )
+        if hooked:
+            problems.append(
+                f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which nobody calls: FSDP2 writes "
+                f"the gradients of shards past them. Remedy: change parameter.grad, a shard, between accelerator.backward and "
+                f"optimizer.step."
             )
         return problems
 

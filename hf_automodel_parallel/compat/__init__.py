@@ -72,6 +72,7 @@ from .tensors import graph_break_type as graph_break_type
 from .tensors import has_gradient_hooks as has_gradient_hooks
 from .tensors import has_implemented_forward as has_implemented_forward
 from .tensors import hash_specs_of_symbolic_shapes as hash_specs_of_symbolic_shapes
+from .tensors import hooks_on as hooks_on
 from .tensors import is_compiled as is_compiled
 from .tensors import is_view_of as is_view_of
 from .tensors import quiet_fake_tensors as quiet_fake_tensors

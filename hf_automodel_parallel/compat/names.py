@@ -46,6 +46,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
     ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
     ("torch.nn", "Module._forward_pre_hooks", "the same, before the forward"),
+    ("torch.nn", "Module._backward_hooks", "hooks of the user on modules that work on shares of the sequence"),
+    ("torch.nn", "Module._backward_pre_hooks", "the same, before the backward"),
     (
         "transformers",
         "PretrainedConfig._attn_implementation",

@@ -146,6 +146,12 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def hooks_on(module: nn.Module) -> list[Callable[..., Any]]:
+    """All hooks that ``module`` was given, of forward and backward."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """True if somebody has registered a hook on the gradient of this very tensor object."""
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))

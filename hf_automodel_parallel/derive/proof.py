@@ -117,7 +117,7 @@ class Prover:
             return f"{name} gets no gradient"
         place = spec.parameters.get(name, REPLICATED)
         if place.partial_gradient:
-            present = [torch.stack(present).sum(0)]
+            present = [torch.stack(present).mean(0)]  # see tensor_parallel.partial_gradients
         for rank, gradient in enumerate(present):
             part = local_slice(want, place, rank, self.size)
             if gradient.shape != part.shape or not _close(gradient, part, float(want.norm()), self.norm):

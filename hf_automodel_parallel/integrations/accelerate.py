@@ -441,7 +441,13 @@ def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_t
     managed = owner_of(self._models, parameters)
     if managed is not None:
         return managed.clip_grad_norm_(max_norm, norm_type, parameters)
-    return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
+    # Accelerate looks for the model by comparing lists of tensors, which fails beside another model with equal shapes. For FSDP2
+    # it does the same whether it finds one or not.
+    models, self._models = self._models, []
+    try:
+        return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
+    finally:
+        self._models = models
 
 
 def _get_state_dict(self: Accelerator, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:

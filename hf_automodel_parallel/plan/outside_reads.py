@@ -19,6 +19,8 @@ from .. import compat
 from ..errors import UnsupportedError
 from .spec import REPLICATED, ShardingSpec
 
+#: Methods without arguments that return a module.
+_GETTERS = frozenset(["get_input_embeddings", "get_output_embeddings"])
 #: What a sharded parameter answers like a whole one.
 _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".split())
 
@@ -26,8 +28,9 @@ _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".s
 def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Followed are chains of attributes that begin with ``self``, ``super()`` or a local name for such a chain, in ``forward`` and
-    in the methods that it calls, also of other modules. What cannot be read (a forward without source) is taken for harmless.
+    Followed are chains of attributes (and ``get_input_embeddings()``) that begin with ``self``, ``super()`` or a local name for
+    such a chain, in ``forward`` and in the methods that it calls, also of other modules. What cannot be read (a forward without
+    source) is taken for harmless.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -86,6 +89,11 @@ def _reads(
     for chain in _chains(inspect.unwrap(function)):
         owner: Any = module
         for position, attribute in enumerate(chain):
+            if attribute.endswith("()"):
+                owner = getattr(owner, attribute.removesuffix("()"), lambda: None)()
+                if not isinstance(owner, nn.Module):
+                    break
+                continue
             wrapped = attribute not in owner._modules and isinstance(owner, wrappers)  # answers for what it wraps
             value = getattr(owner, attribute, None) if wrapped else owner._parameters.get(attribute)
             if isinstance(value, nn.Parameter):
@@ -117,17 +125,18 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
     chains: set[tuple[str, ...]] = set()
     local: dict[str, set[tuple[str, ...]]] = {"self": {()}}
 
-    def read(node: ast.AST) -> list[tuple[str, ...]]:
+    def read(node: Any) -> list[tuple[str, ...]]:
         chain: list[str] = []
-        while isinstance(node, ast.Attribute):
-            chain.insert(0, node.attr)
-            node = node.value
+        while isinstance(node, ast.Attribute) or _gets_module(node):
+            attribute: Any = node.func if isinstance(node, ast.Call) else node
+            chain.insert(0, attribute.attr if attribute is node else f"{attribute.attr}()")
+            node = attribute.value
         parent = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
         starts = {()} if parent else local.get(node.id, set()) if isinstance(node, ast.Name) else set()
         return [(*start, *chain) for start in starts]
 
     for node in ast.walk(tree):  # table = self.embed_tokens
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+        if isinstance(node, ast.Assign) and (isinstance(node.value, ast.Attribute) or _gets_module(node.value)):
             for target in node.targets:
                 if isinstance(target, ast.Name):
                     local.setdefault(target.id, set()).update(read(node.value))
@@ -141,3 +150,8 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
 
     visit(tree)
     return frozenset(chains)
+
+
+def _gets_module(node: ast.AST) -> bool:
+    """True for ``x.get_input_embeddings()``."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _GETTERS

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -23,7 +24,7 @@ from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from .names import plan_name, unwrapped
 from .sequence_probe import REMEDY, Found, SequenceProbe
-from .spec import PARTIAL, REPLICATED, Output, SequenceSpec, ShardingSpec
+from .spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
 
 _SOURCE = "derived: sequence parallelism"
 
@@ -42,6 +43,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
     names = {module: name for name, module in model.named_modules()}
     stack, stack_layers = _stack(model, spec, layers, names)
     found = SequenceProbe(model, spec, stack, stack_layers, names).run()
+    _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
     for name, reason in found.reasons.items():
         if name in found.blocks:
             spec.notes.append(f"{name} gets and returns the whole sequence, then split ({reason}).")
@@ -52,7 +54,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
         if module.deferred_bias is not None:
             on_shares.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
     for name in on_shares:
-        spec.parameters[name] = PARTIAL
+        spec.parameters[name] = ON_SHARES
     owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_shares}
     spec.sequence = SequenceSpec(
         names[stack],
@@ -82,7 +84,7 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
     new.sequence = old.sequence
     for name in names:
         if name not in new.parameters and any(name.startswith(f"{owner}.") for owner in old.sequence.on_shards):
-            new.parameters[name] = PARTIAL
+            new.parameters[name] = ON_SHARES
 
 
 def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
@@ -153,6 +155,23 @@ def _stack(
     return stack, every
 
 
+def _check_one_layer_each(
+    model: nn.Module, names_with_boundaries: Iterable[str], layers: list[nn.Module], names: dict[nn.Module, str]
+) -> None:
+    """Raise for a block, or a layer with a boundary, that several layers share: it knows one of their lengths and memories."""
+    around: dict[nn.Module, list[nn.Module]] = {}
+    for layer in layers:
+        for module in layer.modules():
+            around.setdefault(module, []).append(layer)
+    for name in names_with_boundaries:
+        module = model.get_submodule(name)
+        if len(among := around.get(module, [])) > 1:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {name} ({type(module).__name__}) is one module in {names[among[0]]} and "
+                f"{names[among[1]]}. Give each layer its own (parameters may be tied). {REMEDY}"
+            )
+
+
 def _lists_of_tensors(stack: nn.Module) -> list[str]:
     """The arguments of the forward of ``stack`` that are lists of tensors by their annotation, but for caches."""
     parameters = inspect.signature(stack.forward).parameters.values()
@@ -210,5 +229,5 @@ def _describe(spec: ShardingSpec, prefix: str) -> None:
             add_all(name, "scatter sequence (output)")
     add(sequence.tail, "gather sequence (output)")
     for name in sorted(sequence.on_shards):
-        add_all(name, "on shares of the sequence", str(PARTIAL))
+        add_all(name, "on shares of the sequence", str(ON_SHARES))
     spec.rows += [(name, style, count, placement, _SOURCE) for (name, style, placement), count in lines.items()]

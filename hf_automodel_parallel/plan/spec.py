@@ -81,6 +81,7 @@ class ParameterSpec:
         dim: sharded dimension, or None for replicated.
         blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
         partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
+        on_shares: the gradient is partial where the parameter meets shares of the sequence, and whole elsewhere.
         counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with zeros.
         part_dim: replicated at rest, but each rank computes with one part of it along this dimension (of each of its blocks).
         parts: number of these parts. It divides the axis: neighbours share one where they are fewer than ranks.
@@ -89,6 +90,7 @@ class ParameterSpec:
     dim: int | None = None
     blocks: int = 1
     partial_gradient: bool = False
+    on_shares: bool = False
     counts_once: bool = False
     part_dim: int | None = None
     parts: int = 1
@@ -103,6 +105,7 @@ class ParameterSpec:
 
 REPLICATED = ParameterSpec()
 PARTIAL = ParameterSpec(partial_gradient=True)
+ON_SHARES = ParameterSpec(partial_gradient=True, on_shares=True)
 ADDED_ONCE = ParameterSpec(partial_gradient=True, counts_once=True)
 
 

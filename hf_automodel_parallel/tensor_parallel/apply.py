@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,9 +32,8 @@ class TensorParallelState:
         partial: registry of partial gradients.
         copies: copy boundaries by module name, waiting for the region that they share inputs in.
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
-        partial_names: names of the parameters with a partial gradient.
-        once: names of the parameters that count on the first rank only.
-        parts: name of a parameter of which each rank computes with a part -> (dimension, blocks, index, number).
+        places: (owner, attribute) of a parameter -> how it takes part in forward and backward. By object, because a module
+            that several layers share has several names.
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
         regions: module -> the region around its forward.
@@ -45,9 +44,7 @@ class TensorParallelState:
     partial: PartialGradients
     copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
     foreign: list[nn.Module] = field(default_factory=list)
-    partial_names: set[str] = field(default_factory=set)
-    once: set[str] = field(default_factory=set)
-    parts: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    places: dict[tuple[nn.Module, str], ParameterSpec] = field(default_factory=dict)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     regions: dict[nn.Module, Region] = field(default_factory=dict)
@@ -66,31 +63,33 @@ class TensorParallelState:
 
     def place(self, module: nn.Module, name: str, spec: ParameterSpec) -> None:
         """Note how the parameter ``name`` of the model, which ``module`` owns, takes part in forward and backward."""
+        key = name.rpartition(".")[2]
+        self.places[module, key] = spec
         if spec.partial_gradient:
-            self.partial.add(module, name.rpartition(".")[2])
-            self.partial_names.add(name)
-        if spec.counts_once:
-            self.once.add(name)
-        if spec.part_dim is not None:
-            index = self.mesh.get_local_rank() * spec.parts // self.mesh.size()
-            self.parts[name] = (spec.part_dim, spec.blocks, index, spec.parts)
+            self.partial.add(module, key)
 
-    def entries_of(self, modules: list[tuple[str, nn.Module]]) -> list[Entry]:
-        """What regions exchange of the parameters that ``modules`` (name, module) own themselves."""
+    def entries_of(self, modules: Iterable[nn.Module]) -> list[Entry]:
+        """What regions exchange of the parameters that ``modules`` own themselves."""
         foreign = {id(inner) for module in self.foreign for inner in module.modules()}
         result = []
-        for name, owner in modules:
+        for owner in modules:
             if id(owner) in foreign:
                 continue
             for key, parameter in owner._parameters.items():
                 if parameter is None:
                     continue
-                full = f"{name}.{key}" if name else key
-                mark = self.partial.mark if full in self.partial_names else None
+                spec = self.places.get((owner, key), REPLICATED)
+                mark = self.partial.mark if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
-                zero = full in self.once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, bias_of, zero, self.parts.get(full), self.local))
+                zero = spec.counts_once and self.mesh.get_local_rank() > 0
+                result.append(Entry(owner, key, mark, spec.on_shares, bias_of, zero, self._part(spec), self.local))
         return result
+
+    def _part(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
+        """(dimension, blocks, index, number) of what this rank computes with, where that is a part of the parameter."""
+        if spec.part_dim is None:
+            return None
+        return spec.part_dim, spec.blocks, self.mesh.get_local_rank() * spec.parts // self.mesh.size(), spec.parts
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
         """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new one."""
@@ -98,7 +97,7 @@ class TensorParallelState:
         by_region: dict[nn.Module, list[Entry]] = {}
         for name in names:
             path, _, key = name.rpartition(".")
-            (entry,) = [e for e in self.entries_of([(path, model.get_submodule(path))]) if e.name == key]
+            (entry,) = [e for e in self.entries_of([model.get_submodule(path)]) if e.name == key]
             around = [path[:end] for end in range(len(path), -1, -1) if end == len(path) or path[end] == "."]
             regions = [module for part in [*around, ""] if (module := model.get_submodule(part)) in self.regions]
             for module in regions if any(m is not model for m in regions) else [_nearest_caller(model, path)]:
@@ -252,18 +251,15 @@ def install_regions(
         for name, copy in state.copies.items():
             if name.startswith(f"{prefix}."):
                 copy.shared = shared
-        entries = entries_of([(f"{prefix}.{n}" if n else prefix, m) for n, m in unit.named_modules()])
+        entries = entries_of(unit.modules())
         taken.update((id(entry.owner), entry.name) for entry in entries)
         for part in parts.get(unit, []):
-            part_name = names[part]
-            state.regions[part] = Region(
-                part, entries_of([(f"{part_name}.{n}" if n else part_name, m) for n, m in part.named_modules()]), shared
-            )
+            state.regions[part] = Region(part, entries_of(part.modules()), shared)
         state.regions[unit] = Region(unit, entries, shared)
 
     callers: dict[nn.Module, list[Entry]] = {}
     for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
-        entries = [e for e in entries_of([(name, owner)]) if (id(owner), e.name) not in taken]
+        entries = [e for e in entries_of([owner]) if (id(owner), e.name) not in taken]
         if entries:
             callers.setdefault(_nearest_caller(model, name), []).extend(entries)
         while entries and name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it

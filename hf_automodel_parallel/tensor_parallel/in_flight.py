@@ -31,7 +31,8 @@ class Entry:
     Attributes:
         owner: the module that holds it.
         name: its name there.
-        on_gradient: called when a backward reaches it (its gradient is partial), or None.
+        on_gradient: hook for its gradient in flight, which is a summand of it, or None.
+        on_shares: it is a summand only in calls that work on shares of the sequence (:attr:`Region.on_shares`).
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
         zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
         part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so many
@@ -41,7 +42,8 @@ class Entry:
 
     owner: nn.Module
     name: str
-    on_gradient: Callable[[torch.Tensor], None] | None = None
+    on_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
+    on_shares: bool = False
     bias_of: ReduceOutput | None = None
     zero: bool = False
     part: tuple[int, int, int, int] | None = None
@@ -55,6 +57,9 @@ class Region:
         module: the root of the region.
         entries: the parameters to exchange.
         shared: the boundaries' memory to clear at the end of the forward, or None.
+
+    Attributes:
+        on_shares: keyword arguments of a call -> does it work on shares of the sequence; sequence parallelism sets it.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Region:
         self.shared = shared
         self.inner: Callable[..., Any] = module.forward
         self.body: Callable[..., Any] = self._run
+        self.on_shares: Callable[[dict[str, Any]], bool] = _never
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +85,7 @@ class Region:
 
     def inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` with the region's parameters exchanged; where they already are, nothing is done."""
-        replaced = self._enter()
+        replaced = self._enter(self.on_shares(kwargs))
         try:
             return function(*args, **kwargs)
         finally:
@@ -107,7 +113,7 @@ class Region:
         if function is not None and not isinstance(function, _CheckpointInRegion):
             self.module._gradient_checkpointing_func = _CheckpointInRegion(function, self)  # type: ignore[assignment]
 
-    def _enter(self) -> list[tuple[Entry, nn.Parameter]]:
+    def _enter(self, on_shares: bool) -> list[tuple[Entry, nn.Parameter]]:
         replaced: list[tuple[Entry, nn.Parameter]] = []
         local: dict[int, torch.Tensor] = {}
         for entry in self.entries:
@@ -117,13 +123,13 @@ class Region:
                 continue
             tensor = local.get(id(parameter))
             if tensor is None:
-                # The gradient is declared complete: a partial one is summed later, once, by PartialGradients.
+                # The gradient is declared complete: summands are summed later, once, by PartialGradients.
                 tensor = (
                     parameter.to_local(grad_placements=parameter.placements)
                     if isinstance(parameter, DTensor)
                     else parameter.view_as(parameter)
                 )
-                if entry.on_gradient is not None and tensor.requires_grad:
+                if entry.on_gradient is not None and tensor.requires_grad and (on_shares or not entry.on_shares):
                     tensor.register_hook(entry.on_gradient)
                 if entry.zero:
                     tensor = tensor * 0
@@ -137,6 +143,10 @@ class Region:
             entry.owner._parameters[entry.name] = None if entry.bias_of is not None else tensor  # type: ignore[assignment]
             replaced.append((entry, held))  # type: ignore[arg-type]
         return replaced
+
+
+def _never(_: dict[str, Any]) -> bool:
+    return False
 
 
 def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:

@@ -2,8 +2,12 @@
 
 A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every rank
 only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them are
-summed by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the sharded
+averaged by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the sharded
 gradients (float32 under mixed precision).
+
+Averaged, because a parameter may get another part of its gradient that is whole on every rank: a weight penalty in the loss, or a
+norm that is applied to hidden states outside of the layers. Summands are therefore multiplied by the size of the axis where they
+arise (exact for powers of two); what is whole stays as it is, and so does what has been averaged before.
 """
 
 from __future__ import annotations
@@ -23,9 +27,7 @@ from .collectives import all_reduce
 class PartialGradients:
     """Registry of the parameters with partial gradients of one model, and the idempotent :meth:`flush`.
 
-    State: *dirty* means that a backward has added summands since the last flush. A backward after a flush (gradients
-    accumulated by hand, without telling Accelerate) adds new summands to an already summed gradient; then the sum is first
-    divided by the axis size, so that every rank holds an equal part of it and the next flush restores it.
+    State: *dirty* means that a backward has added summands since the last flush.
 
     Attributes:
         sums_after_backward: flush at the end of each backward, for loops in which nobody calls :meth:`flush`.
@@ -40,7 +42,6 @@ class PartialGradients:
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         self._parameters: list[nn.Parameter] = []
         self._dirty = False
-        self._flushed = False
         self._queued = False  # the end of the running backward is awaited
 
     def add(self, module: nn.Module, name: str) -> None:
@@ -57,17 +58,13 @@ class PartialGradients:
                 found[id(parameter)] = parameter
         self._parameters = list(found.values())
 
-    def mark(self, _: torch.Tensor | None = None) -> None:
-        """Tensor hook: a backward has reached one of the parameters."""
-        if self._flushed:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    _local(parameter.grad).div_(self._size)
-            self._flushed = False
+    def mark(self, summand: torch.Tensor) -> torch.Tensor:
+        """Tensor hook: a backward has computed this rank's summand of a gradient."""
         if self.sums_after_backward and not self._queued:
             self._queued = True
             compat.after_backward(self._after_backward)
         self._dirty = True
+        return summand * self._size
 
     def _after_backward(self) -> None:
         self._queued = False
@@ -92,11 +89,10 @@ class PartialGradients:
         for gradients in by_dtype.values():
             # Offloaded gradients lie on the CPU, where the group of a GPU mesh may not communicate.
             flat = torch.cat([g.reshape(-1) for g in gradients]).to(self._device_type)
-            total = all_reduce(flat, self._group)
-            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            mean = all_reduce(flat, self._group).div_(self._size)
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         self._dirty = False
-        self._flushed = True
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

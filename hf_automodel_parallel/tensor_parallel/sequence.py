@@ -40,6 +40,7 @@ from .collectives import (
     watched_view,
 )
 from .gathered_again import GatheredAgain, keeping_shares, same_storage
+from .hooks_on_shares import warn_of_hooks
 from .in_flight import Region
 from .random import OwnNumbers
 
@@ -329,6 +330,7 @@ class SequenceParallel:
         self.members: dict[str, Any] = {}
         self.regions: list[Region] = []
         self.numbers: OwnNumbers | None = None
+        self.warned = False
         self.layers = [model.get_submodule(name) for name in spec.layers]
 
         stack = model.get_submodule(spec.stack)
@@ -388,8 +390,16 @@ class SequenceParallel:
                     f"sequence_parallel=False or a wrap policy that names whole layers."
                 )
         self.regions = [regions[layer] for layer in self.layers]
+        for region in regions.values():
+            region.on_shares = functools.partial(self.on_shares, region.shared)
         for copy in others:
             copy.shared = self.tail
+
+    def on_shares(self, shared: SharedInputs | None, kwargs: dict[str, Any]) -> bool:
+        """Does a call of a module with these arguments work on shares? ``shared`` is the memory of its region."""
+        if shared is None:  # outside of the layers
+            return self.length is not None
+        return LENGTH in kwargs or shared.length is not None
 
     # ---- one forward -------------------------------------------------------------------------------------------------
 
@@ -406,6 +416,8 @@ class SequenceParallel:
         if own and torch.is_grad_enabled() and self.spec.regather:
             raise recomputes_anyway("the model's own gradient checkpointing")
         self.records, self.length, self.ended = torch.is_grad_enabled(), None, False
+        if self.records and not self.warned:
+            self.warned = warn_of_hooks(dict(zip(self.spec.layers, self.layers, strict=True)), self.spec.blocks, self.size)
         self.shares = []
         for region in self.regions:  # transformers before 5.23 checkpoints outside of the layer's forward
             region.adopt_checkpoint_function()

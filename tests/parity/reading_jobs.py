@@ -29,7 +29,7 @@ class ReadingLlama(LlamaForCausalLM):
 
     def all_of_it(self) -> torch.Tensor:
         table = self.model.embed_tokens
-        return 3 * table.weight[-2] + table.weight
+        return 3 * table.weight[-2] + self.get_input_embeddings().weight
 
 
 def reading(tied: bool, adapter: bool) -> torch.nn.Module:

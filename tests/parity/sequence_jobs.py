@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -268,14 +270,42 @@ def compiled_by_the_user(name: str) -> tuple[float, dict[str, torch.Tensor | Non
     model = build(name).train()
     batch = batches_of(model, 1)[0]
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    with warnings_of_the_package() as said:
+        loss = torch.compile(model, backend="aot_eager")(**batch, use_cache=False).loss
+    accelerator.backward(loss)
+    return loss.item(), full_grads(model), [message for message in said if "sequence_parallel_regather" in message]
+
+
+@contextmanager
+def warnings_of_the_package() -> Iterator[list[str]]:
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("hf_automodel_parallel")
     logger.addHandler(handler)
     try:
-        loss = torch.compile(model, backend="aot_eager")(**batch, use_cache=False).loss
+        yield said
     finally:
         logger.removeHandler(handler)
-    accelerator.backward(loss)
-    return loss.item(), full_grads(model), [message for message in said if "sequence_parallel_regather" in message]
+
+
+def hooked(path: str, when: str) -> tuple[list[str], list[int]]:
+    """What is said of a hook on a module, and the tokens that it sees in two forwards."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, sequence_parallel=True))
+    model = build("llama").train()
+    lengths: list[int] = []
+
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        lengths.append((output[0] if isinstance(output, tuple) else output).shape[1])
+
+    register = model.get_submodule(path).register_forward_hook
+    if when == "before":
+        register(hook)
+    batch = batches_of(model, 1, 12)[0]
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    if when == "after":
+        register(hook)
+    with warnings_of_the_package() as said:
+        for _ in range(2):
+            accelerator.backward(model(**batch, use_cache=False).loss)
+    return [message for message in said if "hook" in message], lengths

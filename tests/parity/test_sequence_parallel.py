@@ -24,6 +24,7 @@ from parity.sequence_jobs import (
     ends_looked_at_on_shares,
     freeze,
     gradients_of_dropped_layers,
+    hooked,
     opt,
     outputs,
     outputs_of_one_model,
@@ -111,6 +112,16 @@ def test_gathering_again_says_where_it_cannot():
         assert_losses_equal(loss, want_loss)
         assert_gradients_equal(gradients, want)
         assert len(said) == 1 and "compile=True" in said[0], said
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("path, tokens", [("model.layers.1", 6), ("model.layers.0.mlp", 6), ("model.layers.0.mlp.up_proj", 12)])
+def test_a_hook_that_sees_a_share_is_told_so(path, tokens, when):
+    """Once, on the first rank. Inside of a block it sees the whole sequence."""
+    for rank, (said, lengths) in enumerate(run_distributed(2, hooked, path, when)):
+        assert lengths == [tokens] * 2
+        assert len(said) == (tokens == 6 and rank == 0), said
+        assert all(path in message and "1/2 of the sequence" in message for message in said)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5])

@@ -1,0 +1,122 @@
+"""Parameters of which a part of the gradient is whole on every rank: penalties in the loss, modules used once more elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.models import lora
+from harness.pool import run_distributed
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from hf_automodel_parallel import AutoParallelismConfig
+from parity.jobs import batches_for, build, data_rank, trainable
+from parity.test_gradients import LORA, MESHES
+
+
+def penalty(model: nn.Module) -> Any:
+    """Of all trainable weights, written as one has to write it for DTensors."""
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in trainable(model))
+    return 0.05 * sum(p.pow(2).sum() for p in whole)
+
+
+class Model(nn.Module):
+    """A causal language model and what a user computes beside it."""
+
+    def __init__(self, name: str, adapter: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.lm = build(name, adapter)
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.lm(**batch, use_cache=False).loss
+
+
+class Penalised(Model):
+    """Its penalty is computed where FSDP2 has gathered the parameters."""
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return super().forward(**batch) + penalty(self.lm)
+
+
+class EarlyExit(Model):
+    """The head reads a recorded hidden state through the final norm, too."""
+
+    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        output = self.lm(**batch, labels=labels, output_hidden_states=True, use_cache=False)
+        logits = self.lm.lm_head(self.lm.model.norm(output.hidden_states[1]))
+        return output.loss + F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+class SharedNorm(Model):
+    """Two layers have one norm."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        first, second = self.lm.model.layers
+        second.input_layernorm = first.input_layernorm
+
+
+class SharedBlock(Model):
+    """Two layers have one MLP, with adapters inside: each of them takes part in both."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        first, second = self.lm.model.layers
+        second.mlp = first.mlp
+        self.lm = lora(self.lm, **LORA)
+
+
+def outside(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch) + penalty(model)
+
+
+def inside(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch)
+
+
+SEQUENCE = {"sequence_parallel": True}
+CASES: dict[str, tuple[Callable[[], Model], Callable[..., torch.Tensor], str, dict[str, Any]]] = {
+    "penalty_lora": (lambda: Model("llama", LORA), outside, "tp2_fsdp2", {}),
+    "penalty_head_norms": (lambda: Model("qwen3"), outside, "tp2", {}),
+    "penalty_sequence": (lambda: Model("llama", LORA), outside, "tp2", SEQUENCE),
+    "penalty_norms_sequence": (lambda: Model("qwen3"), outside, "tp2_fsdp2", SEQUENCE),
+    "penalty_in_forward": (lambda: Penalised("llama", LORA), inside, "tp2_fsdp2", {}),
+    "final_norm_twice": (lambda: EarlyExit("llama"), inside, "tp2", SEQUENCE),
+    "shared_norm": (lambda: SharedNorm("llama"), inside, "tp2", SEQUENCE),
+    "shared_block": (lambda: SharedBlock("llama"), inside, "tp2", {}),
+}
+
+
+def accumulated(case: str) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """Loss and gradients of two backwards, both of which complete them."""
+    make, loss_of, mesh, options = CASES[case]
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**MESHES[mesh][1], **options))
+    model = make().train()
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    total = 0.0
+    for seed in (3, 4):
+        loss = loss_of(model, batches_for(model.lm, MESHES[mesh][2], seed=seed)[data_rank(accelerator)])
+        accelerator.backward(loss)
+        total += accelerator.reduce(loss.detach(), "mean").item()
+    return total, full_grads(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_one_process(case):
+    make, loss_of, mesh, _ = CASES[case]
+    world, _, parts = MESHES[mesh]
+    loss, gradients = run_distributed(world, accumulated, case)[0]
+    model, total = make().train(), 0.0
+    for seed in (3, 4):
+        for batch in batches_for(model.lm, parts, seed=seed):
+            want = loss_of(model, batch) / parts
+            want.backward()
+            total += want.item()
+    assert_losses_equal(loss, total)
+    assert_gradients_equal(gradients, {name: p.grad for name, p in model.named_parameters()})
