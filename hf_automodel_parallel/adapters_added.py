@@ -162,7 +162,7 @@ def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:
         return
     sequence = job.spec.sequence if job.spec is not None else None
     layers = {name.partition(".lora_")[0] for name in names}
-    blocks = sorted(layers & set(sequence.blocks)) if sequence is not None else []
+    blocks = sorted(layers & {*sequence.blocks, sequence.tail}) if sequence is not None else []
     if blocks:
         raise UnsupportedError(
             f"{blocks[0]} gathers the sequence itself (sequence_parallel=True), so that an adapter cannot be put around it any "

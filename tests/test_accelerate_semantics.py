@@ -958,3 +958,27 @@ def test_a_second_model_of_the_same_class_is_clipped(mesh):
         want.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
     for norms in run_distributed(2, norms_of_two, MESHES[mesh][1]):
         assert norms == pytest.approx(want, rel=1e-5)
+
+
+def clipped_under_a_scaler(part: bool) -> tuple[float, float]:
+    """Norm before clipping with a gradient scaler, as mixed precision in float16 has one, and that of the gradients after it."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama", num_hidden_layers=1)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator.backward(model(**batches_for(model, 1)[0], use_cache=False).loss)
+    chosen = list(model.parameters())[: 3 if part else None]
+    norm = accelerator.clip_grad_norm_(chosen, 0.1)
+    after = torch.stack([p.grad.full_tensor().norm() for p in chosen]).norm()
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item(), after.item()
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["all", "part"])
+def test_clipping_unscales_once(part):
+    model = build("llama", num_hidden_layers=1)
+    model(**batches_for(model, 1)[0], use_cache=False).loss.backward()
+    want = nn.utils.clip_grad_norm_(list(model.parameters())[: 3 if part else None], 0.1).item()
+    for norm, after in run_distributed(2, clipped_under_a_scaler, part):
+        assert (norm, after) == pytest.approx((want, 0.1), rel=1e-4)
+

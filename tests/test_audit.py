@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -150,7 +152,27 @@ def hooked_gradient(model: nn.Module) -> None:
     model.get_parameter(name).register_hook(lambda gradient: gradient * 0)
 
 
+def early_hook(model: nn.Module) -> None:
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
+    model.get_parameter(name).register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+def summand_past_its_hook(model: nn.Module) -> None:
+    """A use of a parameter of which nobody says that it yields a summand."""
+    layer = model.get_submodule("base_model.model.model.layers.1")
+    layer.forward.entries[:] = [
+        dataclasses.replace(e, on_gradient=None) if "up_proj.lora_A" in name_of(model, e.owner) else e
+        for e in layer.forward.entries
+    ]
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
 FAULTS = {
+    "early_hook": (early_hook, r"up_proj\.lora_B.*post_accumulate.*before gradients are complete"),
+    "summand_past_its_hook": (summand_past_its_hook, r"1 replicated parameters .*up_proj\.lora_A.*different gradients"),
     "hooked": (hooked_gradient, r"1 parameters \(.*up_proj\.lora_B.*\) have hooks on their gradients.*nobody calls"),
     "compiled": (compiled_without_gradients, r"layers\.1\.self_attn.*no gradient.*compiled while gradients were off"),
     "compiled_call": (compiled_call_without_gradients, r"layers\.1\.self_attn.*no gradient"),

@@ -66,7 +66,8 @@ def report(model, losses):
         "package": "hf_automodel_parallel" in sys.modules,
         "arguments": sys.argv[1:],
     }
-    print("RESULT " + json.dumps(result), flush=True)
+    sys.stdout.write("RESULT " + json.dumps(result) + "\\n")  # in one piece: other ranks write, too
+    sys.stdout.flush()
 """
 
 ACCELERATOR_SCRIPT = (
@@ -223,9 +224,11 @@ def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
 
 LEAVING = """
 import atexit
+import sys
 import torch.distributed as dist
 
-atexit.register(lambda: print("LEFT", dist.is_initialized(), flush=True))  # runs after what is registered later
+# Runs after what is registered later. In one piece: other ranks write, too.
+atexit.register(lambda: (sys.stdout.write(f"LEFT {dist.is_initialized()}\\n"), sys.stdout.flush()))
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LAUNCHER, "--auto_parallel", "tp=2"]
 

@@ -123,7 +123,7 @@ class Audit:
         stepping = parameters_of(optimizer)  # those of others may be frozen meanwhile
         held = {p for one in self.optimizers for p in parameters_of(one)}
         switched_on, switched_off = _adapter_parameters(model)
-        unfrozen, frozen, orphaned, hooked = [], [], [], []
+        unfrozen, frozen, orphaned, hooked, early = [], [], [], [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in self.trainable | switched_on and not self.done:
                 unfrozen.append(name)
@@ -131,6 +131,8 @@ class Audit:
                 orphaned.append(name)
             if isinstance(parameter, DTensor) and compat.gradient_hooks(parameter):
                 hooked.append(name)
+            elif isinstance(parameter, DTensor) and self.tp_size > 1 and compat.has_gradient_hooks(parameter):
+                early.append(name)
             was_trained = name in self.trainable - switched_off and id(parameter) in stepping
             if was_trained and not parameter.requires_grad and not self.done:
                 frozen.append(name)
@@ -157,6 +159,12 @@ class Audit:
                 f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which nobody calls: FSDP2 writes "
                 f"the gradients of shards past them. Remedy: change parameter.grad, a shard, between accelerator.backward and "
                 f"optimizer.step."
+            )
+        if early:
+            problems.append(
+                f"{_named(early, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), which see "
+                f"the part of this rank, before gradients are complete over the tp axis. Remedy: change parameter.grad, a shard, "
+                f"between accelerator.backward and optimizer.step."
             )
         return problems
 

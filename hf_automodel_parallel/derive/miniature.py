@@ -66,10 +66,10 @@ def miniature_config(config: Any, each: int = 1) -> Any:
     layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
     kept = _kept_layers(fields, layers, each)
     for name, value in fields.items():
-        if isinstance(value, list) and layers > 2 and len(value) == layers:
-            _set(small, name, [value[i] for i in kept])
-        elif _are_indices(name, value, layers):
+        if _are_indices(name, value, layers):
             _set(small, name, [kept.index(i) for i in value if i in kept])
+        elif isinstance(value, list) and layers > 2 and len(value) == layers:
+            _set(small, name, [value[i] for i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
             _set(small, name, miniature_config(getattr(small, name), each))
         elif isinstance(value, float) and _RANDOM.fullmatch(name):
@@ -137,8 +137,9 @@ def _set(config: Any, name: str, value: Any) -> None:
 
 def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
     """Indices of layers that together show each kind of layer, at least :data:`LAYERS`."""
-    lists = [v for v in fields.values() if isinstance(v, list) and layers > 2 and len(v) == layers]
-    indices = [v for k, v in fields.items() if layers > 2 and _are_indices(k, v, layers)]
+    full = {k: v for k, v in fields.items() if isinstance(v, list) and layers > 2}
+    indices = [v for k, v in full.items() if _are_indices(k, v, layers)]
+    lists = [v for k, v in full.items() if len(v) == layers and not _are_indices(k, v, layers)]
     kinds = [repr([*(v[i] for v in lists), *(i in v for v in indices)]) for i in range(layers)]
     kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < each] if lists or indices else []
     rest = [i for i in range(layers) if i not in kept]

@@ -441,9 +441,10 @@ def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_t
     managed = owner_of(self._models, parameters)
     if managed is not None:
         return managed.clip_grad_norm_(max_norm, norm_type, parameters)
-    # Accelerate looks for the model by comparing lists of tensors, which fails beside another model with equal shapes. For FSDP2
-    # it does the same whether it finds one or not.
-    models, self._models = self._models, []
+    # Accelerate looks for the model of the parameters by comparing lists of tensors, which fails beside another model with equal
+    # shapes, and unscales gradients twice if it finds none. For FSDP2 it needs nothing of the model.
+    found: Any = types.SimpleNamespace(parameters=lambda: parameters)
+    models, self._models = self._models, [found]
     try:
         return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
     finally:

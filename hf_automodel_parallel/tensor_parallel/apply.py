@@ -79,10 +79,10 @@ class TensorParallelState:
                 if parameter is None:
                     continue
                 spec = self.places.get((owner, key), REPLICATED)
-                mark = self.partial.mark if spec.partial_gradient else None
+                hook = self.partial.hook(owner, key) if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = spec.counts_once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, mark, spec.on_shares, bias_of, zero, self._part(spec), self.local))
+                result.append(Entry(owner, key, hook, spec.on_shares, bias_of, zero, self._part(spec), self.local))
         return result
 
     def _part(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
@@ -107,6 +107,8 @@ class TensorParallelState:
                 self.regions[module].entries.extend(entries)
             else:
                 self.regions[module] = Region(module, entries, None)
+                if self.sequence is not None:
+                    self.sequence.tell(self.regions[module])
 
 
 def apply_tensor_parallel(

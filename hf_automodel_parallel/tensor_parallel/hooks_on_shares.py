@@ -17,21 +17,17 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = frozenset([__name__.partition(".")[0], "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"])
 
 
-def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: int) -> bool:
-    """Log a warning on rank 0 if a module that works on shares has hooks that none of the libraries has registered.
+def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: int) -> None:
+    """Log a warning on rank 0 for the first module that works on shares and has hooks that none of the libraries has registered.
 
     Args:
         layers: the layers, by name.
         blocks: names of the modules inside of which the sequence is whole; a hook on one of these itself sees shares.
         size: number of shares.
-
-    Returns:
-        True if there are any.
     """
     for name, layer in layers.items():
         for path, module in layer.named_modules(prefix=name):
-            inside = any(path.startswith(f"{block}.") for block in blocks)
-            if not inside and any(map(_is_foreign, compat.hooks_on(module))):
+            if any(map(_is_foreign, compat.hooks_on(module))) and not any(path.startswith(f"{b}.") for b in blocks):
                 if dist.get_rank() == 0:
                     logger.warning(
                         "sequence_parallel=True: a hook on %s sees this rank's 1/%d of the sequence, and what it computes from "
@@ -40,8 +36,7 @@ def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: 
                         path,
                         size,
                     )
-                return True
-    return False
+                return
 
 
 def _is_foreign(hook: Callable[..., Any]) -> bool:

@@ -330,7 +330,7 @@ class SequenceParallel:
         self.members: dict[str, Any] = {}
         self.regions: list[Region] = []
         self.numbers: OwnNumbers | None = None
-        self.warned = False
+        self.first = True
         self.layers = [model.get_submodule(name) for name in spec.layers]
 
         stack = model.get_submodule(spec.stack)
@@ -391,9 +391,13 @@ class SequenceParallel:
                 )
         self.regions = [regions[layer] for layer in self.layers]
         for region in regions.values():
-            region.on_shares = functools.partial(self.on_shares, region.shared)
+            self.tell(region)
         for copy in others:
             copy.shared = self.tail
+
+    def tell(self, region: Region) -> None:
+        """Let ``region`` know which calls work on shares."""
+        region.on_shares = functools.partial(self.on_shares, region.shared)
 
     def on_shares(self, shared: SharedInputs | None, kwargs: dict[str, Any]) -> bool:
         """Does a call of a module with these arguments work on shares? ``shared`` is the memory of its region."""
@@ -416,8 +420,9 @@ class SequenceParallel:
         if own and torch.is_grad_enabled() and self.spec.regather:
             raise recomputes_anyway("the model's own gradient checkpointing")
         self.records, self.length, self.ended = torch.is_grad_enabled(), None, False
-        if self.records and not self.warned:
-            self.warned = warn_of_hooks(dict(zip(self.spec.layers, self.layers, strict=True)), self.spec.blocks, self.size)
+        if self.records and self.first:
+            self.first = False
+            warn_of_hooks(dict(zip(self.spec.layers, self.layers, strict=True)), self.spec.blocks, self.size)
         self.shares = []
         for region in self.regions:  # transformers before 5.23 checkpoints outside of the layer's forward
             region.adopt_checkpoint_function()

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
 from harness.models import lora
 from harness.pool import run_distributed
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -70,6 +71,48 @@ class SharedBlock(Model):
         first, second = self.lm.model.layers
         second.mlp = first.mlp
         self.lm = lora(self.lm, **LORA)
+
+
+class Tail(nn.Module):
+    """A final norm with a linear layer behind it."""
+
+    def __init__(self, norm: nn.Module, width: int) -> None:
+        super().__init__()
+        self.norm, self.mix = norm, nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.mix.weight, std=width**-0.5, generator=torch.Generator().manual_seed(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.norm(x))
+
+
+def with_tail() -> nn.Module:
+    model = build("llama")
+    model.model.norm = Tail(model.model.norm, 64)
+    return lora(model, target_modules=["q_proj"]).train()
+
+
+LATE = {"task_type": "CAUSAL_LM", "target_modules": ["mix", "up_proj"], "r": 4, "init_lora_weights": False}
+
+
+def late_adapter() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
+    """Parameters and gradients of an adapter that is added after `prepare` on a layer that works on shares."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, sequence_parallel=True))
+    model = with_tail()
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    model.add_adapter("late", LoraConfig(**LATE))
+    model.set_adapter("late")
+    accelerator.backward(model(**batches_for(model, 1)[0], use_cache=False).loss)
+    return full_parameters(model), full_grads(model)
+
+
+def test_an_adapter_that_comes_late_outside_of_the_layers():
+    parameters, gradients = run_distributed(2, late_adapter)[0]
+    model = with_tail()
+    model.add_adapter("late", LoraConfig(**LATE))
+    model.set_adapter("late")
+    model.load_state_dict(parameters, strict=False)
+    model(**batches_for(model, 1)[0], use_cache=False).loss.backward()
+    assert_gradients_equal(gradients, {name: p.grad for name, p in model.named_parameters()})
 
 
 def outside(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
