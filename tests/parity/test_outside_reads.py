@@ -6,6 +6,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 from sweep.tiny import build
+from transformers import LlamaForCausalLM
 
 from hf_automodel_parallel.errors import UnsupportedError
 from hf_automodel_parallel.layers import dissect
@@ -34,6 +35,19 @@ def test_reads_are_found_in_forward_and_in_what_it_calls():
     peft = reading(False, True)
     table = "base_model.model.model.embed_tokens.base_layer.weight"
     assert outside_reads(peft, dissect(peft).layers)["base_model.model"] == [table, "base_model.model.model.norm.weight"]
+
+
+class Asking(LlamaForCausalLM):
+    """It reads both ends through methods that return their modules."""
+
+    def forward(self, *args, **kwargs):
+        head = self.get_output_embeddings()
+        return self.get_input_embeddings().weight.sum() + head.weight.sum()
+
+
+def test_what_a_getter_returns_is_read():
+    model = Asking(build("llama").config)
+    assert outside_reads(model, dissect(model).layers) == {"": ["lm_head.weight", TABLE]}
 
 
 def test_asking_for_a_dtype_is_no_read():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
 from harness.models import lora
-from harness.pool import run_distributed
+from harness.pool import expect_error, run_distributed
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -113,6 +113,19 @@ def test_an_adapter_that_comes_late_outside_of_the_layers():
     model.load_state_dict(parameters, strict=False)
     model(**batches_for(model, 1)[0], use_cache=False).loss.backward()
     assert_gradients_equal(gradients, {name: p.grad for name, p in model.named_parameters()})
+
+
+def late_adapter_on_the_tail() -> None:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, sequence_parallel=True))
+    model = build("llama")
+    model.model.norm = nn.Linear(64, 64)
+    model = lora(model, target_modules=["q_proj"]).train()
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    model.add_adapter("late", LoraConfig(**LATE | {"target_modules": ["norm"]}))
+
+
+def test_an_adapter_that_comes_late_around_the_last_module_on_shares_is_refused():
+    expect_error(2, late_adapter_on_the_tail, match=r"model\.norm gathers the sequence itself.*before the model is sharded")
 
 
 def outside(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
