@@ -98,7 +98,6 @@ class _Agreement:
         missing = [(i, p) for i, p in members if not compat.has_gathered_gradient(p)]
         if not members or (not expected and len(missing) == len(members)):
             return
-        wide = any(p.unsharded_accumulated_grad is not None for _, p in members)
         mine = torch.zeros(self.used.count)
         mine[[i for i, _ in members]] = 1
         mine[[i for i, _ in missing]] = 0
@@ -110,9 +109,7 @@ class _Agreement:
         for i, parameter in missing:
             if parameter.sharded_param.grad is None:
                 self.filled[i] = parameter
-        if wide:  # FSDP2 reduces one dtype, and keeps what was accumulated without a reduction in another
-            for parameter in (self.answer, *(p for _, p in members)):
-                parameter.to_accumulated_grad_if_needed()
+        compat.unify_gathered_gradients([self.answer, *(p for _, p in members)])
         compat.after_backward(self.take_back)
 
     @torch.no_grad()

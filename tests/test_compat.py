@@ -12,6 +12,7 @@ import pytest
 
 import hf_automodel_parallel
 from hf_automodel_parallel import compat
+from hf_automodel_parallel.errors import UnsupportedError
 
 PACKAGE = Path(hf_automodel_parallel.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -120,6 +121,8 @@ def has(holder: Any, name: str) -> bool:
 @pytest.mark.parametrize("module, attribute, reason", compat.PRIVATE_NAMES, ids=lambda value: value.split(" ")[0])
 def test_listed_name_exists(module, attribute, reason):
     """Fails with the name when a library drops it, before anything of ours fails strangely."""
+    if attribute in compat.REPLACED and compat.torch_version() >= compat.REPLACED[attribute]:
+        pytest.skip(f"not used from torch {compat.REPLACED[attribute]} on")
     holder: Any = importlib.import_module(module)
     *path, last = attribute.split(".")
     for part in path:
@@ -138,7 +141,19 @@ def test_existence_check_can_fail():
 def test_every_listed_name_has_a_reason_and_stands_once():
     names = [(module, attribute) for module, attribute, _ in compat.PRIVATE_NAMES]
     assert len(names) == len(set(names))
+    assert compat.REPLACED.keys() <= {attribute for _, attribute in names}
     assert all(len(reason) > 5 for _, _, reason in compat.PRIVATE_NAMES)
+
+
+def test_missing_name_of_fsdp_is_said_while_sharding():
+    """In one sentence, and not by an AttributeError in the middle of a backward."""
+
+    class FSDPParam:
+        _module_info = sharded_param = None
+        _unsharded_param: Any
+
+    with pytest.raises(UnsupportedError, match=r"has no FSDPParam\.unsharded_accumulated_grad, which"):
+        compat.sharding._check_names(FSDPParam())
 
 
 def test_every_listed_name_is_used():

@@ -4,7 +4,7 @@ Each name stands in one table with the reason for its use; ``tests/test_compat.p
 a private name is used that is not in the table. No other module imports one; the attributes of their objects that others
 read are in the table too. Everything else in the package uses public API.
 
-Checked on: torch 2.13, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
+Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
 """
 
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -22,6 +22,7 @@ from .accelerate import set_distributed_type_fsdp as set_distributed_type_fsdp
 from .accelerate import trainer_save as trainer_save
 from .accelerate import trainer_signal_manager_type as trainer_signal_manager_type
 from .names import PRIVATE_NAMES as PRIVATE_NAMES
+from .names import REPLACED as REPLACED
 from .peft import adapter_state as adapter_state
 from .peft import is_peft_model as is_peft_model
 from .peft import parameter_adapter_stores_out_first as parameter_adapter_stores_out_first
@@ -55,6 +56,7 @@ from .sharding import silence_redistribution_hints as silence_redistribution_hin
 from .sharding import slice_mesh as slice_mesh
 from .sharding import strided_shard as strided_shard
 from .sharding import trained_when_gathered as trained_when_gathered
+from .sharding import unify_gathered_gradients as unify_gathered_gradients
 from .tensors import ASYNC_TENSOR_PARALLEL_OPTION as ASYNC_TENSOR_PARALLEL_OPTION
 from .tensors import after_backward as after_backward
 from .tensors import all_gather_dim as all_gather_dim

@@ -179,15 +179,19 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         (
             "torch.distributed.fsdp._fully_shard._fsdp_param",
             f"FSDPParam.{name}",
-            "gradients before their reduction, where ranks used other parameters of a unit; torch 2.11 to 2.13",
+            "gradients before their reduction, where ranks used other parameters of a unit; torch 2.11 to 2.15",
         )
         for name in (
             "_module_info",
             "_unsharded_param",
             "sharded_param",
             "unsharded_accumulated_grad",
-            "to_accumulated_grad_if_needed",
         )
+    ),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param",
+        "FSDPParam.to_accumulated_grad_if_needed",
+        "see unify_gathered_gradients; torch 2.11 to 2.14, gone in 2.15",
     ),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._lazy_init", "see initialize_fsdp"),
     (
@@ -251,7 +255,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed.distributed_c10d",
         "_set_pg_timeout",
-        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told",
+        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told; 2.11 to 2.13, "
+        "since 2.14 it is public as torch.distributed.set_timeout",
     ),
     ("torch.distributed", "ProcessGroup._get_backend", "what the process group was told"),
     ("torch.distributed.distributed_c10d", "ProcessGroupGloo._Options._timeout", "the same"),
@@ -267,3 +272,9 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "called some seconds after SIGTERM, on each rank during another step; the same in 5.17 and 5.24",
     ),
 )
+
+#: Names of the table that are not used from a version of torch on; they may be missing there.
+REPLACED: dict[str, tuple[int, int]] = {
+    "FSDPParam.to_accumulated_grad_if_needed": (2, 15),
+    "_set_pg_timeout": (2, 14),
+}

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..errors import UnsupportedError
+from .names import PRIVATE_NAMES, REPLACED
 from .tensors import torch_version
 
 if TYPE_CHECKING:
@@ -74,9 +76,12 @@ def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh
     return joined
 
 
-def set_timeout(timeout: Any) -> None:
-    """Bound the collectives of the process group by ``timeout`` (a timedelta)."""
-    dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+def set_timeout(timeout: Any, group: Any = None) -> None:
+    """Bound the collectives of ``group``, by default the process group, by ``timeout`` (a timedelta)."""
+    if torch_version() >= (2, 14):
+        dist.set_timeout(timeout, group)  # type: ignore[attr-defined]  # mypy may see an older torch
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def inherit_timeout(mesh: DeviceMesh) -> None:
@@ -93,7 +98,7 @@ def inherit_timeout(mesh: DeviceMesh) -> None:
     if options is None:  # a fake process group, which waits for nobody
         return
     for group in groups:
-        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
+        set_timeout(options._timeout, group)
 
 
 def root_mesh(mesh: Any) -> Any:
@@ -139,8 +144,25 @@ def before_reduction(unit: Any, function: Callable[[], None]) -> None:
 
 def group_of(unit: Any, parameter: nn.Parameter) -> Any:
     """The FSDP2 group of ``unit`` that manages the module that holds ``parameter``; None if there is none."""
-    groups = _fsdp_groups(unit._get_fsdp_state())
+    state = unit._get_fsdp_state()
+    groups = _fsdp_groups(state)
+    _check_names(state, *groups)
+    _check_names(*(p for group in groups for p in group.fsdp_params[:1]))
     return next((group for group in groups if any(p.sharded_param is parameter for p in group.fsdp_params)), None)
+
+
+def _check_names(*parts: Any) -> None:
+    """Fail while the model is sharded, not in the middle of a backward, where FSDP2 lacks a name that the table lists for it."""
+    for part in parts:
+        kind = type(part)
+        for _, attribute, _ in PRIVATE_NAMES:
+            holder, _, name = attribute.partition(".")
+            if holder != kind.__name__ or torch_version() >= REPLACED.get(attribute, (99, 0)):
+                continue
+            if not hasattr(part, name) and name not in kind.__annotations__:  # some are only set by the first forward
+                raise UnsupportedError(
+                    f"FSDP2 of torch {torch.__version__} has no {attribute}, which sharding needs here. Use torch 2.11 to 2.15."
+                )
 
 
 def owner_of(fsdp_param: Any) -> nn.Module:
@@ -184,7 +206,19 @@ def has_gathered_gradient(fsdp_param: Any) -> bool:
 def give_gathered_gradient(fsdp_param: Any, values: torch.Tensor | None) -> None:
     """Let the gathered form of a parameter of an FSDP2 group have the gradient ``values``, None for zeros."""
     gathered = fsdp_param._unsharded_param
-    gathered.grad = torch.zeros_like(gathered) if values is None else values.to(gathered)
+    dtype = gathered.grad_dtype or gathered.dtype  # since torch 2.15 the gradient may have the reduce dtype, or any
+    gathered.grad = torch.zeros_like(gathered, dtype=dtype) if values is None else values.to(gathered.device, dtype)
+
+
+def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
+    """Bring the unsharded gradients of an FSDP2 group to its reduce dtype, where one was accumulated in it without a reduction.
+
+    torch before 2.15 accumulates beside ``.grad``, and reduce-scatters gradients of one dtype alone. Since 2.15 it accumulates in
+    ``.grad``, and the copy into the reduce-scatter casts each gradient.
+    """
+    if torch_version() < (2, 15) and any(p.unsharded_accumulated_grad is not None for p in fsdp_params):
+        for fsdp_param in fsdp_params:
+            fsdp_param.to_accumulated_grad_if_needed()
 
 
 def reduce_all_but(units: Any) -> None:
