@@ -34,7 +34,7 @@ from hf_automodel_parallel import (
     DefaultParallelizationStrategy,
     register_parallel_strategy,
 )
-from hf_automodel_parallel.fsdp import unit_options
+from hf_automodel_parallel.fsdp.shard import unit_options
 
 logger = logging.getLogger("custom_strategy")
 

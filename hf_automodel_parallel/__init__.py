@@ -5,7 +5,7 @@ Only light names are imported here; everything that needs a model or a process g
 
 from typing import TYPE_CHECKING, Any
 
-from .config import AutoParallelismConfig
+from .accelerate_plugin.config import AutoParallelismConfig
 from .errors import (
     AutoParallelError,
     CheckpointError,
@@ -18,18 +18,18 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .activation_checkpointing import apply_selective_activation_checkpointing
     from .checkpoint.background import wait_for_saves
-    from .checkpoint.directory import last_complete_checkpoint
+    from .checkpoint.commit import last_complete_checkpoint
     from .checkpoint.training import load_training_state
-    from .derive.verify import verify_plan
-    from .integrations.trainer import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .loading import from_pretrained
-    from .plan.optimized import register_optimized_plan
-    from .plan.selection import register_plan
+    from .plan.select import register_plan
+    from .plan.sources.registry import register_optimized_plan
+    from .plan_search.verify import verify_plan
+    from .selective_checkpointing import apply_selective_activation_checkpointing
     from .strategies.base import ParallelizationStrategy
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy, register_parallel_strategy
+    from .trainer_plugin.arguments import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -60,18 +60,18 @@ __all__ = [
 ]
 
 _LAZY = {
-    "apply_selective_activation_checkpointing": ".activation_checkpointing",
+    "apply_selective_activation_checkpointing": ".selective_checkpointing",
     "from_pretrained": ".loading",
-    "AutoParallelArgumentsMixin": ".integrations.trainer",
-    "AutoParallelTrainingArguments": ".integrations.trainer",
-    "register_optimized_plan": ".plan.optimized",
-    "register_plan": ".plan.selection",
-    "verify_plan": ".derive.verify",
+    "AutoParallelArgumentsMixin": ".trainer_plugin.arguments",
+    "AutoParallelTrainingArguments": ".trainer_plugin.arguments",
+    "register_optimized_plan": ".plan.sources.registry",
+    "register_plan": ".plan.select",
+    "verify_plan": ".plan_search.verify",
     "ParallelizationStrategy": ".strategies.base",
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
-    "last_complete_checkpoint": ".checkpoint.directory",
+    "last_complete_checkpoint": ".checkpoint.commit",
     "load_training_state": ".checkpoint.training",
     "wait_for_saves": ".checkpoint.background",
 }

@@ -22,9 +22,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
-from .config import CHECKPOINTING_MODES
 from .errors import ConfigError, UnsupportedError
-from .plan.names import unwrapped
+
+#: Values of ``activation_checkpointing``.
+CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
 
 Contexts = Callable[[], tuple[Any, Any]]
 
@@ -280,42 +281,3 @@ def what_is_kept(mode: str, regather: bool, compiled: bool) -> Contexts | None:
         return selective_gathering_contexts if regather else selective_contexts
     return gathering_contexts if regather and compiled else None
 
-
-def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
-    """Put selective checkpoints around the layers of ``model``, in place, without any parallelism or process group.
-
-    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")`` does the
-    same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep their content.
-
-    Args:
-        model: a model with repeated layers, plain or PEFT-wrapped.
-        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the compiler sees
-            which operators to keep.
-
-    Raises:
-        UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
-            ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
-    """
-    from .layers import find_layers
-
-    inner, _ = unwrapped(model)
-    layers = find_layers(inner)
-    if not layers:
-        raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
-    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
-        hasattr(layer, _MARK) or is_checkpointed(layer) for layer in layers
-    ):
-        raise UnsupportedError(
-            f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "
-            f"once: leave out gradient_checkpointing_enable() or this call."
-        )
-    if enable_compile:
-        from .compile import compile_layers
-
-        compile_layers(layers, "selective", selective_contexts)
-    else:
-        for layer in layers:
-            checkpoint_module(layer, selective_contexts)
-    for layer in layers:
-        setattr(layer, _MARK, True)
-    switch_cache_off(inner)

@@ -44,14 +44,14 @@ def plan(
     """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which source."""
     from rich.console import Console
 
-    from .config import AutoParallelismConfig
-    from .layers import find_layers
-    from .plan.explain import plan_table
-    from .plan.loss import keep_logits_sharded
-    from .plan.names import unwrapped
+    from .accelerate_plugin.config import AutoParallelismConfig
+    from .core.model_structure import find_layers
+    from .core.module_names import unwrapped
+    from .plan.analysis.sequence_parallel import derive
+    from .plan.describe import plan_table
+    from .plan.loss_parallel import keep_logits_sharded
     from .plan.resolve import resolve
-    from .plan.selection import select_plan
-    from .plan.sequence_parallel import derive
+    from .plan.select import select_plan
     from .plan.validate import validate
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy

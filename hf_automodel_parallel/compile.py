@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from . import compat
 from .activation_checkpointing import Checkpointed, Contexts, gathering_contexts, is_checkpoint_wrapped
 from .errors import UnsupportedError
-from .fsdp_dtypes import Accompanied
-from .tensor_parallel.in_flight import Region
+from .fsdp.dtype_groups import Accompanied
+from .tensor_parallel.local_parameters import Region
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
     Raises:
         UnsupportedError: no layers are found, or a reentrant checkpoint lies inside of one.
     """
-    from .layers import model_layers
+    from .core.model_structure import model_layers
 
     compat.hash_specs_of_symbolic_shapes()
     for layer in model_layers(model):

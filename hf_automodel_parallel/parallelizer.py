@@ -13,32 +13,37 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from .activation_checkpointing import apply_selective_activation_checkpointing, is_checkpoint_wrapped
+from .activation_checkpointing import is_checkpoint_wrapped
+from .backends.megatron_fsdp.standalone import megatron_fsdp_strategy_parallelize
 from .compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
 from .compile import apply_per_layer_compile
-from .fsdp import unshard_fsdp2_model
-from .fsdp_recursive import apply_fsdp2_sharding_recursively
-from .layers import all_frozen, largest_container, model_layers, submodule
+from .core.model_structure import all_frozen, largest_container, model_layers, submodule
+from .fsdp.recursive import apply_fsdp2_sharding_recursively
+from .fsdp.shard import unshard_fsdp2_model
 from .plan.imports import import_class_from_path, import_classes_from_paths
-from .plan.optimized import PARALLELIZE_FUNCTIONS
+from .plan.sources.registry import PARALLELIZE_FUNCTIONS
 from .plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
 from .plan.torch_styles import translate_to_torch_parallel_style
 from .plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
-from .strategies.bagel import BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS, apply_bagel_full_layer_activation_checkpointing
-from .strategies.base import GivenPlan, ParallelizationStrategy, call_arguments
-from .strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy
+from .selective_checkpointing import apply_selective_activation_checkpointing
+from .strategies.base import ParallelizationStrategy, call_arguments
+from .strategies.context import GivenPlan
 from .strategies.default import DefaultParallelizationStrategy
-from .strategies.hunyuan_video import HunyuanParallelizationStrategy
-from .strategies.megatron_standalone import megatron_fsdp_strategy_parallelize
-from .strategies.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
-from .strategies.qwen3_5 import Qwen3_5ParallelizationStrategy
+from .strategies.families.bagel import (
+    BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,
+    apply_bagel_full_layer_activation_checkpointing,
+)
+from .strategies.families.deepseek_v4 import DeepseekV4ParallelizationStrategy
+from .strategies.families.hunyuan_video import HunyuanParallelizationStrategy
+from .strategies.families.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
+from .strategies.families.qwen3_5 import Qwen3_5ParallelizationStrategy
+from .strategies.families.wan import WanParallelizationStrategy
 from .strategies.registry import (
     DEFAULT_STRATEGY,
     PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
     register_parallel_strategy,
 )
-from .strategies.wan import WanParallelizationStrategy
 from .tensor_parallel.head_counts import attention_is_head_sharded, update_attention_head_counts_for_tp
 
 if TYPE_CHECKING:
@@ -143,7 +148,7 @@ _update_attention_head_counts_for_tp = update_attention_head_counts_for_tp
 def __getattr__(name: str) -> Any:
     # What would import a large library is looked up when it is asked for.
     if name == "HAVE_MEGATRON_FSDP":
-        from . import megatron
+        from .backends import megatron_fsdp as megatron
 
         return megatron.HAVE_MEGATRON_FSDP
     if name == "Gemma4ForConditionalGeneration":

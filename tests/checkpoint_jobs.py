@@ -19,7 +19,7 @@ from harness.models import build_model, lora
 from parity.jobs import _Rows, batches_for, data_rank
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.checkpoint import directory as directories
+from hf_automodel_parallel.checkpoint import commit as directories
 from hf_automodel_parallel.checkpoint import manifest
 from hf_automodel_parallel.checkpoint.background import wait_for_saves
 

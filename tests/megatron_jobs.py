@@ -8,7 +8,7 @@ from harness.cuda_standins import cuda_standins
 from parity.jobs import batches_for, build, trainable
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_automodel_parallel.megatron.sharding import managed_by_megatron
+from hf_automodel_parallel.backends.megatron_fsdp.sharding import managed_by_megatron
 from hf_automodel_parallel.parallelizer import megatron_fsdp_strategy_parallelize
 
 
@@ -173,7 +173,7 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
     """On tp2: one gradient sharded over tp and one replicated, both bfloat16; norms and values around a clipping to 1."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from hf_automodel_parallel.grad_norm import clip_, total_norm
+    from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import clip_, total_norm
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     parameters = []
@@ -193,7 +193,7 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
 
 def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
     """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the gradients."""
-    from hf_automodel_parallel.grad_norm import total_norm
+    from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import total_norm
 
     with cuda_standins():
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))

@@ -11,11 +11,11 @@ from harness.models import build_model, make_batches
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
-from hf_automodel_parallel.async_tensor_parallel import check_async_tensor_parallel, with_async_tensor_parallel
 from hf_automodel_parallel.compile import compile_layers
-from hf_automodel_parallel.layers import dissect, find_layers
-from hf_automodel_parallel.plan.names import unwrapped
+from hf_automodel_parallel.core.model_structure import dissect, find_layers
+from hf_automodel_parallel.core.module_names import unwrapped
 from hf_automodel_parallel.strategies import default
+from hf_automodel_parallel.tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 COMPILED = {"backend": "inductor"}

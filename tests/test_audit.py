@@ -15,8 +15,8 @@ from peft import LoraConfig
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 from hf_automodel_parallel.audit import GradientAuditError
-from hf_automodel_parallel.integrations.records import prepared
 
 
 class ScaledActivation(nn.Module):

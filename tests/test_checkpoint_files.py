@@ -19,9 +19,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_automodel_parallel import AutoParallelismConfig, compat
-from hf_automodel_parallel.checkpoint import directory, files, manifest, random_states, reader, writer
-from hf_automodel_parallel.checkpoint.pieces import LocalPart
+from hf_automodel_parallel.checkpoint import commit as directory
+from hf_automodel_parallel.checkpoint import files, manifest, random_states, reader, writer
 from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
+from hf_automodel_parallel.core.shard_layout import LocalPart
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -427,8 +428,8 @@ def test_async_save_is_checked(options):
 def test_trainer_is_extended_below_its_subclasses():
     from transformers import Trainer
 
-    from hf_automodel_parallel.integrations.trainer_checkpoints import ParallelTrainer
-    from hf_automodel_parallel.integrations.trainer_seam import _extended
+    from hf_automodel_parallel.trainer_plugin.checkpoints import ParallelTrainer
+    from hf_automodel_parallel.trainer_plugin.extend import _extended
 
     class Base(Trainer):
         pass
@@ -451,7 +452,7 @@ def test_methods_of_the_trainer_that_are_extended_exist():
 
     from transformers import Trainer
 
-    from hf_automodel_parallel.integrations.trainer_checkpoints import ParallelTrainer
+    from hf_automodel_parallel.trainer_plugin.checkpoints import ParallelTrainer
 
     names = [name for name, value in vars(ParallelTrainer).items() if inspect.isfunction(value)]
     own = {"_manifest_of", "_load_weights"}

@@ -19,10 +19,11 @@ from harness.pool import run_distributed
 from parity.jobs import _Rows, batches_for
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.checkpoint import directory, manifest
+from hf_automodel_parallel.accelerate_plugin.checkpoints import finish
+from hf_automodel_parallel.checkpoint import commit as directory
+from hf_automodel_parallel.checkpoint import manifest
 from hf_automodel_parallel.checkpoint.background import wait_for_saves
 from hf_automodel_parallel.checkpoint.training import How, collect_model, restore_model
-from hf_automodel_parallel.integrations.checkpoints import finish
 from hf_automodel_parallel.loading.files import resolve_files
 
 FSDP2 = {"dp_shard_size": 2}

@@ -17,8 +17,8 @@ from parity.test_gradients import LORA, MESHES
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.compile import compile_layers
-from hf_automodel_parallel.layers import find_layers
-from hf_automodel_parallel.plan.names import unwrapped
+from hf_automodel_parallel.core.model_structure import find_layers
+from hf_automodel_parallel.core.module_names import unwrapped
 
 
 def prepare(name: str, sizes: dict, adapter: dict | None, backend: Any = None, **overrides: Any):

@@ -24,8 +24,8 @@ from hf_automodel_parallel import (
     ConfigError,
     UnsupportedError,
 )
-from hf_automodel_parallel.config import AXES
-from hf_automodel_parallel.config_forms import DECIDE_COLLECTIVES, collective_choices
+from hf_automodel_parallel.accelerate_plugin.config_text import DECIDE_COLLECTIVES, collective_choices
+from hf_automodel_parallel.core.mesh import AXES
 
 PLAN = {"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}
 
@@ -551,7 +551,7 @@ def test_dict_holds_only_what_differs_from_the_defaults():
 
 def test_plans_that_json_cannot_hold_become_text():
     """A function becomes its import path, with which the loaded config finds it again; a style object its repr."""
-    from hf_automodel_parallel.plan.selection import select_plan
+    from hf_automodel_parallel.plan.select import select_plan
 
     result = AutoParallelismConfig(tp_plan=plan_function).to_dict()
     assert result == {"tp_plan": f"{__name__}:plan_function"}

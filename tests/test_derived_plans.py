@@ -9,13 +9,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_automodel_parallel import verify_plan
-from hf_automodel_parallel.derive.miniature import build_miniature, miniature_config
-from hf_automodel_parallel.derive.plan import derived_plan
-from hf_automodel_parallel.derive.proof import Prover
+from hf_automodel_parallel.core.sharding_spec import Plan, PlanEntry
 from hf_automodel_parallel.errors import PlanError
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import Plan, PlanEntry
-from hf_automodel_parallel.tensor_parallel.in_process import run_ranks
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan_search.proof import Prover
+from hf_automodel_parallel.plan_search.proxy_model import build_miniature, miniature_config
+from hf_automodel_parallel.plan_search.search import derived_plan
+from hf_automodel_parallel.plan_search.simulated_ranks import run_ranks
 
 
 def styles(plan: Plan) -> dict[str, str]:

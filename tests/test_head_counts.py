@@ -4,12 +4,12 @@ import pytest
 from harness.models import build_model, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_automodel_parallel.derive.proof import Prover
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.plan.analysis.replication_check import complete
 from hf_automodel_parallel.plan.heads import local_head_counts
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.variance_probe import complete
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan_search.proof import Prover
 
 SQUARE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 

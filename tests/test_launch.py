@@ -19,8 +19,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.config import AXES, CONFIG_VARIABLE
-from hf_automodel_parallel.integrations.launch import main
+from hf_automodel_parallel.accelerate_plugin.config import CONFIG_VARIABLE
+from hf_automodel_parallel.accelerate_plugin.launcher import main
+from hf_automodel_parallel.core.mesh import AXES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -7,7 +7,7 @@ import pytest
 from harness.models import build_model, lora
 
 from hf_automodel_parallel import UnsupportedError
-from hf_automodel_parallel.fsdp import ShardingOptions
+from hf_automodel_parallel.fsdp.options import ShardingOptions
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
 

@@ -23,13 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, PlanError, UnsupportedError
-from hf_automodel_parallel.plan.loss import keep_logits_sharded
+from hf_automodel_parallel.core.sharding_spec import Output
+from hf_automodel_parallel.plan.loss_parallel import keep_logits_sharded
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import Output
-from hf_automodel_parallel.tensor_parallel import sharded_logits
-from hf_automodel_parallel.tensor_parallel.loss import Vocabulary
-from hf_automodel_parallel.tensor_parallel.sharded_logits import ShardedLogits, shard_logits
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.tensor_parallel.vocab_parallel import logits as sharded_logits
+from hf_automodel_parallel.tensor_parallel.vocab_parallel.cross_entropy import Vocabulary
+from hf_automodel_parallel.tensor_parallel.vocab_parallel.logits import ShardedLogits, shard_logits
 
 # ---- functions: each equals the same function of whole logits, in value and gradient --------------------------------
 

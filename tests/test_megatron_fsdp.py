@@ -13,11 +13,12 @@ from harness.pool import run_distributed
 from parity.jobs import batches_for, build
 from test_import import in_fresh_interpreter
 
-from hf_automodel_parallel import AutoParallelismConfig, ConfigError, UnsupportedError, megatron
-from hf_automodel_parallel.megatron import engine
-from hf_automodel_parallel.megatron.optimizer_check import check_elementwise
-from hf_automodel_parallel.megatron.options import MegatronOptions
-from hf_automodel_parallel.megatron.units import unit_classes
+from hf_automodel_parallel import AutoParallelismConfig, ConfigError, UnsupportedError
+from hf_automodel_parallel.backends import megatron_fsdp as megatron
+from hf_automodel_parallel.backends.megatron_fsdp import engine
+from hf_automodel_parallel.backends.megatron_fsdp.optimizer_check import check_elementwise
+from hf_automodel_parallel.backends.megatron_fsdp.options import MegatronOptions
+from hf_automodel_parallel.backends.megatron_fsdp.units import unit_classes
 
 DP2, TP2 = (2, 1), (1, 2)
 LORA = {"target_modules": "all-linear"}
@@ -235,8 +236,8 @@ def test_import_is_lazy_and_changes_no_log_level():
     found = in_fresh_interpreter(
         """
         import json, logging, sys
-        import hf_automodel_parallel.megatron as ours
-        import hf_automodel_parallel.strategies.megatron_fsdp
+        import hf_automodel_parallel.backends.megatron_fsdp as ours
+        import hf_automodel_parallel.backends.megatron_fsdp.strategy
         before = "megatron_fsdp" in sys.modules
         have = ours.HAVE_MEGATRON_FSDP
         levels = [logging.getLogger(n).level for n in ("megatron_fsdp", "hf_automodel_parallel", "")]

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mis
 from transformers import Mistral3ForConditionalGeneration as Mistral3
 
 from hf_automodel_parallel import PlanError, register_optimized_plan
-from hf_automodel_parallel.layers import dissect
-from hf_automodel_parallel.plan import optimized
-from hf_automodel_parallel.plan.families import FAMILIES, KINDS, LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME
-from hf_automodel_parallel.plan.names import pattern_regex
-from hf_automodel_parallel.plan.optimized import OPTIMIZED_PLANS, PARALLELIZE_FUNCTIONS
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.sharding_spec import PARTIAL
+from hf_automodel_parallel.plan.patterns import pattern_regex
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import PARTIAL
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan.sources import registry as optimized
+from hf_automodel_parallel.plan.sources.families import FAMILIES, KINDS, LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME
+from hf_automodel_parallel.plan.sources.registry import OPTIMIZED_PLANS, PARALLELIZE_FUNCTIONS
 from hf_automodel_parallel.plan.validate import validate
 
 pytestmark = pytest.mark.both_ends  # the classes differ between versions of transformers

@@ -15,16 +15,16 @@ from parity.jobs import batches_for, build
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.derive import miniature
-from hf_automodel_parallel.derive.miniature import replaced_modules
-from hf_automodel_parallel.derive.proof import run_once
+from hf_automodel_parallel.core.model_structure import find_layers
+from hf_automodel_parallel.core.sharding_spec import ShardingSpec
 from hf_automodel_parallel.errors import PlanError
-from hf_automodel_parallel.layers import find_layers
+from hf_automodel_parallel.plan.analysis.replication_check import complete
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import ShardingSpec
-from hf_automodel_parallel.plan.variance_probe import complete
-from hf_automodel_parallel.tensor_parallel.in_process import parallel_copy, run_ranks
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan_search import proxy_model as miniature
+from hf_automodel_parallel.plan_search.proof import run_once
+from hf_automodel_parallel.plan_search.proxy_model import replaced_modules
+from hf_automodel_parallel.plan_search.simulated_ranks import parallel_copy, run_ranks
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")

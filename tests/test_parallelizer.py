@@ -22,8 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import parallelizer
-from hf_automodel_parallel.fsdp_recursive import apply_fsdp2_sharding_recursively
-from hf_automodel_parallel.mesh import MeshAxes
+from hf_automodel_parallel.core.mesh import MeshAxes
+from hf_automodel_parallel.fsdp.recursive import apply_fsdp2_sharding_recursively
 from hf_automodel_parallel.parallelizer import fsdp2_strategy_parallelize
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference_api.md"

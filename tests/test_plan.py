@@ -18,12 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from hf_automodel_parallel import PlanError, UnsupportedError, register_plan
-from hf_automodel_parallel.plan import optimized, selection
-from hf_automodel_parallel.plan.explain import plan_lines
-from hf_automodel_parallel.plan.optimized import register_optimized_plan
+from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output, ParameterSpec
+from hf_automodel_parallel.plan import select as selection
+from hf_automodel_parallel.plan.describe import plan_lines
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import PARTIAL, Input, Output, ParameterSpec
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan.sources import registry as optimized
+from hf_automodel_parallel.plan.sources.registry import register_optimized_plan
 from hf_automodel_parallel.plan.styles import KNOWN_STYLES, REFUSED_STYLES, check_style
 from hf_automodel_parallel.plan.validate import validate
 

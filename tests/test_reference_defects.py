@@ -13,9 +13,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, PlanError
-from hf_automodel_parallel.layers import model_layers
+from hf_automodel_parallel.core.model_structure import model_layers
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
 from hf_automodel_parallel.plan.torch_styles import translate_to_torch_parallel_style
 from hf_automodel_parallel.plan.validate import validate_tp_mesh

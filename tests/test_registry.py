@@ -263,7 +263,7 @@ def test_a_strategy_that_shards_nothing_is_refused():
     ],
 )
 def test_what_a_strategy_does_not_take_is_refused(strategy, fields, match):
-    from hf_automodel_parallel.strategies.base import Job
+    from hf_automodel_parallel.strategies.context import Job
 
     values = {("checkpointing" if key == "activation_checkpointing" else key): v for key, v in fields.items()}
     job = Job(build_model("llama"), mesh=None, device=torch.device("cpu"), **values)

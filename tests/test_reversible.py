@@ -5,9 +5,9 @@ import torch
 from harness.models import build_model
 from sweep.tiny import build
 
+from hf_automodel_parallel.core.model_structure import dissect
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.layers import dissect
-from hf_automodel_parallel.reversible import refuse_own_backward
+from hf_automodel_parallel.fsdp.reversible import refuse_own_backward
 
 
 def test_reversible_layers_are_refused():

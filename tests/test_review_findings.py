@@ -125,7 +125,7 @@ def test_save_pretrained_with_the_gathered_state_dict(tmp_path):
 def test_experts_that_nothing_shards_are_refused():
     """A copy made by modules_to_save has no entries for its weights; summing whole experts would count them tp times."""
     from hf_automodel_parallel.plan.resolve import resolve
-    from hf_automodel_parallel.plan.selection import select_plan
+    from hf_automodel_parallel.plan.select import select_plan
 
     with torch.device("meta"):
         model = build("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]})
@@ -138,7 +138,7 @@ def test_an_overflow_does_not_use_up_the_audit():
 
 
 def audit_of_an_overflow() -> list[bool]:
-    from hf_automodel_parallel.integrations.records import prepared
+    from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
     model = build("llama")

@@ -26,7 +26,7 @@ from hf_automodel_parallel.activation_checkpointing import (
     is_checkpointed,
     selective_contexts,
 )
-from hf_automodel_parallel.layers import find_layers
+from hf_automodel_parallel.core.model_structure import find_layers
 
 MODES = ("none", "selective", "submodule", "full")
 

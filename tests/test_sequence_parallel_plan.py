@@ -8,13 +8,13 @@ from harness.models import build_model, lora
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.sharding_spec import ON_SHARES, PARTIAL, Output, ShardingSpec
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.plan.analysis.sequence_parallel import carry_over, derive
+from hf_automodel_parallel.plan.analysis.token_locality import FEATURES, TokensMeet, TokenTrace
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.sequence_parallel import carry_over, derive
-from hf_automodel_parallel.plan.spec import ON_SHARES, PARTIAL, Output, ShardingSpec
-from hf_automodel_parallel.plan.token_trace import FEATURES, TokensMeet, TokenTrace
+from hf_automodel_parallel.plan.select import select_plan
 
 ORDER = ("hf", "registry", "default")
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor.parallel import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel import PlanError, UnsupportedError
-from hf_automodel_parallel.plan.hf import huggingface_plan
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan.sources.huggingface import huggingface_plan
 from hf_automodel_parallel.plan.styles import KNOWN_STYLES, REFUSED_STYLES
 from hf_automodel_parallel.plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
 from hf_automodel_parallel.plan.torch_styles import (
@@ -235,7 +235,7 @@ def test_sequence_parallelism_that_cannot_be_derived_is_refused(name):
 
 
 def test_order_of_sources(llama, monkeypatch):
-    from hf_automodel_parallel.plan import optimized
+    from hf_automodel_parallel.plan.sources import registry as optimized
 
     monkeypatch.setattr(optimized, "OPTIMIZED_PLANS", {})
     given = {UP: ColwiseParallel()}

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 from hf_automodel_parallel.checkpoint.manifest import MANIFEST
-from hf_automodel_parallel.integrations.records import prepared
 
 TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
 LORA: dict[str, Any] = {}

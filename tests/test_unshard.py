@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.fsdp import unshard_fsdp2_model
+from hf_automodel_parallel.fsdp.shard import unshard_fsdp2_model
 
 
 def log_probabilities(model, batch):

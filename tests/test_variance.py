@@ -8,14 +8,14 @@ import torch
 from harness.models import lora
 from sweep.tiny import build
 
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.plan.analysis.replication import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
+from hf_automodel_parallel.plan.analysis.replication_check import VarianceProbe, complete
 from hf_automodel_parallel.plan.expert_parallel import refuse_expert_parallel
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.spec import PARTIAL, Input, Output
-from hf_automodel_parallel.plan.variance import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
-from hf_automodel_parallel.plan.variance_probe import VarianceProbe, complete
+from hf_automodel_parallel.plan.select import select_plan
 
 
 def completed(model, tp_plan=None, size=2):

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..errors import AutoParallelError
-from ..plan.names import layer_pattern
-from .replicas import compare_copies
-from .witnesses import Witnesses
+from ..plan.patterns import layer_pattern
+from .reachability import Witnesses
+from .replica_check import compare_copies
 
 logger = logging.getLogger(__name__)
 

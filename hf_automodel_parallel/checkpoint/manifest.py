@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ..core.checkpoint_ranks import agreed, everyone_tells, rank, rank_zero_tells, world_size
 from ..errors import CheckpointError
 from .files import write_atomically
-from .ranks import agreed, everyone_tells, rank, rank_zero_tells, world_size
 
 MANIFEST = "checkpoint_manifest.json"
 MARK = "checkpoint_incomplete.json"

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..compat.checkpoint_metadata import METADATA_CLASSES
+from ..core.shard_layout import LocalPart
 from ..errors import CheckpointError
 from .files import load_plain
-from .pieces import LocalPart
 
 METADATA_FILE = ".metadata"
 

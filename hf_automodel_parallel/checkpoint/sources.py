@@ -12,11 +12,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..core.checkpoint_ranks import agreed, from_dcp, rank, rank_zero_tells
+from ..core.ranks import communication_device
+from ..core.shard_layout import LocalPart
 from ..errors import CheckpointError
-from ..synchronize import communication_device
 from .files import load_plain
-from .pieces import LocalPart
-from .ranks import agreed, from_dcp, rank, rank_zero_tells
 from .reader import SafeFileSystemReader, SafeLoadPlanner, read_metadata
 from .writer import Path_
 

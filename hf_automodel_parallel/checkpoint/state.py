@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.checkpoint_ranks import agreed, everyone_tells
+from ..core.shard_layout import LocalPart
 from ..errors import CheckpointError, UnsupportedError
-from ..optimizer import parameter_names
-from .pieces import LocalPart
-from .ranks import agreed, everyone_tells
+from ..optim.handoff import parameter_names
 from .reader import check_keys, some
 from .sources import Entry, Source
 from .writer import Path_

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ..core.checkpoint_ranks import agreed, from_dcp
+from ..core.shard_layout import LocalPart
 from .files import naming
-from .pieces import LocalPart
-from .ranks import agreed, from_dcp
 
 #: Path of a value in the nested dictionary that a reader gets back.
 Path_ = tuple[str | int, ...]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
+from ..core.ranks import agreement, communication_device
 from ..errors import ConfigError, PrepareError, UnsupportedError
-from ..synchronize import agreement, communication_device
 from .layout import Layout
 
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ConfigError, UnsupportedError
 from ..tensor_parallel.collectives import all_reduce
-from ..tensor_parallel.random import OwnNumbers
+from ..tensor_parallel.dropout_rng import OwnNumbers
 from . import attention
 from .buffers import Active, active, raise_together
 from .layout import Layout

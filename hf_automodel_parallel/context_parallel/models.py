@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from .. import compat
+from ..core.model_structure import Anatomy
+from ..core.module_names import unwrapped
 from ..errors import UnsupportedError
-from ..layers import Anatomy
-from ..plan.names import unwrapped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)

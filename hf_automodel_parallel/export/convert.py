@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..checkpoint.weights import SafetensorsWeights, Weights, open_checkpoint
 from ..errors import ExportError
 from .adapters import write_adapters
-from .checkpoint_weights import SafetensorsWeights, Weights, open_checkpoint
 from .files import replaced_at_end
 from .merged import Merging
 from .pretrained import Progress, Shapes, cast, write_pretrained, write_weights

@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.ranks import communication_device
 from ..errors import ExportError
-from ..fsdp import fsdp_units
-from ..synchronize import communication_device
+from ..fsdp.shard import fsdp_units
 
 _DONE, _FAILED = -1, -2
 

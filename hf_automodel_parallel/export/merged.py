@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..core.module_names import unwrapped
 from ..errors import ConfigError, UnsupportedError
-from ..plan.names import unwrapped
 from .gathering import Fetch
 from .pretrained import Progress, Shapes, write_pretrained
 
@@ -43,9 +43,9 @@ def save_merged(
         UnsupportedError: adapters or base weights that cannot be merged layer by layer.
         ExportError: on the other ranks, if the writing rank failed; or a rank did not come.
     """
-    from ..integrations.saving import file_dtypes, sharded_state
+    from ..accelerate_plugin.saving import file_dtypes, sharded_state
+    from ..core.rendezvous import meet
     from .files import completed_at_end
-    from .meeting import meet
     from .pretrained import shapes_of
 
     if not compat.is_peft_model(model):

@@ -14,16 +14,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.ranks import agreement
+from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError
-from ..optimizer import replace_parameters
-from ..plan.spec import REPLICATED, ParameterSpec
-from ..synchronize import agreement
+from ..optim.handoff import replace_parameters
 from .deferred import DeferredTensor
 from .files import TensorFile
 from .values import Given, Region, Value
 
 if TYPE_CHECKING:
-    from ..strategies.base import Job
+    from ..strategies.context import Job
 
 
 class ValuesSetAside:

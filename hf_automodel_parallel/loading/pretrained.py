@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..core.ranks import agreement
 from ..errors import CheckpointError, ConfigError, UnsupportedError
-from ..synchronize import agreement
 from .deferred import RECORDER, DeferredTensor, whole
 from .files import TensorFile, resolve_files
 from .values import FromFile

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core.module_names import unwrapped
 from ..errors import UnsupportedError
-from .names import unwrapped
 
 
 def refuse_expert_parallel(model: nn.Module) -> None:

@@ -6,8 +6,8 @@ import re
 
 from torch import nn
 
-from .layers import as_matrix
-from .spec import Input, Output, ShardingSpec
+from ..core.sharding_spec import Input, Output, ShardingSpec
+from .layer_kinds import as_matrix
 
 
 def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, dict[str, int]]:

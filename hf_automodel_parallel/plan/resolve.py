@@ -7,22 +7,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .. import compat
-from ..errors import PlanError, UnsupportedError
-from .heads import local_head_counts
-from .layers import (
-    Matrix,
-    as_matrix,
-    check_adapter,
-    check_peft_method,
-    edits_rows,
-    expand_wrappers,
-    is_parameter_adapter,
-    only_looks_up,
-    parameter_adapter_out_dim,
-)
-from .names import pattern_regex, plan_name, precision, unwrapped, without_wrappers
-from .shared_heads import share_key_value_heads
-from .spec import (
+from ..core.module_names import plan_name, unwrapped, without_wrappers
+from ..core.sharding_spec import (
     ADDED_ONCE,
     PARTIAL,
     REPLICATED,
@@ -34,6 +20,21 @@ from .spec import (
     PlanEntry,
     ShardingSpec,
 )
+from ..errors import PlanError, UnsupportedError
+from .heads import local_head_counts
+from .kv_head_replication import share_key_value_heads
+from .layer_kinds import (
+    Matrix,
+    as_matrix,
+    check_adapter,
+    check_peft_method,
+    edits_rows,
+    expand_wrappers,
+    is_parameter_adapter,
+    only_looks_up,
+    parameter_adapter_out_dim,
+)
+from .patterns import pattern_regex, precision
 from .styles import EMBEDDING_STYLES, LINEAR_STYLES, MODULE_STYLES
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import compat
+from ..core.sharding_spec import Input, Output
 from ..errors import PlanError
-from .spec import Input, Output
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from ..core.model_structure import dissect
+from ..core.module_names import unwrapped
+from ..core.sharding_spec import PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
-from ..layers import dissect
-from .default import llama_like_plan
-from .hf import huggingface_plan
-from .names import pattern_regex, unwrapped
-from .selection import select_plan
-from .spec import PlanEntry
+from .patterns import pattern_regex
+from .select import select_plan
+from .sources.huggingface import huggingface_plan
+from .sources.llama_like import llama_like_plan
 from .torch_styles import translate_to_torch_parallel_style
 
 logger = logging.getLogger(__name__)

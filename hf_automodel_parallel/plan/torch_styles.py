@@ -24,9 +24,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from .. import compat
+from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
-from .layers import as_matrix, expand_wrappers
-from .spec import Plan, PlanEntry
+from .layer_kinds import as_matrix, expand_wrappers
 from .styles import KNOWN_STYLES, REFUSED_STYLES, check_style
 
 _WHOLE, _FEATURES, _SEQUENCE = (Replicate(),), (Shard(-1),), (Shard(1),)
@@ -62,7 +62,7 @@ class NamedStyle(ParallelStyle):
             UnsupportedError: torch's engine cannot carry out this style.
         """
         if self.style_name == "replicated_with_grad_allreduce":
-            from ..tensor_parallel.summed_gradients import sum_gradients  # the only way from a plan to its execution
+            from ..tensor_parallel.grad_sync_dtensor import sum_gradients
 
             sum_gradients(module, device_mesh)
         elif self.style_name not in ("replicate", "local_params"):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..core.module_names import unwrapped
+from ..core.sharding_spec import Output, ShardingSpec
 from ..errors import PlanAssertionError, PlanError
-from .names import unwrapped
-from .spec import Output, ShardingSpec
 
 
 def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:

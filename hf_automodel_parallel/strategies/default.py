@@ -21,62 +21,50 @@ from ..activation_checkpointing import (
     switch_cache_off,
     what_is_kept,
 )
-from ..adapters import check_trainable_as_shards, manage_adapters
-from ..adapters_added import adding
-from ..async_tensor_parallel import check_async_tensor_parallel, with_async_tensor_parallel
 from ..compile import compile_layers
 from ..context_parallel import forward as context_parallel
 from ..context_parallel.models import check_model as check_for_context_parallel
-from ..derive.miniature import replaced_modules
+from ..core.consistency import check_same_structure, equalize_parameters, synchronize_rng
+from ..core.mesh import MeshAxes
+from ..core.model_structure import dissect
+from ..core.module_names import unwrapped
+from ..core.ranks import agreement
 from ..errors import ConfigError, UnsupportedError
-from ..fsdp import (
-    ShardingOptions,
-    check_packed_parameters,
-    on_device,
-    shard_data_parallel,
-    wanted_units,
-    without_pinning,
-    without_units_inside,
-)
-from ..fsdp_dtypes import install_companions, own_dtype_parameters
-from ..layer_drop import keep_layers_together, refuse_layer_drop
-from ..layers import dissect
+from ..fsdp.dtype_groups import install_companions, own_dtype_parameters
+from ..fsdp.encoder_placement import placement, replicated_parameters
+from ..fsdp.options import ShardingOptions, on_device, without_pinning
+from ..fsdp.quantized import check_quantized, keep_layout
+from ..fsdp.reversible import refuse_own_backward
+from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
+from ..fsdp.unsupported_models import keep_layers_together, refuse_layer_drop
 from ..loading.fill import ValuesSetAside
-from ..mesh import MeshAxes
+from ..peft.late_adapters import adding
+from ..peft.operations import check_trainable_as_shards, manage_adapters
+from ..plan.analysis.cross_module_reads import check_outside_reads, outside_reads
+from ..plan.analysis.replication_check import complete
+from ..plan.analysis.sequence_parallel import derive, regather
+from ..plan.analysis.skipped_layers import skipped_without_images
+from ..plan.describe import plan_lines
 from ..plan.expert_parallel import refuse_expert_parallel
-from ..plan.explain import plan_lines
-from ..plan.layers import check_peft_method
-from ..plan.loss import keep_logits_sharded
-from ..plan.names import unwrapped
-from ..plan.outside_reads import check_outside_reads, outside_reads
+from ..plan.layer_kinds import check_peft_method
+from ..plan.loss_parallel import keep_logits_sharded
 from ..plan.resolve import resolve
-from ..plan.selection import select_plan
-from ..plan.sequence_parallel import derive, regather
+from ..plan.select import select_plan
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
-from ..plan.variance_probe import complete
-from ..quantization import check_quantized, keep_layout
-from ..reversible import refuse_own_backward
-from ..synchronize import agreement, check_same_structure, equalize_parameters, synchronize_rng
+from ..plan_search.proxy_model import replaced_modules
 from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
-from ..tensor_parallel.outside_reads import install_outside_reads
-from ..tensor_parallel.random import (
+from ..tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
+from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
     install_own_numbers,
     install_sharded_dropout,
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
-from ..towers.placement import placement, replicated_parameters
-from ..towers.skipped import skipped_without_images
-from .base import (
-    GivenPlan,
-    Job,
-    ParallelizationStrategy,
-    materialize_empty,
-    refuse_meta,
-    refuse_sharded,
-)
+from ..tensor_parallel.full_parameter_view import install_outside_reads
+from .base import ParallelizationStrategy, materialize_empty, refuse_meta, refuse_sharded
+from .context import GivenPlan, Job
 
 logger = logging.getLogger(__name__)
 

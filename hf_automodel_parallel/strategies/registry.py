@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..core.module_names import unwrapped
 from ..errors import ConfigError, PrepareError, RegistrationError
-from ..plan.names import unwrapped
 from .base import ParallelizationStrategy
 from .default import DefaultParallelizationStrategy
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 #: Group of entry points of installed packages: name of the model class = "package.module:StrategyClass".
 ENTRY_POINTS = "hf_automodel_parallel.strategies"
 
-_FAMILIES = "hf_automodel_parallel.strategies"
+_FAMILIES = "hf_automodel_parallel.strategies.families"
 
 #: The families of this package, in the form of an entry point: nothing is imported before a model of theirs comes.
 BUILT_IN: dict[str, str] = {

@@ -11,16 +11,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
-from ..plan.spec import REPLICATED, Input, ModuleSpec, Output, ParameterSpec, ShardingSpec
-from . import boundaries
-from .adapters import sum_weight_norm
+from ..core.sharding_spec import REPLICATED, Input, ModuleSpec, Output, ParameterSpec, ShardingSpec
+from . import boundary_hooks as boundaries
+from .dora import sum_weight_norm
+from .grad_sync import PartialGradients
 from .head_counts import set_local_counts
-from .in_flight import Entry, Region
-from .loss import Vocabulary
-from .partial_gradients import PartialGradients
-from .sequence import ScatterOutput, SequenceParallel
-from .sharded_logits import KeepSharded
+from .local_parameters import Entry, Region
+from .sequence_parallel import ScatterOutput, SequenceParallel
 from .shards import shard_parameter
+from .vocab_parallel.cross_entropy import Vocabulary
+from .vocab_parallel.logits import KeepSharded
 
 
 @dataclass

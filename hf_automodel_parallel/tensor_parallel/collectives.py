@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.utils.weak import TensorWeakRef
 
 from .. import compat
-from .in_process import InProcessGroup
+from .thread_group import InProcessGroup
 
 funcol = compat.functional_collectives()
 

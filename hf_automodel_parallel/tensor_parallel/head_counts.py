@@ -9,10 +9,10 @@ from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 
+from ..core.model_structure import find_layers
+from ..core.module_names import unwrapped
+from ..core.sharding_spec import PlanEntry
 from ..errors import PlanError
-from ..layers import find_layers
-from ..plan.names import unwrapped
-from ..plan.spec import PlanEntry
 from ..plan.validate import config_with_heads
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")

@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .. import compat
-from ..plan.spec import ParameterSpec
+from ..core.shard_layout import local_slice
+from ..core.sharding_spec import ParameterSpec
 
 
 def placement_of(spec: ParameterSpec) -> Placement:
@@ -16,16 +17,6 @@ def placement_of(spec: ParameterSpec) -> Placement:
     if spec.dim is None:
         return Replicate()
     return Shard(spec.dim) if spec.blocks == 1 else compat.strided_shard(spec.dim, spec.blocks)
-
-
-def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    """This rank's part of ``full``: the whole, a slice of one dim, or a slice of each of its packed blocks (contiguous)."""
-    if spec.dim is None:
-        return full
-    blocks = full.chunk(spec.blocks, dim=spec.dim)
-    width = blocks[0].shape[spec.dim] // size
-    parts = [block.narrow(spec.dim, rank * width, width) for block in blocks]
-    return (parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=spec.dim)).contiguous()
 
 
 def shard_parameter(

@@ -15,9 +15,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from hf_automodel_parallel.layers import find_layers
-from hf_automodel_parallel.plan.names import unwrapped
-from hf_automodel_parallel.strategies.base import Job
+from hf_automodel_parallel.core.model_structure import find_layers
+from hf_automodel_parallel.core.module_names import unwrapped
+from hf_automodel_parallel.strategies.context import Job
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
 from .models import build_model, lora, make_batches

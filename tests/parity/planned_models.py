@@ -13,7 +13,7 @@ from harness.compare import full_grads
 from harness.models import COMMON, lora, make_batches, randomize
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.select import select_plan
 from parity.jobs import SEQUENCE, data_rank, trainable
 
 REGISTRY_FIRST = ("registry", "hf", "default")

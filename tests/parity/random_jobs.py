@@ -13,7 +13,7 @@ from harness.compare import full_grads
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.tensor_parallel.random import ShardedDropout
+from hf_automodel_parallel.tensor_parallel.dropout_rng import ShardedDropout
 from parity.jobs import batches_for, build, data_rank, trainable
 
 

@@ -13,7 +13,7 @@ from hf_automodel_parallel.context_parallel import attention
 from hf_automodel_parallel.context_parallel.attention import mark
 from hf_automodel_parallel.context_parallel.layout import Layout
 from hf_automodel_parallel.context_parallel.models import check_model
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.core.model_structure import dissect
 from parity.jobs import SEQUENCE, batches_for, build, data_rank, five_steps_trainer, trainable
 from parity.jobs import _Rows as Rows
 from parity.random_jobs import recorded_masks, replayed_masks

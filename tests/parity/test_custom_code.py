@@ -6,7 +6,7 @@ from harness.oracle import loss_and_grads
 from harness.pool import DistributedFailure, run_distributed
 from transformers import AutoModelForCausalLM
 
-from hf_automodel_parallel.plan.selection import select_plan
+from hf_automodel_parallel.plan.select import select_plan
 from parity.custom_jobs import DIRECTORY, batches, custom, custom_gradients, prepare_untriable
 from parity.test_gradients import MESHES
 

@@ -165,7 +165,7 @@ def test_a_loop_without_accelerator(routes):
 
 def reductions() -> list[int]:
     """How often a model whose parameters all have gradients reads who used what."""
-    from hf_automodel_parallel import fsdp_used
+    from hf_automodel_parallel.fsdp import unused_gradients as fsdp_used
 
     reads = []
     original = torch.Tensor.tolist

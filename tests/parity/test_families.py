@@ -15,19 +15,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_automodel_parallel.activation_checkpointing import is_checkpointed
-from hf_automodel_parallel.plan.optimized import optimized_plan
-from hf_automodel_parallel.strategies.bagel import (
+from hf_automodel_parallel.plan.sources.registry import optimized_plan
+from hf_automodel_parallel.strategies.families.bagel import (
     BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,
     apply_bagel_full_layer_activation_checkpointing,
 )
-from hf_automodel_parallel.strategies.deepseek_v4 import DeepseekV4ParallelizationStrategy, InOwnDtype
-from hf_automodel_parallel.strategies.nemotron_h import nemotronh_decoder_blocks
+from hf_automodel_parallel.strategies.families.deepseek_v4 import DeepseekV4ParallelizationStrategy, InOwnDtype
+from hf_automodel_parallel.strategies.families.nemotron_h import nemotronh_decoder_blocks
+from hf_automodel_parallel.strategies.families.video import head_sharded_attentions
 from hf_automodel_parallel.strategies.registry import (
     BUILT_IN,
     PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
 )
-from hf_automodel_parallel.strategies.video import head_sharded_attentions
 from parity.families import batches_for, build, kept_in_float32, one_process, parallelized, prepared
 from parity.test_gradients import MESHES
 
@@ -250,7 +250,7 @@ def test_arguments_have_the_order_of_the_reference_api(name):
 
 def test_attention_of_video_models_is_sharded_by_heads():
     from hf_automodel_parallel.plan.resolve import resolve
-    from hf_automodel_parallel.plan.selection import select_plan
+    from hf_automodel_parallel.plan.select import select_plan
 
     for family, expected in (("wan", 4), ("hunyuan_video", 3)):
         model = build(family)

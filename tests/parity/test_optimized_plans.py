@@ -5,7 +5,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
-from hf_automodel_parallel.plan.families import FAMILIES
+from hf_automodel_parallel.plan.sources.families import FAMILIES
 from parity.planned_models import adapted, build_family, family_batches, family_gradients
 from parity.test_gradients import MESHES
 

@@ -8,10 +8,14 @@ from harness.pool import run_distributed
 from sweep.tiny import build
 from transformers import LlamaForCausalLM
 
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.sharding_spec import PARTIAL, ParameterSpec, ShardingSpec
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.layers import dissect
-from hf_automodel_parallel.plan.outside_reads import check_outside_reads, outside_reads, refuse_outside_reads
-from hf_automodel_parallel.plan.spec import PARTIAL, ParameterSpec, ShardingSpec
+from hf_automodel_parallel.plan.analysis.cross_module_reads import (
+    check_outside_reads,
+    outside_reads,
+    refuse_outside_reads,
+)
 from parity.reading_jobs import batches, reading, reading_gradients
 from parity.test_gradients import MESHES
 

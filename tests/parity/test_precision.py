@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.fsdp_dtypes import fully_shard_by_dtype
+from hf_automodel_parallel.fsdp.dtype_groups import fully_shard_by_dtype
 from parity.jobs import batches_for, build, data_rank, trainable
 from parity.test_gradients import LORA, MESHES
 

@@ -6,7 +6,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
 
-from hf_automodel_parallel.tensor_parallel.random import draws_random_numbers
+from hf_automodel_parallel.tensor_parallel.dropout_rng import draws_random_numbers
 from parity.jobs import batches_for, build, first_gradients
 from parity.random_jobs import gradients_and_masks, replayed_masks
 from parity.test_gradients import MESHES

@@ -87,7 +87,7 @@ def test_steps_norms_and_files_are_those_of_one_process(tmp_path):
 def test_what_is_not_known_to_be_keys_is_refused():
     from hf_automodel_parallel.errors import PlanError
     from hf_automodel_parallel.plan.resolve import resolve
-    from hf_automodel_parallel.plan.selection import select_plan
+    from hf_automodel_parallel.plan.select import select_plan
     from hf_automodel_parallel.plan.validate import validate
 
     assert MODELS["llama_mqa"][1]["num_key_value_heads"] == 1

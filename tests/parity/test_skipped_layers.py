@@ -15,8 +15,8 @@ from harness.pool import expect_error, run_distributed
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.layers import dissect
-from hf_automodel_parallel.towers.skipped import skipped_without_images
+from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.plan.analysis.skipped_layers import skipped_without_images
 from parity.jobs import data_rank, trainable
 from parity.vision_language import IMAGE
 

@@ -10,13 +10,13 @@ from harness.pool import expect_error, run_distributed
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.core.model_structure import dissect
 from hf_automodel_parallel.errors import ConfigError, UnsupportedError
-from hf_automodel_parallel.fsdp import ShardingOptions
-from hf_automodel_parallel.layers import dissect
+from hf_automodel_parallel.fsdp.encoder_placement import placement
+from hf_automodel_parallel.fsdp.options import ShardingOptions
+from hf_automodel_parallel.plan.analysis.sequence_parallel import derive
 from hf_automodel_parallel.plan.resolve import resolve
-from hf_automodel_parallel.plan.selection import select_plan
-from hf_automodel_parallel.plan.sequence_parallel import derive
-from hf_automodel_parallel.towers.placement import placement
+from hf_automodel_parallel.plan.select import select_plan
 from parity.test_gradients import MESHES
 from parity.vision_language import FAMILIES, build, first_gradients, one_process, saved_and_counted, trained_as
 

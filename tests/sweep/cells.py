@@ -21,8 +21,8 @@ from harness.oracle import loss_and_grads
 from parity.cells import judge
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 from hf_automodel_parallel.errors import AutoParallelError
-from hf_automodel_parallel.integrations.records import prepared
 from sweep.tiny import build, vocabulary
 
 SEQUENCE, ROWS = 16, 2

@@ -1,0 +1,147 @@
+"""The text forms of a config: YAML and JSON files, JSON text, ``name=value`` pairs, and JSON-ready pictures of values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
+
+    from .config import AutoParallelismConfig
+
+#: Fields, besides the sizes, that decide which collectives run and in which order: ranks that differ in one wait for ever. Not
+#: among them are where a plan comes from (what it came to is compared when a model is prepared) and what each rank does alone.
+DECIDE_COLLECTIVES = (
+    *("backend", "megatron_fsdp", "towers", "reshard_after_forward", "forward_prefetch", "backward_prefetch"),
+    *("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "loss_parallel"),
+    *("activation_checkpointing", "compile", "check_optimizer", "audit", "audit_steps", "async_save"),
+)
+
+#: Field -> values that mean another one.
+_SYNONYMS: dict[str, dict[Any, str]] = {
+    "audit": {None: "first_step", True: "first_step", False: "off"},
+    "activation_checkpointing": {True: "full", False: "none"},
+    "towers": {None: "root"},
+}
+
+
+def collective_choices(config: AutoParallelismConfig) -> dict[str, Any]:
+    """The values of :data:`DECIDE_COLLECTIVES`, one for all ways to write it, as text or numbers that ranks can exchange."""
+    values = {name: getattr(config, name) for name in DECIDE_COLLECTIVES}
+    return {
+        name: plain(value if isinstance(value, Mapping) else _SYNONYMS.get(name, {}).get(value, value))
+        for name, value in values.items()
+    }
+
+
+def is_file(text: str) -> bool:
+    """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can hold."""
+    try:
+        return bool(text) and Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the parallelism config {str(path)!r}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the parallelism config {str(path)!r} is not a text file in UTF-8: {error.reason}."
+        ) from error
+    return load_yaml(text, f"the file {str(path)!r}")
+
+
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML, of which JSON is a subset."""
+    import yaml
+
+    try:
+        values = yaml.load(text, Loader=_loader_without_duplicates())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must hold a mapping of fields such as 'tp: 2', but holds {values!r}.")
+    return values
+
+
+def _loader_without_duplicates() -> type[yaml.SafeLoader]:
+    """YAML's safe loader, which on its own keeps the last of two equal keys without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {twice!r} is given twice", node.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def parse_pairs(text: str) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = {}
+    for part in _nonempty(text.split(",")):
+        key, separator, raw = part.partition("=")
+        key = key.strip()
+        if not key.isidentifier():
+            raise ConfigError(
+                f"cannot read {part!r} in the parallelism config {text!r}: write name=value pairs separated by commas, "
+                f"for example 'tp=2,dp_shard=4', or the path of a YAML or JSON file."
+            )
+        if key in values:
+            raise ConfigError(f"the field {key!r} is given twice in the parallelism config {text!r}.")
+        if separator and not raw.strip():
+            raise ConfigError(f"the field {key!r} has no value in the parallelism config {text!r}.")
+        try:
+            values[key] = yaml.safe_load(raw) if separator else True
+        except yaml.YAMLError as error:
+            raise ConfigError(f"cannot read the value {raw!r} of {key!r} in {text!r}.") from error
+    if not values:
+        raise ConfigError("the parallelism config is empty: write for example 'tp=2,dp_shard=4'.")
+    return values
+
+
+def _nonempty(parts: Iterable[str]) -> Iterable[str]:
+    return (part.strip() for part in parts if part.strip())
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready picture of a field's value; callables become import paths."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if callable(value) and hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return repr(value)
+
+
+def restore(name: str, value: Any) -> Any:
+    """Undo :func:`plain` for the fields that are objects."""
+    if name == "plan_order" and isinstance(value, list):
+        return tuple(value)
+    if name.endswith("_handler") and isinstance(value, Mapping):
+        from accelerate.utils import dataclasses as accelerate_dataclasses
+
+        handler = {"tp_handler": "TorchTensorParallelConfig", "cp_handler": "TorchContextParallelConfig"}.get(name)
+        if handler is None:
+            raise ConfigError(f"{name} cannot be given as a mapping.")
+        return getattr(accelerate_dataclasses, handler)(**value)
+    return value

@@ -1,0 +1,132 @@
+"""Accelerate counts processes where data-parallel ranks count: data loaders, schedulers and gathered results.
+
+The ranks of a tp group share their batches, and those of a cp group share their rows. The functions here are bound on an
+``Accelerator`` instance by the table of :mod:`.accelerate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.scheduler import AcceleratedScheduler
+from torch.utils.data import IterableDataset, RandomSampler
+
+from ..context_parallel.buffers import check_whole
+from ..errors import ConfigError
+from .sampler_state import watch_epochs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def prepare_data_loader(
+    self: Accelerator, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+) -> Any:
+    """Like ``Accelerator.prepare_data_loader``, but iterable datasets are read on each rank, not dispatched from rank 0.
+
+    Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to use it.
+    """
+    shared = self.parallelism_config.tp_enabled or self.parallelism_config.cp_enabled  # type: ignore[union-attr]
+    dispatch = self.dispatch_batches
+    if shared and dispatch:
+        raise ConfigError(
+            "dispatch_batches=True does not know tensor and context parallelism: it would send different data to the ranks of "
+            "one tp or cp group. Leave it out; every rank then reads the data set itself."
+        )
+    if shared and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
+        self.dataloader_config.dispatch_batches = False
+    try:
+        loader = type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
+    finally:
+        self.dataloader_config.dispatch_batches = dispatch
+    if shared and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
+        _shuffle_alike(loader)
+    watch_epochs(loader)
+    return loader
+
+
+def _shuffle_alike(loader: Any) -> None:
+    """Synchronise the shuffling of the ranks at the start of each epoch, as Accelerate does.
+
+    With one data-parallel rank it sees no reason to; the ranks of a tp or cp group would then shuffle by their own seeds.
+    """
+    from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, get_sampler
+
+    sampler = get_sampler(loader) if isinstance(loader, DataLoaderShard) else None
+    if not isinstance(sampler, RandomSampler) or isinstance(sampler, SeedableRandomSampler):
+        return
+    if sampler.generator is None:
+        sampler.generator = torch.Generator()
+        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    loader.synchronized_generator = sampler.generator
+    loader.rng_types = [*(loader.rng_types or ()), "generator"]
+
+
+class _DataParallelScheduler(AcceleratedScheduler):
+    """Advances once per data-parallel rank and optimizer step.
+
+    Accelerate steps a scheduler once per process, because each process used to bring its own batch. The ranks of a tp group
+    share one batch, so its schedules would run tp times too fast.
+    """
+
+    def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
+        self.repeats = 1 if split_batches else ranks
+        self.limited = not split_batches  # as Accelerate does, silently stop at the end of a OneCycleLR
+        super().__init__(scheduler, optimizers, step_with_optimizer, split_batches=True)  # True: one step per call
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the wrapped scheduler as often as there are data-parallel ranks (once if not tied to the optimizer)."""
+        tied = self.step_with_optimizer and self.gradient_state.sync_gradients
+        for _ in range(self.repeats if tied else 1):
+            total = getattr(self.scheduler, "total_steps", None)
+            if tied and self.limited and total is not None and self.scheduler._step_count > total:
+                return
+            super().step(*args, **kwargs)
+
+
+def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
+    """Like ``Accelerator.prepare_scheduler``, with the pace of the data-parallel ranks."""
+    result = type(self).prepare_scheduler(self, scheduler)
+    if not isinstance(result, AcceleratedScheduler) or isinstance(result, _DataParallelScheduler):
+        return result
+    paced = _DataParallelScheduler(
+        result.scheduler,
+        result.optimizers,
+        result.step_with_optimizer,
+        self.split_batches,
+        self.parallelism_config.data_parallel_size,  # type: ignore[union-attr]
+    )
+    self._schedulers[-1] = paced
+    return paced
+
+
+def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
+    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp or cp group hold the same samples."""
+    from accelerate.utils import gather_object
+    from accelerate.utils.operations import recursively_apply
+
+    tensors = not use_gather_object
+    if tensors:
+        try:
+            recursively_apply(lambda x: x, input_data, error_on_other_type=True)
+        except TypeError:
+            tensors = False
+    copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
+    tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
+    if tensors:
+        whole = self.gather(input_data)
+
+        def once(x: torch.Tensor) -> torch.Tensor:
+            per_rank = x.reshape(self.num_processes, x.shape[0] // self.num_processes, *x.shape[1:])
+            if copies > tp:
+                check_whole(per_rank.unflatten(0, (-1, copies))[:, ::tp])
+            return per_rank[::copies].flatten(0, 1)
+
+        data = recursively_apply(once, whole)
+    else:
+        data = [item for objects in gather_object([input_data])[::copies] for item in objects]
+    remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else 0
+    if remainder is None or remainder <= 0:
+        return data
+    return data[:remainder] if not tensors else recursively_apply(lambda x: x[:remainder], data)

@@ -1,0 +1,487 @@
+"""The seam to Accelerate: the methods bound on one ``Accelerator`` instance, in one table, each with its reason.
+
+Nothing is patched on a class. ``Accelerator.__init__`` hands the instance to our config, and :func:`install` binds the
+functions of :data:`BOUND_METHODS` on it. All else of Accelerate runs unchanged on the result, which is what its own FSDP2
+code would have made: an ``FSDPModule`` with DTensor parameters.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DDPCommunicationHookType, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+
+from .. import compat
+from ..audit import Audit
+from ..backends.megatron_fsdp.accelerate import megatron_strategy, owner_of, whole_state
+from ..backends.megatron_fsdp.accelerate import sharded_parameters as megatron_parameters
+from ..backends.megatron_fsdp.accelerate import watch as watch_megatron
+from ..backends.megatron_fsdp.sharding import managed_by_megatron
+from ..context_parallel.buffers import sharded_buffers
+from ..core.mesh import MeshAxes
+from ..core.ranks import agreement
+from ..errors import ConfigError, PrepareError, UnsupportedError
+from ..fsdp.shard import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
+from ..loading.fill import ValuesSetAside
+from ..optim.handoff import check_optimizers, parameter_names, raw_optimizer, replace_parameters
+from ..optim.sharding_check import check_on_shards
+from ..peft.late_adapters import adding
+from ..peft.operations import manage_adapters, merge_whole_weights
+from ..strategies.base import refuse_sharded
+from ..strategies.context import Job
+from ..strategies.registry import get_parallelization_strategy
+from ..trainer_plugin.checks import check_trainer, is_of_trainer, remember_trainer
+from ..trainer_plugin.extend import extend_trainer
+from ..trainer_plugin.preemption import adopt_signal_handler, agree_on_signal
+from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
+from .config import AutoParallelismConfig, normalized_audit
+from .data_loaders import gather_for_metrics, prepare_data_loader, prepare_scheduler
+from .generation import guard_generation
+from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
+from .prepared import Prepared, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
+from .sampler_state import skip_first_batches
+from .saving import bind_saving, bind_trainer, save_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
+    """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
+
+    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, and a Trainer
+    extended, so that checkpoints of a parallel run can be read in one process.
+
+    Raises:
+        ConfigError: what Accelerate was given beside the config contradicts it.
+    """
+    if config.device_mesh is None:
+        config.check_accelerator(accelerator)
+        accelerator.load_state = types.MethodType(load_state_in_one_process, accelerator)
+        extend_trainer(accelerator)
+        return
+    plugin = _plugin(accelerator)
+    _check_surroundings(accelerator, plugin)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    compat.set_distributed_type_fsdp(accelerator)
+    accelerator.state.fsdp_plugin = plugin
+    config.check_accelerator(accelerator)
+    compat.silence_redistribution_hints()
+    for name, function in BOUND_METHODS.items():
+        setattr(accelerator, name, types.MethodType(function, accelerator))
+    trainer = extend_trainer(accelerator)
+    if trainer is not None:
+        bind_trainer(trainer, accelerator)
+        remember_trainer(accelerator, trainer)
+    _leave_cleanly()
+
+
+@functools.cache
+def _leave_cleanly() -> None:
+    """Close the process group before the interpreter is torn down, in a script that does not do it itself.
+
+    A gloo thread drops the tensors of the last collective a moment after the collective is over. If Python is being torn down
+    by then, the thread cannot take the interpreter's lock, and a process whose work is done ends in SIGABRT ("terminate called
+    without an active exception"; 4 of 37 runs of a two-rank script). The pause hands that thread the lock.
+    """
+
+    def leave() -> None:
+        # After an uncaught exception other ranks may never answer; then the process just ends.
+        if dist.is_initialized() and "gloo" in dist.get_backend_config() and getattr(sys, "last_value", None) is None:
+            dist.destroy_process_group()
+            time.sleep(0.1)
+
+    atexit.register(leave)
+
+
+def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
+    """The user's FSDP plugin wherever Accelerate left it, or one with our defaults."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        plugin = compat.arguments_of_running_accelerator_init(accelerator).get("fsdp_plugin")
+    if plugin is None:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT"
+        )
+    return plugin
+
+
+def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ConfigError(
+            f"AutoParallelismConfig cannot be used with {kind.value}: it shards with FSDP2. Use one of the two."
+        )
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_plugin has fsdp_version={plugin.fsdp_version}: AutoParallelismConfig shards with FSDP2. Set "
+            f"fsdp_version=2 (fsdp_config: fsdp_version: 2 in a config file)."
+        )
+    if compat.arguments_of_running_accelerator_init(accelerator).get("torch_tp_plugin") is not None:
+        raise ConfigError(
+            "torch_tp_plugin beside AutoParallelismConfig: Accelerate would drop it. Give its size as "
+            "AutoParallelismConfig(tp_size=...) and leave the plugin out."
+        )
+    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
+    if hook != DDPCommunicationHookType.NO:
+        raise ConfigError(
+            f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no DDP that would call it. To reduce gradients "
+            f"in another dtype set fsdp_plugin.mixed_precision_policy (reduce_dtype)."
+        )
+    if accelerator.mixed_precision == "fp8":
+        raise UnsupportedError(
+            "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
+            "MS-AMP) replace linear layers by others, which no tensor-parallel plan and no FSDP2 policy here knows. Use 'bf16'."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError(
+            "mixed_precision='fp16' needs a gradient scaler, which CPU training does not have. Use 'bf16'."
+        )
+
+
+# ---- prepare -------------------------------------------------------------------------------------------------------
+
+
+def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None = None) -> Any:
+    """Like ``Accelerator.prepare``; a model without its optimizer is prepared for evaluation."""
+    models = [obj for obj in args if isinstance(obj, nn.Module)]
+    optimizers = [obj for obj in args if isinstance(obj, torch.optim.Optimizer)]
+    if models or optimizers:
+        with agreement("Accelerator.prepare"):
+            _check_arguments(models, device_placement)
+            if optimizers:
+                check_trainer(self)
+    adopt_signal_handler()
+    record = prepared(models[0]) if models else None
+    if models and record is None:
+        record = _parallelize(self, models[0], optimizers)
+        args = tuple(record.job.model if obj is models[0] else obj for obj in args)  # a strategy may replace the model
+        models = [record.job.model]
+    elif optimizers:
+        _adopt_optimizers(self, record, optimizers)
+    result: list[Any] = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args]
+    result = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj) for obj in result]
+    for model in models:
+        if not any(model is known for known in self._models):
+            self._models.append(model)
+    for item in result:
+        known_lists = (self._dataloaders, self._models, self._optimizers, self._schedulers)
+        if any(item is known for known_list in known_lists for known in known_list):
+            item._is_accelerate_prepared = True
+    return tuple(result) if len(result) > 1 else result[0]
+
+
+def _check_arguments(models: list[nn.Module], device_placement: list[bool] | None) -> None:
+    if device_placement is not None:
+        raise PrepareError("device_placement cannot be customised: FSDP2 decides where parameters are. Leave it out.")
+    if len(models) > 1:
+        raise PrepareError(
+            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each model "
+            f"with its own optimizer in a call of its own; a frozen one alone."
+        )
+
+
+def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
+    raw = [raw_optimizer(optimizer) for optimizer in optimizers]
+    with ValuesSetAside(model, raw) as pending:
+        return _shard(accelerator, model, raw, pending)
+
+
+def _shard(
+    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: ValuesSetAside
+) -> Prepared:
+    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
+    with agreement("Accelerator.prepare"):
+        strategy = get_parallelization_strategy(model)
+        if config.backend == "megatron_fsdp":
+            strategy = megatron_strategy(accelerator, config, strategy)
+        if accelerator.verify_device_map(model):
+            raise PrepareError(
+                "the model was loaded with a device_map over several devices; load it without device_map."
+            )
+        names = check_optimizers(model, raw) if raw else []
+        pending.begin()
+        job = Job(
+            model=model,
+            mesh=accelerator.torch_device_mesh,
+            pending=pending,
+            device=accelerator.device,
+            options=sharding_options(accelerator, config, model),
+            tp_plan=config.tp_plan,
+            plan_order=config.plan_order,
+            sequence_parallel=config.sequence_parallel,
+            sequence_parallel_regather=config.sequence_parallel_regather,
+            loss_parallel=config.loss_parallel,
+            loss_chunk_size=config.loss_chunk_size,
+            async_tensor_parallel=config.async_tensor_parallel,
+            context_parallel=config.cp_enabled,
+            layer_classes=layer_classes(accelerator.state.fsdp_plugin),
+            load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
+            sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
+            checkpointing=checkpointing(accelerator, config, model),
+            compile_options=compile_options(accelerator, config),
+            offload_activations=offload_activations(accelerator, config, model),
+        )
+        strategy.plan(job)
+    strategy.compare_ranks(job)
+    _check_on_shards(config, job, raw, names)
+    upcast: list[str] = []
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    if accelerator.mixed_precision != "no":
+        upcast = upcast_trainable(model)
+        if upcast and accelerator.is_main_process:
+            logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
+    before = dict(model.named_parameters())
+    trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
+    pending.keep()
+    strategy.carry_out(job)
+    for optimizer, groups in zip(raw, names, strict=True):
+        strategy.switch_optimizer(job, optimizer, groups, before)
+    model = job.model
+    record = Prepared(job, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
+    record.stored_dtypes = {name: dtypes[name] for name in upcast}
+    remember(model, record)
+    for optimizer in raw:
+        _attach(optimizer, record)
+    _watch(model, job)
+    if managed_by_megatron(model) is not None:
+        watch_megatron(model)
+        return record
+    manage_adapters(
+        model,
+        job.tensor_parallel,
+        on_unload=lambda plain: _after_unload(plain, record),
+        add=lambda original: adding(model, job, original, done=lambda: _after_adding(record)),
+    )
+    return record
+
+
+def _watch(model: nn.Module, job: Job) -> None:
+    guard_generation(model, job)
+    model.register_forward_pre_hook(check_use)
+    model.register_forward_hook(release_gathered)
+    bind_saving(model)
+
+
+def _after_adding(record: Prepared) -> None:
+    """New adapters belong to the model now; they need an optimizer like everything that is trained."""
+    model = record.job.model
+    record.names = {name for name, _ in model.named_parameters()}
+    merge_whole_weights(model)
+    if record.audit is not None:
+        record.audit.again({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+
+
+def _after_unload(plain: nn.Module, record: Prepared) -> None:
+    """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
+    kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = {
+        kept[id(p)]: record.stored_dtypes[name]
+        for name, p in record.job.model.named_parameters()
+        if name in record.stored_dtypes and id(p) in kept
+    }
+    unloaded = Prepared(
+        record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
+    )
+    remember(plain, unloaded)
+    _watch(plain, record.job)
+
+
+def _check_on_shards(
+    config: AutoParallelismConfig, job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]
+) -> None:
+    """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
+    if not optimizers or not config.check_optimizer:
+        return
+    parameters = dict(job.model.named_parameters())
+    if config.backend == "megatron_fsdp":
+        from ..backends.megatron_fsdp.optimizer_check import check_elementwise
+
+        with agreement("Accelerator.prepare"):
+            check_elementwise(optimizers, names, {name: p.shape for name, p in parameters.items()})
+        return
+    with agreement("Accelerator.prepare"):
+        check_on_shards(
+            optimizers,
+            names,
+            {name: p.shape for name, p in parameters.items()},
+            job.spec.parameters if job.spec is not None else {},
+            job.dp_mesh,
+            job.tp_mesh,
+            job.device,
+            job.options.offload_policy,
+            {name for name, p in parameters.items() if p in job.options.ignored_parameters},
+        )
+
+
+def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
+    owners = []
+    with agreement("Accelerator.prepare"):
+        for optimizer in map(raw_optimizer, optimizers):
+            candidates = [record] if record is not None else all_prepared()
+            for owner in candidates:
+                managed = managed_by_megatron(owner.job.model)
+                sharded = sharded_parameters(owner.job.model) if managed is None else megatron_parameters(managed)
+                if all(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
+                    break
+            else:
+                raise PrepareError(
+                    f"{type(optimizer).__name__} does not hold the parameters of a model prepared here. Pass model and "
+                    f"optimizer in one call, model, optimizer = accelerator.prepare(model, optimizer), or create the "
+                    f"optimizer from the parameters of the prepared model."
+                )
+            replace_parameters(optimizer, sharded)
+            owners.append((optimizer, owner))
+    for optimizer, owner in owners:
+        owner.handed_over_late = not owner.trainable
+        names = parameter_names(owner.job.model)
+        groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        _check_on_shards(owner.config, owner.job, [optimizer], [groups])
+        if managed_by_megatron(owner.job.model) is not None and attached_to(optimizer) is not owner:
+            owner.strategy.switch_optimizer(owner.job, optimizer, groups, dict(owner.job.model.named_parameters()))
+        owner.trainable = True
+        _attach(optimizer, owner)
+
+
+def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+    """What every step of ``optimizer`` needs, once however often it is prepared.
+
+    Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
+    too (as long as it clips with ``accelerator.clip_grad_norm_``), and the first gradients are audited. After it, what an
+    evaluation since the last backward left gathered is dropped: it holds the old values.
+    """
+    if attached_to(optimizer) is record:
+        return
+    attach(optimizer, record)
+    if record.audit is None:
+        record.audit = _audit(record)
+    record.audit.optimizers.add(optimizer)
+    optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping))
+    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.job.model)])  # type: ignore[arg-type,func-returns-value]
+
+
+def _audit(record: Prepared) -> Audit:
+    job = record.job
+    every = {"off": 0, "every_n_steps": record.config.audit_steps}.get(normalized_audit(record.config.audit))
+    compiled = without_units_inside(job.anatomy.layers) if job.compile_options is not None and job.anatomy else []
+    # A model that was prepared for evaluation is handed over for training only now.
+    now = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+    trainable = now if record.handed_over_late else set(record.trainable_names)
+    return Audit(job.model, trainable, compiled, record.config.tp_size or 1, every)
+
+
+def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
+    """Sum what is outstanding; in the steps that are audited, look at the gradients."""
+    if record.job.tensor_parallel is not None:
+        record.job.tensor_parallel.partial.flush()
+    if record.audit is not None:
+        record.audit.before_step(optimizer)
+    agree_on_signal()
+
+
+def _prepare_model(
+    self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+) -> nn.Module:
+    """Like ``Accelerator.prepare_model``; what is or will be sharded here is neither wrapped in DDP nor compiled as a whole.
+
+    Under ``torch_compile`` the Trainer prepares its model in this way for an evaluation before training. Other models that are
+    for evaluation alone (the reference and reward models of TRL) stay whole on each rank, as in stock.
+    """
+    if evaluation_mode and prepared(model) is None:
+        refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
+        if not is_of_trainer(self, model):
+            return type(self).prepare_model(self, model, device_placement, evaluation_mode)
+    return self.prepare(model)
+
+
+# ---- the training step ---------------------------------------------------------------------------------------------
+
+
+def _flush_all(accelerator: Accelerator) -> None:
+    for model in accelerator._models:
+        record = prepared(model)
+        if record is not None and record.job.tensor_parallel is not None:
+            record.job.tensor_parallel.partial.flush()
+
+
+def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+    """Like ``Accelerator.backward``, then sum partial gradients if this backward completes the optimizer step."""
+    type(self).backward(self, loss, **kwargs)
+    if self.sync_gradients:
+        _flush_all(self)
+
+
+def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
+    """Like ``Accelerator.clip_grad_norm_``, over complete gradients."""
+    _flush_all(self)
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    managed = owner_of(self._models, parameters)
+    if managed is not None:
+        return managed.clip_grad_norm_(max_norm, norm_type, parameters)
+    # Accelerate looks for the model of the parameters by comparing lists of tensors, which fails beside another model with equal
+    # shapes, and unscales gradients twice if it finds none. For FSDP2 it needs nothing of the model.
+    found: Any = types.SimpleNamespace(parameters=lambda: parameters)
+    models, self._models = self._models, [found]
+    try:
+        return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
+    finally:
+        self._models = models
+
+
+def _get_state_dict(self: Accelerator, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+    """Like ``Accelerator.get_state_dict``, which gathers by DTensor's even shards; megatron-fsdp's are uneven."""
+    managed = managed_by_megatron(model)
+    if managed is not None:
+        return whole_state(managed, self.is_main_process)
+    return type(self).get_state_dict(self, model, unwrap)
+
+
+@contextmanager
+def _maybe_context_parallel(
+    self: Accelerator,
+    buffers: list[torch.Tensor] | None = None,
+    buffer_seq_dims: list[int] | None = None,
+    no_restore_buffers: set[torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Like ``Accelerator.maybe_context_parallel``, on every device: torch's ring attention knows CUDA's operators alone."""
+    mesh = MeshAxes().context_parallel(self.torch_device_mesh)
+    if mesh is None:
+        with type(self).maybe_context_parallel(self, buffers, buffer_seq_dims, no_restore_buffers):
+            yield
+        return
+    with sharded_buffers(mesh, buffers, buffer_seq_dims, no_restore_buffers):
+        yield
+
+
+#: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
+BOUND_METHODS: dict[str, Callable[..., Any]] = {
+    "prepare": _prepare,
+    "prepare_model": _prepare_model,
+    "prepare_data_loader": prepare_data_loader,
+    "prepare_scheduler": prepare_scheduler,
+    "skip_first_batches": skip_first_batches,
+    "backward": _backward,
+    "clip_grad_norm_": _clip_grad_norm_,
+    "maybe_context_parallel": _maybe_context_parallel,
+    "get_state_dict": _get_state_dict,
+    "save_model": save_model,
+    "save_state": save_state,
+    "load_state": load_state,
+    "end_training": end_training,
+    "gather_for_metrics": gather_for_metrics,
+}

@@ -1,0 +1,120 @@
+"""What config, Accelerate's plugins and the model ask for together, as options of the steps; contradictions are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+
+from .. import compat
+from ..activation_checkpointing import normalized_mode
+from ..core.module_names import unwrapped
+from ..errors import ConfigError
+from ..fsdp.dtype_groups import own_dtype_parameters
+from ..fsdp.options import ShardingOptions, without_pinning
+from .config import AutoParallelismConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    reshard = plugin.reshard_after_forward if config.reshard_after_forward is None else config.reshard_after_forward
+    options = ShardingOptions(
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        # Without ranks to share with there is nothing to free: the gathered parameter is the shard.
+        reshard_after_forward=bool(reshard) and config.dp_shard_size * config.cp_size > 1,
+        forward_prefetch=config.forward_prefetch,
+        backward_prefetch=config.backward_prefetch,
+        towers=config.towers,
+    )
+    if not isinstance(plugin.cpu_offload, (bool, type(None))):
+        options.offload_policy = without_pinning(plugin.cpu_offload, accelerator.device)
+    elif plugin.cpu_offload:
+        raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
+    options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
+    if plugin.ignored_modules is not None:
+        options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)
+    if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
+        options.minimum_unit_size = plugin.min_num_params
+    return options
+
+
+def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> str:
+    """The mode that config, plugin and model ask for together; two wishes are one too many."""
+    mode = normalized_mode(config.activation_checkpointing)
+    if accelerator.state.fsdp_plugin.activation_checkpointing:
+        if config.activation_checkpointing is not None and mode != "full":
+            raise ConfigError(
+                f"fsdp_plugin.activation_checkpointing=True and activation_checkpointing={config.activation_checkpointing!r} "
+                f"contradict each other. Give one of the two."
+            )
+        mode = "full"
+    inner, _ = unwrapped(model)
+    own = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    if own and mode != "none":
+        raise ConfigError(
+            f"activation_checkpointing={mode!r} and the model's own gradient checkpointing are both on; layers would be "
+            f"recomputed twice. Leave out gradient_checkpointing=True / gradient_checkpointing_enable(), or the option here."
+        )
+    return mode
+
+
+def offload_activations(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> bool:
+    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in Accelerate."""
+    if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
+        return False
+    if checkpointing(accelerator, config, model) != "full":
+        raise ConfigError(
+            "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the CPU. Set "
+            "activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or leave it out."
+        )
+    return True
+
+
+def compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:
+    """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.disable:
+        return None
+    options = {
+        k: v
+        for k, v in plugin.to_kwargs().items()
+        if k in ("mode", "fullgraph", "dynamic", "options") and v is not None
+    }
+    if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
+        raise ConfigError(
+            f"compile={config.compile!r} is no torch.compile backend here; there are "
+            f"{', '.join(torch.compiler.list_backends())}. Use true for inductor."
+        )
+    if config.compile:
+        return {**options, "backend": "inductor" if config.compile is True else config.compile}
+    backend = plugin.backend.value
+    return None if backend in (None, "NO") else {**options, "backend": backend.lower()}
+
+
+def layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
+    """The plugin's ``transformer_cls_names_to_wrap``, wherever its wrap policy uses it."""
+    names = plugin.transformer_cls_names_to_wrap
+    return list(names) if names and _wrap_policy_name(plugin) == "transformer_auto_wrap_policy" else None
+
+
+def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
+    """Name of the plugin's policy; "" for NO_WRAP, Accelerate's default, which leaves the units to us.
+
+    Raises:
+        ConfigError: a policy function of the user's own, which nobody would call.
+    """
+    policy = plugin.auto_wrap_policy
+    name = getattr(getattr(policy, "func", policy), "__name__", "")
+    if policy is not None and name not in ("transformer_auto_wrap_policy", "size_based_auto_wrap_policy"):
+        raise ConfigError(
+            f"fsdp_plugin.auto_wrap_policy={policy!r}: only TRANSFORMER_BASED_WRAP (with transformer_cls_names_to_wrap) and "
+            f"SIZE_BASED_WRAP (with min_num_params) can be used here; without a policy each layer is a unit."
+        )
+    return name

@@ -1,0 +1,395 @@
+"""``save_pretrained``, ``push_to_hub``, ``Accelerator.save_model`` and ``Trainer.save_model`` on a sharded model.
+
+Each is called by all ranks, as other collectives are. One rank writes, tensor by tensor; the others help to gather. What
+arguments mean is the libraries' matter; which of them cannot be honoured on shards is said before any rank waits.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .. import compat
+from ..backends.megatron_fsdp.accelerate import whole_state
+from ..backends.megatron_fsdp.sharding import managed_by_megatron
+from ..core.rendezvous import meet
+from ..errors import ConfigError, UnsupportedError
+from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapter
+from ..export.files import completed_at_end
+from ..export.gathering import Fetch, ShardedState
+from ..export.pretrained import cast, shapes_of, write_configs, write_pretrained
+from .prepared import prepared
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Streamed(dict):  # type: ignore[type-arg]
+    """Stands for the gathered weights where a library hands them on: they are fetched when they are written.
+
+    Attributes:
+        state: the shards.
+        fetch: set on the rank that writes.
+        weights: False to write configs only.
+        used: this rank has taken part in writing it.
+    """
+
+    def __init__(self, state: ShardedState, weights: bool = True) -> None:
+        super().__init__()
+        self.state = state
+        self.fetch: Fetch | None = None
+        self.weights = weights
+        self.used = False
+
+
+def sharded_state(model: nn.Module, writes: bool) -> ShardedState:
+    """The shards of ``model``, collective.
+
+    What megatron-fsdp manages has uneven shards; of that it is the whole weights, on a rank that ``writes``.
+    """
+    managed = managed_by_megatron(model)
+    return ShardedState(model, None if managed is None else whole_state(managed, keep=writes))
+
+
+def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Dtypes that one process would save, of the parameters that are kept in float32 while they are trained."""
+    record = prepared(model)
+    if record is None or not record.stored_dtypes:
+        return {}
+    of_parameter = {id(p): record.stored_dtypes[n] for n, p in model.named_parameters() if n in record.stored_dtypes}
+    return {
+        name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter
+    }
+
+
+# ---- save_pretrained -------------------------------------------------------------------------------------------------
+
+
+def bind_saving(model: nn.Module) -> None:
+    """Let ``model`` save itself from shards."""
+    if getattr(type(model), "save_pretrained", None) is None:
+        return
+    original: Any = model.save_pretrained
+    model.save_pretrained = functools.wraps(original)(  # type: ignore[assignment]
+        lambda *args, **kwargs: _save_pretrained(model, original, args, kwargs)
+    )
+    if hasattr(type(model), "push_to_hub"):
+        push: Any = model.push_to_hub
+        model.push_to_hub = functools.wraps(push)(  # type: ignore[assignment]
+            lambda *args, **kwargs: _push_to_hub(model, push, args, kwargs)
+        )
+
+
+def _save_pretrained(
+    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    given = _arguments(original, args, kwargs)
+    state = given.get("state_dict")
+    main = bool(given.get("is_main_process", True))
+    if state is not None and not isinstance(state, Streamed):
+        if not state and not main:
+            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank, though.
+            return None
+        return original(*args, **kwargs)
+    directory = Path(given.pop("save_directory"))
+    options = {k: v for k, v in given.items() if k not in ("state_dict", "is_main_process")}
+    _check(model, directory, options)
+    push = options.pop("push_to_hub", False)
+    hub = {k: options.pop(k) for k in _HUB_OPTIONS if k in options}
+    if isinstance(state, Streamed):
+        if state.fetch is not None:  # else another rank writes
+            _write(model, directory, options, state.state, state.fetch, state.weights)
+        return None
+    name = f"{type(model).__name__}.save_pretrained()"
+    writers = meet(name, {k: str(v) for k, v in options.items()}, main)
+    shards = sharded_state(model, dist.get_rank() in writers)
+    for writer in writers:
+        written = shards.led_by(writer, lambda fetch: _write(model, directory, options, shards, fetch))
+        if push and written is not None and writer == writers[0]:
+            _upload(model, directory, written, hub)
+    return None
+
+
+#: Options of ``save_pretrained`` that only the upload needs.
+_HUB_OPTIONS = ("token", "repo_id", "commit_message", "create_pr", "private", "revision", "commit_description")
+#: What each library's method knows besides; anything else is refused.
+_KNOWN = {
+    True: (
+        "safe_serialization",
+        "selected_adapters",
+        "save_embedding_layers",
+        "path_initial_model_for_weight_conversion",
+    ),
+    False: (
+        "max_shard_size",
+        "variant",
+        "save_peft_format",
+        "save_original_format",
+        "distributed_checkpoint",
+        "safe_serialization",
+        "push_to_hub",
+        *_HUB_OPTIONS,
+    ),
+}
+
+
+def _arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, without those that were left out."""
+    signature = inspect.signature(original)
+    bound = signature.bind(*args, **kwargs)
+    given = dict(bound.arguments)
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    if extra is not None:
+        given |= given.pop(extra, {})
+    return given
+
+
+def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
+    """Refuse what cannot be honoured; the same on all ranks, since their arguments are the same."""
+    adapters = compat.is_peft_model(model)
+    # Accelerate's recipe passes it; transformers 5 and PEFT do not call it.
+    options.pop("save_function", None)
+    unknown = [name for name in options if name not in _KNOWN[adapters]]
+    if unknown:
+        raise ConfigError(
+            f"save_pretrained({unknown[0]}={options[unknown[0]]!r}) on a sharded {type(model).__name__} is not known; known are "
+            f"state_dict, is_main_process, {', '.join(_KNOWN[adapters])}. Leave it out."
+        )
+    if directory.is_file():
+        raise ConfigError(f"save_pretrained({str(directory)!r}): this is a file; give a directory.")
+    if adapters:
+        check_adapter_options(model, options)
+        return
+    if options.pop("safe_serialization", True) is False:
+        raise ConfigError(
+            "safe_serialization=False: transformers 5 writes safetensors only (and ignores this option in one process). Leave it "
+            "out, or use accelerator.save_model(model, directory, safe_serialization=False)."
+        )
+    if options.pop("distributed_checkpoint", False):
+        raise ConfigError(
+            "distributed_checkpoint=True is for models that transformers sharded itself. Use accelerator.save_state(directory) "
+            "with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
+        )
+    if compat.carries_adapters(model):
+        active: Any = model.active_adapters()  # type: ignore[operator]
+        if len(active) > 1:
+            raise ConfigError(
+                f"save_pretrained() of a {type(model).__name__} with several active adapters ({', '.join(active)}): transformers "
+                f"saves one. Call model.set_adapter(name) and save_pretrained(directory) for each."
+            )
+        return
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedError(
+            "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. Save the "
+            "adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
+        )
+
+
+def _write(
+    model: nn.Module,
+    directory: Path,
+    options: Mapping[str, Any],
+    shards: ShardedState,
+    fetch: Fetch,
+    weights: bool = True,
+) -> list[Path]:
+    """On the rank that writes."""
+    shapes = shapes_of(shards.tensors, file_dtypes(model))
+    fetch = cast(fetch, shapes)
+    with completed_at_end(directory) as incomplete:
+        if not weights:
+            _write_configs_only(model, incomplete)
+        elif compat.is_peft_model(model):
+            keep_model_card(directory, incomplete)
+            write_adapters(model, shapes, fetch, incomplete, options)
+        elif compat.carries_adapters(model):
+            write_own_adapter(model, shapes, fetch, incomplete, options)
+        else:
+            options = {k: v for k, v in options.items() if k != "save_peft_format"}
+            write_pretrained(model, shapes, fetch, incomplete, **options)
+        return [path.relative_to(incomplete) for path in incomplete.rglob("*") if path.is_file()]
+
+
+def _write_configs_only(model: nn.Module, directory: Path) -> None:
+    if not compat.is_peft_model(model):
+        write_configs(model, directory, next(iter(file_dtypes(model).values()), None))
+        return
+    for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
+        config.save_pretrained(directory if name == "default" else directory / name)
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[str, Any]) -> None:
+    """What ``save_pretrained(push_to_hub=True)`` does after it has written, on the rank that wrote."""
+    from huggingface_hub import create_repo, upload_folder
+
+    repo = create_repo(
+        hub.get("repo_id") or directory.name, token=hub.get("token"), private=hub.get("private"), exist_ok=True
+    )
+    upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=directory,
+        allow_patterns=[path.as_posix() for path in written],
+        token=hub.get("token"),
+        commit_message=hub.get("commit_message") or f"Upload {type(model).__name__}",
+        create_pr=hub.get("create_pr"),
+        revision=hub.get("revision"),
+        commit_description=hub.get("commit_description"),
+    )
+
+
+def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``model.push_to_hub``, called by all ranks: rank 0 does it, and the others help with its ``save_pretrained``."""
+    meet(f"{type(model).__name__}.push_to_hub()", {})
+    shards = sharded_state(model, dist.get_rank() == 0)
+
+    def push(fetch: Fetch) -> Any:
+        def save(directory: Any, *positional: Any, **options: Any) -> None:
+            if compat.is_peft_model(model):
+                options.pop("max_shard_size", None)  # the mixin passes it, PEFT writes one file
+            _save_pretrained(model, bound, (directory, *positional), {**options, "state_dict": streamed})
+
+        bound = model.__dict__["save_pretrained"]
+        streamed = Streamed(shards)
+        streamed.fetch = fetch
+        model.save_pretrained = save  # type: ignore[assignment]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            model.save_pretrained = bound  # type: ignore[assignment]
+
+    return shards.led_by(0, push)
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
+    """Let ``trainer`` save from shards, with every ``state_dict_type``.
+
+    Stock, ``save_model`` gathers all weights on rank 0 or, with SHARDED_STATE_DICT, writes nothing and says nothing.
+    """
+
+    def save_model(*args: Any, **kwargs: Any) -> Any:  # looked up late: its class may be extended meanwhile
+        return type(trainer).save_model(trainer, *args, **kwargs)
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        return compat.trainer_save(trainer, *args, **kwargs)
+
+    @functools.wraps(type(trainer).save_model)
+    def bound_save_model(output_dir: str | None = None, _internal_call: bool = False) -> Any:
+        model = trainer.model
+        if prepared(model) is None or not hasattr(type(model), "save_pretrained"):
+            return save_model(output_dir, _internal_call=_internal_call)
+        sharded = "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
+        # The weights of a checkpoint are in its sharded files; the configs make it complete for an export.
+        in_checkpoint = _internal_call and output_dir is not None
+        if not in_checkpoint:  # whose ranks have met already
+            meet(f"{type(trainer).__name__}.save_model()", {})
+        shards = sharded_state(model, trainer.args.should_save)
+        streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
+
+        def get_state_dict(model: nn.Module, unwrap: bool = True) -> Streamed:
+            # The others help at once: in transformers 5.17 they do not call _save.
+            if not trainer.args.should_save:
+                bound_save(None, streamed)
+            return streamed
+
+        with _streaming(accelerator, get_state_dict):
+            return save_model(output_dir, _internal_call=_internal_call)
+
+    def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
+        if not isinstance(state_dict, Streamed):
+            return save(output_dir, state_dict)
+        if state_dict.used:
+            return None
+        state_dict.used = True
+        shards = state_dict.state
+        asked: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(asked, bool(trainer.args.should_save))  # with save_on_each_node one on each
+        for writer in [rank for rank, wants in enumerate(asked) if wants]:
+
+            def work(fetch: Fetch) -> Any:
+                state_dict.fetch = fetch
+                return save(output_dir, state_dict)
+
+            shards.led_by(writer, work)
+        return None
+
+    trainer.save_model = bound_save_model
+    compat.bind_trainer_save(trainer, bound_save)
+
+
+@contextmanager
+def _streaming(accelerator: Accelerator, get_state_dict: Callable[..., Streamed]):  # type: ignore[no-untyped-def]
+    """Let Trainer take the path on which it asks for all weights, and give it what stands for them."""
+    plugin = accelerator.state.fsdp_plugin
+    kind, gather = plugin.state_dict_type, accelerator.__dict__["get_state_dict"]
+    plugin.state_dict_type = "FULL_STATE_DICT"
+    accelerator.get_state_dict = get_state_dict  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind
+        accelerator.get_state_dict = gather  # type: ignore[method-assign]
+
+
+# ---- Accelerator -----------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    self: Accelerator,
+    model: nn.Module,
+    save_directory: Any,
+    max_shard_size: int | str = "10GB",
+    safe_serialization: bool = True,
+) -> None:
+    """Like ``Accelerator.save_model``, tensor by tensor; stock gathers all weights on rank 0."""
+    from ..export.state_files import write_state
+
+    if prepared(model) is None:
+        return type(self).save_model(self, model, save_directory, max_shard_size, safe_serialization)
+    directory = Path(save_directory)
+    if directory.is_file():
+        raise ConfigError(f"save_model({str(save_directory)!r}): this is a file; give a directory.")
+    details = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
+    (writer,) = meet("Accelerator.save_model()", details)
+    shards = sharded_state(model, dist.get_rank() == writer)
+
+    def work(fetch: Fetch) -> None:
+        shapes = shapes_of(shards.tensors, file_dtypes(model))
+        tied = _first_names(model, shards.tensors)
+        with completed_at_end(directory) as incomplete:
+            write_state(
+                {name: value for name, value in shapes.items() if name in tied},
+                cast(fetch, shapes),
+                incomplete,
+                max_shard_size,
+                safe_serialization,
+            )
+
+    shards.led_by(writer, work)
+    return None
+
+
+def _first_names(model: nn.Module, names: Mapping[str, Any]) -> set[str]:
+    """``names`` without the second and further names of one tensor."""
+    objects = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    seen: set[int] = set()
+    first = set()
+    for name in names:
+        key = id(objects.get(name, names[name]))
+        if key not in seen:
+            first.add(name)
+        seen.add(key)
+    return first

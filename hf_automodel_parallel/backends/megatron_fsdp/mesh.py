@@ -1,0 +1,160 @@
+"""The mesh that megatron-fsdp gets: one axis to shard over, one for tp, perhaps one of replicas. Nothing is left unreduced."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...errors import ConfigError
+
+#: Axes that hold other samples or other parts of the sequence: gradients must be summed over them.
+CONTEXT, REPLICAS = "cp", "dp_replicate"
+
+#: Axes whose ranks have nothing to reduce together.
+INDEPENDENT = ("pp",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each kind of rank is.
+
+    Attributes:
+        mesh: the mesh for megatron-fsdp.
+        shard: name of its axis to shard over, which includes context-parallel ranks.
+        tp: name of its tp axis, which it always has.
+        replicas: name of its axis of replicas (HSDP), or None.
+        everyone: group of all ranks that share gradients (replicas x shard), None without replicas.
+    """
+
+    mesh: DeviceMesh
+    shard: str
+    tp: str
+    replicas: str | None = None
+    everyone: dist.ProcessGroup | None = None
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks to shard over."""
+        return self.mesh[self.shard].size()
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that reduce gradients together."""
+        return self.shard_size * (self.mesh[self.replicas].size() if self.replicas else 1)
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None:
+        """The tp axis, None when it has one rank."""
+        return self.mesh[self.tp] if self.mesh[self.tp].size() > 1 else None
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which axes of a user's mesh do what.
+
+    Attributes:
+        shard: those to shard over.
+        tp: that of tensor parallelism, or None.
+        replicas: that of replicas, or None.
+    """
+
+    shard: tuple[str, ...]
+    tp: str | None
+    replicas: str | None
+
+    def data_size(self, mesh: DeviceMesh) -> int:
+        """Ranks that reduce gradients together."""
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+        return math.prod(sizes[name] for name in (*self.shard, *filter(None, [self.replicas])))
+
+    def layout(self, mesh: DeviceMesh) -> Layout:
+        """The mesh for megatron-fsdp: the user's, or a new one if that has another form (then collective)."""
+        if self.replicas is None and len(self.shard) == 1 and self.tp is not None:
+            return Layout(mesh, self.shard[0], self.tp)
+        return _new_layout(mesh, self.shard, self.tp, self.replicas)
+
+
+def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "tp") -> Axes:
+    """Find the axes in ``mesh``.
+
+    Args:
+        mesh: the user's mesh with named axes.
+        dp_shard_dim: axis to shard over, or a flattened one such as ``dp_cp``.
+        tp_dim: axis of tensor parallelism, None if there is none.
+
+    Returns:
+        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it covers
+        them: each of them saw a part of the sequence. A ``dp_replicate`` axis makes replicas (HSDP).
+
+    Raises:
+        ConfigError: an axis does not exist, or one that nobody knows would be left unreduced.
+    """
+    names = tuple(mesh.mesh_dim_names or ())
+    if tp_dim is not None and tp_dim not in names:
+        raise ConfigError(
+            f"tp_dim={tp_dim!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
+        )
+    covered = _axes_of(mesh, dp_shard_dim, tp_dim)
+    sizes = dict(zip(names, mesh.shape, strict=True))
+    if CONTEXT in names and CONTEXT not in covered and CONTEXT != tp_dim:
+        covered = tuple(name for name in names if name in covered or name == CONTEXT)
+    replicas = REPLICAS if REPLICAS in names and REPLICAS not in covered and sizes[REPLICAS] > 1 else None
+    left = [name for name in names if name not in (*covered, tp_dim, replicas, *INDEPENDENT) and sizes[name] > 1]
+    if left:
+        raise ConfigError(
+            f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither dp_shard_dim={dp_shard_dim!r} "
+            f"nor tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or use a mesh without it."
+        )
+    return Axes(tuple(name for name in covered if sizes[name] > 1) or covered[:1], tp_dim, replicas)
+
+
+def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]:
+    """The axes of ``mesh`` that ``name`` stands for: itself, or those that were flattened into it."""
+    names = tuple(mesh.mesh_dim_names or ())
+    if name in names:
+        if name == tp_dim:
+            raise ConfigError(
+                f"dp_shard_dim and tp_dim are both {name!r}; give them different axes of the device mesh."
+            )
+        return (name,)
+    try:
+        ranks = mesh[name].mesh.flatten().tolist()
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"dp_shard_dim={name!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
+        ) from error
+    others = [axis for axis in names if axis != tp_dim]
+    place = mesh.get_coordinate()
+    for count in range(2, len(others) + 1):
+        for axes in itertools.combinations(others, count):
+            index = tuple(slice(None) if axis in axes else place[i] for i, axis in enumerate(names))  # type: ignore[index]
+            if mesh.mesh[index].flatten().tolist() == ranks:
+                return axes
+    raise ConfigError(
+        f"dp_shard_dim={name!r}: cannot tell which axes of the device mesh ({', '.join(names)}) it consists of."
+    )
+
+
+def _new_layout(mesh: DeviceMesh, shard: tuple[str, ...], tp_dim: str | None, replicas: str | None) -> Layout:
+    names = tuple(mesh.mesh_dim_names or ())
+    used = [*([replicas] if replicas else []), *shard, *([tp_dim] if tp_dim else [])]
+    rest = [name for name in names if name not in used]
+    ranks = mesh.mesh.permute([names.index(name) for name in (*rest, *used)])
+    sizes = dict(zip(names, mesh.shape, strict=True))
+
+    shape = [
+        math.prod(sizes[axis] for axis in axes if axis is not None) for axes in (rest, [replicas], shard, [tp_dim])
+    ]
+    name = "_".join(shard)
+    ranks = ranks.reshape(shape)
+    tp = tp_dim or "tp"
+    if replicas is None:
+        return Layout(DeviceMesh(mesh.device_type, ranks[:, 0], mesh_dim_names=("rest", name, tp)), name, tp)
+    made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("rest", replicas, name, tp))
+    together = ranks.permute(0, 3, 1, 2).reshape(shape[0] * shape[3], shape[1] * shape[2])
+    everyone = DeviceMesh(mesh.device_type, together, mesh_dim_names=("others", "data"))["data"].get_group()
+    return Layout(made, name, tp, replicas, everyone)

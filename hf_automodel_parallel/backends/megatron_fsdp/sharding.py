@@ -1,0 +1,288 @@
+"""Wrap a model, tensor parallel or not, with megatron-fsdp; what is at rest outside of a forward and backward is sharded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ... import compat
+from ...core.module_names import unwrapped
+from ...core.sharding_spec import ShardingSpec
+from ...errors import AutoParallelError
+from ...tensor_parallel.apply import TensorParallelState
+from . import engine
+from .grad_norm import clip_
+from .mesh import Layout
+from .options import MegatronOptions
+from .shards import Places, local_part
+
+logger = logging.getLogger(__name__)
+
+_MANAGED = "_megatron_model"
+
+
+class NonFiniteGradientError(AutoParallelError, ArithmeticError):
+    """A gradient is infinite or not a number, and ``check_for_nan_in_grad`` is on."""
+
+
+@dataclass
+class MegatronModel:
+    """One model that megatron-fsdp manages.
+
+    The model keeps its class, names and methods: it can be called, saved and generated with as before. The object that
+    megatron-fsdp wraps around it is only needed for its own calls.
+
+    Attributes:
+        model: the user's model.
+        wrapper: the ``MegatronFSDP`` around it.
+        layout: the mesh.
+        options: what was asked for.
+        places: which rows of each parameter this rank holds.
+        tensor_parallel: what tensor parallelism left behind, None without it.
+        states: makes its state dicts whole (:class:`.state.WholeStates`), None where megatron-fsdp's own are wanted.
+    """
+
+    model: nn.Module
+    wrapper: Any
+    layout: Layout
+    options: MegatronOptions
+    places: Places
+    tensor_parallel: TensorParallelState | None = None
+    states: Any = None
+    began: bool = field(default=False, repr=False)
+    reduced: bool = field(default=True, repr=False)
+    depth: int = field(default=0, repr=False)
+
+    # ---- around a forward ------------------------------------------------------------------------------------------
+
+    def _before(self, *_: Any) -> None:
+        if self.depth == 0:
+            self.began = False
+            engine.show_raw(self.wrapper)
+        self.depth += 1
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Let the backward begin with megatron-fsdp's preparations; without a backward, go back to the sharded parameters."""
+        self.depth -= 1
+        if self.depth > 0:
+            return
+        waiting = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
+        if not waiting:
+            engine.show_sharded(self.wrapper)
+        for tensor in waiting:
+            # megatron-fsdp returns views. `loss *= n`, as the Trainer has it, bypasses hooks of a view, not those of its base.
+            source = compat.base_of(tensor)
+            source.register_hook(self._begin_backward)
+
+    def _begin_backward(self, _: torch.Tensor) -> None:
+        """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they are.
+
+        ``optimizer.zero_grad()`` clears them, ``model.zero_grad()``, which the Trainer calls, and ``p.grad = None`` do not, and
+        the next backward would add to what the last step has used. Between micro-batches that are not reduced there are no
+        gradients yet, only buffers.
+        """
+        if not self.began:
+            self.began = True
+            if self.reduced and all(parameter.grad is None for parameter in self.parameters.values()):
+                self.wrapper.zero_grad_buffer()
+            self.reduced = bool(self.wrapper.model_auto_sync)
+        engine.start_backward(self.wrapper)
+
+    def watch(self) -> None:
+        """Notice forwards that begin at the model itself or at the model inside of PEFT's."""
+        roots = {self.model, unwrapped(self.model)[0]}
+        for root in roots:
+            root.register_forward_pre_hook(self._before, prepend=True)
+            root.register_forward_hook(self._after, always_call=True)
+        # 0.5 calls `module.forward`, past the hooks of the root.
+        self.wrapper.forward = self.model.__call__
+        for module in (self.model, self.wrapper):
+            module.__dict__[_MANAGED] = self
+
+    # ---- gradients -------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The sharded parameters by name."""
+        return engine.sharded_parameters(self.wrapper)
+
+    def flush(self) -> None:
+        """Sum the partial gradients of small replicated parameters over tp, where that is outstanding."""
+        if self.tensor_parallel is not None:
+            self.tensor_parallel.partial.flush()
+
+    def set_gradient_sync(self, sync: bool) -> None:
+        """Whether the next backward completes an optimizer step.
+
+        With gradients that are not sharded a reduction in each micro-batch would add up what is reduced already.
+        """
+        self.wrapper.is_last_microbatch = sync
+        self.wrapper.set_model_auto_sync(sync)
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Any] | None = None
+    ) -> torch.Tensor:
+        """Clip the gradients, of all parameters or of some; the norm before is returned. Collective."""
+        self.flush()
+        chosen = list(self.parameters.values() if parameters is None else parameters)
+        return clip_(chosen, self.layout.mesh, max_norm, norm_type)
+
+    @torch.no_grad()
+    def check_gradients(self) -> None:
+        """Raise on all ranks if a gradient is not finite on one of them."""
+        bad = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and not bool(torch.isfinite(local_part(parameter.grad)).all())
+        ]
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        flag = torch.tensor(len(bad), device=self.places.device)
+        dist.all_reduce(flag)
+        if not int(flag):
+            return
+        dist.all_gather_object(everyone, bad)
+        names = sorted({name for some in everyone for name in some})
+        raise NonFiniteGradientError(
+            f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the learning "
+            f"rate or look at the data; check_for_nan_in_grad=False steps nevertheless."
+        )
+
+    # ---- optimizers and state ----------------------------------------------------------------------------------------
+
+    def adopt(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: list[list[str]],
+        old: dict[str, nn.Parameter],
+        for_dcp: bool = True,
+    ) -> None:
+        """Give ``optimizer`` the sharded parameters, by name, in place; groups, their settings and existing state stay.
+
+        Args:
+            optimizer: the torch optimizer.
+            names: ``names[group][i]``, the names of its parameters.
+            old: name -> parameter that it has held so far.
+            for_dcp: let its state dict hold megatron-fsdp's shards, prepared for ``torch.distributed.checkpoint``.
+        """
+        new = self.parameters
+        state = dict(optimizer.state)
+        optimizer.state.clear()
+        for group, group_names in zip(optimizer.param_groups, names, strict=True):
+            group["params"][:] = [new[name] for name in group_names]
+            for name in group_names:
+                values = state.get(old[name])
+                if values is not None:
+                    optimizer.state[new[name]] = {key: self.sharded(name, value) for key, value in values.items()}
+        if any(group["params"] for group in optimizer.param_groups):
+            engine.wrap_optimizer(optimizer, for_dcp)
+        optimizer.register_step_pre_hook(lambda *_: self.flush())
+        if self.options.check_for_nan_in_grad:
+            optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
+        optimizer.register_step_post_hook(lambda *_: engine.show_sharded(self.wrapper))
+
+    def sharded(self, name: str, value: Any) -> Any:
+        """A state of the whole parameter ``name`` as one of its shard; anything else unchanged."""
+        place, parameter = self.places.by_name[name], self.parameters[name]
+        if not isinstance(value, torch.Tensor) or not value.ndim or value.shape != place.shape:
+            return value
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        local = self.places.local(name, value).to(place.device, copy=True).contiguous()
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,  # type: ignore[attr-defined]
+            parameter.placements,  # type: ignore[attr-defined]
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def shard_with_megatron(
+    model: nn.Module,
+    layout: Layout,
+    options: MegatronOptions,
+    units: list[type[nn.Module]],
+    spec: ShardingSpec | None,
+    shapes: dict[str, torch.Size],
+    device: torch.device,
+    has_optimizer: bool,
+    tensor_parallel: TensorParallelState | None = None,
+    autocast: torch.dtype | None = None,
+) -> MegatronModel:
+    """Wrap ``model`` with megatron-fsdp, in place.
+
+    A tensor-parallel parameter is a DTensor on the tp axis. megatron-fsdp keeps it so in flight (with the gathered data inside),
+    which the regions of :mod:`..tensor_parallel.in_flight` then make local as under FSDP2; at rest it becomes a DTensor on both
+    axes.
+
+    Args:
+        model: on one device, or on meta with ``init_fsdp_with_meta_device``.
+        layout: see :func:`.mesh.layout_of`.
+        options: see :class:`MegatronOptions`.
+        units: see :func:`.units.unit_classes`.
+        spec: the resolved tensor-parallel plan, or None.
+        shapes: shapes of the whole parameters, by name.
+        device: where the shards go.
+        has_optimizer: an optimizer follows.
+        tensor_parallel: what tensor parallelism left behind.
+        autocast: compute in this dtype under autocast; parameters and gradients keep theirs.
+    """
+    package = engine.load()
+    hybrid = {} if layout.replicas is None else {"dp_outer_dim": layout.replicas, "hybrid_fsdp_group": layout.everyone}
+    if layout.replicas is not None:
+        hybrid["hybrid_fsdp_expt_group"] = layout.everyone
+    if autocast is not None:
+        model.forward = _under_autocast(model.forward, device.type, autocast)  # type: ignore[method-assign]
+    wrapper = package.fully_shard_model(
+        model,
+        device_mesh=layout.mesh,
+        dp_shard_dim=layout.shard,
+        tp_dim=layout.tp,
+        # It treats everything under a module "experts" as expert parallel, on a mesh that it expects here; ours are sharded
+        # like the rest.
+        expt_device_mesh=layout.mesh,
+        device=device,
+        **hybrid,
+        **engine.translate(options, units, has_optimizer),
+    )
+    if layout.tp_mesh is not None:
+        names = (layout.replicas, layout.shard, layout.tp) if layout.replicas else (layout.shard, layout.tp)
+        engine.put_on_one_mesh(wrapper, layout.mesh[names])
+    places = Places(layout, engine.sharded_parameters(wrapper), shapes, spec, options.zero_dp_strategy != 0)
+    managed = MegatronModel(model, wrapper, layout, options, places, tensor_parallel)
+    managed.watch()
+    return managed
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a model's output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(item)
+
+
+def _under_autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """``forward`` as Accelerate's mixed precision has it without FSDP: under autocast, with float32 results."""
+    from accelerate.utils import convert_to_fp32
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, dtype):
+            return convert_to_fp32(forward(*args, **kwargs))
+
+    return call
+
+
+def managed_by_megatron(model: nn.Module) -> MegatronModel | None:
+    """What belongs to ``model`` (the user's, or the wrapper around it), None if megatron-fsdp does not manage it."""
+    return model.__dict__.get(_MANAGED)

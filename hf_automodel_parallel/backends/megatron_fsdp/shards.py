@@ -1,0 +1,130 @@
+"""Whole tensors from megatron-fsdp's shards, and shards from whole tensors.
+
+megatron-fsdp cuts a flat buffer of many parameters into equal parts, at rows. A parameter may lie on one rank, on several, or end
+in the middle of one. Its DTensors say ``Shard(0)``, but ``full_tensor()`` assumes DTensor's even cut and gives something else. So
+the rows of each rank are written down here, once, when the model is sharded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...core.shard_layout import local_slice
+from ...core.sharding_spec import REPLICATED, ParameterSpec, ShardingSpec
+from .mesh import Layout
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of one parameter this rank holds.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        spec: its place on the tp axis.
+        start: first row of this rank's part, counted in the rows of the tp shard.
+        rows: number of its rows.
+        dtype: of the parameter.
+        device: where it is.
+    """
+
+    shape: torch.Size
+    spec: ParameterSpec
+    start: int
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Places:
+    """The places of all parameters of one model on this rank.
+
+    Args:
+        layout: the mesh.
+        sharded: the parameters of the optimizer, by name.
+        shapes: shapes of the whole parameters, by name.
+        spec: the resolved tensor-parallel plan, or None.
+        split: the rows are spread over the data-parallel ranks; False: each of them holds all.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sharded: dict[str, nn.Parameter],
+        shapes: dict[str, torch.Size],
+        spec: ShardingSpec | None,
+        split: bool,
+    ) -> None:
+        self.split = split
+        self.shard_group = layout.mesh[layout.shard].get_group()
+        tp = layout.tp_mesh
+        self.tp_group = tp.get_group() if tp is not None else None
+        self.tp_rank, self.tp_size = (tp.get_local_rank(), tp.size()) if tp is not None else (0, 1)
+        locals_ = {name: local_part(parameter) for name, parameter in sharded.items()}
+        rows = torch.tensor([part.shape[0] if part.numel() else 0 for part in locals_.values()], dtype=torch.int64)
+        self.device = device = next((part.device for part in locals_.values()), torch.device("cpu"))
+        everyone = [torch.empty_like(rows, device=device) for _ in range(dist.get_world_size(self.shard_group))]
+        dist.all_gather(everyone, rows.to(device), group=self.shard_group)
+        before = torch.stack(everyone)[: dist.get_rank(self.shard_group)].sum(0).tolist()
+        parameters = {} if spec is None or tp is None else spec.parameters
+        self.by_name = {
+            name: Place(
+                shapes[name],
+                parameters.get(name, REPLICATED),
+                start if split else 0,
+                count,
+                parameter.dtype,
+                locals_[name].device,
+            )
+            for (name, parameter), start, count in zip(sharded.items(), before, rows.tolist(), strict=True)
+        }
+
+    def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the tensor ``whole``, which has the shape of the parameter ``name``; a view where it can be one."""
+        place = self.by_name[name]
+        return local_slice(whole, place.spec, self.tp_rank, self.tp_size).narrow(0, place.start, place.rows)
+
+    @torch.no_grad()
+    def whole(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor from the parts of all ranks.
+
+        Args:
+            name: of the parameter.
+            tensor: this rank's part of it, of its gradient or of a state of the same shape; None for a part without rows.
+            dtype: of the result, the parameter's if None; ranks without rows do not know it.
+
+        Returns:
+            A plain tensor, on every rank. Collective over data-parallel and tp ranks.
+        """
+        place = self.by_name[name]
+        shape = list(place.shape)
+        if place.spec.dim is not None:
+            shape[place.spec.dim] //= self.tp_size
+        local = None if tensor is None else local_part(tensor)
+        dtype = dtype or place.dtype
+        part = torch.zeros(shape, dtype=dtype, device=place.device)
+        if local is not None and place.rows:
+            part.narrow(0, place.start, place.rows).copy_(local.reshape(place.rows, *shape[1:]))
+        if self.split:
+            dist.all_reduce(part, group=self.shard_group)
+        if place.spec.dim is None or self.tp_group is None:
+            return part
+        result = torch.zeros(place.shape, dtype=dtype, device=place.device)
+        dim, blocks = place.spec.dim, place.spec.blocks
+        for target, source in zip(result.chunk(blocks, dim), part.chunk(blocks, dim), strict=True):
+            target.narrow(dim, self.tp_rank * source.shape[dim], source.shape[dim]).copy_(source)
+        dist.all_reduce(result, group=self.tp_group)
+        return result
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of ``tensor``."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _rows(local: torch.Tensor, shape: torch.Size) -> int:
+    return local.shape[0] if local.numel() else 0

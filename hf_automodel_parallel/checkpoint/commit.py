@@ -1,0 +1,372 @@
+"""The life of a checkpoint directory: begun, completed or abandoned; which of many is the last complete one.
+
+A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once. Files of a
+complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed
+job leaves the last complete checkpoint on the disk, and a directory that says what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.checkpoint_ranks import agreed, rank, rank_zero_tells
+from ..errors import CheckpointError
+from .files import naming, write_atomically
+from .manifest import (
+    MANIFEST,
+    MARK,
+    PREVIOUS,
+    STATE_NAMES,
+    Manifest,
+    check_sizes,
+    entries_of_all,
+    holds_a_save,
+    read_manifest,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+
+_SETTING_ASIDE = "setting aside"
+_NUMBERED = re.compile(r"^checkpoint[-_](\d+)$")
+
+
+@dataclass
+class Status:
+    """What a look at a checkpoint directory tells.
+
+    Attributes:
+        folder: the directory.
+        kind: "complete", "incomplete", "damaged" or "unverified" (no manifest: of stock Accelerate or an earlier version).
+        reason: why it cannot be used; empty if it can.
+        usable: the directory to load from: ``folder``, or the one below it with the files of the previous save; None if there
+            is nothing to load.
+    """
+
+    folder: Path
+    kind: str
+    reason: str = ""
+    usable: Path | None = None
+
+
+def status(folder: str | Path) -> Status:
+    """Look at ``folder`` without reading more than the manifest and the sizes of files. Not collective."""
+    folder = Path(folder)
+    own = _own_status(folder)
+    if own.usable is None and (folder / PREVIOUS).is_dir():
+        previous = _own_status(folder / PREVIOUS)
+        if previous.usable is not None:
+            own.usable = previous.usable
+    return own
+
+
+def _own_status(folder: Path) -> Status:
+    if not folder.is_dir():
+        return Status(folder, "incomplete", "there is no such directory")
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return Status(folder, "damaged", str(error))
+    if manifest is not None:
+        problems = check_sizes(folder, manifest)
+        if problems:
+            return Status(folder, "damaged", problems[0])
+        return Status(folder, "complete", usable=folder)
+    if (folder / MARK).exists():
+        return Status(folder, "incomplete", f"its save was interrupted: it has a {MARK} and no {MANIFEST}")
+    if holds_a_save(folder):
+        return Status(folder, "unverified", usable=folder)
+    return Status(folder, "incomplete", "it is empty")
+
+
+# ---- saving --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Unfinished:
+    """A save that has begun.
+
+    Attributes:
+        folder: where, absolute.
+        since: time of its mark, in nanoseconds of the file system's clock: what is older does not belong to it.
+    """
+
+    folder: Path
+    since: int
+
+
+def begin(folder: str | Path, group: Any = None) -> Unfinished:
+    """Make ``folder`` a directory that is being written; collective.
+
+    Raises:
+        CheckpointError: on all ranks: it cannot be written to. What it held before is as it was.
+    """
+    folder = Path(folder).absolute()  # a save in the background must not follow the working directory
+    since = 0
+    with agreed(f"saving to {folder}", group):
+        if rank(group) == 0:
+            since = _begin(folder)
+    return Unfinished(folder, rank_zero_tells(since, group))
+
+
+def _begin(folder: Path) -> int:
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _recover(folder)
+        if _own_status(folder).usable is not None:
+            _mark(folder, _SETTING_ASIDE)
+            _set_aside(folder)
+        else:
+            _remove_leftovers(folder)
+        _mark(folder, "writing")
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a damaged one
+        return (folder / MARK).stat().st_mtime_ns
+
+
+def _mark(folder: Path, phase: str) -> None:
+    content = {"phase": phase, "begun": time.time(), "host": platform.node()}
+    write_atomically(folder / MARK, json.dumps(content).encode())
+
+
+def _recover(folder: Path) -> None:
+    """If a job was killed while it set files aside, put them back: they are a complete checkpoint."""
+    try:
+        phase = json.loads((folder / MARK).read_text(encoding="utf-8")).get("phase")
+    except (OSError, ValueError):
+        return
+    if phase == _SETTING_ASIDE and not (folder / MANIFEST).exists():
+        _bring_back(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move the files of a usable checkpoint to :data:`PREVIOUS`, the manifest first.
+
+    A crash on the way leaves no manifest in ``folder``; what is missing in one of the two places is in the other, and
+    :func:`_bring_back` puts it together.
+    """
+    previous = folder / PREVIOUS
+    if previous.exists():
+        shutil.rmtree(previous)
+    previous.mkdir()
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        (folder / MANIFEST).rename(previous / MANIFEST)
+        names = list(manifest.files)
+    else:
+        # Not a model that was exported to the same directory: no save replaces that, so it stays.
+        names = [name for name in os.listdir(folder) if STATE_NAMES.match(name)]
+    for name in names:
+        (previous / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(previous / name)
+
+
+def _bring_back(folder: Path) -> bool:
+    """Undo :func:`_set_aside`, after a save that failed or a crash in its midst; False if nothing was set aside."""
+    previous = folder / PREVIOUS
+    if not previous.is_dir():
+        return False
+    manifest = read_manifest(previous)
+    names = list(manifest.files) if manifest is not None else [n for n in os.listdir(previous) if n != MANIFEST]
+    for name in names:
+        if (previous / name).exists():
+            target = folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (previous / name).replace(target)
+    if manifest is not None:
+        (previous / MANIFEST).replace(folder / MANIFEST)
+    (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(previous, ignore_errors=True)
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Drop what an interrupted save of ours left, so that it does not become a part of the next one."""
+    if not (folder / MARK).exists():
+        return
+    for name in os.listdir(folder):
+        if name.startswith(("pytorch_model_fsdp", "optimizer")):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
+    """Write the manifest of a save that has ended well; collective.
+
+    Raises:
+        CheckpointError: on all ranks; the directory stays recognisably incomplete.
+    """
+    manifest.files = entries_of_all(save.folder, save.since, group)
+    with agreed(f"completing {save.folder}", group):
+        if rank(group) == 0:
+            write_manifest(save.folder, manifest)
+            with naming(save.folder):
+                (save.folder / MARK).unlink()
+                shutil.rmtree(save.folder / PREVIOUS, ignore_errors=True)
+
+
+def abandon(save: Unfinished, group: Any = None) -> None:
+    """After a save that failed: bring back what was there before, or free the space and leave the mark. Not collective."""
+    if rank(group) != 0 or (save.folder / MANIFEST).exists():  # complete: what failed came after
+        return
+    try:
+        _remove_leftovers(save.folder)
+        if _bring_back(save.folder):
+            logger.warning(
+                "the save to %s failed; the checkpoint that was there before has been brought back", save.folder
+            )
+    except (OSError, CheckpointError) as error:
+        logger.warning(
+            "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in %s",
+            save.folder,
+            error,
+            save.folder / PREVIOUS,
+        )
+
+
+# ---- choosing ------------------------------------------------------------------------------------------------------
+
+
+def numbered(folder: str | Path) -> list[Path]:
+    """The directories ``checkpoint-N`` or ``checkpoint_N`` in ``folder``, the last first."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    found = [(int(match[1]), name) for name in names if (match := _NUMBERED.match(name))]
+    return [Path(folder) / name for _, name in sorted(found, reverse=True) if (Path(folder) / name).is_dir()]
+
+
+def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | None:
+    """The checkpoint to resume from: the last complete one among ``folder/checkpoint-N`` (or ``checkpoint_N``).
+
+    Rank 0 looks, all ranks get its answer; those that were passed over are named in the log with the reason. A checkpoint
+    without a manifest counts (with a warning), unless its save is known to have been interrupted.
+
+    Returns:
+        Its path, None if there is none to resume from.
+
+    Example:
+        >>> last = last_complete_checkpoint("out/checkpoints")
+        >>> if last is not None:
+        ...     accelerator.load_state(str(last))
+    """
+    chosen: Path | None = None
+    with agreed(f"looking for checkpoints in {folder}", group):
+        if rank(group) == 0:
+            for path in numbered(folder):
+                _recover_if_possible(path)
+                found = status(path)
+                if found.kind != "complete":
+                    logger.warning(
+                        "%s %s",
+                        path,
+                        f"is {found.kind}: {found.reason}"
+                        if found.reason
+                        else "has no manifest, so it is not known to be complete",
+                    )
+                if found.usable is not None:
+                    chosen = found.usable
+                    break
+            if chosen is not None:
+                logger.warning("resuming from the last complete checkpoint, %s", chosen)
+    return rank_zero_tells(chosen, group)
+
+
+def _recover_if_possible(folder: Path) -> None:
+    try:
+        _recover(folder)
+    except (OSError, CheckpointError) as error:
+        logger.warning("the files of %s that were set aside cannot be put back: %s", folder, error)
+
+
+def to_load(folder: str | Path, group: Any = None) -> Path:
+    """The directory to load from when the user names ``folder``; collective.
+
+    Raises:
+        CheckpointError: on all ranks: there is nothing to load, with the reason and the last complete one beside it.
+    """
+    folder = Path(folder)
+    answer: Path | None = None
+    with agreed(f"loading {folder}", group):
+        if rank(group) == 0:
+            _recover_if_possible(folder)
+            found = status(folder)
+            answer = found.usable
+            if answer is None:
+                others = [status(path) for path in numbered(folder.parent) if path != folder]
+                last = next((other.usable for other in others if other.usable is not None), None)
+                raise CheckpointError(
+                    f"the checkpoint {folder} is {found.kind}: {found.reason}."
+                    + (f" The last complete one beside it is {last}." if last is not None else "")
+                )
+            if found.kind == "unverified":
+                logger.warning(
+                    "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell whether it is "
+                    "complete",
+                    folder,
+                    MANIFEST,
+                )
+            elif answer != folder:
+                logger.warning(
+                    "%s is %s (%s); loading the previous checkpoint of that name, %s",
+                    folder,
+                    found.kind,
+                    found.reason,
+                    answer,
+                )
+    return rank_zero_tells(answer, group)  # type: ignore[return-value]
+
+
+def _by_time(folders: list[Path]) -> list[Path]:
+    """The last first; all within one second is no time at all (file systems in the cloud), then in the order of ``folders``."""
+    times: dict[Path, float] = {}
+    for path in folders:
+        try:
+            times[path] = path.stat().st_mtime
+        except OSError:
+            pass  # another job has just deleted it
+    folders = list(times)
+    if not times or max(times.values()) - min(times.values()) < 1.0:
+        return folders
+    return sorted(folders, key=times.__getitem__, reverse=True)
+
+
+def rotate(folder: str | Path, limit: int | None, keep: set[Path]) -> list[Path]:
+    """Delete old checkpoints in ``folder`` until ``limit`` are left: those that cannot be used first. Not collective.
+
+    Which one is old, its time says, as in transformers: a run may begin again with lower numbers beside an earlier one.
+    Never deletes the last complete one or those in ``keep``.
+
+    Args:
+        folder: holds the checkpoints.
+        limit: how many, None or 0 for any number.
+        keep: the one that has just been completed, the best one.
+
+    Returns:
+        What was deleted.
+    """
+    if limit is None or limit <= 0:
+        return []
+    found = [status(path) for path in _by_time(numbered(folder))]
+    usable = [item for item in found if item.usable is not None]
+    protected = {path.resolve() for path in keep} | {item.folder.resolve() for item in usable[:1]}
+    order = [item for item in found if item.usable is None][::-1] + usable[::-1]
+    deleted: list[Path] = []
+    for item in order:
+        if len(found) - len(deleted) <= limit:
+            break
+        if item.folder.resolve() not in protected:
+            shutil.rmtree(item.folder, ignore_errors=True)
+            deleted.append(item.folder)
+    return deleted

@@ -1,0 +1,159 @@
+"""The weights in a training checkpoint, whole and one at a time, in one process that never was part of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ..errors import ExportError
+from .commit import status
+from .files import load_plain
+from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_metadata
+
+#: What Accelerate and the Trainer call the weights of the first (or only) model of a run.
+_SHARDED, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
+
+
+class _Reader(SafeFileSystemReader):
+    """Knows the metadata already, which would be read again for each tensor."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was read at the beginning."""
+        return self._metadata
+
+
+class ShardedWeights:
+    """A directory of torch.distributed.checkpoint.
+
+    Attributes:
+        shapes: shape and dtype by the name in the model's state dict.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        metadata = read_metadata(folder)
+        self._reader = _Reader(folder, metadata)
+        self._keys: dict[str, str] = {}
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        paths = metadata.planner_data or {}
+        for key, described in metadata.state_dict_metadata.items():
+            path = [str(part) for part in paths.get(key) or key.split(".", 1)]
+            if path[0] == "model" and len(path) > 1 and isinstance(described, TensorStorageMetadata):
+                name = ".".join(path[1:])
+                self._keys[name] = key
+                self.shapes[name] = (described.size, described.properties.dtype)
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name``, put together from the pieces of all ranks."""
+        shape, dtype = self.shapes[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        dcp.load({self._keys[name]: tensor}, storage_reader=self._reader, planner=SafeLoadPlanner(), no_dist=True)
+        return tensor
+
+
+class WholeWeights:
+    """One file of ``torch.save``, mapped into memory; pages are read when they are needed."""
+
+    def __init__(self, path: Path) -> None:
+        content = load_plain(path, mmap=True)
+        if not isinstance(content, dict):
+            raise ExportError(f"{path} holds no state dict.")
+        self._tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        self.shapes = {name: (value.shape, value.dtype) for name, value in self._tensors.items()}
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The tensor ``name``, in the mapped file."""
+        return self._tensors[name]
+
+
+class SafetensorsWeights:
+    """Safetensors files, one or several with an index.
+
+    Args:
+        folder: has ``<stem>.safetensors``, or ``<stem>.safetensors.index.json`` and shards.
+        stem: "model" or "adapter_model".
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
+        import json
+
+        from safetensors import safe_open
+
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.exists():
+            files: Iterable[str] = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        elif single.exists():
+            files = [single.name]
+        else:
+            raise ExportError(f"{folder} has neither {single.name} nor {index.name}; other formats are not read.")
+        self._open: dict[str, Any] = {}
+        self.shapes = {}
+        for file in files:
+            if Path(file).name != file:
+                raise ExportError(f"{index} names {file!r}, which is outside of its directory. It was not read.")
+            try:
+                handle = safe_open(folder / file, framework="pt")
+            except Exception as error:
+                raise ExportError(f"cannot read {folder / file}: {error}.") from error
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                self._open[name] = handle
+                self.shapes[name] = (torch.Size(part.get_shape()), _dtype(part.get_dtype()))
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The tensor ``name``."""
+        return self._open[name].get_tensor(name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    from ..export.safetensors_writer import DTYPE_NAMES
+
+    return {text: dtype for dtype, text in DTYPE_NAMES.items()}[name]
+
+
+Weights = ShardedWeights | WholeWeights | SafetensorsWeights
+
+
+def open_checkpoint(path: Path) -> tuple[Weights, Path]:
+    """Find the weights of a training checkpoint.
+
+    Args:
+        path: a Trainer's ``checkpoint-N``, a directory of ``accelerator.save_state``, or the DCP directory in one of these.
+
+    Returns:
+        The weights, and the directory that may have configs and a tokenizer beside them.
+
+    Raises:
+        ExportError: nothing there that can be read, or a save that was interrupted.
+        CheckpointError: a damaged or malicious file.
+    """
+    if not path.exists():
+        raise ExportError(
+            f"{path} does not exist. Give a Trainer's checkpoint-N or a directory of accelerator.save_state."
+        )
+    if (path / METADATA_FILE).exists():
+        return ShardedWeights(path), path.parent
+    if path.is_dir():
+        found = status(path)
+        if found.kind in ("incomplete", "damaged") and found.reason != "it is empty":
+            raise ExportError(f"{path} is not complete: {found.reason}.")
+        if (path / _SHARDED / METADATA_FILE).exists():
+            return ShardedWeights(path / _SHARDED), path
+        if (path / _WHOLE).exists():
+            return WholeWeights(path / _WHOLE), path
+        for stem in ("adapter_model", "model"):
+            if (path / f"{stem}.safetensors").exists() or (path / f"{stem}.safetensors.index.json").exists():
+                return SafetensorsWeights(path, stem), path
+    raise ExportError(
+        f"{path} holds no weights: neither {_SHARDED}/ with a {METADATA_FILE} (SHARDED_STATE_DICT) nor {_WHOLE} "
+        f"(FULL_STATE_DICT), which Accelerate and the Trainer write."
+    )

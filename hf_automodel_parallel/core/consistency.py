@@ -1,0 +1,179 @@
+"""Make the ranks agree before anything is sharded: on errors, on the model's structure, on its values, on random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import ConfigError, PrepareError
+from .ranks import broadcast_from_rank_zero, communication_device
+from .sharding_spec import ShardingSpec
+
+
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Scales and code books of quantised weights, which are neither parameters nor buffers."""
+    for name, module in model.named_modules():
+        state: Any = getattr(module, "quant_state", None)
+        for part, owner in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
+            for key in ("absmax", "code", "offset"):
+                value = getattr(owner, key, None)
+                if isinstance(value, torch.Tensor):
+                    yield f"{name}.{part}.{key}", value
+
+logger = logging.getLogger(__name__)
+
+
+def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
+    """Raise on all ranks unless they agree on the mesh and on what else decides which collectives run.
+
+    Otherwise each would wait for ever in groups of its own, or for a collective that the others never call.
+
+    Args:
+        sizes: axis -> size.
+        choices: field of the config -> value.
+
+    Raises:
+        ConfigError: with the values of rank 0 and of the first rank that has others.
+    """
+    mine = ({f"{axis}_size": size for axis, size in sizes.items()}, choices)
+    everyone: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if not others:
+        return
+    (first_sizes, first), (other_sizes, other) = everyone[0], everyone[others[0]]
+    names = [name for name in first if first[name] != other.get(name)]
+    shown = []
+    for values, fields in ((first_sizes, first), (other_sizes, other)):
+        told = values if first_sizes != other_sizes else {}
+        shown.append(", ".join(f"{name}={value!r}" for name, value in {**told, **{n: fields.get(n) for n in names}}.items()))
+    more = f" ({len(others) - 1} more ranks differ from rank 0)" if len(others) > 1 else ""
+    raise ConfigError(
+        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {others[0]}{more}. Start all "
+        f"processes with the same config file, environment and arguments."
+    )
+
+
+def check_same_structure(
+    model: nn.Module,
+    spec: ShardingSpec | None = None,
+    group: dist.ProcessGroup | None = None,
+    choices: Mapping[str, object] | None = None,
+) -> None:
+    """Raise on all ranks unless they hold models with the same parameters and buffers, and are going to treat them alike.
+
+    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, the plan as resolved, the choices.
+
+    Args:
+        model: the model, on every rank.
+        spec: where its parameters and activations are going to be on the tp axis.
+        group: the ranks that hold the model; None means all.
+        choices: name -> value, with a ``repr`` that is the same in all processes, of what else decides which collectives run.
+
+    Raises:
+        PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
+    """
+    places = {} if spec is None else spec.parameters
+    seen: dict[int, str] = {}
+    described = [
+        f"{name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        + (f", tied to {other}" if (other := seen.setdefault(id(p), name)) != name else "")
+        + (f", planned as {places[name]}" if name in places else "")
+        for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    described += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers()]
+    described += [] if spec is None else spec.described()
+    described += [f"option {name}={value!r}" for name, value in (choices or {}).items()]
+    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest, group=group)
+    if len(set(digests)) == 1:
+        return
+    ranks = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    compared: list[list[str]] = []
+    for rank in (0, ranks[0]):  # every rank names the same difference
+        theirs: list[list[str] | None] = [described if dist.get_rank(group) == rank else None]
+        dist.broadcast_object_list(theirs, group_src=rank, group=group)
+        compared.append(theirs[0] or [])
+    alone = [sorted(set(a) - set(b)) for a, b in (compared, compared[::-1])]
+    examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]
+    raise PrepareError(
+        f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
+        + (f", for example in {' and '.join(examples)}" if examples else ", in the order of their parameters or buffers")
+        + ". Build, wrap and plan it alike, with the same options, on every rank."
+    )
+
+
+@torch.no_grad()
+def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
+
+    Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
+    their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and one
+    small gather.
+
+    Args:
+        model: the model, on every rank.
+        group: the ranks that hold it; None means all.
+
+    Returns:
+        Names of the tensors that were broadcast.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(state_tensors(model))}
+    tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
+    device = communication_device()
+    mine = torch.tensor([fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    changed = (torch.stack(everyone) != everyone[0][None]).any(0).tolist()
+    names = [name for name, flag in zip(tensors, changed, strict=True) if flag]
+    for name in names:
+        broadcast_from_rank_zero(tensors[name], group)
+    if names:
+        logger.info(
+            "%d tensors differed between ranks and were set to rank 0's values: %s", len(names), ", ".join(names[:4])
+        )
+    return names
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A 64-bit sum over the raw bytes, weighted by position, equal for equal content."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    rest = data.numel() % 8
+    words = data[: data.numel() - rest].view(torch.int64)
+    tail = int(data[data.numel() - rest :].to(torch.int64).sum()) if rest else 0
+    total = tail
+    for start in range(0, words.numel(), 1 << 22):  # bounded temporary memory
+        part = words[start : start + (1 << 22)]
+        weight = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=part.device)
+        total += int((part * (2 * weight + 1)).sum())
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def synchronize_rng(tp_mesh: DeviceMesh) -> None:
+    """Give all ranks of a tp group the random states of its first rank: of torch, of numpy and of Python.
+
+    Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of these
+    ranks, whatever seeds they started with, and so must masks that a model or a collator draws with numpy or ``random``.
+    Ranks along the data-parallel axes keep their own states.
+    """
+    group = tp_mesh.get_group()
+    source = dist.get_global_rank(group, 0)
+    states: list[object] = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states.append(torch.cuda.get_rng_state())
+    dist.broadcast_object_list(states, src=source, group=group)
+    random.setstate(states[0])  # type: ignore[arg-type]
+    numpy.random.set_state(states[1])  # type: ignore[arg-type]
+    torch.set_rng_state(states[2])  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[3])  # type: ignore[arg-type]

@@ -1,0 +1,133 @@
+"""Axes of a mesh by name: where tensor parallelism and FSDP2 work, and which ranks hold the same model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import compat
+from ..errors import ConfigError
+
+#: Mesh axes in the order in which Accelerate lays them out; each has a ``<axis>_size`` field.
+AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+
+
+@dataclass(frozen=True)
+class MeshAxes:
+    """What the axes of a mesh are called.
+
+    Attributes:
+        replicate: axis over which whole copies of the shards are replicated (HSDP).
+        shard: axis over which FSDP2 shards; the default is the name of data-parallel sharding and context parallelism
+            together, and means ``dp_shard`` (and ``cp``) in a mesh that has these but no axis of that name.
+        tp: axis of tensor parallelism.
+        cp: axis over which sequences are spread.
+        pipeline: axis whose ranks hold different parts of a model; only looked at, never used for sharding.
+    """
+
+    replicate: str = "dp_replicate"
+    shard: str = "dp_shard_cp"
+    tp: str = "tp"
+    cp: str = "cp"
+    pipeline: str = "pp"
+
+    def tensor_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
+        """The tp axis of ``mesh``, None if it has none, or one of a single rank.
+
+        Raises:
+            ConfigError: an axis that was named explicitly does not exist.
+        """
+        names = mesh.mesh_dim_names or ()
+        if self.tp not in names:
+            if self.tp != MeshAxes.tp:
+                raise _missing("tp_mesh_name", self.tp, mesh)
+            return None
+        axis = mesh[self.tp]
+        return axis if axis.size() > 1 else None
+
+    def context_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
+        """The cp axis of ``mesh``, None if it has none, or one of a single rank."""
+        return mesh[self.cp] if self.cp in (mesh.mesh_dim_names or ()) and mesh[self.cp].size() > 1 else None
+
+    def data_parallel(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The axes of ``mesh`` that FSDP2 works on: 1-D, or (replicate, shard) for HSDP.
+
+        Raises:
+            ConfigError: the axis to shard over, or one that was named explicitly, does not exist.
+        """
+        names = mesh.mesh_dim_names or ()
+        if self.replicate not in names and self.replicate != MeshAxes.replicate:
+            raise _missing("dp_replicate_mesh_name", self.replicate, mesh)
+        shard = self._shard_axis(mesh)
+        if self.replicate in names and mesh[self.replicate].size() > 1:
+            return compat.slice_mesh(mesh, (self.replicate, shard))
+        return compat.slice_mesh(mesh, (shard,))
+
+    def check(self, mesh: DeviceMesh) -> None:
+        """Raise unless every rank of ``mesh`` has a part in the work: along an axis that nobody uses, copies would drift apart.
+
+        Raises:
+            ConfigError: an axis of more than one rank has none of the names here.
+        """
+        names = mesh.mesh_dim_names or ()
+        data, tp = self.data_parallel(mesh), self.tensor_parallel(mesh)
+        if data.size() * (1 if tp is None else tp.size()) * self.pipeline_size(mesh) == compat.root_mesh(mesh).size():
+            return
+        used = {*(data.mesh_dim_names or ()), self.replicate, self.shard, self.tp, self.pipeline}
+        spare = [f"{name} ({mesh[name].size()} ranks)" for name in names if name not in used and mesh[name].size() > 1]
+        raise ConfigError(
+            f"the device mesh has axes that nothing would be reduced over: {', '.join(spare) or ', '.join(names)}. Say which "
+            f"axes are meant by dp_replicate_mesh_name={self.replicate!r}, dp_shard_cp_mesh_name={self.shard!r} and "
+            f"tp_mesh_name={self.tp!r}."
+        )
+
+    def _shard_axis(self, mesh: DeviceMesh) -> str:
+        """The name of the axis to shard over; where it consists of two axes, they are joined under that name first."""
+        names = mesh.mesh_dim_names or ()
+        if self.shard in names:
+            return self.shard
+        # Fewest names first: over a single axis there is nothing to join.
+        parts = [name for name in ("dp_shard", self.cp) if name in names] if self.shard == MeshAxes.shard else []
+        if parts and all(mesh[name].size() == 1 for name in parts[1:]):
+            return parts[0]
+        if compat.has_joined_axis(mesh, self.shard):
+            return self.shard
+        if len(parts) == 2:
+            compat.join_axes(mesh, tuple(parts), self.shard)
+            return self.shard
+        raise _missing("dp_shard_cp_mesh_name", self.shard, mesh)
+
+    def pipeline_size(self, mesh: DeviceMesh) -> int:
+        """Number of pipeline stages, 1 without such an axis; ``mesh`` may be any part of the root mesh."""
+        root = compat.root_mesh(mesh)
+        names = getattr(root, "mesh_dim_names", None) or ()
+        return root[self.pipeline].size() if self.pipeline in names else 1
+
+    def holders(self, mesh: DeviceMesh) -> dist.ProcessGroup | None:
+        """The ranks that hold the same model: all of ``mesh`` but other pipeline stages. None means all processes."""
+        names = tuple(name for name in mesh.mesh_dim_names or () if name != self.pipeline)
+        part = mesh if len(names) == mesh.ndim else compat.slice_mesh(mesh, names)
+        if part.size() == dist.get_world_size():
+            return None
+        return part.get_group() if part.ndim == 1 else compat.join_axes(mesh, names, "_holders").get_group()
+
+
+def _missing(field: str, name: str, mesh: DeviceMesh) -> ConfigError:
+    return ConfigError(
+        f"{field}={name!r}: the device mesh has no such axis, only {', '.join(mesh.mesh_dim_names or ()) or 'unnamed ones'}. "
+        f"Give the name that the mesh was built with (init_device_mesh(..., mesh_dim_names=...))."
+    )
+
+
+#: What Accelerate joins axes to; a mesh has some of them.
+_JOINED_BY_ACCELERATE = ("dp", "dp_shard_cp", "dp_cp")
+
+
+def inherit_timeouts(mesh: DeviceMesh) -> None:
+    """Bound the collectives of every axis of ``mesh``, also of joined ones, as those of the process group are bounded."""
+    compat.inherit_timeout(mesh)
+    for name in _JOINED_BY_ACCELERATE:
+        if compat.has_joined_axis(mesh, name):
+            compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))

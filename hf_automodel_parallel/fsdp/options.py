@@ -1,0 +1,55 @@
+"""How FSDP2 behaves on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+
+@dataclass
+class ShardingOptions:
+    """How FSDP2 behaves, gathered from the config, the ``fsdp_plugin`` and ``mixed_precision``.
+
+    Attributes:
+        mp_policy: dtypes of gathered parameters and reduced gradients.
+        offload_policy: keep shards on the CPU or not.
+        reshard_after_forward: free gathered parameters after a unit's forward.
+        forward_prefetch: units to gather ahead in forward.
+        backward_prefetch: units to gather ahead in backward.
+        ignored_parameters: parameters FSDP2 leaves alone.
+        minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
+        own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
+        fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
+        towers: where the parameters of parts go that only some forwards run, see :data:`.towers.find.PLACEMENTS`;
+            None for the first of these.
+        read_outside: names of parameters that forwards of other modules read; they stay with the root.
+        cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
+    """
+
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+    reshard_after_forward: bool = True
+    forward_prefetch: int = 1
+    backward_prefetch: int = 2
+    ignored_parameters: set[nn.Parameter] = field(default_factory=set)
+    minimum_unit_size: int | None = None
+    own_dtype: frozenset[str] = frozenset()
+    read_outside: frozenset[str] = frozenset()
+    fully_shard_fn: Callable[..., Any] | None = None
+    cast_between_layers: bool = True
+    towers: str | None = None
+
+
+def on_device(kind: str) -> torch.device:
+    """The device of ``kind`` ("cpu", "cuda") that this process computes on."""
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def without_pinning(policy: OffloadPolicy, device: torch.device) -> OffloadPolicy:
+    """``policy`` without the pinned memory that training on the CPU cannot have."""
+    return CPUOffloadPolicy(pin_memory=False) if device.type == "cpu" and type(policy) is CPUOffloadPolicy else policy

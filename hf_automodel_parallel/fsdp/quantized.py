@@ -1,0 +1,90 @@
+"""Quantised weights: which of them FSDP2 can shard, and the state that they keep beside the parameters.
+
+FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``. A quantised weight survives that if its
+meaning is kept elsewhere: bitsandbytes' 4-bit layers keep it on the module and restore the parameter from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..core.module_names import unwrapped
+from ..errors import ConfigError, UnsupportedError
+
+
+def quantization_method(model: nn.Module) -> str | None:
+    """What ``model`` is quantised with ("bitsandbytes", "gptq", ...), None if its weights are floating-point numbers."""
+    inner, _ = unwrapped(model)
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None or getattr(inner, "is_quantized", False):
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "unknown")
+        return str(getattr(method, "value", method))
+    for parameter in model.parameters():
+        if not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None:
+            return type(parameter).__name__
+    return None
+
+
+def check_quantized(
+    model: nn.Module, compute_dtype: torch.dtype | None, tensor_parallel: bool, load_on_rank_zero: bool
+) -> None:
+    """Refuse quantised weights that cannot be sharded.
+
+    Args:
+        model: the model before sharding.
+        compute_dtype: dtype to which FSDP2 casts gathered parameters (``param_dtype`` of its policy), None for no cast.
+        tensor_parallel: the tp axis has more than one rank.
+        load_on_rank_zero: only rank 0 holds the weights.
+
+    Raises:
+        UnsupportedError: tensor parallelism; a kind of parameter that loses its meaning in shards; weights converted for
+            inference; weights that only rank 0 holds.
+        ConfigError: packed numbers stored as a floating-point type that mixed precision would cast.
+    """
+    method = quantization_method(model)
+    if method is not None and tensor_parallel:
+        raise UnsupportedError(
+            f"the model is quantised with {method}; tensor parallelism of quantised weights is not available: their packed "
+            f"storage has no rows or columns to slice. Use tp_size=1 (FSDP2 shards bitsandbytes' 4-bit weights), or load the "
+            f"model unquantised."
+        )
+    if method is not None and load_on_rank_zero:
+        raise UnsupportedError(
+            f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales are no "
+            f"parameters and would be missing on the other ranks. Set fsdp_cpu_ram_efficient_loading: false."
+        )
+    for owner_name, owner in model.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and type(parameter) is not nn.Parameter:
+                _check_parameter(f"{owner_name}.{key}", parameter, owner, compute_dtype)
+
+
+def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compute_dtype: torch.dtype | None) -> None:
+    if hasattr(parameter, "fsdp_pre_all_gather"):  # the kind says itself how FSDP2 has to treat it
+        return
+    state = getattr(parameter, "quant_state", None)
+    if state is None or getattr(owner, "quant_state", None) is None:
+        raise UnsupportedError(
+            f"{name} is a {type(parameter).__name__}, which FSDP2 cannot shard: it comes back as a plain parameter without "
+            f"what makes it a quantised one. Use bitsandbytes' 4-bit weights (load_in_4bit=True), or load the model "
+            f"unquantised."
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UnsupportedError(
+            f"{name} has been converted for inference on the CPU by a forward in eval mode; it has no gradient in that form. "
+            f"Load the model again and call accelerator.prepare before its first forward."
+        )
+    if parameter.is_floating_point() and compute_dtype not in (None, parameter.dtype):
+        raise ConfigError(
+            f"bnb_4bit_quant_storage={parameter.dtype} with mixed precision in {compute_dtype}: FSDP2 would cast the packed "
+            f"numbers of {name}. Set bnb_4bit_quant_storage={compute_dtype}, or leave it at torch.uint8."
+        )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from converting weights for inference in place: the shards would stay as they are and be misread."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+

@@ -1,0 +1,88 @@
+"""FSDP2 along a module tree: every list of modules on the way is a place where units are made.
+
+This is the reference API's way, for code that shards a model by itself. ``Accelerator.prepare`` shards by the model's layers
+(:mod:`.fsdp`), which keeps the ends of the model in units of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+
+from ..core.mesh import MeshAxes
+from ..core.model_structure import all_frozen
+from .dtype_groups import install_companions, shard_unit
+from .options import ShardingOptions
+from .shard import set_prefetch
+
+#: Children that never run in the forward of data without their modality. Entirely frozen, they stay with the root, whose
+#: gathering every forward passes.
+OPTIONAL_TOWERS = ("audio_tower",)
+
+
+def apply_fsdp2_sharding_recursively(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None = None,
+    enable_fsdp2_prefetch: bool = True,
+    fsdp2_backward_prefetch_depth: int = 2,
+    fsdp2_forward_prefetch_depth: int = 1,
+    reshard_after_forward: bool | None = None,
+    fully_shard_fn: Callable[..., Any] | None = None,
+) -> None:
+    """Make the modules in every ``ModuleList`` and ``ModuleDict`` below ``module`` FSDP2 units, in place.
+
+    A list inside of a list is entered, since it has no forward of its own. What is in no list stays for the root, which the
+    caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``. Parameters of several dtypes may share a
+    unit. The last module of a list is not resharded after forward, its backward comes next.
+
+    Args:
+        module: where to begin.
+        mesh: the data-parallel mesh. Only handed on, but for the question whether there is pipeline parallelism.
+        mp_policy: dtypes, None to compute in those of the parameters.
+        offload_policy: where shards are kept, None for the device.
+        enable_fsdp2_prefetch: gather the next modules of a list while one computes.
+        fsdp2_backward_prefetch_depth: how many of them in backward.
+        fsdp2_forward_prefetch_depth: how many of them in forward.
+        reshard_after_forward: for all units alike; None: free gathered parameters, except of the last module of each list
+            and under pipeline parallelism (a ``pp`` axis of the root mesh), which would gather them for each micro-batch.
+        fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
+    """
+    pipelined = MeshAxes().pipeline_size(mesh) > 1
+    common: dict[str, Any] = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload_policy or OffloadPolicy()}
+    if fully_shard_fn is None:
+        shard: Callable[..., Any] = functools.partial(shard_unit, **common)
+    else:
+        shard = functools.partial(fully_shard_fn, **common)
+    depths = ShardingOptions(
+        forward_prefetch=fsdp2_forward_prefetch_depth, backward_prefetch=fsdp2_backward_prefetch_depth
+    )
+    for group in _lists(module):
+        for index, unit in enumerate(group):
+            last = index == len(group) - 1
+            reshard = (not pipelined and not last) if reshard_after_forward is None else reshard_after_forward
+            shard(unit, reshard_after_forward=reshard)
+        if enable_fsdp2_prefetch and not pipelined and reshard_after_forward is not False:
+            set_prefetch([unit for unit in group if isinstance(unit, FSDPModule)], True, depths)
+    if fully_shard_fn is None:
+        install_companions(module)
+
+
+def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of each list below ``module`` (that list included, lists in it apart), inner lists first."""
+    is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    units = []
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or not is_list:
+            if not (name in OPTIONAL_TOWERS and all_frozen(child)):
+                yield from _lists(child)
+        else:
+            units.append(child)
+    if units:
+        yield units

@@ -1,1 +1,0 @@
-"""Where this package meets Accelerate, the Trainer and the launcher."""

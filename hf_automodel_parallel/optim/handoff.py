@@ -1,0 +1,152 @@
+"""Hand an optimizer over from a model's old parameters to the sharded ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..errors import PrepareError
+
+
+def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's wrappers."""
+    while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """``id(parameter) -> name`` for every parameter; a shared one has its first name."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[list[list[str]]]:
+    """Name the parameters of each group of each optimizer.
+
+    Returns:
+        ``names[optimizer][group][i]``.
+
+    Raises:
+        PrepareError: an optimizer holds a parameter that the model does not have, or a trainable one is in none of them.
+    """
+    names = parameter_names(model)
+    shapes = dict(model.named_parameters())
+    result: list[list[list[str]]] = []
+    covered: set[str] = set()
+    for optimizer in optimizers:
+        foreign = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+        if foreign:
+            raise PrepareError(
+                f"{type(optimizer).__name__} holds {len(foreign)} parameters that the model in this prepare call does not "
+                f"have (shapes {_some(foreign)}). Create the optimizer from model.parameters() of the very model you pass, "
+                f"after wrapping it with PEFT and before prepare."
+            )
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
+                    raise PrepareError(
+                        f"{type(optimizer).__name__} has stepped already, and its state {key!r} of {names[id(p)]} has the "
+                        f"shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded along. "
+                        f"Call prepare before the first step."
+                    )
+        elsewhere = _held_elsewhere(optimizer, names)
+        if elsewhere:
+            raise PrepareError(
+                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there it would "
+                f"go on using the unsharded ones, which no longer belong to the model. Let it find them in param_groups in each "
+                f"step, or create it after prepare from the parameters of the prepared model."
+            )
+        result.append([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
+        covered.update(name for group in result[-1] for name in group)
+    missing = [name for name, p in shapes.items() if p.requires_grad and name not in covered]
+    if missing:
+        raise PrepareError(
+            f"{len(missing)} trainable parameters are in no optimizer given to this prepare call ({_some(missing)}). They "
+            f"would collect gradients and never change. Add them to the optimizer, or freeze them with requires_grad_(False)."
+        )
+    return result
+
+
+def _held_elsewhere(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[str]:
+    """``attribute: parameter`` for parameters that attributes of ``optimizer`` hold beside groups and state.
+
+    The very lists of the groups do not count, because they are changed in place.
+    """
+    lists = {id(group["params"]) for group in optimizer.param_groups}
+    found: list[str] = []
+
+    def walk(attribute: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            if id(value) in names:
+                found.append(f"{attribute}: {names[id(value)]}")
+        elif isinstance(value, dict) and depth:
+            for item in (*value.keys(), *value.values()):
+                walk(attribute, item, depth - 1)
+        elif isinstance(value, (list, tuple, set, frozenset)) and depth and id(value) not in lists:
+            for item in value:
+                walk(attribute, item, depth - 1)
+
+    for attribute, value in vars(optimizer).items():
+        if attribute not in ("param_groups", "state"):
+            walk(attribute, value, 4)
+    return list(dict.fromkeys(found))
+
+
+def switch_parameters(
+    optimizer: torch.optim.Optimizer, names: list[list[str]], model: nn.Module, old: dict[str, nn.Parameter]
+) -> None:
+    """Replace the parameters of ``optimizer`` by those of the sharded ``model``, by name, in place.
+
+    Groups and all their hyper-parameters stay. State that already exists (an optimizer that has stepped, or one like
+    Adagrad that makes its state at once) is sharded as its parameter is.
+
+    Args:
+        optimizer: the torch optimizer.
+        names: ``names[group][i]``, from :func:`check_optimizers`.
+        model: the model after sharding.
+        old: name -> parameter before sharding, to find existing state.
+    """
+    new = dict(model.named_parameters())
+    state = dict(optimizer.state)
+    optimizer.state.clear()
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        group["params"][:] = [new[name] for name in group_names]  # in place: LBFGS keeps the list
+        for name in group_names:
+            values = state.get(old[name])
+            if values is not None:
+                optimizer.state[new[name]] = _shard_state(values, new[name], tuple(old[name].shape))
+
+
+def replace_parameters(optimizer: torch.optim.Optimizer, replacements: dict[int, nn.Parameter]) -> None:
+    """Replace the parameters of ``optimizer`` by ``replacements[id(parameter)]`` (often itself), in place, with their state."""
+    for group in optimizer.param_groups:
+        for old in group["params"]:
+            new = replacements[id(old)]
+            if new is not old and old in optimizer.state:
+                optimizer.state[new] = _shard_state(optimizer.state.pop(old), new, tuple(old.shape))
+        group["params"][:] = [replacements[id(p)] for p in group["params"]]
+
+
+def _shard_state(values: Any, parameter: nn.Parameter, full_shape: tuple[int, ...]) -> Any:
+    if not isinstance(values, dict) or not isinstance(parameter, DTensor):
+        return values
+    sharded = {}
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor) and value.ndim and tuple(value.shape) == full_shape:
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            value = distribute_tensor(
+                value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        sharded[key] = value
+    return sharded
+
+
+def _some(items: list[Any], count: int = 4) -> str:
+    shown = ", ".join(map(str, items[:count]))
+    return shown if len(items) <= count else f"{shown}, ..."

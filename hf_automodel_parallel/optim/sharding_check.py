@@ -1,0 +1,325 @@
+"""Does an optimizer compute on shards what it computes on whole parameters? Tried on small tensors, before anything changes.
+
+An optimizer that treats each element on its own is right on any shard. One that computes something over a whole parameter
+(Adafactor's row and column means, LAMB's trust ratio, Muon's orthogonalisation) is right only if it does so with DTensor
+operators, across the shards. No list of names can tell for an optimizer that a user wrote; its own arithmetic can: an
+optimizer of the same class and settings steps on a small whole tensor and on the same tensor sharded as the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .. import compat
+from ..core.ranks import agreement
+from ..core.sharding_spec import REPLICATED, ParameterSpec
+from ..errors import PrepareError, UnsupportedError
+from ..fsdp.shard import data_parallel_placement
+from ..tensor_parallel.shards import shard_parameter
+
+#: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16 iterations
+#: inside of Muon and of 8-bit states) stays well below, a statistic over a shard instead of the whole well above.
+TOLERANCE = 0.05
+
+_STEPS = 3
+_LEARNING_RATE = 0.01
+_REMEDY = (
+    "Use an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...) or one that computes with DTensors. If you know "
+    "that this one is right on shards, set AutoParallelismConfig(check_optimizer=False)."
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What distinguishes one parameter from another for an optimizer that runs on shards: shape class and placement."""
+
+    shape: tuple[int, ...]
+    spec: ParameterSpec
+    sharded: bool
+
+
+def check_on_shards(
+    optimizers: list[torch.optim.Optimizer],
+    names: list[list[list[str]]],
+    shapes: dict[str, torch.Size],
+    specs: dict[str, ParameterSpec],
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    device: torch.device,
+    offload_policy: OffloadPolicy | None = None,
+    unsharded: frozenset[str] | set[str] = frozenset(),
+) -> None:
+    """Raise unless every optimizer computes on shards what it computes on whole parameters.
+
+    Collective over both meshes; every rank has to call it with the same arguments. The optimizers, their parameters and the
+    random state are left as they are.
+
+    Args:
+        optimizers: torch optimizers.
+        names: ``names[optimizer][group][i]``, names of their parameters.
+        shapes: shape of each parameter, by name.
+        specs: places on the tp axis; a name that is missing is replicated there.
+        dp_mesh: the axes that FSDP2 works on.
+        tp_mesh: the tp axis, None without tensor parallelism.
+        device: where the shards are.
+        offload_policy: FSDP2's, which may put the shards on the CPU.
+        unsharded: names of parameters that are not sharded at all.
+
+    Raises:
+        UnsupportedError: an optimizer fails on shards or computes something else there.
+        PrepareError: an optimizer cannot be tried, or ranks have different ones.
+    """
+    kinds = [
+        [_kinds_of(group, shapes, specs, dp_mesh, tp_mesh, unsharded) for group in optimizer_names]
+        for optimizer_names in names
+    ]
+    _check_same([_described(optimizer) for optimizer in optimizers], names)
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
+        for optimizer, groups in zip(optimizers, kinds, strict=True):
+            _check_one(optimizer, groups, dp_mesh, tp_mesh, device, offload_policy or OffloadPolicy())
+
+
+def _kinds_of(
+    group: list[str],
+    shapes: dict[str, torch.Size],
+    specs: dict[str, ParameterSpec],
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    unsharded: frozenset[str] | set[str],
+) -> list[_Kind]:
+    found: dict[_Kind, None] = {}
+    tp_size, dp_size = 1 if tp_mesh is None else tp_mesh.size(), dp_mesh.size(dp_mesh.ndim - 1)
+    for name in group:
+        spec = specs.get(name, REPLICATED)
+        spec = ParameterSpec(spec.dim, spec.blocks)
+        unit = spec.blocks * tp_size
+        shape = tuple(shapes[name])
+        targets = [4] * (len(shape) - 2) + [64, 64] if len(shape) > 1 else [4160] * len(shape)
+        small = []
+        for dim, (size, target) in enumerate(zip(shape, targets, strict=True)):
+            multiple = unit * dp_size if dim == 0 or spec.blocks > 1 else unit
+            # What counts is whether shards are even, or empty where there are fewer rows than ranks.
+            small.append(size if size < multiple else math.ceil(target / multiple) * multiple + size % multiple)
+        found.setdefault(_Kind(tuple(small), spec, name not in unsharded))
+    return list(found)
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    plain = (bool, int, float, str, type(None))
+    settings = [
+        {key: value for key, value in sorted(group.items()) if key != "params" and isinstance(value, plain)}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__} {settings}"
+
+
+def _check_same(described: list[str], names: list[list[list[str]]]) -> None:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (described, names))
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise PrepareError(
+                f"the optimizer of rank {rank} is not that of rank 0: {_shortened(theirs[0])} instead of "
+                f"{_shortened(everyone[0][0])}, or for other parameters. Shards of one parameter would be changed "
+                f"differently. Create it alike on all ranks."
+            )
+
+
+def _shortened(described: list[str]) -> str:
+    text = "; ".join(described)
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def _check_one(
+    optimizer: torch.optim.Optimizer,
+    groups: list[list[_Kind]],
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    device: torch.device,
+    offload_policy: OffloadPolicy,
+) -> None:
+    cls = type(optimizer).__name__
+    shard = functools.partial(_sharded, dp_mesh=dp_mesh, tp_mesh=tp_mesh, device=device, offload_policy=offload_policy)
+    kinds = [kind for group in groups for kind in group]
+    if not kinds:
+        return
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(kind.shape, generator=generator) for kind in kinds]
+    gradients = [[uneven_numbers(kind.shape, generator) for kind in kinds] for _ in range(_STEPS)]
+    parameters = shard(values, kinds)
+    sharded_gradients = [shard(step, kinds) for step in gradients]
+    home = parameters[0].device
+    whole = [nn.Parameter(value.clone().to(home)) for value in values]
+    # A rank that fails alone must not leave the others in the gathering below.
+    with agreement("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
+        reference = like_on(optimizer, groups, whole)
+        run_steps(reference, whole, [[g.to(home) for g in step] for step in gradients])
+        probe = like_on(optimizer, groups, parameters)
+    with agreement("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
+        run_steps(probe, parameters, sharded_gradients)
+    results = [_whole(p) for p in parameters]
+    for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
+        update = (expected.detach().cpu() - value).double().norm().item()
+        difference = (expected.detach().cpu() - result.detach().cpu()).double().norm().item()
+        if not difference <= TOLERANCE * update + 1e-6 * value.double().norm().item():
+            raise UnsupportedError(
+                f"{cls} computes something else on sharded parameters than on whole ones: on a parameter with "
+                f"{len(kind.shape)} dimension{'s' if len(kind.shape) > 1 else ''} ({kind.spec} over tp, then sharded by FSDP2) "
+                f"its update is off by {difference / update if update else math.inf:.0%}. It needs a statistic over the whole "
+                f"parameter and takes it over each shard. {_REMEDY}"
+            )
+
+
+@contextmanager
+def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
+    """Turn what the optimizer's own code raises into the error that ``explain`` makes of it."""
+    try:
+        yield
+    except Exception as error:
+        raise explain(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _cannot_be_tried(cls: str, reason: str) -> PrepareError:
+    return PrepareError(
+        f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it computes on "
+        f"whole parameters. Its class should be constructible from parameter groups and its defaults. If you know that it "
+        f"treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
+    )
+
+
+def _fails_on_shards(cls: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(f"{cls} does not work on sharded parameters (DTensors): {reason}. {_REMEDY}")
+
+
+def uneven_numbers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers with heavy tails that grow along every dimension: no statistic of a shard is that of the whole."""
+    result = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(2).exp()
+    for dim, size in enumerate(shape):
+        ramp = torch.logspace(-1, 1, size)
+        result *= ramp.view([-1 if d == dim else 1 for d in range(len(shape))])
+    return result
+
+
+def _sharded(
+    values: list[torch.Tensor],
+    kinds: list[_Kind],
+    dp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    device: torch.device,
+    offload_policy: OffloadPolicy,
+) -> list[nn.Parameter]:
+    """``values`` as parameters that are sharded as those of the model will be, by the same code."""
+    module = nn.Module()
+    ignored: set[nn.Parameter] = set()
+    for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+        parameter = nn.Parameter(value.clone().to(device))
+        if tp_mesh is not None:
+            parameter = shard_parameter(parameter, kind.spec, tp_mesh, device)
+        if not kind.sharded:
+            ignored.add(parameter)
+        module.register_parameter(str(index), parameter)
+    placement = functools.partial(data_parallel_placement, size=dp_mesh.size(dp_mesh.ndim - 1))
+    fully_shard(
+        module,
+        mesh=dp_mesh,
+        shard_placement_fn=placement,
+        offload_policy=offload_policy,
+        ignored_params=ignored or None,
+    )
+    return list(module.parameters())
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    # Shards that are offloaded to the CPU are gathered where the process group works.
+    local = parameter.to_local().detach().to(parameter.device_mesh.device_type)
+    gathered = DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    compat.mark_packed_placements([gathered])
+    return gathered.full_tensor()
+
+
+def like_on(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Any]], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """An optimizer of the same class and settings for ``parameters``, which lie in the order of ``groups``.
+
+    The learning rate is one of ours: a warm-up may hold it at zero.
+    """
+    made = []
+    remaining = iter(parameters)
+    for group, kinds in zip(optimizer.param_groups, groups, strict=True):
+        if not kinds:
+            continue
+        settings = {key: copy.deepcopy(v) for key, v in group.items() if key not in ("params", "param_names")}
+        settings["lr"] = _learning_rate(settings.get("lr"))
+        made.append({**settings, "params": [next(remaining) for _ in kinds]})
+    arguments = {}
+    for name, parameter in list(inspect.signature(type(optimizer).__init__).parameters.items())[2:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in optimizer.defaults:
+            arguments[name] = optimizer.defaults[name]
+        elif hasattr(optimizer, name):
+            arguments[name] = getattr(optimizer, name)
+    if "lr" in arguments:
+        arguments["lr"] = _learning_rate(arguments["lr"])
+    result = type(optimizer)(made, **arguments)
+    train = getattr(result, "train", None)  # optimizers with a training and an evaluation mode
+    if callable(train):
+        train()
+    return result
+
+
+def _learning_rate(given: Any) -> Any:
+    if given is None:  # Adafactor chooses its own
+        return None
+    return torch.full_like(given, _LEARNING_RATE) if isinstance(given, torch.Tensor) else _LEARNING_RATE
+
+
+def run_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: list[list[Any]]) -> None:
+    """Let ``optimizer`` step on ``parameters``, once with each list of gradients."""
+    torch.manual_seed(0)
+    for gradients in steps:
+
+        def closure(gradients: list[Any] = gradients) -> Any:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                # The part that follows the parameter gives a line search something to find.
+                parameter.grad = (gradient + 0.1 * parameter).detach()
+            return torch.zeros((), device=parameters[0].device)
+
+        closure()
+        with torch.enable_grad():
+            optimizer.step(closure) if _needs_closure(optimizer) else optimizer.step()
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""

@@ -1,0 +1,233 @@
+"""Sequence parallelism, derived from a resolved tensor-parallel plan and the module tree.
+
+The layers are run once without values (:mod:`token_trace`). What that run shows decides, not a name:
+
+* A called module of a layer with something sharded inside is a *block* and works on the whole sequence; so does a module that
+  does not treat each token apart (a replicated mixer). Everything else of the layer works on shares.
+* A row-wise layer of a block gives out shares if what follows it in the block keeps tokens apart, else the block splits its
+  output. Experts, whose output is a flat list of tokens, and routers stay as they are under tensor parallelism.
+* A replicated parameter that works on shares gets a summand of its gradient on each rank.
+
+A layer that combines tokens outside of all blocks is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from ... import compat
+from ...core.module_names import plan_name, unwrapped
+from ...core.sharding_spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
+from ...errors import ConfigError, UnsupportedError
+from .stack_runner import REMEDY, Found, SequenceProbe
+
+_SOURCE = "derived: sequence parallelism"
+
+
+def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> None:
+    """Add sequence parallelism to a resolved plan, in place.
+
+    Args:
+        model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
+        spec: its resolved tensor-parallel plan.
+        layers: the repeated layers in forward order.
+
+    Raises:
+        UnsupportedError: the layers cannot be understood; the message names the module and what it does.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    stack, stack_layers = _stack(model, spec, layers, names)
+    found = SequenceProbe(model, spec, stack, stack_layers, names).run()
+    _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
+    for name, reason in found.reasons.items():
+        if name in found.blocks:
+            spec.notes.append(f"{name} gets and returns the whole sequence, then split ({reason}).")
+    on_shares = _parameters_on_shares(model, spec, found)
+    for name in found.scatters:
+        module = replace(spec.modules[name], output=Output.SCATTER_SEQUENCE)
+        spec.modules[name] = module
+        if module.deferred_bias is not None:
+            on_shares.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
+    for name in on_shares:
+        spec.parameters[name] = ON_SHARES
+    owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_shares}
+    spec.sequence = SequenceSpec(
+        names[stack],
+        tuple(names[layer] for layer in stack_layers),
+        found.blocks,
+        found.tail,
+        frozenset(o for o in owners if not any(o == n or o.startswith(f"{n}.") for n in found.scatters)),
+    )
+    _describe(spec, unwrapped(model)[1])
+
+
+def _wrapper(model: nn.Module, path: str) -> str:
+    """``path``, or that of the PEFT layer around it, to which further adapters will belong."""
+    kinds = tuple(k for k in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if k is not None)
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        above = ".".join(parts[:end])
+        if kinds and isinstance(model.get_submodule(above), kinds):
+            return above
+    return path
+
+
+def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
+    """Give parameters ``names``, added to a model with the spec ``old``, their places in its newly resolved spec, in place."""
+    if old.sequence is None:
+        return
+    new.sequence = old.sequence
+    for name in names:
+        if name not in new.parameters and any(name.startswith(f"{owner}.") for owner in old.sequence.on_shards):
+            new.parameters[name] = ON_SHARES
+
+
+def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
+    """Let blocks gather again in backward, in place (``sequence_parallel_regather``).
+
+    Raises:
+        ConfigError: ``checkpointing`` is a mode that recomputes the gathering, or the model's own checkpoints are on.
+    """
+    inner, _ = unwrapped(model)
+    if checkpointing not in ("none", "selective"):
+        raise recomputes_anyway(f"activation_checkpointing={checkpointing!r}")
+    if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        raise recomputes_anyway("the model's own gradient checkpointing")
+    spec.sequence = replace(spec.sequence, regather=checkpointing == "none")  # type: ignore[type-var]
+
+
+def recomputes_anyway(what: str) -> ConfigError:
+    """The error for checkpoints that gather again by themselves."""
+    return ConfigError(
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, "
+        f"and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes with it."
+    )
+
+
+def _stack(
+    model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that runs the sharded layers, and these."""
+    inner, _ = unwrapped(model)
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"sequence_parallel=True: {type(inner).__name__} is an encoder with a decoder, which is not available. {REMEDY}"
+        )
+    groups: dict[str, list[nn.Module]] = {}
+    for layer in layers:
+        if any(name.startswith(f"{names[layer]}.") for name in (*spec.modules, *spec.parameters)):
+            groups.setdefault(names[layer].rpartition(".")[0], []).append(layer)
+    embedding = compat.input_embedding_module(inner)
+
+    def weight(container: str) -> tuple[bool, int]:
+        owner = model.get_submodule(container.rpartition(".")[0])
+        return any(m is embedding for m in owner.modules()), sum(p.numel() for p in owner.parameters())
+
+    if not groups:
+        raise UnsupportedError(
+            f"sequence_parallel=True: the plan shards nothing inside of the layers of {type(inner).__name__}, so there is "
+            f"nothing to gather a sequence for. {REMEDY}"
+        )
+    container = max(groups, key=weight)
+    strangers = [m for m in model.get_submodule(container).children() if m not in layers]
+    if strangers:
+        raise UnsupportedError(
+            f"sequence_parallel=True: {names[strangers[0]]} ({type(strangers[0]).__name__}) stands among the layers in "
+            f"{container}, but is none of them. {REMEDY}"
+        )
+    owner = container
+    while owner and not compat.has_implemented_forward(model.get_submodule(owner)):
+        owner = owner.rpartition(".")[0]
+    every = [layer for layer in model.get_submodule(container).children() if layer in layers]
+    stack = model.get_submodule(owner)
+    between = _lists_of_tensors(stack)
+    if between:
+        raise UnsupportedError(
+            f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of tensors with "
+            f"one for each of some layers. What it does with them between the layers expects whole sequences there. {REMEDY}"
+        )
+    return stack, every
+
+
+def _check_one_layer_each(
+    model: nn.Module, names_with_boundaries: Iterable[str], layers: list[nn.Module], names: dict[nn.Module, str]
+) -> None:
+    """Raise for a block, or a layer with a boundary, that several layers share: it knows one of their lengths and memories."""
+    around: dict[nn.Module, list[nn.Module]] = {}
+    for layer in layers:
+        for module in layer.modules():
+            around.setdefault(module, []).append(layer)
+    for name in names_with_boundaries:
+        module = model.get_submodule(name)
+        if len(among := around.get(module, [])) > 1:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {name} ({type(module).__name__}) is one module in {names[among[0]]} and "
+                f"{names[among[1]]}. Give each layer its own (parameters may be tied). {REMEDY}"
+            )
+
+
+def _lists_of_tensors(stack: nn.Module) -> list[str]:
+    """The arguments of the forward of ``stack`` that are lists of tensors by their annotation, but for caches."""
+    parameters = inspect.signature(stack.forward).parameters.values()
+    return [
+        p.name
+        for p in parameters
+        if re.search(r"\blist\[[^\]]*Tensor", str(p.annotation), re.IGNORECASE) and p.name != "past_key_values"
+    ]
+
+
+def _parameters_on_shares(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:
+    """Names of the replicated parameters that work on shares, each under all of its names."""
+    places: dict[int, list[str]] = {}
+    by_name: dict[str, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+        by_name[name] = id(parameter)
+    result: set[str] = set()
+    for name, territories in found.used.items():
+        if "share" not in territories:
+            continue
+        if len(territories) > 1 or spec.parameters.get(name, REPLICATED).dim is not None:
+            how = "both on shares and on the whole of a sequence" if len(territories) > 1 else "sharded and on shares"
+            raise UnsupportedError(f"sequence_parallel=True: the parameter {name} works {how}. {REMEDY}")
+        result.update(places[by_name[name]])
+    # Only the active adapter or copy has run; the others of the same wrapper will work in its place one day.
+    tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
+    wrappers = tuple(kind for kind in (tuner, auxiliary) if kind is not None)
+    for name, module in list(model.named_modules()) if wrappers else ():
+        if isinstance(module, wrappers) and any(p.startswith(f"{name}.") for p in result):
+            parameters = model.get_submodule(name).named_parameters(remove_duplicate=False)
+            result.update(f"{name}.{key}" for key, _ in parameters)
+    return result
+
+
+def _describe(spec: ShardingSpec, prefix: str) -> None:
+    """Rows of the table for people."""
+    sequence: SequenceSpec = spec.sequence  # type: ignore[assignment]
+    lines: dict[tuple[str, str, str], int] = {}
+
+    def add(name: str, style: str, placement: str = "activations") -> None:
+        key = (plan_name(name, prefix), style, placement)
+        lines[key] = lines.get(key, 0) + 1
+
+    def add_all(name: str, style: str, placement: str = "activations") -> None:
+        add(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), style, placement)
+
+    add(sequence.layers[0], "split sequence (input)")
+    for name, block in sequence.blocks.items():
+        styles = ["gather sequence (input)"] * block.gathers + ["split sequence (output)"] * block.splits
+        if styles:
+            add_all(name, ", ".join(styles))
+    for name, module in spec.modules.items():
+        if module.output is Output.SCATTER_SEQUENCE:
+            add_all(name, "scatter sequence (output)")
+    add(sequence.tail, "gather sequence (output)")
+    for name in sorted(sequence.on_shards):
+        add_all(name, "on shares of the sequence", str(ON_SHARES))
+    spec.rows += [(name, style, count, placement, _SOURCE) for (name, style, placement), count in lines.items()]

@@ -1,0 +1,214 @@
+"""Which plan a model gets: explicit, else the first of HF's own, the registry's, the default or a derived plan."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..core.module_names import plan_name, unwrapped
+from ..core.sharding_spec import Plan, PlanEntry
+from ..errors import PlanError
+from .patterns import pattern_regex
+from .sources.families import LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME, llama_nemotron_super_plan
+from .sources.huggingface import huggingface_plan
+from .sources.llama_like import default_plan, llama_like_plan
+from .sources.registry import optimized_plan
+from .styles import check_style
+
+logger = logging.getLogger(__name__)
+
+#: Plans that can be asked for by name; values are dicts or functions of the model.
+NAMED_PLANS: dict[str, Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]] = {
+    "llama": {pattern: entry.style for pattern, entry in llama_like_plan("named").items()},
+    LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME: llama_nemotron_super_plan,
+}
+
+
+def register_plan(name: str, plan: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]) -> None:
+    """Make ``plan`` available as ``tp_plan=name`` (also from the command line).
+
+    Args:
+        name: a plain name without dots or colons.
+        plan: pattern -> style, or a function of the unwrapped model that returns it.
+
+    Raises:
+        PlanError: the name is taken or looks like an import path.
+    """
+    if name in NAMED_PLANS:
+        raise PlanError(f"a plan named {name!r} is already registered; choose another name.")
+    if not name.isidentifier():
+        raise PlanError(f"the plan name {name!r} must be a plain identifier, so that it cannot be an import path.")
+    NAMED_PLANS[name] = plan
+
+
+def select_plan(
+    model: nn.Module,
+    tp_plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
+    plan_order: tuple[str, ...] = ("hf", "registry", "default"),
+    tp_size: int | None = None,
+) -> Plan:
+    """Select the tensor-parallel plan for ``model``.
+
+    Args:
+        model: the model, plain or PEFT-wrapped, on any device including meta.
+        tp_plan: the user's own plan in any accepted form; wins when given.
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config asks all of them; here the last,
+            which takes seconds, only if it is named.
+        tp_size: number of ranks on the tp axis, which decides what a derived plan shards; None: any.
+
+    Returns:
+        The plan; every entry names its source.
+
+    Raises:
+        PlanError: the explicit plan cannot be read, or no source has a usable plan (the message lists the remedies).
+    """
+    inner, _ = unwrapped(model)
+    if tp_plan is not None:
+        return _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan))
+    reasons: list[str] = []
+    for source in plan_order:
+        if source == "derived":
+            from ..plan_search.search import derived_plan
+
+            try:
+                plan = derived_plan(inner, tp_size)
+            except PlanError as error:
+                reasons.append(f"{source}: {error}")
+                continue
+            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+            return _without_head_read_elsewhere(inner, replace(plan, notes=notes + plan.notes))
+        entries, reason = _from_source(source, inner)
+        if reason is None:
+            try:
+                for entry in entries.values():
+                    check_style(entry.pattern, entry.style)
+            except PlanError as error:
+                reason = str(error)
+        if reason is None:
+            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+            return _without_head_read_elsewhere(inner, Plan(source, entries, notes=notes))
+        reasons.append(f"{source}: {reason}")
+    raise PlanError(_no_plan_message(inner, reasons))
+
+
+def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
+    if source == "hf":
+        entries = huggingface_plan(inner)
+        if not entries:
+            return {}, "the model has no _tp_plan and its config no base_model_tp_plan"
+        if not _names_a_layer(inner, entries):
+            return {}, f"its _tp_plan names no layer that the model has, only {', '.join(entries)}"
+        return entries, None
+    if source == "registry":
+        try:
+            entries = optimized_plan(inner)
+        except Exception as error:  # a function that anybody may have registered; the next source may know the model
+            return {}, f"the plan registered for {type(inner).__name__} failed with {type(error).__name__}: {error}"
+        return entries, None if entries else f"no optimised plan is registered for {type(inner).__name__}"
+    if type(inner).__module__.startswith("transformers_modules."):
+        return {}, "not used for custom code, whose layers it cannot know"
+    return default_plan(inner)
+
+
+_HEADS = ("lm_head", "language_model.lm_head")
+
+
+def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
+    """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that weight."""
+    config = getattr(inner, "config", None)
+    repository = str(getattr(config, "name_or_path", "")).rpartition("/")[2]  # the folders above say nothing of the model
+    names = [type(inner).__name__, getattr(config, "model_type", None), repository]
+    names += getattr(config, "architectures", None) or []
+    if not any("nemotronflash" in re.sub("[-_ ]", "", str(name)).lower() for name in names):
+        return plan
+    dropped = [name for name in _HEADS if name in plan.entries]
+    entries = {pattern: entry for pattern, entry in plan.entries.items() if pattern not in dropped}
+    notes = tuple(f"{name}: left out of the plan, because Nemotron-Flash reads its weight itself." for name in dropped)
+    return replace(plan, entries=entries, notes=plan.notes + notes)
+
+
+def _names_a_layer(inner: nn.Module, entries: Mapping[str, PlanEntry]) -> bool:
+    """True if a pattern over several layers matches; the ends of the model alone are no plan."""
+    patterns = [pattern_regex(pattern) for pattern in entries if "*" in pattern]
+    named = (name for names in (inner.named_modules(), inner.named_parameters()) for name, _ in names)
+    return any(regex.fullmatch(plan_name(name, "")) for name in named for regex in patterns)
+
+
+def _no_plan_message(inner: nn.Module, reasons: list[str]) -> str:
+    custom = type(inner).__module__.startswith("transformers_modules.")
+    kind = "the custom-code class" if custom else "the class"
+    return (
+        f"no tensor-parallel plan for {kind} {type(inner).__name__}. Do one of: (1) pass tp_plan={{pattern: style}} (or its "
+        f"import path) to AutoParallelismConfig; (2) give the model class a _tp_plan, or its config a base_model_tp_plan; "
+        f"(3) use tp_size=1, FSDP2 alone needs no plan. Note: {'; '.join(reasons)}."
+    )
+
+
+def _explicit_plan(inner: nn.Module, tp_plan: Any) -> Plan:
+    source = "explicit"
+    plan: Any = tp_plan
+    if isinstance(plan, str):
+        source = f"explicit {plan!r}"
+        plan = NAMED_PLANS[plan] if plan in NAMED_PLANS else _import(plan)
+    if not isinstance(plan, Mapping) and callable(plan):
+        plan = _call(plan, inner, source)
+    if not isinstance(plan, Mapping):
+        raise PlanError(f"tp_plan ({source}) must be or return a dict of pattern -> style, but is {plan!r}.")
+    entries: dict[str, PlanEntry] = {}
+    for key, style in plan.items():
+        if not isinstance(key, str) or not key:
+            raise PlanError(f"tp_plan ({source}) has the key {key!r}; keys are dotted module or parameter paths.")
+        pattern = key.removeprefix("base_model.model.") if key.startswith("base_model.model.") else key
+        check_style(pattern, style)
+        entries[pattern] = PlanEntry(pattern, style, source)
+    if not entries:
+        raise PlanError(f"tp_plan ({source}) is empty: nothing would be sharded. Use tp_size=1 for FSDP2 alone.")
+    return Plan("explicit", entries, strict=True)
+
+
+def _import(path: str) -> Any:
+    """Import ``package.module:attribute`` or ``package.module.attribute``."""
+    module_name, separator, attribute = path.partition(":")
+    if not separator:
+        module_name, _, attribute = path.rpartition(".")
+    forms = (
+        f"tp_plan={path!r} is neither a named plan ({', '.join(sorted(NAMED_PLANS))}) nor an import path. Give a dict, a "
+        f"callable, a name, or an import path such as 'my_package.plans:llama'."
+    )
+    if not module_name or not attribute:
+        raise PlanError(forms)
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except Exception as error:  # the user's module runs here, and may raise anything
+        raise PlanError(f"{forms} Importing it failed: {error}") from error
+    return value
+
+
+def _call(function: Callable[..., Any], inner: nn.Module, source: str) -> Any:
+    """Call a plan function with the model if it takes one argument, else with none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()  # type: ignore[assignment]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required_keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if required_keywords == ["model"]:
+        return _call(functools.partial(function, model=inner), inner, source)
+    required = [p for p in positional if p.default is p.empty]
+    if required_keywords or len(required) > 1:
+        raise PlanError(
+            f"tp_plan ({source}) is a callable with the required parameters "
+            f"{[p.name for p in required] + required_keywords}; it is called with the model or with nothing."
+        )
+    wants_model = bool(required) or (bool(positional) and positional[0].name == "model")
+    return function(inner) if wants_model else function()

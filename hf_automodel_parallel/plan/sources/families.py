@@ -1,0 +1,170 @@
+"""The plans written for model families: which class gets which kind of plan, at which place in the model.
+
+The families and their order of preference are those of NVIDIA NeMo AutoModel's ``PARALLELIZE_FUNCTIONS``; what is written
+here is our own. An entry of a plan there that leaves a parameter with a partial gradient (``q_norm``, ``k_norm``) or hands
+sharded logits to the model's loss has no counterpart here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...core.sharding_spec import PlanEntry
+from ...errors import PlanError
+from ..patterns import pattern_regex
+from .huggingface import huggingface_plan
+from .llama_like import doubts
+
+PlanFunction = Callable[..., Mapping[str, Any]]
+
+_ATTENTION = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+# A norm of one head's features has the same weight for all heads, and each rank has only some of the heads, so its gradient is
+# a sum over the ranks. Entries of this style are in a plan only where the model has such norms.
+_SUMMED = "replicated_with_grad_allreduce"
+_EMBEDDING = {"embed_tokens": "embedding_rowwise"}
+
+#: kind -> the plan of the layers and of the embedding, relative to the text model.
+KINDS: dict[str, dict[str, str]] = {
+    "llama": {
+        **_EMBEDDING,
+        **_ATTENTION,
+        "layers.*.self_attn.q_norm": _SUMMED,
+        "layers.*.self_attn.k_norm": _SUMMED,
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    },
+    "phi": {
+        **_EMBEDDING,
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.dense": "rowwise",
+        "layers.*.self_attn.q_layernorm": _SUMMED,
+        "layers.*.self_attn.k_layernorm": _SUMMED,
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    },
+    # Queries, keys and values in one matrix are blocks of different sizes, so attention works on all heads; gate and up are
+    # two equal blocks.
+    "phi3": {
+        **_EMBEDDING,
+        "layers.*.self_attn.qkv_proj": "rowwise_split_input",
+        "layers.*.self_attn.o_proj": "colwise_gather_output",
+        "layers.*.mlp.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    },
+    # The Mamba mixer next to the attention stays whole.
+    "falcon_h1": {
+        **_EMBEDDING,
+        **_ATTENTION,
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of :data:`FAMILIES`.
+
+    Attributes:
+        kind: a key of :data:`KINDS`, or "own" for what the model itself brings along (``_tp_plan``).
+        text: name of the text model within the model.
+        head: name of the output projection.
+        model_type: the only ``config.model_type`` that the plan is for; None for any.
+    """
+
+    kind: str
+    text: str = "model"
+    head: str = "lm_head"
+    model_type: str | None = None
+
+    def __call__(self, model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
+        """The plan of ``model``, without PEFT's wrapper: pattern -> style name.
+
+        Args:
+            model: a model of the class that this family is registered for, or of a subclass.
+            sequence_parallel: accepted for the reference API's signature. Plans here do not depend on it: sequence
+                parallelism is derived from the plan and the module tree.
+
+        Raises:
+            PlanError: the plan does not fit this model; the message says why.
+        """
+        found = getattr(getattr(model, "config", None), "model_type", None)
+        names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+
+        def matches(pattern: str) -> bool:
+            return any(map(pattern_regex(pattern).fullmatch, names))
+
+        if self.model_type is not None and found != self.model_type:
+            raise PlanError(f"the plan is for model_type {self.model_type!r}, not {found!r}")
+        if self.kind == "own":
+            entries = huggingface_plan(model)
+            if not entries:
+                raise PlanError("the model has no _tp_plan and its config no base_model_tp_plan")
+            own = {pattern: entry.style for pattern, entry in entries.items() if matches(pattern)}
+            # transformers 5.17 has no entry for the head of some composite models
+            return own if self.head in own or not matches(self.head) else own | {self.head: "colwise_gather_output"}
+        plan = {f"{self.text}.{key}": style for key, style in KINDS[self.kind].items()}
+        plan[self.head] = "colwise_gather_output"
+        plan = {pattern: style for pattern, style in plan.items() if style != _SUMMED or matches(pattern)}
+        missing = [pattern for pattern in plan if not matches(pattern)]
+        if missing:
+            raise PlanError(f"the plan names {', '.join(missing)}, which the model does not have")
+        reason = doubts(model, {pattern: PlanEntry(pattern, style, "") for pattern, style in plan.items()})
+        if reason is not None:
+            raise PlanError(reason)
+        return plan
+
+
+_IN_VLM = "model.language_model"
+
+#: class name -> its family. Found through the bases of a class, so that a wrapped clone or a subclass gets the same plan.
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("llama"),
+    "Qwen2ForCausalLM": Family("llama"),
+    "Qwen3ForCausalLM": Family("llama"),
+    "Qwen3ForSequenceClassification": Family("llama", head="score"),
+    "Gemma3ForCausalLM": Family("llama"),
+    "Gemma3ForConditionalGeneration": Family("llama", text=_IN_VLM),
+    "Ministral3ForCausalLM": Family("llama"),
+    "Mistral3ForConditionalGeneration": Family("llama", text=_IN_VLM),
+    "PhiForCausalLM": Family("phi"),
+    "Phi3ForCausalLM": Family("phi3"),
+    "FalconH1ForCausalLM": Family("falcon_h1"),
+    "Qwen3_5ForCausalLM": Family("own"),
+    "Qwen3_5ForConditionalGeneration": Family("own", text=_IN_VLM),
+    "DeciLMForCausalLM": Family("llama", model_type="nemotron-nas"),
+}
+
+#: The reference's name for the plan of Llama-3.3-Nemotron-Super.
+LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME = "llama_nemotron_super_tp_plan"
+
+
+def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
+    """The plan called :data:`LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME`: DeciLM's for models of type nemotron-nas, else Llama's.
+
+    Raises:
+        PlanError: the plan does not fit ``model``.
+    """
+    config = getattr(model, "config", None)
+    architectures = getattr(config, "architectures", None) or []
+    deci = architectures[:1] == ["DeciLMForCausalLM"] and getattr(config, "model_type", None) == "nemotron-nas"
+    try:
+        return FAMILIES["DeciLMForCausalLM" if deci else "LlamaForCausalLM"](model)
+    except PlanError as error:
+        raise PlanError(
+            f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: {error}. Leave tp_plan out "
+            f"for the plan of the model's own class, or give one for its layers."
+        ) from error

@@ -1,0 +1,228 @@
+"""A miniature of a model: the same class and the same switches of its config, with few layers of small sizes.
+
+Which number of a config is a size, and of what, is told by its name (:data:`SIZES`): there is no other way to know. A
+class that contradicts itself then cannot be built, which is an answer, too. Sizes are chosen apart from each other (heads,
+width of a head, batch, length), so that a number says what it counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.module_names import unwrapped, without_wrappers
+from ..errors import PlanError, first_line
+from ..plan.patterns import layer_pattern
+
+HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
+HIDDEN = HEADS * HEAD_DIM
+LAYERS = 2
+BATCH, LENGTH, LONGER = 3, 7, 40
+
+_MIXER_HEAD_DIM = r"mamba_(d_head|head_?dim)"
+
+#: Whole names of integer fields of a config -> their value in the miniature; the first that matches wins.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"(type|task_type)_vocab_size", 2),
+    (r".*vocab_size.*", VOCABULARY),
+    (r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|router_topk|top_k_experts", 2),
+    (r"n_routed_experts|num_(local_)?experts|moe_num_experts|n_experts", 4),
+    (r"num_hidden_layers|n_layers?|num_layers|num_(decoder|encoder)_layers|(decoder|encoder)_layers", LAYERS),
+    (r"num_(decoder_|encoder_)?attention_heads|n_heads?|(decoder_|encoder_)?attention_heads|num_heads", HEADS),
+    (r"rotary_dim|qk_rope_head_dim|qk_nope_head_dim", HEAD_DIM // 2),
+    (r"head_dim|d_kv|d_head|v_head_dim|dim_head|attention_head_size|kv_channels|qk_head_dim", HEAD_DIM),
+    (
+        r".*intermediate_size|(decoder_|encoder_)?ffn_dim|ffn_hidden_size|n_inner|d_inner|d_ff|dff|feed_forward_size",
+        INTERMEDIATE,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width",
+        HIDDEN,
+    ),
+    (_MIXER_HEAD_DIM, HEAD_DIM),
+    (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
+    (r"mamba_n_?groups|n_groups", 1),
+    (r"(mamba_)?dt_rank|time_step_rank", 4),
+    (r"(mamba_)?chunk_size|block_size", 4),
+    (r"(original_)?max_position_embeddings|max_(source_|target_)?positions|n_positions|n_ctx|max_seq_len", POSITIONS),
+    (r".*window(_size)?|attention_window|local_attention", 4),
+)
+_KEY_VALUE = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num|num_query_groups")
+_MIXER_HEADS = re.compile(r"mamba_(n_heads|num_heads)|n_mamba_heads")
+_INDICES = re.compile(r".*(indices|idxs?|layer_ids|_layers)")
+_RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*")
+_HEADS = re.compile(SIZES[5][0])
+
+
+def miniature_config(config: Any, each: int = 1) -> Any:
+    """A small copy of ``config``, a transformers config, with ``each`` layers of every kind; the original is not changed."""
+    small = copy.deepcopy(config)
+    fields = small.to_dict()
+    heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
+    layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
+    kept = _kept_layers(fields, layers, each)
+    for name, value in fields.items():
+        if _are_indices(name, value, layers):
+            _set(small, name, [kept.index(i) for i in value if i in kept])
+        elif isinstance(value, list) and layers > 2 and len(value) == layers:
+            _set(small, name, [value[i] for i in kept])
+        elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
+            _set(small, name, miniature_config(getattr(small, name), each))
+        elif isinstance(value, float) and _RANDOM.fullmatch(name):
+            _set(small, name, 0.0)
+        elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
+            _set(small, name, 3)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            _set(small, name, _small(name, value, heads, len(kept), fields))
+    return small
+
+
+def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any]) -> int:
+    if _KEY_VALUE.fullmatch(name):
+        return HEADS if value == heads else min(value, 2)
+    if (related := _related(name, value, fields)) is not None:
+        return related
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            return layers if size == LAYERS and "layers" in pattern else size
+    return value
+
+
+def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
+    """The size of a field that follows from other sizes; ``fields`` are those of the original."""
+    hidden = fields.get("hidden_size")
+    expansion = next((fields[k] for k in ("mamba_expand", "expand") if isinstance(fields.get(k), int)), 1)
+    # Attention over more than the hidden states: Zamba puts the embeddings beside them.
+    if name == "attention_hidden_size":
+        return HIDDEN * _times(value, hidden)
+    if name == "attention_head_dim":
+        return HEAD_DIM * _times(fields.get("attention_hidden_size"), hidden)
+    # State-space mixers: all their heads together are as wide as the expanded hidden states.
+    if name == "mamba_d_ssm":
+        return HIDDEN * expansion
+    alone = name == "num_heads" and "expand" in fields and "num_attention_heads" not in fields
+    if alone or (_MIXER_HEADS.fullmatch(name) and any(re.fullmatch(_MIXER_HEAD_DIM, k) for k in fields)):
+        return HEADS * expansion
+    return None
+
+
+def _times(value: Any, of: Any) -> int:
+    """How many times ``of`` goes into ``value``; 1 if not evenly, or where one is missing."""
+    return value // of if isinstance(value, int) and isinstance(of, int) and of and not value % of else 1
+
+
+def _are_indices(name: str, value: Any, layers: int) -> bool:
+    """True for a list of some of the layers, by their indices."""
+    if not (isinstance(value, list) and value and _INDICES.fullmatch(name)):
+        return False
+    return all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
+
+
+def _is_period(name: str, value: Any, layers: int) -> bool:
+    """True for a short list of kinds of layer that is repeated over all layers (RecurrentGemma)."""
+    kinds = isinstance(value, list) and 1 < len(value) < layers and all(isinstance(kind, str) for kind in value)
+    return kinds and re.fullmatch(r".*(types|pattern)", name) is not None
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (AttributeError, NotImplementedError, ValueError, TypeError):
+        return  # a property that follows from other fields
+
+
+def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
+    """Indices of layers that together show each kind of layer, at least :data:`LAYERS`."""
+    full = {k: v for k, v in fields.items() if isinstance(v, list) and layers > 2}
+    indices = [v for k, v in full.items() if _are_indices(k, v, layers)]
+    lists = [v for k, v in full.items() if len(v) == layers and not _are_indices(k, v, layers)]
+    kinds = [repr([*(v[i] for v in lists), *(i in v for v in indices)]) for i in range(layers)]
+    kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < each] if lists or indices else []
+    rest = [i for i in range(layers) if i not in kept]
+    wanted = max([LAYERS, *(len(v) for k, v in fields.items() if _is_period(k, v, layers))])
+    return sorted(kept + rest[: max(0, wanted - len(kept))]) or list(range(LAYERS))
+
+
+def build_miniature(model: nn.Module) -> nn.Module:
+    """A miniature of ``model`` (unwrapped, on any device), in float32 on the CPU, random without zeros, in evaluation mode.
+
+    The global random state is left alone; equal classes and configs give equal miniatures on all ranks.
+
+    Raises:
+        PlanError: it has no config, or its class cannot be built with the small one.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise PlanError(f"{type(model).__name__} has no config to make a miniature of.")
+    try:
+        small = _build(type(model), miniature_config(config))
+    except Exception as error:  # code of the model, which may raise anything
+        try:  # what layers of one kind share needs two of them
+            small = _build(type(model), miniature_config(config, each=2))
+        except Exception:
+            raise PlanError(
+                f"no miniature of {type(model).__name__} can be built from its config: {type(error).__name__}: "
+                f"{first_line(error)}."
+            ) from error
+    return small.eval()
+
+
+def _build(cls: Any, config: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = cls(config).float()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                else:
+                    parameter.normal_(std=HIDDEN**-0.5)
+    return small
+
+
+def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
+    """A batch for a forward of a miniature: token ids, with padding at the end of one row.
+
+    Raises:
+        PlanError: its forward takes no ``input_ids``.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" not in accepted:
+        raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so it cannot be tried.")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, VOCABULARY, (BATCH, length), generator=generator)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    if "attention_mask" in accepted:
+        mask = torch.ones_like(ids)
+        mask[0, length - 2 :] = 0
+        inputs["attention_mask"] = mask
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def replaced_modules(model: nn.Module) -> list[str]:
+    """Modules of ``model`` that are of another class than where its class builds it: somebody has replaced them afterwards.
+
+    What PEFT wrapped counts as what is inside. Empty too if no miniature can be built.
+    """
+    inner, _ = unwrapped(model)
+    try:
+        small = build_miniature(inner)
+    except PlanError:
+        return []
+    built: dict[str, set[type]] = {}
+    for name, module in small.named_modules():
+        built.setdefault(layer_pattern(name), set()).add(type(module))
+    found: dict[str, tuple[str, type]] = {}
+    for name, module in inner.named_modules():
+        if not type(module).__module__.startswith("peft."):
+            found[without_wrappers(name)] = name, type(module)
+    return [name for key, (name, kind) in found.items() if kind not in built.get(layer_pattern(key), {kind})]

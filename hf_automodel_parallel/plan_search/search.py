@@ -1,0 +1,186 @@
+"""Search for a plan that is proven on the miniature: group by group, the best way of each that computes the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .. import compat
+from ..core.sharding_spec import Plan, PlanEntry
+from ..errors import AutoParallelError, PlanError
+from .candidates import Group, Observed, Variant, pattern_of
+from .proof import Prover
+from .proxy_model import HEADS, LONGER, build_miniature, inputs_for
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "derived and proven on a miniature"
+_RANKS = 2
+
+
+@dataclass
+class _Draft:
+    styles: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    head_arguments: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    gathered: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def with_variant(self, variant: Variant) -> _Draft:
+        return _Draft(
+            self.styles | variant.styles,
+            self.counts | variant.counts,
+            self.head_arguments | variant.head_arguments,
+            self.gathered + ([] if variant.inside else list(variant.styles)),
+            self.left_out,
+        )
+
+    def plan(self, notes: tuple[str, ...] = ()) -> Plan:
+        entries = {pattern: PlanEntry(pattern, style, SOURCE) for pattern, style in self.styles.items()}
+        return Plan("derived", entries, notes=notes, counts=self.counts, head_arguments=self.head_arguments)
+
+
+_KNOWN: dict[tuple[type, str, bool], Plan | str] = {}
+
+
+def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
+    """A plan for ``model`` that was proven on a miniature of it, in this process and without communication.
+
+    The same on every rank, since it follows from class and config alone; found once per class and config in a process.
+
+    Args:
+        model: the model, unwrapped, on any device including meta. Only its class and its config are used.
+        tp_size: number of ranks that it is for, if known: attention whose heads it does not divide is not sharded by heads.
+
+    Returns:
+        The plan, with notes on what stays whole and why.
+
+    Raises:
+        PlanError: there is no miniature, or nothing of it can be sharded; with the reason.
+    """
+    by_heads = _heads_divide(model, tp_size)
+    key = (type(model), _fingerprint(model), by_heads)
+    if key not in _KNOWN:
+        try:
+            _KNOWN[key] = _search(model, by_heads)
+        except AutoParallelError as error:
+            _KNOWN[key] = str(error)
+    known = _KNOWN[key]
+    if isinstance(known, str):
+        raise PlanError(known)
+    return known
+
+
+def _fingerprint(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+
+
+def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:
+    from ..plan.validate import config_with_heads, counted_heads
+
+    config = config_with_heads(model)
+    return tp_size is None or config is None or all(count % tp_size == 0 for count in counted_heads(config).values())
+
+
+def _search(model: nn.Module, by_heads: bool) -> Plan:
+    started = time.monotonic()
+    small = build_miniature(model)
+    try:
+        prover = Prover(small, _RANKS)
+        observed = Observed(copy.deepcopy(small), inputs_for(small))
+    except AutoParallelError:
+        raise
+    except Exception as error:  # code of the model, which may raise anything
+        raise PlanError(
+            f"a miniature of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
+        ) from error
+    draft = _Draft()
+    for group in observed.groups:
+        draft = _with_group(draft, group, observed, prover, by_heads)
+    if not draft.styles:
+        raise PlanError(
+            f"no linear layer of {type(model).__name__} can be seen to be sharded right"
+            + "".join(f"; {name}: {reason}" for name, reason in list(draft.left_out.items())[:2])
+        )
+    draft = _with_ends(draft, small, prover)
+    failure = _again(draft.plan(), small, prover)
+    if failure is not None:
+        raise PlanError(
+            f"the derived plan of {type(model).__name__} does not compute the same on a miniature: {failure}."
+        )
+    seconds = time.monotonic() - started
+    notes = [f"derived in {seconds:.1f} s; outputs and every gradient of a miniature are equal on {_RANKS} ranks."]
+    if draft.gathered:
+        notes.append(
+            f"{', '.join(draft.gathered)}: sharded one by one, the activations between them are whole on each rank."
+        )
+    notes += [f"{name}: whole on each rank ({reason})." for name, reason in draft.left_out.items()]
+    return draft.plan(tuple(notes))
+
+
+def _again(plan: Plan, small: nn.Module, prover: Prover) -> str | None:
+    """The whole plan once more, and on sequences long enough for what begins with longer ones (windows, chunks)."""
+    failure = prover.failure(plan)
+    if failure is not None:
+        return failure
+    try:
+        longer = Prover(small, _RANKS, LONGER)
+    except AutoParallelError:
+        raise
+    except Exception as error:  # code of the model
+        return f"on {LONGER} tokens, {type(error).__name__}: {error}"
+    return longer.failure(plan)
+
+
+def _with_group(draft: _Draft, group: Group, observed: Observed, prover: Prover, by_heads: bool) -> _Draft:
+    if any(pattern in draft.styles for pattern in (*group.columns, group.row)):
+        return draft
+    reason = ""
+    for variant in observed.variants(group):
+        if variant.inside and not by_heads and (variant.counts or _has_heads(observed, group)):
+            reason = "its heads do not divide"
+            continue
+        candidate = draft.with_variant(variant)
+        failure = prover.failure(_only(variant).plan())
+        if failure is None and len(draft.styles) and set(variant.counts) & set(draft.counts):
+            failure = prover.failure(candidate.plan())
+        if failure is None:
+            return candidate
+        reason = reason or failure
+    draft.left_out |= dict.fromkeys((*group.columns, *filter(None, [group.row])), reason)
+    return draft
+
+
+def _only(variant: Variant) -> _Draft:
+    return _Draft().with_variant(variant)
+
+
+def _has_heads(observed: Observed, group: Group) -> bool:
+    """True if the module around the columns counts heads in any way."""
+    for name, module in observed.model.named_modules():
+        if pattern_of(name) == group.columns[0].rpartition(".")[0]:
+            return any("head" in k and isinstance(v, int) and v in (HEADS, 1, 2) for k, v in vars(module).items())
+    return False
+
+
+def _with_ends(draft: _Draft, model: nn.Module, prover: Prover) -> _Draft:
+    """The input embedding and the output projection, sharded over the vocabulary, if that is right."""
+    ends: dict[str, str] = {}
+    embedding, head = compat.input_embedding_module(model), compat.lm_head_module(model)
+    for name, module in model.named_modules():
+        if module is embedding and isinstance(module, nn.Embedding):
+            ends[name] = "embedding_rowwise"
+        elif module is head and isinstance(module, nn.Linear):
+            ends[name] = "colwise_gather_output"
+    for chosen in (ends, *({name: style} for name, style in ends.items())):
+        candidate = _Draft(draft.styles | chosen, draft.counts, draft.head_arguments, draft.gathered, draft.left_out)
+        if chosen and prover.failure(candidate.plan()) is None:
+            return candidate
+    return draft

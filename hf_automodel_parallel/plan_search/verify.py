@@ -1,0 +1,87 @@
+"""Does a plan compute the same as one process? For users, before they train: no processes, no GPU, a second or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.module_names import unwrapped
+from ..core.sharding_spec import PLAN_SOURCES, Plan
+from ..errors import PlanError
+from ..plan.select import select_plan
+from .proof import OF_TOTAL, RELATIVE, Prover
+from .proxy_model import build_miniature
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was shown.
+
+    Attributes:
+        plan: the plan, with the source of each entry.
+        ranks: number of ranks it was tried on.
+        parameters: number of parameters whose gradients were compared.
+        outputs: number of output tensors that were compared.
+    """
+
+    plan: Plan
+    ranks: int
+    parameters: int
+    outputs: int
+
+
+def verify_plan(
+    model: nn.Module | Any,
+    tp: int = 2,
+    plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
+    plan_order: tuple[str, ...] = PLAN_SOURCES,
+) -> Verified:
+    """Compare a tensor-parallel plan with one process on a miniature of a model: outputs and the gradient of each parameter.
+
+    The plan is taken as ``prepare`` takes it: completed, where it leaves out a norm of heads, for example.
+
+    The miniature has the class and the switches of the model's config with two small layers (more if layers differ). Its
+    ranks are threads that run the boundaries of this package on slices of the weights, in float32 on the CPU. What it
+    cannot show is what only the real sizes have: dimensions that do not divide are found at ``prepare``.
+
+    Args:
+        model: a model on any device including meta, plain or PEFT-wrapped (adapters are not part of the trial); or a config
+            of transformers, of which ``AutoModelForCausalLM`` makes one.
+        tp: number of ranks, 2 or 4 (the miniature has 4 heads).
+        plan: a plan in any form of ``AutoParallelismConfig.tp_plan``; None: the one that the model would get.
+        plan_order: sources to try without ``plan``.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        PlanError: there is no plan, no miniature, or they differ; the message says where.
+
+    Example:
+        >>> verify_plan(AutoConfig.from_pretrained("gpt2"), tp=2).plan.origin
+        'derived'
+    """
+    if isinstance(tp, bool) or not isinstance(tp, int) or tp < 2:
+        raise PlanError(f"tp={tp!r}: a plan is compared on 2 or more ranks; give tp=2.")
+    if isinstance(model, nn.Module):
+        inner, _ = unwrapped(model)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            inner = AutoModelForCausalLM.from_config(model)
+    small = build_miniature(inner)
+    chosen = select_plan(small, plan, plan_order, tp)
+    prover = Prover(small, tp)
+    failure = prover.failure(chosen, completed=chosen.origin != "derived")
+    if failure is not None:
+        raise PlanError(
+            f"the {chosen.origin} plan of {type(inner).__name__} does not compute what one process does on {tp} ranks: {failure} "
+            f"(more than {RELATIVE:g} of its norm and {OF_TOTAL:g} of all). Correct the tp_plan, or use tp_size=1 (FSDP2)."
+        )
+    compared = sum(gradient is not None for gradient in prover.want.gradients.values())
+    return Verified(chosen, tp, compared, len(prover.want.outputs))

@@ -1,0 +1,61 @@
+"""DeepSeek-V4: a few parts that the model's quality hangs on compute in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..context import Job
+from .family import FamilyParallelizationStrategy
+
+
+class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
+    """``DeepseekV4ForCausalLM``: experts, embedding and head sharded over tp, attention whole, as transformers' own plan says.
+
+    Hyper-connections, attention sinks, compressors with their indexers and the head compute in float32 if they are stored so,
+    under a bfloat16 policy and under autocast.
+    """
+
+    mixes_tokens = "its compressors pool windows of keys and values, from which an indexer selects"
+    keeps_dtype = ("attn_hc", "ffn_hc", "hc_head", "lm_head", "sinks", "compressor")
+
+    def parallelize(  # type: ignore[override]
+        self, model: nn.Module, device_mesh: DeviceMesh, dp_shard_cp_mesh_name: str = "dp_shard_cp", **kwargs: Any
+    ) -> nn.Module:
+        """As :meth:`DefaultParallelizationStrategy.parallelize`, with the reference API's order of arguments."""
+        return super().parallelize(model, device_mesh, dp_shard_cp_mesh_name=dp_shard_cp_mesh_name, **kwargs)
+
+    def finish_layers(self, job: Job) -> None:
+        """Regions and checkpoints, around modules that stay in their own dtype."""
+        for name, module in job.model.named_modules():
+            own = [f"{name}.{key}" for key, _ in module.named_parameters()]
+            if own and job.options.own_dtype.issuperset(own) and not set(self.keeps_dtype).isdisjoint(name.split(".")):
+                module.forward = InOwnDtype(module, name.rpartition(".")[2] == "lm_head").__call__  # type: ignore[method-assign]
+        super().finish_layers(job)
+
+
+class InOwnDtype:
+    """A forward without autocast; of a linear layer, on an input cast to the dtype of its weight.
+
+    Args:
+        module: its parameters are of one dtype.
+        keep_output: leave the output of a linear layer in that dtype, else it gets back the input's.
+    """
+
+    def __init__(self, module: nn.Module, keep_output: bool) -> None:
+        self.forward: Callable[..., Any] = module.forward
+        self.linear = module if isinstance(module, nn.Linear) else None
+        self.keep_output = keep_output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            if self.linear is None:
+                return self.forward(*args, **kwargs)
+            (x,) = args
+            y = self.forward(x.to(self.linear.weight.dtype))
+            return y if self.keep_output else y.to(x.dtype)

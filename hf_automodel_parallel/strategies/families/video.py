@@ -1,0 +1,134 @@
+"""Transformers of diffusers whose attention is sharded by heads, although it counts the heads itself and norms across them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...core.sharding_spec import PARTIAL, Output, ParameterSpec, ShardingSpec
+from ...errors import PlanError, UnsupportedError
+from ...tensor_parallel.collectives import copy_to_tp, reduce_from_tp
+from ..context import Job
+from .family import FamilyParallelizationStrategy
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class VideoParallelizationStrategy(FamilyParallelizationStrategy):
+    """The default flow, plus what a plan cannot say about the attentions of diffusers."""
+
+    mixes_tokens = "its sequence arises inside of the model from frames and patches"
+    no_sequence_parallel = (
+        "its blocks scale and shift by vectors of each sample, and attend to a second sequence of another length"
+    )
+
+    def plan(self, job: Job) -> None:
+        """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one process."""
+        job.options.cast_between_layers = False
+        super().plan(job)
+
+    def select_tensor_parallel(self, job: Job) -> None:
+        """Choose and resolve the plan, and complete it at the attentions that it shards by heads."""
+        super().select_tensor_parallel(job)
+        size, spec = job.tp_mesh.size(), job.spec  # type: ignore[union-attr]
+        for name, attention in head_sharded_attentions(job.model, spec):  # type: ignore[arg-type]
+            _check_attention(name, attention, spec, size)  # type: ignore[arg-type]
+            for norm_name, norm in _norms(attention):
+                spec.parameters |= _norm_parameters(f"{name}.{norm_name}", norm, attention)  # type: ignore[union-attr]
+
+    def apply_tensor_parallel(self, job: Job) -> None:
+        """Shard, and let the sharded attentions work on the heads of this rank."""
+        attentions = list(head_sharded_attentions(job.model, job.spec))  # type: ignore[arg-type]
+        for name, attention in attentions:
+            for norm_name, norm in _norms(attention):
+                if job.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
+                    norm.forward = NormOverRanks(norm, job.tp_mesh).__call__  # type: ignore[method-assign,arg-type]
+            attention.heads //= job.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
+        super().apply_tensor_parallel(job)
+
+
+def head_sharded_attentions(model: nn.Module, spec: ShardingSpec) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of each attention of diffusers of which ``spec`` shards a projection in front of the heads."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "heads", None), int) and any(_is_sharded(spec, name, p) for p in _PROJECTIONS):
+            yield name, module
+
+
+def _is_sharded(spec: ShardingSpec, attention: str, projection: str) -> bool:
+    boundary = spec.modules.get(f"{attention}.{projection}")
+    return boundary is not None and boundary.foreign is None and boundary.output is Output.NONE
+
+
+def _check_attention(name: str, attention: nn.Module, spec: ShardingSpec, size: int) -> None:
+    """Raise unless each rank gets whole heads of all projections."""
+    if attention.heads % size:  # type: ignore[operator]
+        raise PlanError(
+            f"num_attention_heads={attention.heads} does not divide by tp_size={size}: {name} needs a whole number of heads on "
+            f"each rank. Choose a tp_size that divides it, or leave {name} out of the tp_plan."
+        )
+    if getattr(attention, "fused_projections", False):
+        raise UnsupportedError(
+            f"{name} has fused projections, which tensor parallelism cannot shard by heads. Call unfuse_qkv_projections() first, "
+            f"or use tp_size=1."
+        )
+    present = [p for p in _PROJECTIONS if isinstance(getattr(attention, p, None), nn.Module)]
+    whole = [p for p in present if not _is_sharded(spec, name, p)]
+    if whole:
+        raise PlanError(
+            f"the tp_plan shards some projections of {name} by heads, but not {', '.join(whole)}. Give all of "
+            f"{', '.join(present)} the style 'colwise', or none."
+        )
+
+
+def _norms(attention: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The norms of queries and keys that have a weight, of both streams."""
+    for name, child in attention.named_children():
+        if name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k") and any(True for _ in child.parameters()):
+            yield name, child
+
+
+def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[str, ParameterSpec]:
+    """Places of a norm's parameters: sharded if it spans all heads; a norm of each head has one weight for all of them.
+
+    Each rank then has only some of the heads, so its gradient is a summand.
+    """
+    width = attention.inner_dim
+    shapes = {key: tuple(parameter.shape) for key, parameter in norm.named_parameters()}
+    if all(shape[0] * attention.heads == width for shape in shapes.values()):  # type: ignore[operator]
+        return {f"{name}.{key}": PARTIAL for key in shapes}
+    if isinstance(norm, nn.RMSNorm) and shapes == {"weight": (width,)}:
+        return {f"{name}.weight": ParameterSpec(0)}
+    raise UnsupportedError(
+        f"{name} is a {type(norm).__name__} over {shapes}, neither a norm of each head nor an nn.RMSNorm across all of them, so "
+        f"its attention cannot be sharded by heads. Give a tp_plan without this attention."
+    )
+
+
+class NormOverRanks:
+    """The forward of an ``nn.RMSNorm`` over the last dimension, of which each rank holds a slice.
+
+    One all-reduce of a number per token forward, one backward: every rank's features depend on the sum, so its gradient is a
+    sum over the ranks as well.
+
+    Args:
+        norm: the norm; while it runs its weight is this rank's slice.
+        mesh: the tp axis.
+    """
+
+    def __init__(self, norm: nn.RMSNorm, mesh: DeviceMesh) -> None:
+        self.norm = norm
+        self.width = norm.normalized_shape[0]
+        self.group: dist.ProcessGroup = mesh.get_group()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``x`` of shape (..., features / ranks)."""
+        wide: Any = x.to(torch.promote_types(x.dtype, torch.float32))
+        eps = torch.finfo(x.dtype).eps if self.norm.eps is None else self.norm.eps
+        total = copy_to_tp(reduce_from_tp(wide.square().sum(-1, keepdim=True), self.group), self.group)
+        normed = wide * torch.rsqrt(total / self.width + eps)
+        return (normed * self.norm.weight).to(x.dtype)

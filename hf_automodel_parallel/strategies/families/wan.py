@@ -1,0 +1,66 @@
+"""Wan, the video transformer of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.module_names import unwrapped
+from ...fsdp.dtype_groups import wider_parameters
+from ..context import Job
+from .video import VideoParallelizationStrategy
+
+
+class WanParallelizationStrategy(VideoParallelizationStrategy):
+    """``WanTransformer3DModel``: blocks, condition embedders and attention sharded by heads; each block one FSDP2 unit.
+
+    What diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation tables, norms) stays
+    in float32 under a bfloat16 policy, and so do the timesteps.
+    """
+
+    def own_dtype(self, job: Job) -> frozenset[str]:
+        """The parameters that the class lists as kept in float32."""
+        listed = getattr(unwrapped(job.model)[0], "_keep_in_fp32_modules", None) or ()
+        return frozenset(wider_parameters(job.model, job.options.mp_policy.param_dtype, listed))
+
+    def finish_layers(self, job: Job) -> None:
+        """As for every model; then the timesteps are led around the policy's cast of inputs."""
+        super().finish_layers(job)
+        keep_timestep(job.model)
+
+
+def keep_timestep(model: nn.Module) -> None:
+    """Hand the argument ``timestep`` to the model inside of ``model`` in the dtype it came in.
+
+    FSDP2 casts all inputs to the policy's dtype, and bfloat16 cannot tell apart the timesteps 999 and 1000.
+
+    Args:
+        model: the root unit of FSDP2, plain or PEFT-wrapped; call it with ``timestep`` by name or as second argument.
+    """
+    inner, _ = unwrapped(model)
+    original: Callable[..., Any] = inner.forward
+
+    def wrap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "timestep" in kwargs:
+            return args, {**kwargs, "timestep": _Untouched(kwargs["timestep"])}
+        return (args[0], _Untouched(args[1]), *args[2:]) if len(args) > 1 else args, kwargs
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*map(_unwrap, args), **{key: _unwrap(value) for key, value in kwargs.items()})
+
+    def _unwrap(value: Any) -> Any:
+        return value.tensor.to(device) if isinstance(value, _Untouched) else value
+
+    device = next(inner.parameters()).device
+    model.register_forward_pre_hook(wrap, prepend=True, with_kwargs=True)
+    inner.forward = forward  # type: ignore[method-assign]
+
+
+class _Untouched:
+    """A tensor that nobody looks for among the arguments."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor

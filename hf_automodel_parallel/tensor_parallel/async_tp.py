@@ -1,0 +1,93 @@
+"""Async tensor parallelism: the collectives of sequence parallelism in pieces, under the matrix products beside them.
+
+Inductor replaces an all-gather before a matrix product, and a reduce-scatter after one, by an operator that exchanges pieces
+through symmetric memory while other pieces are multiplied (Wang et al., 2023, "Overlap communication with dependent
+computation via decomposition"; torch's ``symm_mem`` operators). It needs such pairs, a compiled graph that holds them, and
+memory that the GPUs of the group can read from each other.
+
+Two things keep it to our tensor-parallel group: inductor is told so in the options of our compiled layers alone, not in its
+global config, and symmetric memory is enabled for the tp group, without which inductor leaves a collective as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import compat
+from ..errors import ConfigError, UnsupportedError
+
+_FIELD = "async_tensor_parallel=True"
+
+
+def check_async_tensor_parallel(
+    mesh: DeviceMesh | None, sequence_parallel: bool, compile_options: dict[str, Any] | None, device: torch.device
+) -> None:
+    """Raise unless the collectives of tensor parallelism can be overlapped. No collective.
+
+    Args:
+        mesh: the tp axis, None without tensor parallelism.
+        sequence_parallel: activations are sharded along the sequence between the boundaries.
+        compile_options: options of ``torch.compile`` for the layers, None for eager.
+        device: where this rank computes.
+
+    Raises:
+        ConfigError: an option is missing, or contradicts.
+        UnsupportedError: the machine cannot do it.
+    """
+    if mesh is None:
+        raise ConfigError(
+            f"{_FIELD} with tp_size=1: there are no collectives to overlap. Remove it, or give a tp_size."
+        )
+    if not sequence_parallel:
+        raise ConfigError(
+            f"{_FIELD} needs sequence_parallel=True: all-gathers before and reduce-scatters after matrix products can be cut "
+            f"into pieces, the all-reduces of plain tensor parallelism cannot. Set it, or remove async_tensor_parallel."
+        )
+    if compile_options is None:
+        raise ConfigError(
+            f"{_FIELD} needs compile=True: it is done by the compiler. Set it, or remove async_tensor_parallel."
+        )
+    backend = compile_options.get("backend", "inductor")
+    if backend != "inductor":
+        raise ConfigError(f"{_FIELD} with compile={backend!r}: only inductor does it. Use compile=True.")
+    if compile_options.get("mode") not in (None, "default"):
+        raise ConfigError(
+            f"{_FIELD} with torch.compile's mode={compile_options['mode']!r}: it is one of inductor's options, and torch takes "
+            f"either a mode or options. Leave out the mode."
+        )
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"{_FIELD} on {device.type}: it needs the symmetric memory of CUDA devices. Remove it; the same is computed without."
+        )
+    missing = _why_no_symmetric_memory(mesh, device)
+    if missing:
+        raise UnsupportedError(f"{_FIELD} needs symmetric memory over the tp group, and {missing}. Remove it.")
+
+
+def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
+    """What keeps the GPUs of the tp group from reading each other's memory, "" if nothing is known to."""
+    if not dist.is_nccl_available():
+        return "this build of torch has no NCCL"
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if ranks[0] // local != ranks[-1] // local:
+        return f"ranks {ranks[0]} and {ranks[-1]} of one group are on different machines ({local} ranks on each)"
+    mine = torch.cuda.current_device() if device.index is None else device.index
+    others = [rank % local for rank in ranks if rank % local != mine]
+    if torch.cuda.device_count() >= local:  # else each process sees its own device alone, which says nothing
+        blocked = next((other for other in others if not torch.cuda.can_device_access_peer(mine, other)), None)
+        if blocked is not None:
+            return f"GPU {mine} cannot access the memory of GPU {blocked}"
+    return ""
+
+
+def with_async_tensor_parallel(compile_options: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
+    """``compile_options`` for layers whose collectives over ``group`` are to be overlapped; enables its symmetric memory."""
+    compat.enable_symmetric_memory(group)
+    plain = {key: value for key, value in compile_options.items() if key != "mode"}
+    return {**plain, "options": {**(plain.get("options") or {}), compat.ASYNC_TENSOR_PARALLEL_OPTION: True}}

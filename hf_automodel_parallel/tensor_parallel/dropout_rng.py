@@ -1,0 +1,264 @@
+"""Random numbers under tensor parallelism: equal where activations are replicated, different where they are sharded.
+
+The ranks of a tp group start from one random state (:func:`..synchronize.synchronize_rng`), so what they draw is equal. That
+is right for dropout on replicated activations, whose masks must agree. Two places need different numbers on each rank: the
+dropout of an adapter whose input is sharded, and whatever draws between a column-wise and a row-wise layer (attention
+probabilities, activations inside an MLP).
+
+Nothing here keeps a state of its own: what a rank draws follows from the common state and its rank alone, so a checkpoint
+that restores the common state recomputes with the same masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import compat
+from ..core.consistency import synchronize_rng
+from ..core.sharding_spec import REPLICATED, Input, Output, ShardingSpec
+from ..errors import UnsupportedError
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+#: Odd, and far from any power of two: seeds of neighbouring ranks have nothing in common.
+_STRIDE = 0x9E3779B97F4A7C15
+
+
+class ShardedDropout(nn.Dropout):
+    """Dropout of an activation whose last dimension is sharded: each rank takes its part of one mask for all.
+
+    The mask of all ranks is drawn at once, so the common random state moves alike on every rank, and the masks of the ranks
+    are independent. Bytes for ``size`` times the local activation are needed for a moment.
+
+    Args:
+        p: probability of an element to be zeroed.
+        rank: place of this rank on the tp axis.
+        size: number of ranks on the tp axis.
+    """
+
+    def __init__(self, p: float, rank: int, size: int) -> None:
+        super().__init__(p)
+        self.rank, self.size = rank, size
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input`` of any shape -> the same shape and dtype."""
+        if not self.training or self.p == 0.0:
+            return input
+        if self.p == 1.0:
+            return input * 0.0
+        masks = torch.empty((self.size, *input.shape), dtype=torch.bool, device=input.device).bernoulli_(1.0 - self.p)
+        return input * masks[self.rank].clone() / (1.0 - self.p)  # clone: backward must not keep all masks alive
+
+
+class OwnNumbers:
+    """Switch of a model between the random numbers that all tp ranks share and those of this rank alone.
+
+    Args:
+        rank: place of this rank on the tp axis.
+        device: where the model's activations are.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.generator = _default_generator(device)
+        self.common: Any = None  # while this rank draws its own numbers: how to go back
+        self.untouched = b""
+
+    def enter(self, *_: Any) -> None:
+        """Draw this rank's own numbers from here on. For use as a forward hook."""
+        if self.common is not None or torch.compiler.is_compiling():
+            return
+        generator = self.generator
+        if generator.device.type == "cuda":
+            # A counter-based generator: another seed at the same place, no tensor and no synchronisation with the device.
+            self.common, place = generator.initial_seed(), generator.get_offset()
+            generator.manual_seed(self._mixed(self.common))
+            generator.set_offset(place)
+        else:
+            self.common = generator.get_state()
+            generator.manual_seed(self._mixed(int.from_bytes(_digest(self.common), "little")))
+            self.untouched = _digest(generator.get_state())
+
+    def leave(self, *_: Any) -> None:
+        """Go back to the numbers that all tp ranks share. For use as a forward (pre-)hook; does nothing if already there."""
+        if self.common is None or torch.compiler.is_compiling():
+            return
+        generator, common, self.common = self.generator, self.common, None
+        if generator.device.type == "cuda":
+            place = generator.get_offset()  # equal on all ranks, whose shards are equally large
+            generator.manual_seed(common)
+            generator.set_offset(place)
+        else:
+            drew = _digest(generator.get_state()) != self.untouched
+            generator.set_state(common)
+            if drew:  # move on, so that the next own numbers are others; else the stream stays that of one process
+                torch.randint(2, (), generator=generator, device=generator.device)
+
+    def _mixed(self, seed: int) -> int:
+        return (seed ^ ((self.rank + 1) * _STRIDE)) % 2**63
+
+
+def _digest(state: torch.Tensor) -> bytes:
+    return hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    return module.default_generators[module.current_device() if device.index is None else device.index]
+
+
+def install_sharded_dropout(model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh) -> None:
+    """Let adapters whose input is sharded over the tp axis ``mesh`` draw different masks on its ranks."""
+    tuner = compat.peft_tuner_layer_type()
+    if tuner is None:
+        return
+    for name, module in model.named_modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if not isinstance(module, tuner) or not isinstance(dropouts, nn.ModuleDict):
+            continue
+        for adapter, dropout in list(dropouts.items()):
+            place = spec.parameters.get(f"{name}.lora_A.{adapter}.weight", REPLICATED)
+            if place.dim == 1 and isinstance(dropout, nn.Dropout) and not isinstance(dropout, ShardedDropout):
+                sharded = ShardedDropout(dropout.p, mesh.get_local_rank(), mesh.size())
+                dropouts[adapter] = sharded.train(dropout.training)
+
+
+def install_own_numbers(
+    model: nn.Module,
+    spec: ShardingSpec,
+    mesh: DeviceMesh,
+    device: torch.device,
+    hook: Callable[[nn.Module, Callable[[nn.Module], Any]], None],
+) -> OwnNumbers:
+    """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis ``mesh``.
+
+    A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations are
+    not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete gradient.
+
+    Args:
+        model: the model.
+        spec: its sharding spec.
+        mesh: the tp axis.
+        device: where the model's activations are.
+        hook: puts a hook, given by what registers it, on a module.
+
+    Returns:
+        The switch.
+    """
+    numbers = OwnNumbers(mesh.get_local_rank(), device)
+    tuner = compat.peft_tuner_layer_type()
+    for name, module in model.named_modules():
+        boundary = spec.modules.get(name)
+        owned = [f"{name}.{key}" if name else key for key in module._parameters]
+        replicated = any(spec.parameters.get(parameter, REPLICATED) == REPLICATED for parameter in owned)
+        if boundary is not None or replicated or (tuner is not None and isinstance(module, tuner)):
+            hook(module, lambda m: m.register_forward_pre_hook(numbers.leave))
+        if boundary is not None and is_columnwise(boundary):
+            hook(module, lambda m: m.register_forward_hook(numbers.enter))
+    model.register_forward_hook(numbers.leave, always_call=True)
+    return numbers
+
+
+def synchronize_at_first_forward(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Let the tp ranks agree on their random state once more at the first training forward.
+
+    A script may seed each process differently after ``prepare`` as well as before it.
+    """
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            handle.remove()
+            synchronize_rng(mesh)
+
+    handle = model.register_forward_pre_hook(hook)
+
+
+def is_columnwise(boundary: Any) -> bool:
+    """True if the module's output stays sharded."""
+    return boundary.input is Input.COPY and boundary.output is Output.NONE
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """True if a module of ``model`` has a dropout, jitter or noise of some kind that is not zero."""
+    return any(
+        active_dropouts(module)
+        or any(isinstance(v, float) and v > 0 for k, v in vars(module).items() if "jitter" in k or "noise" in k)
+        for module in model.modules()
+    )
+
+
+def active_dropouts(module: nn.Module) -> dict[str, float]:
+    """The dropout probabilities above zero that ``module`` holds itself, by name.
+
+    Modules keep the probability for a functional dropout (attention kernels take one) in an attribute whose name says so:
+    ``attention_dropout``, ``attn_pdrop``, ``drop_path``, ...
+    """
+    found = {
+        name: float(value)
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    }
+    if isinstance(module, _DROPOUTS) and module.p > 0:
+        found["p"] = float(module.p)
+    return found
+
+
+def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
+    """Refuse to compile blocks that draw random numbers on sharded activations.
+
+    Inside of a graph the random state cannot be switched, so the masks of the ranks would be equal.
+
+    Args:
+        model: the model.
+        spec: its sharding spec.
+
+    Raises:
+        UnsupportedError: a module around a column-wise layer, or one that works on shares of a sequence, has a dropout that is
+            not zero.
+    """
+    for name, boundary in spec.modules.items():
+        parent_name = name.rpartition(".")[0]
+        parent = model.get_submodule(parent_name)
+        if not is_columnwise(boundary):
+            continue
+        found = active_dropouts(parent)
+        for key, child in parent.named_children():
+            if isinstance(child, _DROPOUTS) and child.p > 0:
+                found[key] = float(child.p)
+        if found:
+            shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
+            raise UnsupportedError(
+                f"compile with tp_size > 1: {parent_name} ({type(parent).__name__}) has {shown}, a dropout on activations that "
+                f"are sharded over tp. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
+                f"model's config (adapters may keep lora_dropout), or leave out compile."
+            )
+    for name in () if spec.sequence is None else spec.sequence.layers:
+        for key, module in model.get_submodule(name).named_modules():
+            path = f"{name}.{key}" if key else name
+            found = active_dropouts(module)
+            if found and not _is_inside(path, spec.sequence.blocks) and not _is_of_adapter(model, path):  # type: ignore[union-attr]
+                shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
+                raise UnsupportedError(
+                    f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on shares "
+                    f"of the sequence. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
+                    f"model's config, or leave out compile."
+                )
+
+
+def _is_inside(path: str, modules: Iterable[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in modules)
+
+
+def _is_of_adapter(model: nn.Module, path: str) -> bool:
+    tuner = compat.peft_tuner_layer_type()
+    parts = path.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    return tuner is not None and any(isinstance(module, tuner) for module in around)

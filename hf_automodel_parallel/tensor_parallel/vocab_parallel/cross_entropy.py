@@ -1,0 +1,215 @@
+"""Cross entropy and its relatives on logits whose vocabulary is spread over the tp axis.
+
+No rank ever holds a whole row. What a row needs of the other ranks are three numbers (its maximum, the sum of its exponentials,
+the logit of its target), and its gradient needs nothing more: softmax minus one-hot of the own slice of the vocabulary
+(Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053, section 3). Rows are processed in chunks, so that float32 logits exist
+for one chunk only, and softmax is computed again in backward instead of being kept (the idea of Liger's chunked loss, Hsu et
+al., 2024, arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from ..collectives import all_reduce
+
+#: Bytes that the float32 logits of one chunk may take where the user gives no number of rows.
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How the last dimension is spread.
+
+    Attributes:
+        group: the ranks that hold the slices, in order.
+        rank, size: this rank's place in the group and the number of ranks.
+        chunk_rows: rows (tokens) whose logits are in float32 at a time; None: as many as fit in 64 MiB.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    chunk_rows: int | None = None
+
+    def chunks(self, logits: torch.Tensor) -> Iterator[slice]:
+        """Slices over the rows of ``logits`` (rows, width)."""
+        rows, width = logits.shape
+        step = self.chunk_rows or max(1, DEFAULT_CHUNK_BYTES // (4 * width))
+        return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of maxima, sums and losses inside: float64 for float64 logits, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _own(index: torch.Tensor, width: int, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions in the own slice, 0 for foreign ones, and which ones are not foreign."""
+    local = index - vocabulary.rank * width
+    mine = (local >= 0) & (local < width)
+    return local.masked_fill(~mine, 0), mine
+
+
+class _RowStatistics(torch.autograd.Function):
+    """(rows, width) -> log of the sum of exponentials, logit of the target, sum of the logits: each (rows,), replicated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor | None,
+        with_sum: bool,
+        vocabulary: Vocabulary,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        dtype = computing_dtype(logits.dtype)
+        rows, width = logits.shape
+        index, mine = _own(target, width, vocabulary) if target is not None else (None, None)
+        top = logits.new_empty(rows, dtype=dtype)
+        sums = logits.new_empty(1 + (target is not None) + with_sum, rows, dtype=dtype)
+        for part in vocabulary.chunks(logits):
+            x = logits[part].to(dtype)
+            # Finite, also where all of the slice is masked with -inf: the exponentials are then 0, not nan.
+            top[part] = x.amax(-1).clamp_(min=torch.finfo(dtype).min)
+            if index is not None and mine is not None:
+                sums[1, part] = x.gather(-1, index[part, None]).squeeze(-1).masked_fill_(~mine[part], 0)
+            if with_sum:
+                sums[-1, part] = x.sum(-1)
+            sums[0, part] = (x - top[part, None]).exp_().sum(-1)
+        highest = all_reduce(top, vocabulary.group, "max")
+        sums[0] *= (top - highest).exp_()
+        sums = all_reduce(sums, vocabulary.group)
+        total = sums[0].log().add_(highest)
+        ctx.vocabulary = vocabulary
+        ctx.save_for_backward(logits, total, index, mine)
+        ctx.set_materialize_grads(False)
+        return total, sums[1] if target is not None else None, sums[-1] if with_sum else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, for_total: Any, for_target: Any, for_sum: Any
+    ) -> tuple[torch.Tensor | None, None, None, None]:
+        logits, total, index, mine = ctx.saved_tensors
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if for_target is not None:
+            for_target = for_target.masked_fill(~mine, 0)
+        for part in ctx.vocabulary.chunks(logits):
+            x = logits[part].to(total.dtype)
+            if for_total is None:
+                x = torch.zeros_like(x)
+            else:
+                x = (x - total[part, None]).exp_().mul_(for_total[part, None])
+            if for_target is not None:
+                x.scatter_add_(-1, index[part, None], for_target[part, None])
+            if for_sum is not None:
+                x += for_sum[part, None]
+            result[part] = x
+        return result, None, None, None
+
+
+class _Select(torch.autograd.Function):
+    """(rows, width) and whole positions (rows, k) -> the logits there (rows, k), replicated."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, positions: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+        index, mine = _own(positions, logits.shape[-1], vocabulary)
+        ctx.save_for_backward(index, mine)
+        ctx.shape = logits.shape
+        return all_reduce(logits.gather(-1, index).masked_fill_(~mine, 0), vocabulary.group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        index, mine = ctx.saved_tensors
+        result = gradient.new_zeros(ctx.shape)
+        return result.scatter_add_(-1, index, gradient.masked_fill(~mine, 0)), None, None
+
+
+def _check_bounds(index: torch.Tensor, classes: int) -> None:
+    """Let torch complain about a class that does not exist, as it does in one process: at once on CPU, else asynchronously."""
+    if index.device.type == "cpu":
+        wrong = index[(index < 0) | (index >= classes)]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds: the logits have {classes} classes.")
+    else:
+        torch.zeros(1, device=index.device).expand(classes).gather(0, index.reshape(-1))
+
+
+def logsumexp(logits: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """Log of the sum of exponentials over the whole vocabulary; two small all-reduces.
+
+    Args:
+        logits: (..., V / size), this rank's slice, of any floating dtype.
+        vocabulary: how the last dimension is spread.
+
+    Returns:
+        (...), float32 (float64 for float64), equal on all ranks.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    return _RowStatistics.apply(flat, None, False, vocabulary)[0].reshape(logits.shape[:-1])
+
+
+def select(logits: torch.Tensor, positions: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """``logits.gather(-1, positions)`` on the whole vocabulary; one small all-reduce.
+
+    Args:
+        logits: (..., V / size), this rank's slice.
+        positions: (..., k), long, in [0, V), equal on all ranks.
+
+    Returns:
+        (..., k), dtype of the logits, equal on all ranks.
+
+    Raises:
+        IndexError: a position is out of bounds (on CPU; elsewhere the device asserts).
+    """
+    width = logits.shape[-1]
+    _check_bounds(positions, width * vocabulary.size)
+    flat = positions.reshape(-1, positions.shape[-1])
+    return _Select.apply(logits.reshape(-1, width), flat, vocabulary).reshape(positions.shape)
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    vocabulary: Vocabulary,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """:func:`torch.nn.functional.cross_entropy` with class indices; two small all-reduces forward, none backward.
+
+    The first takes the maxima of the rows, the second the sums (exponentials, target, and the logits where smoothing wants them).
+
+    Args:
+        logits: (rows, V / size), this rank's slice, of any floating dtype.
+        target: (rows,), long, in [0, V) or ``ignore_index``, equal on all ranks.
+        vocabulary: how the last dimension is spread.
+        ignore_index: target of rows that do not count.
+        reduction: "mean" (over the rows that count), "sum" or "none".
+        label_smoothing: share of the target's probability that is spread over all classes.
+
+    Returns:
+        A scalar, or (rows,) for "none"; float32 (float64 for float64), equal on all ranks.
+
+    Raises:
+        IndexError: a target is out of bounds (on CPU; elsewhere the device asserts).
+    """
+    classes = logits.shape[-1] * vocabulary.size
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
+    _check_bounds(target, classes)
+    total, hit, everything = _RowStatistics.apply(logits, target, label_smoothing > 0, vocabulary)
+    loss = total - (hit if label_smoothing == 0 else (1 - label_smoothing) * hit)
+    if everything is not None:
+        loss = loss - (label_smoothing / classes) * everything
+    loss = loss.masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()

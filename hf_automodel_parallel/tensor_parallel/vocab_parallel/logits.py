@@ -1,0 +1,313 @@
+"""``ShardedLogits``: what the output projection returns under loss parallelism: a tensor that stays sharded while it can.
+
+To whoever looks at it, it is the whole logits: shape, dtype, device, gradient function. Inside it holds this rank's slice of the
+vocabulary. Functions that act on each number or on leading dimensions alone run on the slice; cross entropy and its relatives
+run vocabulary-parallel (:mod:`.loss`); *everything else* gathers the slices, once, and gets a plain tensor. So a model's own
+scaling, soft-capping and loss, whatever they are, need no replacement, and whoever wants whole logits has them.
+
+The table is in :mod:`.sharded_functions` and :mod:`.sharded_losses`; it works through ``__torch_function__``, so autograd records
+operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) meets a wrapper that is part
+of the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ... import compat
+from ...errors import UnsupportedError
+from ..boundary_hooks import map_tensor
+from ..collectives import gather_from_tp, split_to_tp
+from .cross_entropy import Vocabulary
+
+
+class ShardedLogits(torch.Tensor):
+    """Logits (..., V) of which this rank holds the slice (..., V / size); made by :func:`shard_logits`.
+
+    Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing says what it is
+    and reads nothing. Changes in place reach the slice, and with it all views that were taken of it.
+
+    An upcast (``logits.float()``, as losses begin) is noted and done where the numbers are used, so that the loss can do it chunk
+    by chunk; ``dtype`` then differs from the dtype of the slice.
+    """
+
+    vocabulary: Vocabulary
+    _slice: torch.Tensor
+    _whole: torch.Tensor | None
+    _whole_versions: tuple[int, int]
+    _noted: int
+    _family: list[int]
+
+    @staticmethod
+    def __new__(cls, part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype) -> ShardedLogits:
+        shape = (*part.shape[:-1], part.shape[-1] * vocabulary.size)
+        return compat.wrapper_subclass(cls, shape, dtype, part.device)
+
+    def __init__(self, part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+        self.vocabulary = vocabulary
+        self._slice = part
+        self._whole = None
+        self._noted = compat.version_of(part)
+        self._family = [0]
+
+    # ---- the numbers -------------------------------------------------------------------------------------------
+
+    @property
+    def is_upcast(self) -> bool:
+        """The slice has a narrower dtype than these logits."""
+        return self._slice.dtype != self.dtype
+
+    def stored(self) -> torch.Tensor:
+        """This rank's slice (..., V / size), maybe in a narrower dtype than ``dtype``."""
+        if self._whole is not None and compat.version_of(self._whole) != self._whole_versions[0]:
+            self.replace(self._whole)  # somebody has written into a view of the whole logits
+        if self.is_upcast and (compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))):
+            raise UnsupportedError(
+                "the logits were modified in place after this copy or view of them in another dtype was taken; do not modify "
+                "them in place (logits = logits / temperature instead of logits.div_(temperature)), or set loss_parallel=False."
+            )
+        if torch.is_grad_enabled() and self.requires_grad and not self._slice.requires_grad:
+            # The result of somebody's autograd function, which has recorded the wrapper alone.
+            with compat.without_torch_function():
+                self._slice = _Leave.apply(self, self._slice)
+        return self._slice
+
+    def own(self) -> torch.Tensor:
+        """This rank's slice (..., V / size) in ``dtype``."""
+        return self.stored().to(self.dtype)
+
+    def whole(self) -> torch.Tensor:
+        """The whole logits (..., V) as a plain tensor, gathered at the first call; a collective of the tp group."""
+        part = self.stored()
+        version = compat.version_of(part)
+        graph_is_missing = (
+            self._whole is not None and torch.is_grad_enabled() and part.requires_grad and not self._whole.requires_grad
+        )
+        if self._whole is None or graph_is_missing or self._whole_versions[1] != version:
+            v = self.vocabulary
+            whole = gather_from_tp(part, v.group, v.rank, v.size).to(self.dtype)
+            self._whole, self._whole_versions = whole, (compat.version_of(whole), version)
+        return self._whole
+
+    def writable(self) -> torch.Tensor:
+        """The slice in ``dtype``, to be changed in place; call :meth:`written` after."""
+        if self.is_upcast:
+            self._slice = self.own()
+            self._family[0] = id(self)
+        return self.stored()
+
+    def written(self) -> None:
+        """The slice has changed in place: let the gathered copy go, and the wrapper's place in the autograd graph follow."""
+        self._whole = None
+        if torch.is_grad_enabled() and self._slice.requires_grad:
+            with compat.without_torch_function():
+                _Follow.apply(self._slice, self)
+
+    def replace(self, whole: torch.Tensor) -> None:
+        """Make the values of ``whole`` (..., V), equal on all ranks, those of these logits, in place."""
+        self._whole = None
+        v = self.vocabulary
+        own = split_to_tp(whole, v.group, v.rank, v.size)
+        self.writable().copy_(own)
+        self.written()
+
+    def like(self, part: torch.Tensor, dtype: torch.dtype | None = None, alias: bool = False) -> ShardedLogits:
+        """New sharded logits around another slice.
+
+        Args:
+            part: (..., V / size).
+            dtype: that of the result if ``part`` is narrower.
+            alias: ``part`` is a view of this slice.
+        """
+        result = shard_logits(part, self.vocabulary, dtype)
+        if alias and self.is_upcast:
+            result._family = self._family
+        return result
+
+    # ---- the protocols -----------------------------------------------------------------------------------------
+
+    @classmethod
+    @torch.compiler.disable
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        pass
+
+        if function in METADATA:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        handler = HANDLERS.get(function)
+        result = NotImplemented if handler is None else handler(function, *in_order(args, kwargs or {}))
+        return on_whole(function, args, kwargs or {}) if result is NotImplemented else result
+
+    @classmethod
+    @torch.compiler.disable
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Below autograd, which has recorded the wrapper itself: compute with whole values."""
+        pass
+
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            (logits,) = args
+            return ShardedLogits(logits.stored().detach(), logits.vocabulary, logits.dtype)
+        args, kwargs = with_whole((args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        v = self.vocabulary
+        return (
+            f"ShardedLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}: slice {v.rank} of {v.size} "
+            f"is here; any calculation gives plain tensors)"
+        )
+
+
+class _Enter(torch.autograd.Function):
+    """A slice -> the wrapper around it; backward takes the own slice of a whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype) -> torch.Tensor:
+        ctx.rank, ctx.size, ctx.dtype = vocabulary.rank, vocabulary.size, part.dtype
+        return ShardedLogits(part, vocabulary, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return _own_part(gradient, ctx), None, None
+
+
+class _Follow(torch.autograd.Function):
+    """The same for a wrapper whose slice has changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, wrapper: ShardedLogits) -> torch.Tensor:
+        ctx.rank, ctx.size, ctx.dtype = wrapper.vocabulary.rank, wrapper.vocabulary.size, part.dtype
+        ctx.mark_dirty(wrapper)
+        return wrapper
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return _own_part(gradient, ctx), None
+
+
+class _Leave(torch.autograd.Function):
+    """A wrapper that autograd knows -> its slice; the gradient goes back sharded likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: ShardedLogits, part: torch.Tensor) -> torch.Tensor:
+        ctx.vocabulary, ctx.dtype = wrapper.vocabulary, wrapper.dtype
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ShardedLogits(gradient, ctx.vocabulary, ctx.dtype), None
+
+
+def _own_part(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
+    if isinstance(gradient, ShardedLogits):
+        return gradient.own().to(ctx.dtype)
+    width = gradient.shape[-1] // ctx.size
+    return gradient.narrow(-1, ctx.rank * width, width).to(ctx.dtype)
+
+
+def shard_logits(part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype | None = None) -> ShardedLogits:
+    """Show ``part`` (..., V / size), this rank's slice of logits, as the whole logits (..., V).
+
+    Args:
+        part: a plain tensor, connected by autograd or not.
+        vocabulary: how the last dimension is spread.
+        dtype: floating dtype at least as wide as that of ``part``; None: that of ``part``.
+    """
+    dtype = dtype or part.dtype
+    if part.requires_grad and not torch.is_grad_enabled():
+        part = part.detach()
+    result = _Enter.apply(part, vocabulary, dtype)
+    result._slice = part  # not what autograd's function was given, which is outside of the graph
+    return result
+
+
+class KeepSharded:
+    """Hook of a column-wise output projection: while gradients are recorded its output stays sharded and looks whole."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        v = self.vocabulary
+        if not torch.is_grad_enabled():  # evaluation reads logits, often on one rank alone, which must not be a collective
+            return map_tensor(output, lambda x: gather_from_tp(x, v.group, v.rank, v.size))
+        return map_tensor(output, lambda x: shard_logits(x, v))
+
+
+
+Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+#: Functions of the wrapper itself, which knows shape, dtype, device and its place in the autograd graph.
+METADATA: set[Any] = set()
+
+
+HANDLERS: dict[Any, Handler] = {}
+
+
+def _functions(names: Iterable[str]) -> list[Any]:
+    """torch's functions of these names: as methods, in ``torch`` and in ``torch.nn.functional``."""
+    return [getattr(space, name) for name in names for space in (torch.Tensor, torch, F) if hasattr(space, name)]
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(_functions(names), handler))
+        return handler
+
+    return register
+
+
+def with_whole(value: Any) -> Any:
+    """``value`` (arguments, nested in tuples, lists and dicts) with whole plain tensors in the place of sharded logits."""
+    if isinstance(value, ShardedLogits):
+        return value.whole()
+    if isinstance(value, (tuple, list)):
+        items = [with_whole(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: with_whole(item) for key, item in value.items()}
+    return value
+
+
+#: What torch calls an argument by numpy's names -> its own name.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as handlers read them: the tensor first, wherever a function takes it by name, and torch's own names.
+
+    New objects where something is moved: whole values are computed with the arguments as they came.
+    """
+    named = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+    # torch.where has its tensor in the second place.
+    name = None if args or "condition" in named else next((n for n in ("input", "x", "a", "x1") if n in named), None)
+    return (args if name is None else (named.pop(name),)), named
+
+
+def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``function`` with gathered logits; what it writes into them is written back into the slices."""
+    name = getattr(function, "__name__", "")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if in_place:
+        args, kwargs = in_order(args, kwargs)
+    if in_place and args and isinstance(args[0], ShardedLogits):
+        logits: ShardedLogits = args[0]
+        whole = logits.whole().clone()
+        result = function(whole, *with_whole(args[1:]), **with_whole(kwargs))
+        if whole.shape != logits.shape or whole.dtype != logits.dtype or (result is not None and result is not whole):
+            raise UnsupportedError(
+                f"{name} on sharded logits; make a copy (logits.clone()[:]) or set loss_parallel=False."
+            )
+        logits.replace(whole)
+        return None if result is None else logits
+    return function(*with_whole(args), **with_whole(kwargs))

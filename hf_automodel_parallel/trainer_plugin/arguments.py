@@ -1,0 +1,82 @@
+"""The command-line flag: ``--auto_parallel tp=2,dp_shard=4`` for ``TrainingArguments`` and classes derived from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..accelerate_plugin.config import AutoParallelismConfig
+from ..accelerate_plugin.config_text import plain
+from ..errors import ConfigError
+
+
+@dataclass
+class AutoParallelArgumentsMixin:
+    """Adds the ``auto_parallel`` field to any subclass of ``transformers.TrainingArguments``.
+
+    Put it first among the bases. The field's value becomes ``parallelism_config``, which the stock Trainer hands to
+    Accelerate.
+
+    Example:
+        >>> @dataclass
+        ... class ParallelSFTConfig(AutoParallelArgumentsMixin, SFTConfig):
+        ...     pass
+
+    Raises:
+        ConfigError: the value cannot be read, or contradicts an explicit ``parallelism_config``.
+    """
+
+    auto_parallel: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parallelise the model: a list such as 'tp=2,dp_shard=4', or the path of a YAML or JSON file with the "
+            "fields of AutoParallelismConfig (in Python also a dict). Axes that are left out are inferred from the number "
+            "of processes. Example: --auto_parallel tp=2"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        explicit: Any = getattr(self, "parallelism_config", None)
+        if isinstance(explicit, Mapping):  # from a JSON round trip
+            explicit = self.parallelism_config = AutoParallelismConfig.from_dict(explicit)
+        if self.auto_parallel is not None:
+            config = AutoParallelismConfig.parse(self.auto_parallel)
+            if explicit is not None and not _compatible(explicit, config):
+                raise ConfigError(
+                    f"auto_parallel={self.auto_parallel!r} and parallelism_config={explicit!r} were both given and differ. "
+                    f"Give one of the two."
+                )
+            if explicit is None:
+                self.parallelism_config = config
+            if not isinstance(self.auto_parallel, str):  # to_dict and to_json_string take the field as it is
+                self.auto_parallel = _as_json(self.auto_parallel)
+        super().__post_init__()  # type: ignore[misc]
+
+
+def _as_json(value: Any) -> Any:
+    """A form of ``value`` (config, dict or path) that JSON can hold and :meth:`AutoParallelismConfig.parse` reads back."""
+    if isinstance(value, AutoParallelismConfig):
+        return value.to_dict()
+    return plain(value) if isinstance(value, Mapping) else os.fspath(value)
+
+
+def _compatible(explicit: Any, config: AutoParallelismConfig) -> bool:
+    """True if every field that ``config`` sets has the same value in ``explicit`` (which may have inferred sizes)."""
+    if not isinstance(explicit, AutoParallelismConfig):
+        return False
+    known = explicit.to_dict()
+    return all(known.get(name, getattr(explicit, name)) == value for name, value in config.to_dict().items())
+
+
+@dataclass
+class AutoParallelTrainingArguments(AutoParallelArgumentsMixin, TrainingArguments):
+    """``transformers.TrainingArguments`` with ``--auto_parallel``.
+
+    Example:
+        >>> args = AutoParallelTrainingArguments(output_dir="out", auto_parallel="tp=2,dp_shard=4")
+        >>> trainer = Trainer(model, args, train_dataset=data)
+    """

@@ -1,0 +1,223 @@
+"""The Trainer's checkpoints: its files, complete or recognisably not, continued on any mesh.
+
+Imported by the seam only, when a Trainer exists.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..accelerate_plugin import checkpoints
+from ..accelerate_plugin.checkpoints import (
+    asynchronous,
+    describe,
+    finish,
+    how_to_save,
+    load_random_state,
+    model_task,
+    optimizer_task,
+)
+from ..checkpoint.background import wait_for_saves
+from ..checkpoint.commit import abandon, begin, last_complete_checkpoint, rotate, to_load
+from ..checkpoint.files import load_plain, naming, save_plain
+from ..checkpoint.manifest import Manifest, verify
+from ..checkpoint.training import Task, restore_model, restore_optimizer
+from ..core.checkpoint_ranks import agreed
+from ..errors import CheckpointError
+from ..optim.handoff import raw_optimizer
+from .evaluation import ParallelEvaluation
+
+logger = logging.getLogger(__name__)
+
+
+class ParallelTrainer(ParallelEvaluation):
+    """What a Trainer with an :class:`AutoParallelismConfig` does differently; see :mod:`.trainer_seam`."""
+
+    #: What writes the large files of the save that is under way; None outside of one.
+    _tasks: list[Task] | None = None
+    #: The checkpoint that goes to the hub when it is complete.
+    _to_push: str | None = None
+    #: The checkpoint whose files have been checked, and its manifest.
+    _verified: tuple[str, Manifest | None] | None = None
+
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Like ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last complete checkpoint and names the others.
+
+        Raises:
+            CheckpointError: on all ranks: there is none, or it is damaged.
+        """
+        wait_for_saves()
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(
+                    f"resume_from_checkpoint=True, but there is no complete checkpoint in output_dir={self.args.output_dir!r}."
+                )
+            resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = str(to_load(resume_from_checkpoint))
+        if resume_from_checkpoint:
+            self._verified = (resume_from_checkpoint, verify(resume_from_checkpoint))
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        wait_for_saves()
+        return result
+
+    def _manifest_of(self, checkpoint: str) -> Manifest | None:
+        if self._verified is not None and self._verified[0] == str(checkpoint):
+            return self._verified[1]
+        return verify(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Like the Trainer's, for a checkpoint with a training state of FSDP; there on any mesh, or in one process."""
+        folder = Path(resume_from_checkpoint)
+        if not (self.is_fsdp_enabled or _has_training_state(folder)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self._manifest_of(resume_from_checkpoint)
+        self._load_weights(folder, self.model if model is None else model)
+
+    def _load_weights(self, folder: Path, model: nn.Module) -> None:
+        logger.info("loading the weights from %s", folder)
+        if self.is_fsdp_enabled:
+            checkpoints.load_model(self.accelerator, model, folder, 0, adapter_only=True)
+        else:
+            restore_model(model, folder, adapter_only=True)
+
+    def _load_best_model(self) -> None:
+        """Like the Trainer's, after a look at every file."""
+        best = self.state.best_model_checkpoint
+        wait_for_saves()
+        if best is None or not (self.is_fsdp_enabled or _has_training_state(Path(best))):
+            super()._load_best_model()
+            return
+        folder = to_load(best)
+        verify(folder)
+        logger.info("loading the best model from %s (score: %s)", folder, self.state.best_metric)
+        self._load_weights(folder, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Like the Trainer's; a checkpoint without an optimizer's state is an error instead of a fresh start."""
+        if checkpoint is None or not (self.is_fsdp_enabled or _has_training_state(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if self.is_fsdp_enabled:
+            checkpoints.load_optimizer(self.accelerator, self.optimizer, self.model, folder, 0)
+        else:
+            restore_optimizer(raw_optimizer(self.optimizer), self.model, folder)
+        with agreed(f"loading {folder}"):
+            self.lr_scheduler.load_state_dict(load_plain(folder / "scheduler.pt"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Like the Trainer's, with the file in an error."""
+        if checkpoint is None or getattr(self.accelerator, "scaler", None) is None:
+            return
+        path = Path(checkpoint) / "scaler.pt"
+        with agreed(f"loading {checkpoint}"):
+            if path.is_file():
+                self.accelerator.scaler.load_state_dict(load_plain(path))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Like the Trainer's; on another mesh than it was saved on, see :mod:`..checkpoint.random_states`."""
+        if checkpoint is None:
+            return
+        manifest = self._manifest_of(checkpoint)
+        if manifest is None and not self.is_fsdp_enabled:
+            super()._load_rng_state(checkpoint)
+            return
+        load_random_state(self.accelerator, Path(checkpoint), manifest, "rng_state_{rank}.pth")
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Like the Trainer's, with a manifest at the end; old checkpoints are deleted when the new one is complete."""
+        if not self.is_fsdp_enabled:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+            return
+        wait_for_saves()
+        background = asynchronous(self.accelerator) and not self.args.save_only_model
+        run_dir = Path(self._get_output_dir(trial=trial)).absolute()
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        save = begin(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._tasks = []
+        try:
+            with agreed(f"saving to {folder}"), naming(folder):
+                super()._save_checkpoint(model, trial, *args, **kwargs)
+            tasks = self._tasks
+        except BaseException:
+            abandon(save)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+            self._tasks = None
+        best = self.state.best_model_checkpoint
+        keep = {folder} if best is None else {folder, Path(best).absolute()}
+
+        def afterwards() -> None:
+            if self.args.should_save:
+                for path in rotate(run_dir, limit, keep):
+                    logger.info("deleted the old checkpoint %s (save_total_limit=%s)", path, limit)
+
+        manifest = describe(self.accelerator, self.state.global_step, how_to_save(self.accelerator, adapter_only=True))
+        manifest.adapter_only = True
+        finish(save, manifest, tasks, background, afterwards)
+        to_push, self._to_push = self._to_push, None
+        if to_push is not None:
+            with agreed(f"pushing {to_push}"):
+                super()._push_from_checkpoint(to_push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Like the Trainer's, when the checkpoint is complete: what goes to the hub has the manifest and not the mark."""
+        if self._tasks is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        self._to_push = checkpoint_folder
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written any more."""
+        wait_for_saves()
+        return super()._finalize_training(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Like the Trainer's. Within a checkpoint, whose directory has begun, an error on rank 0 reaches all ranks."""
+        if self._tasks is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with agreed(f"saving to {output_dir}"), naming(str(output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Weights, optimizer and scheduler, under the names of the Trainer."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir).absolute()
+        how = how_to_save(self.accelerator, adapter_only=True)
+        collect = [
+            lambda: model_task(self.accelerator, self.model, folder, 0, how),
+            lambda: optimizer_task(self.accelerator, self.optimizer, self.model, folder, 0, how),
+        ]
+        for make in collect:
+            task = make()
+            if how.copy and self._tasks is not None:
+                self._tasks.append(task)
+            else:
+                task(
+                    None
+                )  # before the next is collected: gathered weights and optimizer state are never there together
+        with agreed(f"saving to {folder}"):
+            if self.args.should_save:
+                save_plain(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+
+def _has_training_state(folder: Path) -> bool:
+    return folder.is_dir() and any(name.startswith("pytorch_model_fsdp") for name in os.listdir(folder))
