@@ -74,11 +74,13 @@ sweep: $(STAMP) ## every causal-LM type of transformers against one process, wri
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m sweep.run $(SWEEP_ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code
 	@echo "[lint] ruff check"
 	@$(VENV)/bin/ruff check .
 	@echo "[lint] mypy"
 	@$(VENV)/bin/mypy
+	@echo "[lint] vulture"
+	@$(VENV)/bin/vulture
 
 .PHONY: setup
 setup: $(STAMP) ## only the virtual environment

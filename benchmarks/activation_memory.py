@@ -3,9 +3,9 @@
   python benchmarks/activation_memory.py          # 2 gloo processes
   python benchmarks/activation_memory.py --tp 4
 
-A small Llama, 2 x 256 tokens, float32. What belongs to a layer is the difference between 4 and 2 layers, divided by 2; "ends"
-is the rest: embedding, final norm, logits and loss. Counted is the memory that operators of the forward allocated and that is
-still alive after it; parameters and inputs are not in it.
+A small Llama, 2 x 256 tokens, float32. What belongs to a layer is the difference between 4 and 2 layers, divided by 2;
+"ends" is the rest: embedding, final norm, logits and loss. Counted is the memory that operators of the forward
+allocated and that is still alive after it; parameters and inputs are not in it.
 """
 
 from __future__ import annotations

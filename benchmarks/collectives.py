@@ -3,9 +3,9 @@
   python benchmarks/collectives.py                # 2 gloo processes
   python benchmarks/collectives.py --tp 4
 
-Forward and backward of one batch of a small Llama. What belongs to a layer is the difference between 4 and 2 layers, divided
-by 2; "ends" is the rest: embedding, final norm, head and loss. KiB are what one rank sends in float32 with ring algorithms: an
-all-reduce moves its tensor twice, an all-gather or a reduce-scatter once.
+Forward and backward of one batch of a small Llama. What belongs to a layer is the difference between 4 and 2 layers,
+divided by 2; "ends" is the rest: embedding, final norm, head and loss. KiB are what one rank sends in float32 with ring
+algorithms: an all-reduce moves its tensor twice, an all-gather or a reduce-scatter once.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
   python benchmarks/load_memory.py --size 250MB --slack 60MB --ways streamed
 
 Writes a Llama with random weights (bfloat16) to a temporary directory. Each way runs in fresh processes; a thread reads
-RssAnon of /proc/self/status every 5 ms, from before the model is loaded until `prepare` has returned. The baseline is RssAnon
-when everything is imported and the processes have met. Pages of mapped files do not count, the kernel can drop them.
+RssAnon of /proc/self/status every 5 ms, from before the model is loaded until `prepare` has returned. The baseline is
+RssAnon when everything is imported and the processes have met. Pages of mapped files do not count, the kernel can drop
+them.
 
 The bound is the rank's shard, and the largest tensor, both in the dtype that is loaded, and the slack.
 
@@ -202,7 +203,8 @@ def show(results: dict[str, list[dict[str, float]]], files: list[int], options: 
     from rich.table import Table
 
     sharded = f"tp{options.tp} x fsdp{options.world // options.tp}"
-    title = f"{sum(files) / MB:,.0f} MB in {len(files)} files, loaded as {options.dtype or 'stored (bfloat16)'} on {sharded}"
+    dtype = options.dtype or "stored (bfloat16)"
+    title = f"{sum(files) / MB:,.0f} MB in {len(files)} files, loaded as {dtype} on {sharded}"
     table = Table(title=f"{title}: peak RssAnon over the baseline, MB")
     for column in ("way", "rank", "peak", "shard", "largest tensor", "bound", "", "seconds"):
         table.add_column(column, justify="left" if column in ("way", "") else "right")

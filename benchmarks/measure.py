@@ -131,7 +131,9 @@ def parallel(variant: Variant, layers: int) -> tuple[nn.Module, Callable[[torch.
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by kind, and the bytes that each rank sends (ring algorithms: an all-reduce moves its tensor twice)."""
+    """Counts collectives by kind, and the bytes that each rank sends (ring algorithms: an all-reduce moves its tensor
+    twice).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +162,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 class Storages(TorchDispatchMode):
     """Knows every storage that operators allocate, to say what is alive of them later.
 
-    Saved-tensor hooks would not do: those of ``sequence_parallel_regather`` and of checkpoints hide what they keep from others.
+    Saved-tensor hooks would not do: those of ``sequence_parallel_regather`` and of checkpoints hide what they keep from
+    others.
     """
 
     def __init__(self) -> None:
@@ -205,7 +208,9 @@ def reset() -> None:
 
 
 def each(measure: Callable[[Variant, int], Any], layers: tuple[int, int]) -> list[tuple[Variant, Any, Any]]:
-    """``measure`` of every variant with few and with many layers; an error in the place of both where one cannot run."""
+    """``measure`` of every variant with few and with many layers; an error in the place of both where one cannot
+    run.
+    """
     rows = []
     for variant in VARIANTS:
         try:

@@ -1,8 +1,9 @@
 """A strategy of your own for a model family: two decoder layers share one FSDP2 unit.
 
 Small layers are gathered faster in pairs: half as many collectives, each twice as large. The default strategy makes one
-unit per layer; this one overrides that single step and inherits the rest (plan, tensor parallelism, checkpointing, compile,
-checks). Registering it is all: `Accelerator.prepare`, the Trainer and the launcher ask the registry for the model's class.
+unit per layer; this one overrides that single step and inherits the rest (plan, tensor parallelism, checkpointing,
+compile, checks). Registering it is all: `Accelerator.prepare`, the Trainer and the launcher ask the registry for the
+model's class.
 
   # two CPU processes, FSDP2 over both
   OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/custom_strategy.py --tp 1
@@ -43,17 +44,17 @@ logger = logging.getLogger("custom_strategy")
 class PairsOfLayers(DefaultParallelizationStrategy):
     """One FSDP2 unit for two neighbouring layers; an odd last layer is a unit of its own."""
 
-    def apply_data_parallel(self, job):
-        anatomy = job.anatomy
-        options = unit_options(job.dp_mesh, job.options)
+    def apply_data_parallel(self, context):
+        structure = context.structure
+        options = unit_options(context.dp_mesh, context.options)
         fully_shard_fn = options.pop("fully_shard_fn")
-        for first in range(0, len(anatomy.layers), 2):
-            pair = anatomy.layers[first : first + 2]
-            fully_shard_fn(pair, **options, reshard_after_forward=job.options.reshard_after_forward)
+        for first in range(0, len(structure.layers), 2):
+            pair = structure.layers[first : first + 2]
+            fully_shard_fn(pair, **options, reshard_after_forward=context.options.reshard_after_forward)
         # What is left (embedding, final norm and head, root) is the default's business.
-        job.anatomy = dataclasses.replace(anatomy, layers=[])
-        super().apply_data_parallel(job)
-        job.anatomy = anatomy
+        context.structure = dataclasses.replace(structure, layers=[])
+        super().apply_data_parallel(context)
+        context.structure = structure
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Parallelise any Hugging Face model, already built and PEFT-wrapped, inside ``Accelerator.prepare`` and the stock Trainer.
+"""Parallelise any Hugging Face model, already built and PEFT-wrapped, inside ``Accelerator.prepare`` and the stock
+Trainer.
 
 Only light names are imported here; everything that needs a model or a process group loads when it is first used.
 """

@@ -3,8 +3,8 @@
 A checkpoint is put around a module's ``forward``, so no module is wrapped and no name changes. What it recomputes runs
 through the module's region again (:mod:`tensor_parallel.in_flight`), hooks of FSDP2 stay outside.
 
-A reentrant checkpoint runs its first forward without gradients; anything compiled inside it then yields a graph without a
-backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
+A reentrant checkpoint runs its first forward without gradients; anything compiled inside it then yields a graph without
+a backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def mode_of_argument(value: str | bool | None) -> str:
     """The mode that an ``activation_checkpointing`` argument of the reference API asks for.
 
     Args:
-        value: a truth value (True means "full"), or a mode, in any case and with or without "-" and "_" ("Sub-Module"); "off"
-            means "none".
+        value: a truth value (True means "full"), or a mode, in any case and with or without "-" and "_" ("Sub-Module");
+            "off" means "none".
 
     Raises:
         ConfigError: a word that is no mode.
@@ -72,8 +72,9 @@ class Checkpointed:
 
     def __init__(self, forward: Callable[..., Any], keep: Contexts | None = None, offload: bool = False) -> None:
         functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
-        # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which would
-        # cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method by its code.
+        # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which
+        # would cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method
+        # by its code.
         self.put_inside(forward)
         self.offload, self.keep = offload, keep
         self.options: dict[str, Any] = {"context_fn": keep} if keep else {}
@@ -110,8 +111,8 @@ def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn
 
     Args:
         layer: a decoder layer.
-        shares_keys: later layers read keys and values that this layer's attention writes; recomputing it would write them
-            a second time, so modules that take part are left out.
+        shares_keys: later layers read keys and values that this layer's attention writes; recomputing it would write
+            them a second time, so modules that take part are left out.
     """
     parts = [
         child
@@ -133,8 +134,8 @@ def shares_keys_and_values(model: nn.Module) -> bool:
 def switch_cache_off(model: nn.Module) -> None:
     """Pass ``use_cache=False`` in training forwards: a recomputed layer would fill a cache twice.
 
-    To every model inside that names the argument, because a model around others (vision and language) may hand it on unnamed. The
-    config, which would be saved, is not touched; evaluation and generation keep their cache.
+    To every model inside that names the argument, because a model around others (vision and language) may hand it on
+    unnamed. The config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
     from transformers import PreTrainedModel
 
@@ -182,7 +183,9 @@ _ALWAYS_SAVED = _COLLECTIVES | _operators(
 
 
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if this call of ``operator`` draws random numbers; attention with ``dropout_p=0`` is tagged random, but does not."""
+    """True if this call of ``operator`` draws random numbers; attention with ``dropout_p=0`` is tagged random, but does
+    not.
+    """
     if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
         return False
     for position, argument in enumerate(operator._schema.arguments):
@@ -197,8 +200,8 @@ def _refuse_writing(
 ) -> None:
     """Raise if ``operator`` has written into something kept: the recomputation would start from the changed value.
 
-    torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version, so the
-    gradients would be wrong without a word.
+    torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version,
+    so the gradients would be wrong without a word.
     """
     for position, argument in enumerate(operator._schema.arguments):
         written = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -206,8 +209,9 @@ def _refuse_writing(
             continue
         if StorageWeakRef(written.untyped_storage()).cdata in kept:
             raise UnsupportedError(
-                f"activation_checkpointing='selective': the model changes the result of a matrix product, of attention or of a "
-                f"collective in place ({operator}), so that it cannot be kept for the backward. Use 'full' or 'submodule'."
+                f"activation_checkpointing='selective': the model changes the result of a matrix product, of attention "
+                f"or of a collective in place ({operator}), so that it cannot be kept for the backward. Use 'full' or "
+                "'submodule'."
             )
 
 
@@ -221,8 +225,8 @@ def selective_contexts(every: int = 2, gathered: bool = True) -> tuple[Any, Any]
     Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
     (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
 
-    Whatever draws random numbers is recomputed, also attention with dropout: the recomputation starts from the random state of
-    the forward, and one operator that is not repeated would shift the stream under all that follow.
+    Whatever draws random numbers is recomputed, also attention with dropout: the recomputation starts from the random
+    state of the forward, and one operator that is not repeated would shift the stream under all that follow.
     """
     counts = {False: 0, True: 0}
     gathering = {False: False, True: False}  # the last collective was an all-gather that is not kept
@@ -261,10 +265,11 @@ def selective_gathering_contexts() -> tuple[Any, Any]:
 
 
 def gathering_contexts() -> tuple[Any, Any]:
-    """Contexts that keep whatever is expensive to recompute but all-gathers: ``sequence_parallel_regather`` for the compiler.
+    """Contexts that keep whatever is expensive to recompute but all-gathers: ``sequence_parallel_regather`` for the
+    compiler.
 
-    What is cheap to recompute the compiler decides by itself, as it does without a checkpoint. Not for code that is not compiled,
-    which would keep the results of all these operators whether a backward needs them or not.
+    What is cheap to recompute the compiler decides by itself, as it does without a checkpoint. Not for code that is not
+    compiled, which would keep the results of all these operators whether a backward needs them or not.
     """
     return selective_contexts(every=1, gathered=False)
 
@@ -280,4 +285,3 @@ def what_is_kept(mode: str, regather: bool, compiled: bool) -> Contexts | None:
     if mode == "selective":
         return selective_gathering_contexts if regather else selective_contexts
     return gathering_contexts if regather and compiled else None
-

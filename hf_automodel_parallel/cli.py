@@ -41,7 +41,9 @@ def plan(
         Optional[str], typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules.")  # noqa: UP045
     ] = None,
 ) -> None:
-    """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which source."""
+    """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which
+    source.
+    """
     from rich.console import Console
 
     from .accelerate_plugin.config import AutoParallelismConfig

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from . import compat
 from .activation_checkpointing import Checkpointed, Contexts, gathering_contexts, is_checkpoint_wrapped
 from .errors import UnsupportedError
-from .fsdp.dtype_groups import Accompanied
-from .tensor_parallel.local_parameters import Region
+from .fsdp.dtype_groups import GroupedForward
+from .tensor_parallel.local_parameters import LocalParamForward
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +29,16 @@ def compile_layers(
 ) -> None:
     """Compile the forward of each layer, in place.
 
-    What is compiled is the ``forward``, not the module: FSDP2's hooks, the exchange of DTensors for local tensors and an
-    activation checkpoint around the layer stay outside, so the graph holds plain tensors, checkpoints compose, and no name
-    in the model changes (no ``_orig_mod``). Layers of one class share their graphs.
+    What is compiled is the ``forward``, not the module: FSDP2's hooks, the exchange of DTensors for local tensors and
+    an activation checkpoint around the layer stay outside, so the graph holds plain tensors, checkpoints compose, and
+    no name in the model changes (no ``_orig_mod``). Layers of one class share their graphs.
 
     Args:
         layers: the layers, after tensor parallelism and FSDP2 have been applied.
-        checkpointing: "submodule": parts of the layers are checkpointed already, inside of what is compiled. "full": a checkpoint
-            will be put around the layers. "selective", "none".
-        keep: except with "full", put a selective checkpoint inside of what is compiled, where the compiler sees which operators
-            it has to keep; see :class:`.activation_checkpointing.Checkpointed`.
+        checkpointing: "submodule": parts of the layers are checkpointed already, inside of what is compiled. "full": a
+            checkpoint will be put around the layers. "selective", "none".
+        keep: except with "full", put a selective checkpoint inside of what is compiled, where the compiler sees which
+            operators it has to keep; see :class:`.activation_checkpointing.Checkpointed`.
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     for layer in layers:
@@ -46,7 +46,7 @@ def compile_layers(
         for adapter in layer.modules():
             _make_dora_traceable(adapter)
         forward = layer.forward
-        region = forward if isinstance(forward, Region) else None
+        region = forward if isinstance(forward, LocalParamForward) else None
         body: Callable[..., Any] = forward if region is None else region.body
         whole = checkpointing != "none" or keep is not None
         compiled_options = {**options, "fullgraph": True} if whole else options
@@ -67,10 +67,10 @@ def compile_layers(
 def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
     """Compile every layer of ``model``, in place, after it has been sharded and checkpointed; names do not change.
 
-    At the granularity of layers, so that forward and backward of a layer are traced together, with gradients: a part that is
-    compiled below a reentrant checkpoint would be traced without, and its adapters would not train. A checkpoint around a layer
-    (ours or torch's wrapper) stays around what is compiled; a selective one, and those around parts of a layer, are compiled with
-    it. Layers that are compiled already are left alone.
+    At the granularity of layers, so that forward and backward of a layer are traced together, with gradients: a part
+    that is compiled below a reentrant checkpoint would be traced without, and its adapters would not train. A
+    checkpoint around a layer (ours or torch's wrapper) stays around what is compiled; a selective one, and those around
+    parts of a layer, are compiled with it. Layers that are compiled already are left alone.
 
     Args:
         model: the model; every tower, see :func:`layers.model_layers`.
@@ -99,7 +99,7 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
     mode, keep = "none", None
     while True:  # from the outside in, see the order of the steps in strategies/default.py
         owner = getattr(forward, "__self__", None)
-        if isinstance(forward, Accompanied):
+        if isinstance(forward, GroupedForward):
             put_back.append(forward.put_inside)
             forward = forward.inside
         elif isinstance(owner, Checkpointed) and owner.keep is None:
@@ -111,7 +111,7 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
             forward = owner.forward
         else:
             break
-    if isinstance(getattr(forward, "__self__", None), Region):
+    if isinstance(getattr(forward, "__self__", None), LocalParamForward):
         forward = forward.__self__  # type: ignore[attr-defined]
     parts = [module for module in layer.modules() if module is not layer]
     if mode == "none" and (wrapped is not None or any(map(is_checkpoint_wrapped, parts))):
@@ -124,10 +124,16 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
     for checkpoint in (own, *(getattr(part, "checkpoint_fn", None) for part in (layer, *parts))):
         if _keywords(checkpoint).get("use_reentrant"):
             raise UnsupportedError(
-                f"{type(layer).__name__} has a reentrant checkpoint inside of what would be compiled: its first forward runs "
-                f"without gradients, and the compiled graph would not train adapters. Use use_reentrant=False."
+                f"{type(layer).__name__} has a reentrant checkpoint inside of what would be compiled: its first "
+                "forward runs without gradients, and the compiled graph would not train adapters. Use "
+                "use_reentrant=False."
             )
-    if mode == "none" and isinstance(forward, Region) and forward.shared is not None and forward.shared.regather:
+    if (
+        mode == "none"
+        and isinstance(forward, LocalParamForward)
+        and forward.shared is not None
+        and forward.shared.regather
+    ):
         keep = gathering_contexts  # until now hooks did it
     layer.forward = forward  # type: ignore[method-assign]
     compile_layers([layer], mode, keep, **options)
@@ -144,9 +150,9 @@ def _keywords(function: Any) -> dict[str, Any]:
 class _OneGraph:
     """The forward of a layer that is compiled and checkpointed; uncompiled where it cannot be one graph.
 
-    If the compiler breaks the graph, it runs pieces, and may run other pieces in the recomputation than in the forward (inside
-    of a checkpoint eagerly; around data-dependent shapes those that were compiled meanwhile). What the forward saved would
-    then not be found again.
+    If the compiler breaks the graph, it runs pieces, and may run other pieces in the recomputation than in the forward
+    (inside of a checkpoint eagerly; around data-dependent shapes those that were compiled meanwhile). What the forward
+    saved would then not be found again.
 
     Args:
         layer: the layer, its forward compiled.
@@ -155,7 +161,9 @@ class _OneGraph:
         keep: of the selective checkpoint that the layer needs around it where it is not compiled; None: none.
     """
 
-    def __init__(self, layer: nn.Module, body: Callable[..., Any], region: Region | None, keep: Contexts | None) -> None:
+    def __init__(
+        self, layer: nn.Module, body: Callable[..., Any], region: LocalParamForward | None, keep: Contexts | None
+    ) -> None:
         functools.update_wrapper(self, layer.forward)  # first: it copies attributes
         self.forward: Callable[..., Any] = layer.forward
         self.body, self.region, self.keep = body, region, keep
@@ -187,8 +195,8 @@ class _OneGraph:
 def _make_dora_traceable(adapter: nn.Module) -> None:
     """Replace the forward of PEFT's DoRA on this one layer by the same computation without a graph break.
 
-    PEFT (0.21) asks for the *name of the type* of the weight in every forward, to see whether it is quantised, and dynamo
-    cannot trace that question. Asked once here instead; a quantised weight keeps PEFT's code.
+    PEFT (0.21) asks for the *name of the type* of the weight in every forward, to see whether it is quantised, and
+    dynamo cannot trace that question. Asked once here instead; a quantised weight keeps PEFT's code.
     """
     base = getattr(adapter, "base_layer", None)
     plain = type(getattr(base, "weight", None)) in (nn.Parameter, torch.Tensor, DTensor)

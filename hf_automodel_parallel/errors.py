@@ -16,7 +16,9 @@ class PlanError(AutoParallelError):
 
 
 class PlanAssertionError(PlanError, AssertionError):
-    """A :class:`PlanError` that code written for NeMo AutoModel's functions of the same names catches as ``AssertionError``."""
+    """A :class:`PlanError` that code written for NeMo AutoModel's functions of the same names catches as
+    ``AssertionError``.
+    """
 
 
 class UnsupportedError(AutoParallelError):
@@ -40,7 +42,9 @@ class CheckpointError(AutoParallelError):
 
 
 class RegistrationError(ConfigError, AssertionError):
-    """Something that is no strategy, or whose name is taken, was registered (the reference API promises AssertionError)."""
+    """Something that is no strategy, or whose name is taken, was registered (the reference API promises
+    AssertionError).
+    """
 
 
 def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYetError:
@@ -55,5 +59,7 @@ def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYet
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of ``error`` without its full stop, or its class if it has none: for a message of ours."""
+    """The first line of the message of ``error`` without its full stop, or its class if it has none: for a message of
+    ours.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

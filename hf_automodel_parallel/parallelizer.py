@@ -1,7 +1,8 @@
 """The reference API: ``nemo_automodel.components.distributed.parallelizer`` under its own names and signatures.
 
-Code written for it can switch its import. Nothing is implemented here; ``docs/reference_api.md`` says where each name lives, and
-where it differs from the reference and why. Names with a leading underscore are aliases of public functions of this package.
+Code written for it can switch its import. Nothing is implemented here; ``docs/reference_api.md`` says where each name
+lives, and where it differs from the reference and why. Names with a leading underscore are aliases of public functions
+of this package.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def fsdp2_strategy_parallelize(
 ) -> nn.Module:
     """Parallelise ``model`` in place by the strategy of its class, without an Accelerator, and return it.
 
-    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy, as far as its
-    signature takes them; see
-    :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for what they mean.
+    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy, as far
+    as its signature takes them; see :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for what
+    they mean.
 
     Raises:
         AutoParallelError: what the strategy cannot honour, on all ranks alike.

@@ -13,13 +13,14 @@ from .errors import UnsupportedError
 def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
     """Put selective checkpoints around the layers of ``model``, in place, without any parallelism or process group.
 
-    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")`` does the
-    same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep their content.
+    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")``
+    does the same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep
+    their content.
 
     Args:
         model: a model with repeated layers, plain or PEFT-wrapped.
-        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the compiler sees
-            which operators to keep.
+        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the
+            compiler sees which operators to keep.
 
     Raises:
         UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
@@ -34,8 +35,8 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
         hasattr(layer, _MARK) or is_checkpointed(layer) for layer in layers
     ):
         raise UnsupportedError(
-            f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. Checkpoint them "
-            f"once: leave out gradient_checkpointing_enable() or this call."
+            f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. "
+            f"Checkpoint them once: leave out gradient_checkpointing_enable() or this call."
         )
     if enable_compile:
         from .compile import compile_layers

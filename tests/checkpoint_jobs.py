@@ -240,7 +240,9 @@ class Planted:
 
 
 def shuffled(sizes: dict[str, int], folder: str) -> tuple[list[list[int]], list[list[int]]]:
-    """What a loop reads after a save in the middle of its second epoch, and what one with other seeds reads that resumes."""
+    """What a loop reads after a save in the middle of its second epoch, and what one with other seeds reads that
+    resumes.
+    """
 
     def loader_of(seed: int) -> tuple[Accelerator, Any]:
         accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))

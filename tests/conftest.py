@@ -26,7 +26,9 @@ def session_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(autouse=True)
 def no_accelerator_left() -> Iterator[None]:
-    """A config may not be made after an Accelerator; one that a test makes in this process must not stand in the way."""
+    """A config may not be made after an Accelerator; one that a test makes in this process must not stand in the
+    way.
+    """
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

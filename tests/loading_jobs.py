@@ -190,7 +190,9 @@ def refused(root: str, damage: str) -> tuple[float, str]:
 
 
 def efficient_loading(path: str) -> tuple[list[str], int]:
-    """Accelerate's cpu_ram_efficient_loading: what differs from the files, and elements this rank held before prepare."""
+    """Accelerate's cpu_ram_efficient_loading: what differs from the files, and elements this rank held before
+    prepare.
+    """
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     os.environ["FSDP_VERSION"] = "2"
     try:

@@ -170,7 +170,9 @@ def trainer_steps(name: str, adapter: dict[str, Any] | None, directory: str, **a
 
 
 def norms_of_mixed_gradients() -> dict[str, Any]:
-    """On tp2: one gradient sharded over tp and one replicated, both bfloat16; norms and values around a clipping to 1."""
+    """On tp2: one gradient sharded over tp and one replicated, both bfloat16; norms and values around a clipping to
+    1.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import clip_, total_norm
@@ -192,7 +194,9 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
 
 
 def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
-    """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the gradients."""
+    """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the
+    gradients.
+    """
     from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import total_norm
 
     with cuda_standins():

@@ -1,7 +1,7 @@
 """The names and signatures of the reference API (its page of documentation), as data; facts, not code.
 
-One line a name: its kind, and for a callable its parameters with their defaults as written there. `**kwargs` and keyword-only
-marks are not visible on that page.
+One line a name: its kind, and for a callable its parameters with their defaults as written there. `**kwargs` and
+keyword-only marks are not visible on that page.
 """
 
 NAMES: dict[str, tuple[str, dict[str, str | None]]] = {

@@ -1,4 +1,6 @@
-"""What a script may expect of `Accelerator` and `Trainer`, kept on every mesh: schedulers, metrics, accumulation, saving."""
+"""What a script may expect of `Accelerator` and `Trainer`, kept on every mesh: schedulers, metrics, accumulation,
+saving.
+"""
 
 import functools
 import gc
@@ -86,7 +88,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, one_cycle: bool) -> Any:
 
 
 def measured_rates(sizes: dict[str, int] | None, dp_size: int) -> dict[str, list[float]]:
-    """The learning rate after each micro-batch, for every variant; `sizes` is None for Accelerate without this package."""
+    """The learning rate after each micro-batch, for every variant; `sizes` is None for Accelerate without this
+    package.
+    """
     rates = {}
     for name, (accumulation, split, one_cycle) in RATES.items():
         options = {
@@ -374,7 +378,9 @@ def optimizer_momentum(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Scenario(NamedTuple):
-    """An optimizer that may have stepped before prepare, or be created after it, in a loop that may evaluate in between."""
+    """An optimizer that may have stepped before prepare, or be created after it, in a loop that may evaluate in
+    between.
+    """
 
     make: Callable[[nn.Module], torch.optim.Optimizer]
     steps_before: int = 0
@@ -867,7 +873,9 @@ def train_in_bf16(sizes: dict[str, int], dp_size: int, dtype: torch.dtype, adapt
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @each_mesh
 def test_bf16_mixed_precision_keeps_trainable_parameters_in_float32(mesh, adapter, dtype):
-    """Computed in bfloat16, gradients reduced, clipped and applied in float32; frozen weights stay as they were loaded."""
+    """Computed in bfloat16, gradients reduced, clipped and applied in float32; frozen weights stay as they were
+    loaded.
+    """
     reference = build("qwen3", adapter)
     steps = [batches_for(reference, MESHES[mesh][2], seed=10 + step) for step in range(2)]
     want = [step["loss"] for step in train_steps(reference, steps, lr=1e-2, max_grad_norm=1.0)]
@@ -961,7 +969,9 @@ def test_a_second_model_of_the_same_class_is_clipped(mesh):
 
 
 def clipped_under_a_scaler(part: bool) -> tuple[float, float]:
-    """Norm before clipping with a gradient scaler, as mixed precision in float16 has one, and that of the gradients after it."""
+    """Norm before clipping with a gradient scaler, as mixed precision in float16 has one, and that of the gradients
+    after it.
+    """
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
     model = build("llama", num_hidden_layers=1)
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -981,4 +991,3 @@ def test_clipping_unscales_once(part):
     want = nn.utils.clip_grad_norm_(list(model.parameters())[: 3 if part else None], 0.1).item()
     for norm, after in run_distributed(2, clipped_under_a_scaler, part):
         assert (norm, after) == pytest.approx((want, 0.1), rel=1e-4)
-

@@ -1,4 +1,6 @@
-"""What a forward keeps for its backward under sequence parallelism, counted by MemTracker on four ranks that do not exist."""
+"""What a forward keeps for its backward under sequence parallelism, counted by MemTracker on four ranks that do not
+exist.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Async tensor parallelism: what it needs is asked for by name; inductor does it for our group and in our layers alone."""
+"""Async tensor parallelism: what it needs is asked for by name; inductor does it for our group and in our layers
+alone.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.compile import compile_layers
-from hf_automodel_parallel.core.model_structure import dissect, find_layers
+from hf_automodel_parallel.core.model_structure import find_layers, find_structure
 from hf_automodel_parallel.core.module_names import unwrapped
 from hf_automodel_parallel.strategies import default
 from hf_automodel_parallel.tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
@@ -111,8 +113,9 @@ def test_inductor_fuses_the_collectives_of_our_group_alone(tp_mesh, monkeypatch)
 
 @pytest.mark.parametrize("adapter, scatters", [(None, 2), ({"target_modules": "all-linear"}, 0)], ids=["full", "lora"])
 def test_inductor_fuses_the_collectives_of_a_real_layer(monkeypatch, adapter, scatters):
-    """Both all-gathers and both reduce-scatters of a Llama layer, in forward. With LoRA on o_proj and down_proj a reduce-scatter
-    stands behind the sum of two products, the base layer's and the adapter's, which inductor does not fuse."""
+    """Both all-gathers and both reduce-scatters of a Llama layer, in forward. With LoRA on o_proj and down_proj a
+    reduce-scatter stands behind the sum of two products, the base layer's and the adapter's, which inductor does not
+    fuse."""
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     found: list[str] = []
 
@@ -139,12 +142,14 @@ FUSED = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
 def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
     """And enables symmetric memory for the tp group alone."""
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(default, "compile_layers", lambda layers, mode, keep, **options: seen.update(options, layers=layers))
+    monkeypatch.setattr(
+        default, "compile_layers", lambda layers, mode, keep, **options: seen.update(options, layers=layers)
+    )
     monkeypatch.setattr(compat, "enable_symmetric_memory", lambda group: seen.update(group=group))
     model = build_model("llama")
     job = SimpleNamespace(
         model=model,
-        anatomy=dissect(model),
+        structure=find_structure(model),
         checkpointing="none",
         sequence_parallel_regather=False,
         tensor_parallel=None,

@@ -23,7 +23,8 @@ class ScaledActivation(nn.Module):
     """An activation with a learnable scale per call, such as xIELU's.
 
     Args:
-        looks: it reads a number, so that it cannot be run without values, and nobody sees before the first step what it does.
+        looks: it reads a number, so that it cannot be run without values, and nobody sees before the first step what it
+            does.
     """
 
     def __init__(self, looks: bool = False) -> None:
@@ -104,7 +105,9 @@ def test_no_false_alarm(name, adapter):
 
 
 def compiled_without_gradients(model: nn.Module) -> None:
-    """What reentrant checkpointing does to a part that is compiled: its first forward has no gradients, and stays so."""
+    """What reentrant checkpointing does to a part that is compiled: its first forward has no gradients, and stays
+    so.
+    """
     attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
     forward = attention.forward
 
@@ -237,7 +240,9 @@ def late_fault(audit: str) -> int:
 
 @pytest.mark.parametrize("audit, want", [("first_step", 0), ("every_n_steps", 13)])
 def test_every_n_steps(audit, want):
-    """The audit of step 1 says nothing about step 10; with every_n_steps and n = 4, step 13 is the next that is looked at."""
+    """The audit of step 1 says nothing about step 10; with every_n_steps and n = 4, step 13 is the next that is looked
+    at.
+    """
     assert run_distributed(2, late_fault, audit) == [want, want]
 
 
@@ -424,7 +429,7 @@ def alternating() -> int:
 
 
 def frozen_before_its_optimizer() -> int:
-    """Prepared to be evaluated; then a part is frozen, and the rest is trained."""
+    """PreparedModel to be evaluated; then a part is frozen, and the rest is trained."""
     model = build("llama")
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
     model = accelerator.prepare(model)

@@ -1,4 +1,6 @@
-"""Checkpoint directories and files in one process: pieces, safety, life of a directory, choice of the last complete one."""
+"""Checkpoint directories and files in one process: pieces, safety, life of a directory, choice of the last complete
+one.
+"""
 
 import json
 import os
@@ -22,7 +24,7 @@ from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import commit as directory
 from hf_automodel_parallel.checkpoint import files, manifest, random_states, reader, writer
 from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
-from hf_automodel_parallel.core.shard_layout import LocalPart
+from hf_automodel_parallel.core.shard_layout import LocalShard
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -54,13 +56,13 @@ def test_pieces_of_all_ranks_are_the_whole_tensor(case):
         dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
         try:
             mesh = DeviceMesh("cpu", torch.arange(8).reshape(2, 4), mesh_dim_names=("dp", "tp"))
-            part = LocalPart.of(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+            part = LocalShard.of(distribute_tensor(whole, mesh, placements, src_data_rank=None))
             for piece in part.pieces:
                 cut = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))
                 assert torch.equal(part.cut(piece), whole[cut])
                 found[cut] = part.view(piece.offsets)
             assert sum(torch.Size(piece.sizes).numel() for piece in part.pieces) == part.data.numel()
-            emptied = LocalPart(part.size, torch.zeros_like(part.data), part.pieces)
+            emptied = LocalShard(part.size, torch.zeros_like(part.data), part.pieces)
             emptied.fill_from(whole)
             assert torch.equal(emptied.data, part.data)
         finally:
@@ -89,8 +91,8 @@ STATE = {
 
 
 def save_directory(folder: Path) -> Path:
-    state = {key: LocalPart.of(v) if isinstance(v, torch.Tensor) else v for key, v in STATE.items()}
-    writer.save_pieces(state, {key: tuple(key.split(".")) for key in state}, folder)
+    state = {key: LocalShard.of(v) if isinstance(v, torch.Tensor) else v for key, v in STATE.items()}
+    writer.save_chunks(state, {key: tuple(key.split(".")) for key in state}, folder)
     return folder
 
 

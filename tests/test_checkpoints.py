@@ -51,7 +51,9 @@ WALKS = {
 
 @pytest.mark.parametrize("walk", WALKS)
 def test_any_mesh_continues_the_run(walk, tmp_path):
-    """tp2 x fsdp2 -> fsdp4 (or HSDP) -> tp4 -> one process; packed experts, two groups, a schedule counted per data rank."""
+    """tp2 x fsdp2 -> fsdp4 (or HSDP) -> tp4 -> one process; packed experts, two groups, a schedule counted per data
+    rank.
+    """
     name, adapter, meshes = WALKS[walk]
     first, second, third = (str(tmp_path / letter) for letter in "abc")
     want = assert_alike(run_distributed(4, start, meshes[0][0], name, adapter, meshes[0][1], first))

@@ -1,4 +1,6 @@
-"""Communication is counted, not timed: exact, and the same on a busy machine (eager; compiled code has its own counts)."""
+"""Communication is counted, not timed: exact, and the same on a busy machine (eager; compiled code has its own
+counts).
+"""
 
 import functools
 from collections import Counter
@@ -42,9 +44,7 @@ def by_axis(counts: CollectiveCounts, mesh: DeviceMesh) -> Counts:
 # ---- what a layer costs --------------------------------------------------------------------------------------------
 
 
-def forward_and_backward(
-    model_name: str, layer_counts: list[int], **fields: Any
-) -> dict[int, tuple[Counts, Counts]]:
+def forward_and_backward(model_name: str, layer_counts: list[int], **fields: Any) -> dict[int, tuple[Counts, Counts]]:
     """Collectives of one forward and one backward (no flush: `loss.backward()`), by number of layers."""
     name, adapter = MODELS[model_name]
     result = {}
@@ -83,8 +83,8 @@ def test_lora_adds_no_collective_to_a_forward():
     assert costs("llama_lora")[0][4][0] == costs("llama_full")[0][4][0]
 
 
-#: Forward: the sum of the embedding's vocabulary slices; the loss's maxima and sums, instead of gathered logits. Backward: the
-#: boundary before the head.
+#: Forward: the sum of the embedding's vocabulary slices; the loss's maxima and sums, instead of gathered logits.
+#: Backward: the boundary before the head.
 EMBEDDING_AND_HEAD = Counter(all_reduce=1 + 2 + 1)
 
 
@@ -131,7 +131,9 @@ def test_gathering_again_costs_two_all_gathers_per_layer_in_backward(model):
 
 
 def test_the_ends_on_shares_cost_no_all_reduce_but_that_of_the_embedding():
-    """Forward: the vocabulary slices' sum, hidden states gathered, the loss. Backward: hidden states, embedding's gradient."""
+    """Forward: the vocabulary slices' sum, hidden states gathered, the loss. Backward: hidden states, embedding's
+    gradient.
+    """
     forward, backward = (counts["tp"] for counts in sequence_costs("llama_full")[0][2])
     layers = Counter(all_gather=2 * 2, reduce_scatter=2 * 2)
     assert forward == layers + Counter(all_reduce=1 + 2, all_gather=1)
@@ -191,7 +193,8 @@ def times(counter: Counter, factor: int) -> Counter:
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("model, flushes", [("qwen3_full", 1), ("llama_lora", 1), ("llama_full", 0)])
 def test_partial_gradients_cost_one_all_reduce_per_step(model, flushes, mesh, step):
-    """All of them together, however many and however often accumulated: left to itself FSDP2 takes one each and micro-batch.
+    """All of them together, however many and however often accumulated: left to itself FSDP2 takes one each and
+    micro-batch.
 
     A model without partial gradients pays nothing.
     """

@@ -1,4 +1,6 @@
-"""Private names of other libraries: all of them exist, stand in one table, and are used nowhere but where the table says."""
+"""Private names of other libraries: all of them exist, stand in one table, and are used nowhere but where the table
+says.
+"""
 
 import ast
 import functools

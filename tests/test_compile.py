@@ -32,7 +32,9 @@ def prepare(name: str, sizes: dict, adapter: dict | None, backend: Any = None, *
 
 
 def compiled_gradients(name: str, sizes: dict, adapter: dict | None, dp_size: int, lengths: tuple[int, ...]):
-    """Loss and gradients after some batches of other lengths, the graphs after each length, and the state dict's keys."""
+    """Loss and gradients after some batches of other lengths, the graphs after each length, and the state dict's
+    keys.
+    """
     graphs: list[int] = []
 
     def backend(graph, inputs):
@@ -98,7 +100,8 @@ def test_two_all_reduces_forward_and_two_backward_per_layer(adapter, compiled):
     forward_2, backward_2, forward_4, backward_4 = run_distributed(2, all_reduces, adapter, compiled, timeout=240)[0]
     assert (forward_4 - forward_2) / 2 == 2
     assert (backward_4 - backward_2) / 2 == 2
-    # The ends: the vocabulary-sharded embedding and the loss (maxima and sums) reduce forward, the head's input backward.
+    # The ends: the vocabulary-sharded embedding and the loss (maxima and sums) reduce forward, the head's input
+    # backward.
     assert forward_2 == 2 * 2 + 1 + 2
     # With a frozen embedding nothing below layer 0 is trained: its first boundary costs nothing (4L - 1 in the layers).
     assert backward_2 == 2 * 2 + 1 - (adapter is not None)
@@ -108,7 +111,9 @@ def test_two_all_reduces_forward_and_two_backward_per_layer(adapter, compiled):
 
 
 def graphs_while_training(mode: str, adapter: dict | None, layers: int, batches: int) -> dict[str, Any]:
-    """Graphs after each of some training batches of varying length and after evaluating, breaks, and the state dict's keys."""
+    """Graphs after each of some training batches of varying length and after evaluating, breaks, and the state dict's
+    keys.
+    """
     from torch._dynamo.utils import counters
 
     config = AutoParallelismConfig(tp_size=2, activation_checkpointing=mode, compile="aot_eager")

@@ -293,7 +293,9 @@ def test_sequence_parallel_needs_more_than_one_rank_of_tp():
 def test_gathering_again_needs_sequence_parallel():
     config = AutoParallelismConfig.parse("tp=2,sequence_parallel,sequence_parallel_regather")
     assert AutoParallelismConfig.from_dict(config.to_dict()).sequence_parallel_regather
-    with pytest.raises(ConfigError, match=r"sequence_parallel_regather=True .*Set sequence_parallel=True, or leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"sequence_parallel_regather=True .*Set sequence_parallel=True, or leave it out"
+    ):
         AutoParallelismConfig(sequence_parallel_regather=True, tp_size=2)
     with pytest.raises(ConfigError, match=r"sequence_parallel_regather=1: give true or false"):
         AutoParallelismConfig(sequence_parallel_regather=1, sequence_parallel=True, tp_size=2)
@@ -450,7 +452,10 @@ def test_sizes_can_be_inferred_again_for_another_world():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"plan_order": ("registry", "hf")}, r"plan_order=\('registry', 'hf'\) with tp_size=1.*or leave plan_order out"),
+        (
+            {"plan_order": ("registry", "hf")},
+            r"plan_order=\('registry', 'hf'\) with tp_size=1.*or leave plan_order out",
+        ),
         (
             {"tp_size": 2, "tp_handler": TorchTensorParallelConfig(enable_async_tp=True)},
             r"enable_async_tp=True.*async_tensor_parallel=True",
@@ -474,7 +479,9 @@ def test_processes_that_accelerate_has_not_connected(monkeypatch, sizes):
 
 def test_one_process_where_several_were_meant():
     """`accelerate launch --cpu --num_processes 2` starts one."""
-    with pytest.raises(ConfigError, match=r"there are 1 processes\. Start 2 processes.*accelerate launch --cpu starts one"):
+    with pytest.raises(
+        ConfigError, match=r"there are 1 processes\. Start 2 processes.*accelerate launch --cpu starts one"
+    ):
         AutoParallelismConfig(tp_size=2).get_device_mesh()
 
 

@@ -13,7 +13,7 @@ from hf_automodel_parallel.core.sharding_spec import Plan, PlanEntry
 from hf_automodel_parallel.errors import PlanError
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan_search.proof import Prover
-from hf_automodel_parallel.plan_search.proxy_model import build_miniature, miniature_config
+from hf_automodel_parallel.plan_search.proxy_model import build_proxy_model, proxy_config
 from hf_automodel_parallel.plan_search.search import derived_plan
 from hf_automodel_parallel.plan_search.simulated_ranks import run_ranks
 
@@ -75,12 +75,16 @@ def test_what_kernels_read_is_left_whole():
     for model_type in ("mamba", "mamba2", "falcon_mamba"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
-        assert {p.rpartition(".")[2] for p in styles(derived_plan(model, tp_size=2))} == {"in_proj", "embeddings", "lm_head"}
+        assert {p.rpartition(".")[2] for p in styles(derived_plan(model, tp_size=2))} == {
+            "in_proj",
+            "embeddings",
+            "lm_head",
+        }
 
 
 def test_a_plan_that_forgets_something_is_not_proven():
     """The proof is what makes a derived plan safe, so it has to see every kind of mistake."""
-    small = build_miniature(build_model("gpt2"))
+    small = build_proxy_model(build_model("gpt2"))
     prover = Prover(small, 2)
 
     def failure(changes: dict[str, str], counts: dict[str, tuple[str, ...]]) -> str | None:
@@ -93,7 +97,7 @@ def test_a_plan_that_forgets_something_is_not_proven():
     assert failure({"transformer.h.*.attn.c_attn": "colwise"}, right) is not None, "q, k and v are mixed up"
     assert failure({"transformer.h.*.mlp.c_fc": ""}, right) is not None
     # Only a gradient shows this one: the norm's output enters the sharded region through no boundary.
-    qwen = Prover(build_miniature(build_model("qwen3")), 2)
+    qwen = Prover(build_proxy_model(build_model("qwen3")), 2)
     entries = select_plan(build_model("qwen3")).entries
     assert qwen.failure(Plan("explicit", dict(entries))) is None
     forgotten = {k: v for k, v in entries.items() if "norm" not in k}
@@ -120,7 +124,8 @@ def test_what_cannot_be_tried_is_refused():
     with pytest.raises(PlanError, match="Plain has no config"):
         derived_plan(Plain())
     with pytest.raises(
-        PlanError, match=r"no tensor-parallel plan for the class Plain.*tp_plan=.*derived: Plain has no"):
+        PlanError, match=r"no tensor-parallel plan for the class Plain.*tp_plan=.*derived: Plain has no"
+    ):
         select_plan(Plain(), plan_order=("hf", "derived"))
 
 
@@ -138,7 +143,7 @@ def test_a_rank_that_fails_releases_the_others():
 def test_encoders_with_a_classification_head(model_type):
     config = AutoConfig.for_model(model_type, num_labels=3, pad_token_id=0, vocab_size=400)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(miniature_config(config))
+        model = AutoModelForSequenceClassification.from_config(proxy_config(config))
     plan = derived_plan(model, tp_size=2)
     assert "rowwise" in styles(plan).values() and "embedding_rowwise" in styles(plan).values()
 
@@ -146,5 +151,5 @@ def test_encoders_with_a_classification_head(model_type):
 def test_the_users_config_is_left_alone():
     model = build_model("gpt2")
     before = model.config.to_dict()
-    miniature_config(model.config)
+    proxy_config(model.config)
     assert model.config.to_dict() == before

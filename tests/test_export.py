@@ -76,7 +76,9 @@ CELLS = [("llama", None), ("llama_tied", None), ("mixtral", None), ("llama", {})
     ids=["tp2", "fsdp2", "tp2_fsdp2"],
 )
 def test_files_equal_those_of_one_process(tmp_path, sizes):
-    """``save_pretrained`` and ``accelerator.save_model``: each file in each byte, and what plain libraries load from it."""
+    """``save_pretrained`` and ``accelerator.save_model``: each file in each byte, and what plain libraries load from
+    it.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -225,7 +227,9 @@ def train_and_save(state_dict_type: str, adapter: Any, directory: str) -> None:
 @pytest.mark.parametrize("adapter", [None, HEAD], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_gap_12_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, kind, adapter):
-    """Stock: nothing is written with SHARDED_STATE_DICT, silently. A sharded checkpoint gets its configs beside the shards."""
+    """Stock: nothing is written with SHARDED_STATE_DICT, silently. A sharded checkpoint gets its configs beside the
+    shards.
+    """
     from transformers import Trainer, TrainingArguments
 
     run_distributed(2, train_and_save, kind, adapter, str(tmp_path / "found"))
@@ -449,7 +453,9 @@ def memory_of_saving(directory: str) -> tuple[int, int, int, int]:
 
 
 def test_saving_takes_memory_for_a_few_tensors_and_not_for_the_model(tmp_path):
-    """One file of 230 MB: the rank that writes never holds it. Gathering, as the stock stack does, is measured beside it."""
+    """One file of 230 MB: the rank that writes never holds it. Gathering, as the stock stack does, is measured beside
+    it.
+    """
     (largest, total, streamed, gathered), (_, _, helper, _) = run_distributed(2, memory_of_saving, str(tmp_path))
     assert (tmp_path / "model.safetensors").stat().st_size > total
     report = (
@@ -457,8 +463,8 @@ def test_saving_takes_memory_for_a_few_tensors_and_not_for_the_model(tmp_path):
     )
     print(report)
     assert gathered > 0.8 * total
-    # One tensor is held several times: as gathered, as put in order, as handed to the disk; and a thread of gloo may keep
-    # the buffers of the last gather until it is scheduled again.
+    # One tensor is held several times: as gathered, as put in order, as handed to the disk; and a thread of gloo may
+    # keep the buffers of the last gather until it is scheduled again.
     assert max(streamed, helper) < 10 * largest + 16 * 2**20 < total / 4
 
 

@@ -1,4 +1,6 @@
-"""``hf-automodel-parallel export`` and ``save_merged``: from shards and from training checkpoints, in files of one process."""
+"""``hf-automodel-parallel export`` and ``save_merged``: from shards and from training checkpoints, in files of one
+process.
+"""
 
 from __future__ import annotations
 

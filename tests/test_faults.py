@@ -1,4 +1,6 @@
-"""Ranks that die, and signals: the job ends in time, and a restart goes on exactly from the last complete checkpoint."""
+"""Ranks that die, and signals: the job ends in time, and a restart goes on exactly from the last complete
+checkpoint.
+"""
 
 import argparse
 import functools
@@ -67,7 +69,9 @@ def assert_died(job: Job, rank: int) -> None:
 
 @pytest.mark.timeout(900)  # four starts, on a machine that may do other things too
 def test_a_killed_rank_ends_the_job_and_the_restart_goes_on(tmp_path):
-    """Killed between two steps, then while loading, then while saving; each time the next start finds what was complete."""
+    """Killed between two steps, then while loading, then while saving; each time the next start finds what was
+    complete.
+    """
     run = functools.partial(start_ranks, 2)
     common = (*TP2, "--output", tmp_path / "out", "--timeout", 60)
     with run(tmp_path / "step", *common, "--die", "1:step:3") as job:
@@ -82,7 +86,9 @@ def test_a_killed_rank_ends_the_job_and_the_restart_goes_on(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_sigterm_leaves_one_checkpoint_of_all_ranks(tmp_path):
-    """The Trainer's `enable_jit_checkpoint`: one rank gets the signal steps before the other, both save after one step."""
+    """The Trainer's `enable_jit_checkpoint`: one rank gets the signal steps before the other, both save after one
+    step.
+    """
     common = (*FSDP2, "--adapter", "--output", tmp_path / "out", "--save_steps", 1000)
     options = ("--options", '{"enable_jit_checkpoint": true}')
     directory = tmp_path / "signal"

@@ -1,7 +1,8 @@
 """What the stock stack gets wrong, one test per gap, passing with this package.
 
 The numbers are those of the list of gaps measured on torch 2.13, transformers 5.23, accelerate 1.15 and peft 0.21. The
-other numbers have their tests elsewhere: 3, 8, 11 and 15 in test_gaps_checkpointing.py, checkpoints and exports (6, 12).
+other numbers have their tests elsewhere: 3, 8, 11 and 15 in test_gaps_checkpointing.py, checkpoints and exports (6,
+12).
 """
 
 import logging

@@ -1,4 +1,6 @@
-"""Gaps of the stock stack around checkpointing, compilation and adapter files: 3, 8, 11, 15 (the others: test_gaps.py)."""
+"""Gaps of the stock stack around checkpointing, compilation and adapter files: 3, 8, 11, 15 (the others:
+test_gaps.py).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``generate`` on a prepared model, also before its first forward, gives the tokens of one process; training goes on."""
+"""``generate`` on a prepared model, also before its first forward, gives the tokens of one process; training goes
+on.
+"""
 
 from typing import Any
 
@@ -80,7 +82,9 @@ def write_in_all_ways(adapter, sizes) -> dict[str, list[list[int]]]:
 @pytest.mark.both_ends
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_ranks_write_different_texts_of_different_lengths(adapter):
-    """Without an optimizer. Who has finished goes on gathering for the others; a tp group draws with its first rank's seed."""
+    """Without an optimizer. Who has finished goes on gathering for the others; a tp group draws with its first rank's
+    seed.
+    """
     world, sizes, _ = MESHES["tp2_fsdp2"]
     results = run_distributed(world, write_in_all_ways, adapter, sizes)
     model = build("llama", adapter).eval()
@@ -163,7 +167,9 @@ def predict_with_generate(sizes, ranks: int, kind: str, beams: int, directory: s
     ids=["t5", "t5_beams", "llama_tp2_fsdp2"],
 )
 def test_predict_with_generate(kind, beams, world, sizes, ranks, tmp_path):
-    """`Seq2SeqTrainer` without an optimizer, each sample once; T5 has an encoder whose embedding is tied to the decoder's."""
+    """`Seq2SeqTrainer` without an optimizer, each sample once; T5 has an encoder whose embedding is tied to the
+    decoder's.
+    """
     want = predict_with_generate(None, 1, kind, beams, str(tmp_path))
     model, rows = (encoder_decoder(), Sentences()) if kind == "t5" else (build("llama"), Repeated())
     with torch.no_grad():

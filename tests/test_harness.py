@@ -403,7 +403,8 @@ def test_every_parameter_is_random_and_has_a_gradient(name):
     for parameter_name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32, parameter_name
         assert parameter.count_nonzero() == parameter.numel(), parameter_name
-        # The spread of n numbers is itself uncertain by one part in sqrt(2 n): little for a matrix, much for eight numbers.
+        # The spread of n numbers is itself uncertain by one part in sqrt(2 n): little for a matrix, much for eight
+        # numbers.
         assert parameter.std() > 0.07 - 0.1 * parameter.numel() ** -0.5, parameter_name
     _, gradients = loss_and_grads(model, make_batches(2, 2, 12, model.config.vocab_size, seed=0))
     for parameter_name, gradient in gradients.items():

@@ -4,7 +4,7 @@ import pytest
 from harness.models import build_model, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.plan.analysis.replication_check import complete
 from hf_automodel_parallel.plan.heads import local_head_counts
 from hf_automodel_parallel.plan.resolve import resolve
@@ -20,7 +20,7 @@ def test_as_many_heads_as_each_is_wide(source):
     model = build_model("llama", **SQUARE)
     chosen = select_plan(model, "llama") if source == "explicit" else select_plan(model, None, (source,))
     spec = resolve(model, chosen, 2)
-    complete(model, spec, dissect(model).layers, 2, chosen.strict)
+    complete(model, spec, find_structure(model).layers, 2, chosen.strict)
     assert spec.head_counts == {} and spec.parameters["model.layers.0.self_attn.q_proj.weight"].dim == 0
 
 

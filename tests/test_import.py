@@ -37,7 +37,9 @@ def in_fresh_interpreter(code: str) -> Any:
 
 
 def test_import_adds_little_to_that_of_accelerate():
-    """CPU seconds within one interpreter: unlike those on the clock, they do not depend on who else uses the machine."""
+    """CPU seconds within one interpreter: unlike those on the clock, they do not depend on who else uses the
+    machine.
+    """
     seconds = in_fresh_interpreter(
         """
         import json, time

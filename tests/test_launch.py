@@ -63,7 +63,9 @@ def report(model, losses):
         "dtensors": len(sharded),
         "parameters": len(list(model.parameters())),
         "axes": sorted({name for p in sharded for name in p.device_mesh.mesh_dim_names}),
-        "split_over_tp": sum(not p.placements[p.device_mesh.mesh_dim_names.index("tp")].is_replicate() for p in sharded),
+        "split_over_tp": sum(
+            not p.placements[p.device_mesh.mesh_dim_names.index("tp")].is_replicate() for p in sharded
+        ),
         "package": "hf_automodel_parallel" in sys.modules,
         "arguments": sys.argv[1:],
     }
@@ -231,7 +233,16 @@ import torch.distributed as dist
 # Runs after what is registered later. In one piece: other ranks write, too.
 atexit.register(lambda: (sys.stdout.write(f"LEFT {dist.is_initialized()}\\n"), sys.stdout.flush()))
 """
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LAUNCHER, "--auto_parallel", "tp=2"]
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    *LAUNCHER,
+    "--auto_parallel",
+    "tp=2",
+]
 
 
 def ways_of_leaving(output: str) -> set[str]:
@@ -241,8 +252,8 @@ def ways_of_leaving(output: str) -> set[str]:
 def test_script_with_the_flag_under_torchrun(one_process, tmp_path):
     """No config file anywhere: the launcher's own flag is enough.
 
-    And the process group is closed before python goes: else gloo's threads may meet an interpreter that is gone, which is a
-    SIGABRT after all the work is done.
+    And the process group is closed before python goes: else gloo's threads may meet an interpreter that is gone, which
+    is a SIGABRT after all the work is done.
     """
     script = tmp_path / "train.py"
     script.write_text(LEAVING + ACCELERATOR_SCRIPT)
@@ -255,7 +266,9 @@ def test_script_with_the_flag_under_torchrun(one_process, tmp_path):
 
 def test_after_an_error_of_the_script_nobody_waits_for_others(tmp_path):
     script = tmp_path / "leaving.py"
-    script.write_text(f"{LEAVING}\nfrom accelerate import Accelerator\nAccelerator()\nraise RuntimeError('of the script')\n")
+    script.write_text(
+        f"{LEAVING}\nfrom accelerate import Accelerator\nAccelerator()\nraise RuntimeError('of the script')\n"
+    )
     code, output = start([*TORCHRUN, str(script)], tmp_path)
     assert code != 0 and ways_of_leaving(output) == {"LEFT True"}, output
 
@@ -410,7 +423,9 @@ def test_who_wins(process_state, tmp_path, flag, environment, wanted):
 
 
 def test_parallelism_config_of_the_script_itself_is_left_alone(process_state, tmp_path):
-    """A script that passes its own sizes means them; only what Accelerate builds by itself comes from the environment."""
+    """A script that passes its own sizes means them; only what Accelerate builds by itself comes from the
+    environment.
+    """
     (tmp_path / "train.py").write_text(
         "import accelerate.accelerator, json\n"
         "config = accelerate.accelerator.ParallelismConfig(tp_size=1, dp_shard_size=4)\n"

@@ -113,7 +113,9 @@ def test_equal_values_are_not_sent(root):
 
 
 def test_memory(tmp_path):
-    """Anonymous memory stays below the shard, the largest tensor and 100 MB; a rank that reads everything is far above."""
+    """Anonymous memory stays below the shard, the largest tensor and 100 MB; a rank that reads everything is far
+    above.
+    """
     figures = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARK), "--size", "240MB", "--dtype", "float32", "--slack", "100MB"]
     done = subprocess.run(
@@ -132,7 +134,9 @@ def test_memory(tmp_path):
 
 @pytest.mark.both_ends
 def test_before_prepare(root):
-    """Nothing is read for shapes, casts and copies; what needs values has them; the rest is as transformers leaves it."""
+    """Nothing is read for shapes, casts and copies; what needs values has them; the rest is as transformers leaves
+    it.
+    """
     path = str(root / "llama")
     torch.manual_seed(1)
     expected = AutoModelForCausalLM.from_pretrained(path)
@@ -356,7 +360,9 @@ def test_refused_directories(root, tmp_path):
 
 
 def test_errors_on_all_ranks(root, tmp_path):
-    """A damage on one rank, other files there, files that change later, values that never were: one error everywhere."""
+    """A damage on one rank, other files there, files that change later, values that never were: one error
+    everywhere.
+    """
     for name in ("llama", "truncated", "missing_shard", "other", "later"):
         shutil.copytree(root / "llama", tmp_path / name)
     names = {"truncated": truncated(tmp_path / "truncated").name}
@@ -366,7 +372,8 @@ def test_errors_on_all_ranks(root, tmp_path):
         "truncated": rf"truncated/{names['truncated']}.*truncated, or no safetensors",
         "missing_shard": rf"missing_shard/{names['missing_shard']}: missing",
         "other": r"^PrepareError: ranks 0 and 1 were loaded from different files \(.*llama/model.*other/model",
-        "meta": r"^UnsupportedError: device='meta': 21 parameters have no values.*hf_automodel_parallel.from_pretrained",
+        "meta": r"^UnsupportedError: device='meta': 21 parameters have no values"
+        r".*hf_automodel_parallel.from_pretrained",
         "later": r"llama/model-00002-of-\d+.safetensors: has changed since the model was loaded",
     }
     for damage, pattern in expected.items():

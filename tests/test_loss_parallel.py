@@ -239,7 +239,8 @@ def test_sharded_logits_are_a_tensor():
         assert all(rank.values()), rank
 
 
-# ---- in a model --------------------------------------------------------------------------------------------------------
+# ---- in a model
+# --------------------------------------------------------------------------------------------------------
 
 
 def prepared(name: str, adapter: dict[str, Any] | None = None, mixed_precision: str = "no", **config: Any) -> Any:
@@ -353,7 +354,9 @@ def what_outlives_a_step(**config: Any) -> list[bool]:
 
 
 def test_nothing_outlives_a_step():
-    """A hook that refers to the logits it hangs on is a cycle through the graph of autograd, which is never collected."""
+    """A hook that refers to the logits it hangs on is a cycle through the graph of autograd, which is never
+    collected.
+    """
     for options in ({}, {"sequence_parallel": True}):
         assert run_distributed(2, what_outlives_a_step, **options) == [[False, False]] * 2
 
@@ -415,7 +418,8 @@ def test_logits_take_a_fraction_of_the_memory(fake_world, dtype):
     assert bound < chunked <= 1.2 * bound + 2 * 16 * 2048 * 4 < whole
 
 
-# ---- what is decided, and refused --------------------------------------------------------------------------------------
+# ---- what is decided, and refused
+# --------------------------------------------------------------------------------------
 
 
 def planned(model: torch.nn.Module, size: int = 2, **options: Any) -> Any:

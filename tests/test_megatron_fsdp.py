@@ -1,4 +1,6 @@
-"""megatron-fsdp under our tensor parallelism: its real code on gloo, with stand-ins for CUDA's streams in the jobs alone."""
+"""megatron-fsdp under our tensor parallelism: its real code on gloo, with stand-ins for CUDA's streams in the jobs
+alone.
+"""
 
 import dataclasses
 import sys
@@ -33,7 +35,9 @@ def assert_like_one_process(
     accumulation: int = 1,
     groups: bool = False,
 ) -> None:
-    """Gradients of the first step, then losses, norms and values of `count` steps of AdamW, against the same model alone."""
+    """Gradients of the first step, then losses, norms and values of `count` steps of AdamW, against the same model
+    alone.
+    """
     first = [batches_for(build(name, adapter), data * accumulation, rows=8, seed=10)]
     _, gradients = loss_and_grads(build(name, adapter), first[0])
     wanted = {n: g for n, g in gradients.items() if g is not None}
@@ -111,7 +115,9 @@ def test_accelerate_loop_with_a_saved_and_loaded_state(tmp_path):
 
 
 def test_accelerate_with_tensor_parallelism_lora_checkpoints_and_accumulation():
-    """Strategy 1 keeps gradients whole, which must not be reduced twice. Every MLP of the two layers runs twice per batch."""
+    """Strategy 1 keeps gradients whole, which must not be reduced twice. Every MLP of the two layers runs twice per
+    batch.
+    """
     arguments = {"accumulation": 2, "activation_checkpointing": "full", "megatron_fsdp": {"zero_dp_strategy": 1}}
     results = run_distributed(
         4, jobs.accelerate_steps, "qwen3", {"tp_size": 2, "dp_shard_size": 2}, adapter=LORA, **arguments

@@ -16,9 +16,9 @@ from sweep.tiny import VOCABULARY, build
 
 from hf_automodel_parallel import AutoParallelismConfig
 
-#: Type -> (tp all-reduces of one layer in forward, in backward). Attention and experts cost two each, as a dense layer's
-#: attention and MLP do. The experts have two boundaries on the way in (hidden states, routing weights), so their backward
-#: costs one more; Mixtral and Qwen3 alike.
+#: Type -> (tp all-reduces of one layer in forward, in backward). Attention and experts cost two each, as a dense
+#: layer's attention and MLP do. The experts have two boundaries on the way in (hidden states, routing weights), so
+#: their backward costs one more; Mixtral and Qwen3 alike.
 COLLECTIVES = {"mixtral": (2, 3), "qwen3_moe": (2, 3)}
 
 TARGETS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}

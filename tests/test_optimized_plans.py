@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mis
 from transformers import Mistral3ForConditionalGeneration as Mistral3
 
 from hf_automodel_parallel import PlanError, register_optimized_plan
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import PARTIAL
 from hf_automodel_parallel.plan.patterns import pattern_regex
 from hf_automodel_parallel.plan.resolve import resolve
@@ -93,7 +93,7 @@ def test_wins_when_asked_for_first(name):
         n for n, _ in model.named_parameters() if n.split(".")[-2] in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
     ]
     assert [n for n in norms if spec.parameters[n] != PARTIAL] == []
-    layers = {type(layer).__name__ for layer in dissect(model).layers}
+    layers = {type(layer).__name__ for layer in find_structure(model).layers}
     assert any("DecoderLayer" in layer for layer in layers)
     with torch.device("meta"):
         wrapped = adapted(name)
@@ -112,7 +112,9 @@ def test_the_models_own_plan_comes_first_by_default(name):
 )
 def test_heads_of_composite_and_heterogeneous_models_are_checked(name):
     model = built(name)
-    with pytest.raises(PlanError, match=r"num_\w+_heads=\d does not divide by tp_size=8|and 4 heads for tp_size=8 ranks"):
+    with pytest.raises(
+        PlanError, match=r"num_\w+_heads=\d does not divide by tp_size=8|and 4 heads for tp_size=8 ranks"
+    ):
         spec_of(model, select_plan(model, None, REGISTRY_FIRST), tp_size=8)
 
 
@@ -151,7 +153,9 @@ def test_found_through_the_bases_of_a_class():
 
 
 def test_key_with_the_module_is_more_precise(registry):
-    """The reference's form of a key; the bare name of the same class stays what it is for other classes of that name."""
+    """The reference's form of a key; the bare name of the same class stays what it is for other classes of that
+    name.
+    """
     plan = {"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"}
     register_optimized_plan("transformers.models.llama.modeling_llama.LlamaForCausalLM", lambda model: plan)
     assert select_plan(built("LlamaForCausalLM"), None, REGISTRY_FIRST).entries.keys() == plan.keys()
@@ -160,7 +164,9 @@ def test_key_with_the_module_is_more_precise(registry):
 
 
 def test_mapping_of_the_reference_api(registry):
-    """One mapping; its functions take ``sequence_parallel``, also a function of the user's with the reference's signature."""
+    """One mapping; its functions take ``sequence_parallel``, also a function of the user's with the reference's
+    signature.
+    """
     assert PARALLELIZE_FUNCTIONS is OPTIMIZED_PLANS
     model = built("LlamaForCausalLM")
     plan = PARALLELIZE_FUNCTIONS["LlamaForCausalLM"](model, True)
@@ -230,7 +236,9 @@ def test_function_that_raises(registry, error):
 
 
 def test_experts_are_never_left_whole():
-    """A mixture of experts has a class of its own, or a plan of ours that does not fit; HF's plan shards its experts."""
+    """A mixture of experts has a class of its own, or a plan of ours that does not fit; HF's plan shards its
+    experts.
+    """
     plan = select_plan(of_the_harness("qwen3_moe"), None, REGISTRY_FIRST)
     assert plan.origin == "hf"
     text = MODELS["mixtral"][1] | {"model_type": "mixtral"}

@@ -210,7 +210,9 @@ ACCEPTED["muon"] = lambda p: optim.Muon(p, lr=1e-3)
 
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
 def test_muon_orthogonalises_whole_matrices(mesh):
-    """torch's Muon on DTensors multiplies across the shards; it iterates in bfloat16, which rounds differently there."""
+    """torch's Muon on DTensors multiplies across the shards; it iterates in bfloat16, which rounds differently
+    there.
+    """
     world, sizes, dp_size = MESHES[mesh]
     adapter = {"target_modules": ["q_proj", "down_proj"]}
     got = run_distributed(world, train_all, ["muon"], sizes, adapter, dp_size)[0]

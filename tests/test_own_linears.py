@@ -166,7 +166,7 @@ def test_a_replaced_module_whose_name_begins_like_a_wrapped_one(monkeypatch):
     def built(*_: Any) -> nn.Module:
         return nn.ModuleDict({"base_layer_norm": nn.ModuleDict({"base_layer_norm": nn.LayerNorm(4)})})
 
-    monkeypatch.setattr(miniature, "build_miniature", built)
+    monkeypatch.setattr(miniature, "build_proxy_model", built)
     model = built()
     assert replaced_modules(model) == []
     model["base_layer_norm"]["base_layer_norm"] = nn.Identity()

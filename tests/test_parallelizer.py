@@ -177,9 +177,11 @@ def test_what_cannot_be_honoured_is_refused(arguments, match):
 
 
 def test_an_axis_that_nothing_is_reduced_over_is_refused():
-    """Copies along it would drift apart without a word."""
+    """Replicas along it would drift apart without a word."""
     shape = {"replicate": 2, "dp_shard": 1, "model": 2}
-    expect_error(4, raw_loop, None, shape, match=r"nothing would be reduced over: replicate \(2 ranks\), model \(2 ranks\)")
+    expect_error(
+        4, raw_loop, None, shape, match=r"nothing would be reduced over: replicate \(2 ranks\), model \(2 ranks\)"
+    )
     shape = {"dp_shard": 1, "cp": 2, "tp": 2}
     expect_error(4, raw_loop, None, shape, dp_shard_cp_mesh_name="dp_shard", match=r"reduced over: cp \(2 ranks\)")
 
@@ -204,7 +206,10 @@ def test_defect_16_words_that_switch_checkpointing_off(word):
     from hf_automodel_parallel.activation_checkpointing import mode_of_argument
 
     assert mode_of_argument(word) == "none"
-    assert [mode_of_argument(mode) for mode in ("Selective", "sub-module", "sub_module")] == ["selective", *["submodule"] * 2]
+    assert [mode_of_argument(mode) for mode in ("Selective", "sub-module", "sub_module")] == [
+        "selective",
+        *["submodule"] * 2,
+    ]
     assert mode_of_argument(True) == "full"
 
 
@@ -261,7 +266,9 @@ def resharding(shape: dict[str, int], reshard: Any, recursive: bool) -> list[boo
 
 @pytest.mark.parametrize("recursive", [False, True], ids=["strategy", "recursive"])
 def test_defect_13_no_resharding_under_pipeline_parallelism(recursive):
-    """The pipeline axis is one of the root mesh; the reference looks for it in the data-parallel part, where it never is."""
+    """The pipeline axis is one of the root mesh; the reference looks for it in the data-parallel part, where it never
+    is.
+    """
     pipeline = {"pp": 2, "dp_shard": 2}
     assert run_distributed(4, resharding, pipeline, None, recursive)[0] == [True, True, True]
     assert run_distributed(4, resharding, pipeline, True, recursive)[0][:2] == [False, False]

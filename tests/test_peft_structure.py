@@ -1,4 +1,6 @@
-"""PEFT's operations on the prepared model do what they do in one process: the same story is told to both and compared."""
+"""PEFT's operations on the prepared model do what they do in one process: the same story is told to both and
+compared.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -133,7 +135,9 @@ def unloading(teller: Teller) -> None:
 
 
 def growing(teller: Teller) -> None:
-    """An adapter added after training has begun, also to layers without one; trained alone, beside another, and merged."""
+    """An adapter added after training has begun, also to layers without one; trained alone, beside another, and
+    merged.
+    """
     model = teller.model
     teller.train()
     torch.manual_seed(5)
@@ -271,7 +275,9 @@ def prepare_views(sizes: dict[str, int]) -> dict[str, str]:
     model = get_peft_model(build_model("llama_tied"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model, _ = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     try:
-        model.add_adapter("new", LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM"))
+        model.add_adapter(
+            "new", LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+        )
         messages["added"] = "added"
     except UnsupportedError as error:
         messages["added"] = str(error)
@@ -287,7 +293,10 @@ def test_views_of_the_same_memory_are_refused(mesh):
         assert messages["adapters"].startswith("ensure_weight_tying=True of the adapter 'default': "), messages
         assert messages["added"].startswith("ensure_weight_tying=True of the adapter 'new': "), messages
         assert "Use ensure_weight_tying=False" in messages["adapters"]
-        assert "layers.0.mlp.up_proj.weight" in messages["weights"] and "layers.1.mlp.up_proj.weight" in messages["weights"]
+        assert (
+            "layers.0.mlp.up_proj.weight" in messages["weights"]
+            and "layers.1.mlp.up_proj.weight" in messages["weights"]
+        )
         assert all("views of the same memory" in message for message in messages.values())
 
 

@@ -312,7 +312,9 @@ class OwnColwise(ColwiseParallel):
 
 
 def test_a_subclass_of_a_torch_style_is_taken_as_it_is(llama):
-    """It runs on torch's own engine, and may stand beside style names. (Torch's own styles: tests/test_torch_styles.py.)"""
+    """It runs on torch's own engine, and may stand beside style names. (Torch's own styles:
+    tests/test_torch_styles.py.)
+    """
     column = OwnColwise()
     _, spec = plan_and_spec(llama, ATTENTION | {"model.layers.*.mlp.up_proj": column})
     assert spec.modules["model.layers.0.mlp.up_proj"].foreign is column
@@ -904,7 +906,9 @@ def registered(model):
 
 
 def test_registry_of_optimised_plans(llama, named_plans):
-    """Found by the name of the class or of one of its bases, and used after the model's own plan unless asked for first."""
+    """Found by the name of the class or of one of its bases, and used after the model's own plan unless asked for
+    first.
+    """
     register_optimized_plan("LlamaForCausalLM", registered)
     assert select_plan(llama).origin == "hf"
     assert select_plan(llama, None, ("registry", "hf")).entries.keys() == MLP.keys()

@@ -1,4 +1,6 @@
-"""What NeMo AutoModel's parallelizer gets wrong, by number: none of it may be wrong here. On the meta device, without ranks."""
+"""What NeMo AutoModel's parallelizer gets wrong, by number: none of it may be wrong here. On the meta device, without
+ranks.
+"""
 
 import copy
 import functools

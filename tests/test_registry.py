@@ -263,12 +263,12 @@ def test_a_strategy_that_shards_nothing_is_refused():
     ],
 )
 def test_what_a_strategy_does_not_take_is_refused(strategy, fields, match):
-    from hf_automodel_parallel.strategies.context import Job
+    from hf_automodel_parallel.strategies.context import ParallelizeContext
 
     values = {("checkpointing" if key == "activation_checkpointing" else key): v for key, v in fields.items()}
-    job = Job(build_model("llama"), mesh=None, device=torch.device("cpu"), **values)
+    context = ParallelizeContext(build_model("llama"), mesh=None, device=torch.device("cpu"), **values)
     with pytest.raises(UnsupportedError, match=match):
-        strategy().plan(job)
+        strategy().plan(context)
 
 
 # ---- packages ------------------------------------------------------------------------------------------------------

@@ -5,15 +5,17 @@ import torch
 from harness.models import build_model
 from sweep.tiny import build
 
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.errors import UnsupportedError
 from hf_automodel_parallel.fsdp.reversible import refuse_own_backward
 
 
 def test_reversible_layers_are_refused():
     model = build("reformer")
-    with pytest.raises(UnsupportedError, match=r"_ReversibleFunction.backward .* calls ReformerLayer.backward_pass.*DDP"):
-        refuse_own_backward(model, dissect(model).layers)
+    with pytest.raises(
+        UnsupportedError, match=r"_ReversibleFunction.backward .* calls ReformerLayer.backward_pass.*DDP"
+    ):
+        refuse_own_backward(model, find_structure(model).layers)
 
 
 class Doubled(torch.autograd.Function):
@@ -30,7 +32,7 @@ class Doubled(torch.autograd.Function):
 
 def test_other_functions_are_not():
     model = build_model("llama")
-    layers = dissect(model).layers
+    layers = find_structure(model).layers
     kind = type("Layer", (type(layers[0]),), {"__module__": __name__})
     for layer in layers:
         layer.__class__ = kind

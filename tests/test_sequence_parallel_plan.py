@@ -8,11 +8,11 @@ from harness.models import build_model, lora
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import ON_SHARES, PARTIAL, Output, ShardingSpec
 from hf_automodel_parallel.errors import UnsupportedError
 from hf_automodel_parallel.plan.analysis.sequence_parallel import carry_over, derive
-from hf_automodel_parallel.plan.analysis.token_locality import FEATURES, TokensMeet, TokenTrace
+from hf_automodel_parallel.plan.analysis.token_locality import FEATURES, TokenLocalityTrace, TokensMix
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 
@@ -21,7 +21,7 @@ ORDER = ("hf", "registry", "default")
 
 def derived(model: nn.Module, tp_size: int = 2, plan: Any = None) -> ShardingSpec:
     spec = resolve(model, select_plan(model, plan, ORDER), tp_size)
-    derive(model, spec, dissect(model).layers)
+    derive(model, spec, find_structure(model).layers)
     return spec
 
 
@@ -142,7 +142,9 @@ def test_a_module_that_shifts_tokens_gets_the_whole_sequence():
 
 
 def test_blocks_that_write_into_their_input_are_known():
-    """What a block writes into a whole sequence is not seen on the share; where somebody reads that afterwards, it is refused."""
+    """What a block writes into a whole sequence is not seen on the share; where somebody reads that afterwards, it is
+    refused.
+    """
     blocks = derived(meta_model("mixtral", num_hidden_layers=1, router_jitter_noise=0.1)).sequence.blocks
     assert {name: block.writes for name, block in blocks.items()} == {
         "model.layers.0.self_attn": False,
@@ -178,7 +180,9 @@ def test_a_block_of_two_layers_is_refused_by_name(path):
     model = build_model("llama")
     owner, _, name = f"model.layers.1.{path}".rpartition(".")
     setattr(model.get_submodule(owner), name, model.get_submodule(f"model.layers.0.{path}"))
-    with pytest.raises(UnsupportedError, match=rf"layers\.0\.{path}.* is one module in model\.layers\.0 and model\.layers\.1"):
+    with pytest.raises(
+        UnsupportedError, match=rf"layers\.0\.{path}.* is one module in model\.layers\.0 and model\.layers\.1"
+    ):
         derived(model)
 
 
@@ -206,13 +210,14 @@ def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
     assert new.parameters == {late: ON_SHARES}
 
 
-# ---- the trace -----------------------------------------------------------------------------------------------------------
+# ---- the trace
+# -----------------------------------------------------------------------------------------------------------
 
 SHARE, WHOLE = 1009, 61
 
 
-def trace(function: Any, *shapes: tuple[int, ...]) -> TokenTrace:
-    mode = TokenTrace(SHARE, WHOLE, {})
+def trace(function: Any, *shapes: tuple[int, ...]) -> TokenLocalityTrace:
+    mode = TokenLocalityTrace(SHARE, WHOLE, {})
     inputs = [torch.empty(shape, device="meta") for shape in shapes]
     with torch.no_grad(), mode:
         function(*inputs)
@@ -259,12 +264,12 @@ def test_operators_that_keep_tokens_apart(function):
     ],
 )
 def test_operators_that_do_not(function):
-    with pytest.raises(TokensMeet):
+    with pytest.raises(TokensMix):
         trace(function, X)
 
 
 def test_labels_follow_activations():
-    mode = TokenTrace(SHARE, WHOLE, {})
+    mode = TokenLocalityTrace(SHARE, WHOLE, {})
     with mode:
         x = torch.empty(2, WHOLE, 8, device="meta")
         mode.label(x, [FEATURES])

@@ -230,7 +230,9 @@ def test_auto_find_batch_size_prepares_again(tmp_path):
 
 
 def evaluated_first(sizes: dict[str, int] | None, ranks: int, directory: str, compiled: bool) -> Any:
-    """Losses of an evaluation and of the training after it; and what became of another model, that is for evaluation alone."""
+    """Losses of an evaluation and of the training after it; and what became of another model, that is for evaluation
+    alone.
+    """
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}
     trainer = make(sizes, ranks, directory, max_steps=2, **(options if compiled else {}))
     losses = [trainer.evaluate()["eval_loss"]]

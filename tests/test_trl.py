@@ -103,7 +103,8 @@ def dpo(
     from trl import DPOConfig, DPOTrainer
 
     config = AutoParallelismConfig(**sizes) if sizes else None
-    # Not AdamW: its first step is the sign of the gradient, and log ratios (0 at the start) show every flipped rounding.
+    # Not AdamW: its first step is the sign of the gradient, and log ratios (0 at the start) show every flipped
+    # rounding.
     options = {"per_device_train_batch_size": rows, "max_length": 48, "optim": "sgd"}
     args = arguments(DPOConfig, output_dir, config, **options)
     torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""tp inside of a node, data parallel across: one process's losses, and an end in bounded time when the nodes lose each other."""
+"""tp inside of a node, data parallel across: one process's losses, and an end in bounded time when the nodes lose each
+other.
+"""
 
 import time
 from pathlib import Path

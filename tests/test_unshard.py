@@ -1,4 +1,6 @@
-"""`unshard_fsdp2_model`: log-probabilities of several forwards from parameters that are gathered once, and memory back after."""
+"""`unshard_fsdp2_model`: log-probabilities of several forwards from parameters that are gathered once, and memory back
+after.
+"""
 
 import pytest
 import torch

@@ -8,11 +8,11 @@ import torch
 from harness.models import lora
 from sweep.tiny import build
 
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
-from hf_automodel_parallel.plan.analysis.replication import EQUAL, FEATURES, VARYING, Value, VarianceTrace, WrongPlan
-from hf_automodel_parallel.plan.analysis.replication_check import VarianceProbe, complete
+from hf_automodel_parallel.plan.analysis.replication import EQUAL, FEATURES, VARYING, ReplicationTrace, Value, WrongPlan
+from hf_automodel_parallel.plan.analysis.replication_check import ReplicationCheck, complete
 from hf_automodel_parallel.plan.expert_parallel import refuse_expert_parallel
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
@@ -21,15 +21,18 @@ from hf_automodel_parallel.plan.select import select_plan
 def completed(model, tp_plan=None, size=2):
     plan = select_plan(model, tp_plan)
     spec = resolve(model, plan, size)
-    complete(model, spec, dissect(model).layers, size, plan.strict)
+    complete(model, spec, find_structure(model).layers, size, plan.strict)
     return spec
 
 
 def partial(spec):
-    return {name.rpartition("layers.0.")[2] for name, p in spec.parameters.items() if p == PARTIAL and "layers.0." in name}
+    return {
+        name.rpartition("layers.0.")[2] for name, p in spec.parameters.items() if p == PARTIAL and "layers.0." in name
+    }
 
 
-# ---- parameters between sharded layers ---------------------------------------------------------------------------------
+# ---- parameters between sharded layers
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,10 +59,13 @@ def test_the_names_that_peft_gives_are_marked_too():
 
 def test_what_is_marked_is_in_the_table_for_people():
     rows = [row for row in completed(build("apertus")).rows if row[4] == "derived: run without values"]
-    assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, grad summed") in [r[:4] for r in rows]
+    assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, grad summed") in [
+        r[:4] for r in rows
+    ]
 
 
-# ---- plans that cannot be right ----------------------------------------------------------------------------------------
+# ---- plans that cannot be right
+# ----------------------------------------------------------------------------------------
 
 LAYER = "model.layers.*."
 HALVES = {
@@ -97,7 +103,8 @@ def test_a_statistic_over_features_that_are_spread_over_ranks_is_seen():
     assert any("aten.mean.dim combines features" in note for note in spec.notes)
 
 
-# ---- experts -----------------------------------------------------------------------------------------------------------
+# ---- experts
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_fused_experts_are_cut_so_that_the_shares_add_up():
@@ -132,12 +139,13 @@ def test_expert_parallelism_of_transformers_is_refused_by_name(wanted):
         refuse_expert_parallel(model)
 
 
-# ---- the rules ---------------------------------------------------------------------------------------------------------
+# ---- the rules
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_rules():
     weight, x, own = torch.ones(4), torch.ones(3, 4), torch.ones(3, 4)
-    trace = VarianceTrace({id(weight): Value(parameters=frozenset(["w"]))})
+    trace = ReplicationTrace({id(weight): Value(parameters=frozenset(["w"]))})
     trace.mark(x, EQUAL)
     trace.mark(own, VARYING)
     with trace:
@@ -155,7 +163,7 @@ def test_rules():
 
 def test_a_tail_that_differs_is_told_from_the_rest():
     x = torch.ones(3, 10)
-    trace = VarianceTrace({})
+    trace = ReplicationTrace({})
     trace.mark(x, Value(varying=True, tail=4))
     with trace:
         latent, rotary = torch.split(x, [6, 4], dim=-1)
@@ -165,7 +173,7 @@ def test_a_tail_that_differs_is_told_from_the_rest():
 
 def test_shares_of_features_are_not_combined():
     x = torch.ones(2, 3, 8)
-    trace = VarianceTrace({})
+    trace = ReplicationTrace({})
     trace.mark(x, FEATURES)
     with trace:
         y = torch.nn.functional.silu(x)
@@ -179,7 +187,7 @@ def test_shares_of_features_are_not_combined():
 def test_memory_that_was_freed_is_forgotten():
     """What is known of a tensor does not depend on the memory that it happens to get, which differs between ranks."""
     weight = torch.ones(4)
-    trace = VarianceTrace({id(weight): Value(parameters=frozenset(["weight"]))})
+    trace = ReplicationTrace({id(weight): Value(parameters=frozenset(["weight"]))})
     with trace:
         for _ in range(50):
             torch.zeros(4).add_(torch.ones(4))
@@ -191,14 +199,14 @@ def test_memory_that_was_freed_is_forgotten():
 def test_what_is_known_by_an_id_stays_alive(monkeypatch):
     """Doge's attention and MLP are left whole, which takes the copies of their parameters out of the miniature."""
     alive = []
-    look = VarianceProbe.look
+    look = ReplicationCheck.look
 
     def watched(probe):
         look(probe)
         living = {id(found) for found in gc.get_objects()}
         alive.append([key in living for key in probe.variance.values])
 
-    monkeypatch.setattr(VarianceProbe, "look", watched)
+    monkeypatch.setattr(ReplicationCheck, "look", watched)
     spec = completed(build("doge"))
     assert any("left whole" in note for note in spec.notes)
     assert alive and all(map(all, alive))

@@ -1,4 +1,6 @@
-"""What a user can get wrong ends in one clear error on *every* rank within seconds: never a hang, never a wrong result."""
+"""What a user can get wrong ends in one clear error on *every* rank within seconds: never a hang, never a wrong
+result.
+"""
 
 import os
 import re
@@ -117,7 +119,8 @@ def accelerator_with(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, message", [("plugin", "torch_tp_plugin beside AutoParallelismConfig"), ("hook", "comm_hook='bf16'.*reduce_dtype")]
+    "kind, message",
+    [("plugin", "torch_tp_plugin beside AutoParallelismConfig"), ("hook", "comm_hook='bf16'.*reduce_dtype")],
 )
 def test_what_accelerate_would_drop(kind, message):
     expect_error(2, accelerator_with, kind, match=message)
@@ -146,7 +149,9 @@ def config_depends_on_the_rank(configs: list) -> None:
 
 @pytest.mark.parametrize("configs", [[{"tp": 2}, {"dp_shard": 2}], [{"dp_replicate": 2}, {}]])
 def test_other_sizes_on_one_rank(configs):
-    """For example two machines with different config files: each rank would wait in groups that the others never make."""
+    """For example two machines with different config files: each rank would wait in groups that the others never
+    make.
+    """
     expect_error(
         2, config_depends_on_the_rank, configs, match=r"different parallelism configs: .* on rank 0, .* on rank 1\."
     )
@@ -171,13 +176,18 @@ def test_sizes_that_do_not_fit_on_one_rank():
 def test_other_choices_on_one_rank(name, values):
     """One rank would wait in a collective that the other never calls."""
     configs = [{"tp": 2, "sequence_parallel": True, name: value} for value in values]
-    message = rf"different parallelism configs: {name}={values[0]!r} on rank 0, {name}={values[1]!r} on rank 1\. Start all"
+    message = (
+        rf"different parallelism configs: {name}={values[0]!r} on rank 0, {name}={values[1]!r} on rank 1\. Start all"
+    )
     expect_error(2, config_depends_on_the_rank, configs, match=message)
 
 
 def test_what_ranks_may_write_differently():
     """The same in other words, and what each rank does alone."""
-    configs = [{"tp": 2, "audit": True, "plan_order": ["hf"]}, {"tp": 2, "plan_order": ["hf", "default"], "loss_chunk_size": 8}]
+    configs = [
+        {"tp": 2, "audit": True, "plan_order": ["hf"]},
+        {"tp": 2, "plan_order": ["hf", "default"], "loss_chunk_size": 8},
+    ]
     run_distributed(2, config_depends_on_the_rank, configs)
 
 
@@ -343,7 +353,9 @@ def test_intermediate_size_that_does_not_divide():
 
 def test_model_without_a_plan():
     sizes = {**TP2, "plan_order": ["hf", "registry", "default"]}
-    expect_error(2, call_prepare, sizes, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan=")
+    expect_error(
+        2, call_prepare, sizes, "gpt2", match=r"no tensor-parallel plan for the class GPT2LMHeadModel.*tp_plan="
+    )
 
 
 def plan_fails_on_one_rank(rank: int) -> None:
@@ -477,7 +489,9 @@ def on_meta() -> None:
 
 def test_model_without_values():
     """Trained as it is, it would learn from whatever is in the memory."""
-    expect_error(2, on_meta, match=r"parameters have no values and no files .*\(model\.embed_tokens\.weight.*from_pretrained")
+    expect_error(
+        2, on_meta, match=r"parameters have no values and no files .*\(model\.embed_tokens\.weight.*from_pretrained"
+    )
 
 
 def another_model_on_one_rank(sizes: dict, rank: int, kind: str) -> None:

@@ -1,4 +1,6 @@
-"""``Accelerator.save_state`` and ``load_state``: the files of stock Accelerate, complete or recognisably not, on any mesh."""
+"""``Accelerator.save_state`` and ``load_state``: the files of stock Accelerate, complete or recognisably not, on any
+mesh.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +187,8 @@ def load_random_state(
 def repaced(state: dict[str, Any], manifest: Manifest | None, repeats: int) -> dict[str, Any]:
     """A scheduler's state, counted in the steps of this run.
 
-    A prepared scheduler advances once per data-parallel rank and optimizer step; what counts is the number of optimizer steps.
+    A prepared scheduler advances once per data-parallel rank and optimizer step; what counts is the number of optimizer
+    steps.
     """
     if manifest is None or repeats == manifest.data_parallel_size:
         return state
@@ -212,15 +215,16 @@ def save_state(
 ) -> str:
     """Like ``Accelerator.save_state``: the same files, and a manifest when all of them are there.
 
-    A complete checkpoint in ``output_dir`` stays on the disk until the new one is complete. With ``async_save`` the weights and
-    the optimizer's state are copied and written in the background.
+    A complete checkpoint in ``output_dir`` stays on the disk until the new one is complete. With ``async_save`` the
+    weights and the optimizer's state are copied and written in the background.
     """
     from accelerate.checkpointing import save_accelerator_state, save_custom_state
 
     wait_for_saves()
     if save_model_func_kwargs:
         raise CheckpointError(
-            f"save_state was given {', '.join(save_model_func_kwargs)}, which are for DeepSpeed and Megatron-LM. Leave them out."
+            f"save_state was given {', '.join(save_model_func_kwargs)}, which are for DeepSpeed and Megatron-LM. Leave "
+            "them out."
         )
     project = self.project_configuration
     naming_ourselves = project.automatic_checkpoint_naming
@@ -236,7 +240,8 @@ def save_state(
         with agreed(f"saving to {folder}"):
             if rank() == 0 and folder.exists():
                 raise CheckpointError(
-                    f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on with."
+                    f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on "
+                    "with."
                 )
     save = begin(folder)
     folder = save.folder
@@ -291,7 +296,7 @@ def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
 
 def _model_of(accelerator: Accelerator, optimizer: Any, index: int) -> nn.Module:
     record = attached_to(raw_optimizer(optimizer))
-    return record.job.model if record is not None else accelerator._models[min(index, len(accelerator._models) - 1)]
+    return record.context.model if record is not None else accelerator._models[min(index, len(accelerator._models) - 1)]
 
 
 def load_state(
@@ -309,7 +314,8 @@ def load_state(
         unknown = set(kwargs) - {"map_location"}  # values go straight to where the model is
         if unknown:
             raise CheckpointError(
-                f"load_state was given {', '.join(sorted(unknown))}, which FSDP's checkpoints do not take. Leave it out."
+                f"load_state was given {', '.join(sorted(unknown))}, which FSDP's checkpoints do not take. Leave it "
+                "out."
             )
         if load_kwargs and load_kwargs.get("weights_only", True) is not True:
             raise CheckpointError(

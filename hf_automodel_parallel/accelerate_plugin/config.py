@@ -1,9 +1,9 @@
 """``AutoParallelismConfig``: the one object a user passes, its fields, its text forms and its validation.
 
-It subclasses :class:`accelerate.ParallelismConfig`, so it goes wherever that class goes. ``Accelerator.__init__`` calls two
-of its methods, in this order, with the process group ready: :meth:`AutoParallelismConfig.get_device_mesh`, where open sizes
-are inferred and wrong ones refused, and :meth:`AutoParallelismConfig._validate_accelerator`, where the package binds itself
-to that one ``Accelerator`` instance.
+It subclasses :class:`accelerate.ParallelismConfig`, so it goes wherever that class goes. ``Accelerator.__init__`` calls
+two of its methods, in this order, with the process group ready: :meth:`AutoParallelismConfig.get_device_mesh`, where
+open sizes are inferred and wrong ones refused, and :meth:`AutoParallelismConfig._validate_accelerator`, where the
+package binds itself to that one ``Accelerator`` instance.
 """
 
 from __future__ import annotations
@@ -51,52 +51,57 @@ _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 class AutoParallelismConfig(ParallelismConfig):
     """How to spread a model over the processes: sizes of the mesh axes, plan, and how FSDP2 behaves.
 
-    The size fields are Accelerate's (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``, ``sp_size``) and
-    mean the same, with one addition: a size that nobody gave (None here and not in the environment) is inferred from the
-    world size instead of being 1. ``dp_shard`` takes the rest; if it was given, ``dp_replicate`` does; then ``tp``.
+    The size fields are Accelerate's (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``, ``sp_size``)
+    and mean the same, with one addition: a size that nobody gave (None here and not in the environment) is inferred
+    from the world size instead of being 1. ``dp_shard`` takes the rest; if it was given, ``dp_replicate`` does; then
+    ``tp``.
 
     Args:
         tp_plan: explicit tensor-parallel plan, preferred to every other source: a dict (module or parameter pattern ->
-            style name or ``torch.distributed.tensor.parallel.ParallelStyle``), a callable returning one (with or without
-            the model as argument), the import path of either (``"my_package.plans:llama"``), or the name of a named plan.
+            style name or ``torch.distributed.tensor.parallel.ParallelStyle``), a callable returning one (with or
+            without the model as argument), the import path of either (``"my_package.plans:llama"``), or the name of a
+            named plan.
         plan_order: sources to try, in order, when ``tp_plan`` is None: some of :data:`PLAN_SOURCES`, each once.
-        reshard_after_forward: free a layer's gathered parameters after its forward. None: what the ``fsdp_plugin`` says,
-            else True; the last layer is never resharded, its backward comes next.
+        reshard_after_forward: free a layer's gathered parameters after its forward. None: what the ``fsdp_plugin``
+            says, else True; the last layer is never resharded, its backward comes next.
         forward_prefetch: how many layers ahead FSDP2 gathers in forward. 0 leaves it to FSDP2.
         backward_prefetch: how many layers ahead FSDP2 gathers in backward. 0 leaves it to FSDP2.
-        sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks: norms,
-            dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the plan.
-        sequence_parallel_regather: keep only this rank's share of the inputs of attention and MLP, and gather them again in
-            backward: less memory, for two more all-gathers per dense layer in backward. Goes with
-            ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside them.
-        loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under tensor
-            parallelism wherever the output projection is sharded that way. True requires it, False gathers logits as whole
-            tensors.
+        sequence_parallel: split the activations between attention and MLP blocks along the sequence, over the tp ranks:
+            norms, dropout and residuals take 1 / tp_size of the memory, at the same communication. Derived from the
+            plan.
+        sequence_parallel_regather: keep only this rank's share of the inputs of attention and MLP, and gather them
+            again in backward: less memory, for two more all-gathers per dense layer in backward. Goes with
+            ``activation_checkpointing="selective"``; the other checkpoints do the same anyway, and it is refused beside
+            them.
+        loss_parallel: keep the logits sharded over the vocabulary and compute cross entropy on the shards. None: under
+            tensor parallelism wherever the output projection is sharded that way. True requires it, False gathers
+            logits as whole tensors.
         loss_chunk_size: rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB.
-        async_tensor_parallel: overlap the collectives of sequence parallelism with matrix products; needs ``sequence_parallel``,
-            ``compile=True`` and CUDA with symmetric memory, and is refused elsewhere.
+        async_tensor_parallel: overlap the collectives of sequence parallelism with matrix products; needs
+            ``sequence_parallel``, ``compile=True`` and CUDA with symmetric memory, and is refused elsewhere.
         activation_checkpointing: "none", "full" (whole layers), "submodule" (attention and MLP of each layer) or
             "selective" (keep attention, collectives and half of the matrix products); True means "full". None: what the
             ``fsdp_plugin`` says. The model's own ``gradient_checkpointing_enable`` is the alternative, never both.
         compile: compile each layer: True, or the name of a ``torch.compile`` backend. False: what Accelerate's dynamo
             settings (``torch_compile=True`` in ``TrainingArguments``) say.
-        audit: when to check that no trainable parameter lost its gradient, none was frozen or unfrozen unasked, and copies of
-            parameters are equal on all ranks: "first_step" (the first optimizer step; also None and True),
+        audit: when to check that no trainable parameter lost its gradient, none was frozen or unfrozen unasked, and
+            copies of parameters are equal on all ranks: "first_step" (the first optimizer step; also None and True),
             "every_n_steps" (again every ``audit_steps`` optimizer steps), "off" (also False).
-        backend: what shards parameters over the data-parallel ranks: "fsdp2", or "megatron_fsdp", NVIDIA's package of that name
-            (extra ``megatron``).
+        backend: what shards parameters over the data-parallel ranks: "fsdp2", or "megatron_fsdp", NVIDIA's package of
+            that name (extra ``megatron``).
         megatron_fsdp: options of that backend by name, such as ``{"zero_dp_strategy": 2}``: the arguments of
             ``megatron_fsdp_strategy_parallelize``; see :class:`.megatron.options.MegatronOptions`.
         audit_steps: the n of "every_n_steps".
-        towers: where FSDP2 keeps the parameters of towers (vision, audio), which only some forwards run. "root" (also None):
-            with the root, gathered in every forward, so that ranks with and without images may meet; "layers": each of their
-            layers a unit, which takes less memory and needs images on all data-parallel ranks or none; "replicated": frozen
-            parameters whole on each rank, trained ones with the root. Naming their classes in
+        towers: where FSDP2 keeps the parameters of towers (vision, audio), which only some forwards run. "root" (also
+            None): with the root, gathered in every forward, so that ranks with and without images may meet; "layers":
+            each of their layers a unit, which takes less memory and needs images on all data-parallel ranks or none;
+            "replicated": frozen parameters whole on each rank, trained ones with the root. Naming their classes in
             ``transformer_cls_names_to_wrap`` means "layers".
-        async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU, and
-            training goes on while they are written. The checkpoint is complete, and counts, when its manifest is there.
-        check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on whole
-            parameters, and refuse it if not. False trusts it.
+        async_save: write checkpoints of training in the background: weights and optimizer state are copied to the CPU,
+            and training goes on while they are written. The checkpoint is complete, and counts, when its manifest is
+            there.
+        check_optimizer: at ``prepare``, try on small tensors that the optimizer computes on shards what it computes on
+            whole parameters, and refuse it if not. False trusts it.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -133,7 +138,8 @@ class AutoParallelismConfig(ParallelismConfig):
         self._read_sizes_from_environment()
         self._check_fields()
         self._open_axes = tuple(axis for axis in AXES if getattr(self, f"{axis}_size") is None)
-        # The parent refuses tp with replicas and dp_shard=1, because it would use DDP; FSDP2 runs on an axis of one rank.
+        # The parent refuses tp with replicas and dp_shard=1, because it would use DDP; FSDP2 runs on an axis of one
+        # rank.
         dp_shard_size: int | None = self.dp_shard_size  # type: ignore[has-type]
         self.dp_shard_size = 2
         super().__post_init__()
@@ -145,8 +151,8 @@ class AutoParallelismConfig(ParallelismConfig):
         strategy = getattr(self.cp_handler, "cp_comm_strategy", "allgather")
         if self.cp_size > 1 and strategy != "allgather":  # type: ignore[operator]
             raise UnsupportedError(
-                f"cp_handler has cp_comm_strategy={strategy!r}: keys and values are gathered over the cp axis, once per layer. "
-                f"Use cp_comm_strategy='allgather' (the default), or cp_size=1."
+                f"cp_handler has cp_comm_strategy={strategy!r}: keys and values are gathered over the cp axis, once "
+                f"per layer. Use cp_comm_strategy='allgather' (the default), or cp_size=1."
             )
 
     def _read_sizes_from_environment(self) -> None:
@@ -187,8 +193,8 @@ class AutoParallelismConfig(ParallelismConfig):
             raise ConfigError(f"loss_chunk_size={rows!r}: give a number of rows (tokens), at least 1, or leave it out.")
         if rows is not None and self.loss_parallel is False:
             raise ConfigError(
-                f"loss_chunk_size={rows} has a meaning with loss parallelism alone, which loss_parallel=False switches off. "
-                f"Leave out one of the two."
+                f"loss_chunk_size={rows} has a meaning with loss parallelism alone, which loss_parallel=False switches "
+                f"off. Leave out one of the two."
             )
         if isinstance(self.plan_order, str):
             self.plan_order = tuple(part for part in self.plan_order.replace("+", " ").split() if part)
@@ -237,8 +243,8 @@ class AutoParallelismConfig(ParallelismConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give true or false.")
         if self.sequence_parallel_regather and not self.sequence_parallel:
             raise ConfigError(
-                "sequence_parallel_regather=True has a meaning with sequence_parallel=True alone: without it nothing is gathered "
-                "along the sequence. Set sequence_parallel=True, or leave it out."
+                "sequence_parallel_regather=True has a meaning with sequence_parallel=True alone: without it nothing "
+                "is gathered along the sequence. Set sequence_parallel=True, or leave it out."
             )
         if self.sp_size is not None and self.sp_size > 1:
             raise ConfigError(
@@ -269,19 +275,21 @@ class AutoParallelismConfig(ParallelismConfig):
         for name in options:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not take. Leave "
-                    f"it out; its own options stand in megatron_fsdp={{...}}."
+                    f"{name}={getattr(self, name)!r} is an option of FSDP2, which backend='megatron_fsdp' does not "
+                    f"take. Leave it out; its own options stand in megatron_fsdp={{...}}."
                 )
 
     def _check_no_other_accelerator(self) -> None:
-        """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to tell."""
+        """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to
+        tell.
+        """
         state = compat.accelerator_already_exists()
         if state is None or isinstance(state.parallelism_config, AutoParallelismConfig):
             return
         raise ConfigError(
-            "AutoParallelismConfig was created after an Accelerator already exists in this process; Accelerate shares one "
-            "state between all Accelerators and would ignore this config without a word. Create the config before, and "
-            "pass it to, the first Accelerator (or TrainingArguments) of the process."
+            "AutoParallelismConfig was created after an Accelerator already exists in this process; Accelerate shares "
+            "one state between all Accelerators and would ignore this config without a word. Create the config before, "
+            "and pass it to, the first Accelerator (or TrainingArguments) of the process."
         )
 
     # ---- sizes -------------------------------------------------------------------------------------------------
@@ -302,8 +310,8 @@ class AutoParallelismConfig(ParallelismConfig):
         if remainder or (absorber is None and rest != 1):
             needed = known if absorber is None or known > world_size else f"a multiple of {known}"
             hint = (
-                " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one process, "
-                "whatever --num_processes says.)"
+                " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one "
+                "process, whatever --num_processes says.)"
             )
             raise ConfigError(
                 f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
@@ -315,22 +323,23 @@ class AutoParallelismConfig(ParallelismConfig):
         self._check_loss_has_ranks()
         if self.tp_plan is not None and self.tp_size == 1:
             raise ConfigError(
-                "tp_plan with tp_size=1: there is nothing that it could shard. Use tp_size=2 or more, or leave tp_plan out."
+                "tp_plan with tp_size=1: there is nothing that it could shard. Use tp_size=2 or more, or leave tp_plan "
+                "out."
             )
         if self.plan_order != PLAN_SOURCES and self.tp_size == 1:
             raise ConfigError(
-                f"plan_order={self.plan_order!r} with tp_size=1: without tensor parallelism no plan is looked for. Use tp_size=2 "
-                f"or more, or leave plan_order out."
+                f"plan_order={self.plan_order!r} with tp_size=1: without tensor parallelism no plan is looked for. Use "
+                f"tp_size=2 or more, or leave plan_order out."
             )
         if getattr(self.tp_handler, "enable_async_tp", False):  # type: ignore[has-type]
             raise ConfigError(
-                "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. Use "
-                "AutoParallelismConfig(async_tensor_parallel=True)."
+                "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. "
+                "Use AutoParallelismConfig(async_tensor_parallel=True)."
             )
         if self.sequence_parallel and self.tp_size == 1:
             raise ConfigError(
-                "sequence_parallel=True with tp_size=1: sequences are split over the ranks of the tp axis. Use tp_size=2 or "
-                "more, or sequence_parallel=False."
+                "sequence_parallel=True with tp_size=1: sequences are split over the ranks of the tp axis. Use "
+                "tp_size=2 or more, or sequence_parallel=False."
             )
         if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
@@ -341,8 +350,8 @@ class AutoParallelismConfig(ParallelismConfig):
         for name, value in (("loss_parallel", self.loss_parallel or None), ("loss_chunk_size", self.loss_chunk_size)):
             if value is not None and self.tp_size == 1:  # type: ignore[has-type]
                 raise ConfigError(
-                    f"{name}={value!r} needs a tp axis, over which the vocabulary is spread, but tp_size is 1. Use tp_size=2 or "
-                    f"more, or leave it out."
+                    f"{name}={value!r} needs a tp axis, over which the vocabulary is spread, but tp_size is 1. Use "
+                    f"tp_size=2 or more, or leave it out."
                 )
 
     @property
@@ -366,9 +375,9 @@ class AutoParallelismConfig(ParallelismConfig):
                 self.resolve_sizes(1)
                 return None
             from ..core.consistency import check_same_configs
-            from ..core.ranks import agreement
+            from ..core.ranks import raise_on_all_ranks
 
-            with agreement("AutoParallelismConfig"):
+            with raise_on_all_ranks("AutoParallelismConfig"):
                 self.resolve_sizes(world)
             check_same_configs(self._sizes, collective_choices(self))
         mesh = super().get_device_mesh(device_type)
@@ -379,7 +388,8 @@ class AutoParallelismConfig(ParallelismConfig):
         return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
-        # The seam: the only moment at which Accelerate hands us the instance. Imported late, the import arrow points back.
+        # The seam: the only moment at which Accelerate hands us the instance. Imported late, the import arrow points
+        # back.
         from .methods import install
 
         install(self, accelerator)
@@ -485,14 +495,15 @@ def _world_size() -> int | None:
 def _check_alone() -> None:
     """Raise if this process was launched as one of several that Accelerate has not connected.
 
-    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its own.
+    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its
+    own.
     """
     started = os.environ.get("WORLD_SIZE", "1")
     if started.isdecimal() and int(started) > 1:
         raise ConfigError(
-            f"{started} processes were started (WORLD_SIZE), but Accelerate found no accelerator device and was not asked for "
-            f"the CPU, so that each of them is alone. On CPU pass Accelerator(cpu=True) or TrainingArguments(use_cpu=True), or "
-            f"set ACCELERATE_USE_CPU=true."
+            f"{started} processes were started (WORLD_SIZE), but Accelerate found no accelerator device and was not "
+            f"asked for the CPU, so that each of them is alone. On CPU pass Accelerator(cpu=True) or "
+            f"TrainingArguments(use_cpu=True), or set ACCELERATE_USE_CPU=true."
         )
 
 

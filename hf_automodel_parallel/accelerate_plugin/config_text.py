@@ -1,4 +1,6 @@
-"""The text forms of a config: YAML and JSON files, JSON text, ``name=value`` pairs, and JSON-ready pictures of values."""
+"""The text forms of a config: YAML and JSON files, JSON text, ``name=value`` pairs, and JSON-ready pictures of
+values.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
 
     from .config import AutoParallelismConfig
 
-#: Fields, besides the sizes, that decide which collectives run and in which order: ranks that differ in one wait for ever. Not
-#: among them are where a plan comes from (what it came to is compared when a model is prepared) and what each rank does alone.
+#: Fields, besides the sizes, that decide which collectives run and in which order: ranks that differ in one wait for
+#: ever. Not among them are where a plan comes from (what it came to is compared when a model is prepared) and what each
+#: rank does alone.
 DECIDE_COLLECTIVES = (
     *("backend", "megatron_fsdp", "towers", "reshard_after_forward", "forward_prefetch", "backward_prefetch"),
     *("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "loss_parallel"),
@@ -31,7 +34,9 @@ _SYNONYMS: dict[str, dict[Any, str]] = {
 
 
 def collective_choices(config: AutoParallelismConfig) -> dict[str, Any]:
-    """The values of :data:`DECIDE_COLLECTIVES`, one for all ways to write it, as text or numbers that ranks can exchange."""
+    """The values of :data:`DECIDE_COLLECTIVES`, one for all ways to write it, as text or numbers that ranks can
+    exchange.
+    """
     values = {name: getattr(config, name) for name in DECIDE_COLLECTIVES}
     return {
         name: plain(value if isinstance(value, Mapping) else _SYNONYMS.get(name, {}).get(value, value))
@@ -40,7 +45,9 @@ def collective_choices(config: AutoParallelismConfig) -> dict[str, Any]:
 
 
 def is_file(text: str) -> bool:
-    """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can hold."""
+    """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can
+    hold.
+    """
     try:
         return bool(text) and Path(text).is_file()
     except (OSError, ValueError):

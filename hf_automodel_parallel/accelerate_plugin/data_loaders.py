@@ -1,7 +1,7 @@
 """Accelerate counts processes where data-parallel ranks count: data loaders, schedulers and gathered results.
 
-The ranks of a tp group share their batches, and those of a cp group share their rows. The functions here are bound on an
-``Accelerator`` instance by the table of :mod:`.accelerate`.
+The ranks of a tp group share their batches, and those of a cp group share their rows. The functions here are bound on
+an ``Accelerator`` instance by the table of :mod:`.accelerate`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 def prepare_data_loader(
     self: Accelerator, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
 ) -> Any:
-    """Like ``Accelerator.prepare_data_loader``, but iterable datasets are read on each rank, not dispatched from rank 0.
+    """Like ``Accelerator.prepare_data_loader``, but iterable datasets are read on each rank, not dispatched from rank
+    0.
 
-    Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to use it.
+    Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to
+    use it.
     """
     shared = self.parallelism_config.tp_enabled or self.parallelism_config.cp_enabled  # type: ignore[union-attr]
     dispatch = self.dispatch_batches
     if shared and dispatch:
         raise ConfigError(
-            "dispatch_batches=True does not know tensor and context parallelism: it would send different data to the ranks of "
-            "one tp or cp group. Leave it out; every rank then reads the data set itself."
+            "dispatch_batches=True does not know tensor and context parallelism: it would send different data to the "
+            "ranks of one tp or cp group. Leave it out; every rank then reads the data set itself."
         )
     if shared and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
         self.dataloader_config.dispatch_batches = False
@@ -49,7 +51,8 @@ def prepare_data_loader(
 def _shuffle_alike(loader: Any) -> None:
     """Synchronise the shuffling of the ranks at the start of each epoch, as Accelerate does.
 
-    With one data-parallel rank it sees no reason to; the ranks of a tp or cp group would then shuffle by their own seeds.
+    With one data-parallel rank it sees no reason to; the ranks of a tp or cp group would then shuffle by their own
+    seeds.
     """
     from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, get_sampler
 
@@ -66,8 +69,8 @@ def _shuffle_alike(loader: Any) -> None:
 class _DataParallelScheduler(AcceleratedScheduler):
     """Advances once per data-parallel rank and optimizer step.
 
-    Accelerate steps a scheduler once per process, because each process used to bring its own batch. The ranks of a tp group
-    share one batch, so its schedules would run tp times too fast.
+    Accelerate steps a scheduler once per process, because each process used to bring its own batch. The ranks of a tp
+    group share one batch, so its schedules would run tp times too fast.
     """
 
     def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
@@ -102,7 +105,9 @@ def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
 
 
 def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
-    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp or cp group hold the same samples."""
+    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp or cp group hold the same
+    samples.
+    """
     from accelerate.utils import gather_object
     from accelerate.utils.operations import recursively_apply
 

@@ -1,4 +1,6 @@
-"""``generate`` on a prepared model: the ranks that compute together draw the same tokens and run equally many forwards."""
+"""``generate`` on a prepared model: the ranks that compute together draw the same tokens and run equally many
+forwards.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..core.consistency import fingerprint, synchronize_rng
 from ..core.module_names import unwrapped
-from ..core.ranks import agreement, communication_device
+from ..core.ranks import communication_device, raise_on_all_ranks
 from ..errors import PrepareError
-from ..strategies.context import Job
+from ..strategies.context import ParallelizeContext
 
 _GUARDED = "_automodel_parallel_generate"
 
@@ -24,38 +26,40 @@ _GUARDED = "_automodel_parallel_generate"
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
-def guard_generation(model: nn.Module, job: Job) -> None:
-    """Make ``model.generate`` safe on every mesh, on this instance alone; a model that cannot generate is left as it is.
+def guard_generation(model: nn.Module, context: ParallelizeContext) -> None:
+    """Make ``model.generate`` safe on every mesh, on this instance alone; a model that cannot generate is left as it
+    is.
 
-    * The ranks of a tp group need one prompt and one random state: with tokens of their own, each would go on with a cache
-      that fits another text, and the first to stop would leave the others waiting. A script may have seeded each process
-      by its index (Accelerate's ``set_seed(..., device_specific=True)``).
-    * Data-parallel ranks that share parameters run equally many forwards, however long their texts get; and where a rank fails
-      between two forwards (a logits processor of the user's), so do those that compute with it. See :class:`_Together`.
+    * The ranks of a tp group need one prompt and one random state: with tokens of their own, each would go on with a
+      cache that fits another text, and the first to stop would leave the others waiting. A script may have seeded each
+      process by its index (Accelerate's ``set_seed(..., device_specific=True)``).
+    * Data-parallel ranks that share parameters run equally many forwards, however long their texts get; and where a
+      rank fails between two forwards (a logits processor of the user's), so do those that compute with it. See
+      :class:`_Together`.
 
     Args:
         model: the prepared model, PEFT-wrapped or not.
-        job: how it was prepared.
+        context: how it was prepared.
     """
     inner, _ = unwrapped(model)
     if not hasattr(inner, "generate") or _GUARDED in inner.__dict__:
         return
     if hasattr(model, "generate"):
-        # The root of FSDP2 gathers what is its own in front of its forward. generate() comes past it: PEFT's wrapper hands it
-        # to the model inside, and an encoder is called alone, whose embedding is tied to the decoder's.
+        # The root of FSDP2 gathers what is its own in front of its forward. generate() comes past it: PEFT's wrapper
+        # hands it to the model inside, and an encoder is called alone, whose embedding is tied to the decoder's.
         register_fsdp_forward_method(model, "generate")
-    data_parallel = job.dp_mesh
+    data_parallel = context.dp_mesh
     shared_parameters = data_parallel.size(data_parallel.ndim - 1) > 1
-    tp_mesh = job.tp_mesh
+    tp_mesh = context.tp_mesh
     # All ranks meet in a generation that gathers parameters; otherwise each tp group generates when it likes to.
-    group = job.group if shared_parameters or tp_mesh is None else tp_mesh.get_group()
+    group = context.group if shared_parameters or tp_mesh is None else tp_mesh.get_group()
     together = _Together(inner, group) if shared_parameters or tp_mesh is not None else None
     original: Callable[..., Any] = inner.generate  # type: ignore[assignment]
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         if tp_mesh is not None:
-            with agreement("generate", group):
+            with raise_on_all_ranks("generate", group):
                 _check_same_prompt([*enumerate(args), *kwargs.items()], tp_mesh)
             synchronize_rng(tp_mesh)
         if together is None:
@@ -75,11 +79,13 @@ class _OtherRankFailed(PrepareError):
 
 
 class _Together:
-    """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share or reduces over tp.
+    """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share or reduces over
+    tp.
 
-    In front of each forward of a generation the ranks ask each other who still writes. A rank that has finished joins in with
-    forwards of one token until nobody does. transformers' ``synced_gpus`` is meant for this, but lets a rank that has finished
-    go on with its own cache and mask, which a static cache and ``use_cache=False`` do not survive (5.24).
+    In front of each forward of a generation the ranks ask each other who still writes. A rank that has finished joins
+    in with forwards of one token until nobody does. transformers' ``synced_gpus`` is meant for this, but lets a rank
+    that has finished go on with its own cache and mask, which a static cache and ``use_cache=False`` do not survive
+    (5.24).
     """
 
     def __init__(self, inner: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -119,8 +125,8 @@ class _Together:
         said = self._tell(_WRITES if writes else _DONE)
         if said == _FAILED:
             raise _OtherRankFailed(
-                "generate() failed on another rank, whose message says why; the ranks generate together, because they share the "
-                "parameters or compute one text."
+                "generate() failed on another rank, whose message says why; the ranks generate together, because they "
+                "share the parameters or compute one text."
             )
         return said == _WRITES
 
@@ -161,7 +167,7 @@ def _check_same_prompt(arguments: list[tuple[int | str, Any]], tp_mesh: DeviceMe
     if differ:
         shapes = [theirs.get(differ[0], ("absent",))[0] for theirs in everyone]
         raise PrepareError(
-            f"generate() was given different {', '.join(differ)} on the ranks of one tp group (shapes {shapes}): they compute "
-            f"one text together. Deal the prompts by data-parallel rank (a data loader that went through accelerator.prepare "
-            f"does), not by process_index."
+            f"generate() was given different {', '.join(differ)} on the ranks of one tp group (shapes {shapes}): they "
+            f"compute one text together. Deal the prompts by data-parallel rank (a data loader that went through "
+            f"accelerator.prepare does), not by process_index."
         )

@@ -1,8 +1,8 @@
 """Run an unmodified training script with this package behind its ``Accelerator`` or ``Trainer``.
 
-``Accelerator.__init__`` builds a ``ParallelismConfig`` from the environment when nobody passes one. For this process, that
-one name in the module ``accelerate.accelerator`` is replaced by a factory of :class:`AutoParallelismConfig`; nothing else is
-touched, and a script started without this launcher never meets the package.
+``Accelerator.__init__`` builds a ``ParallelismConfig`` from the environment when nobody passes one. For this process,
+that one name in the module ``accelerate.accelerator`` is replaced by a factory of :class:`AutoParallelismConfig`;
+nothing else is touched, and a script started without this launcher never meets the package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import AutoParallelError, ConfigError
 from .config import CONFIG_VARIABLE, AutoParallelismConfig
 
 USAGE = """\
-usage: accelerate launch [accelerate options] -m hf_automodel_parallel.launch [--auto_parallel CONFIG] SCRIPT [arguments ...]
+usage: accelerate launch [accelerate options] -m hf_automodel_parallel.launch [--auto_parallel CONFIG] SCRIPT [args ...]
 
 Run SCRIPT unchanged; its Accelerator or Trainer parallelises the model (tensor parallelism, FSDP2, HSDP).
 
@@ -28,7 +28,7 @@ Run SCRIPT unchanged; its Accelerator or Trainer parallelises the model (tensor 
   -h, --help               show this text
 
 examples:
-  accelerate launch --config_file accelerate_configs/cpu_fsdp2_tp2.yaml -m hf_automodel_parallel.launch train.py --lr 1e-4
+  accelerate launch --config_file accelerate_configs/cpu_fsdp2_tp2.yaml -m hf_automodel_parallel.launch train.py
   torchrun --nproc_per_node 8 -m hf_automodel_parallel.launch --auto_parallel tp=2 train.py
 """
 
@@ -68,8 +68,8 @@ def install(config_text: str | None) -> None:
         config_text = os.environ.get(CONFIG_VARIABLE) or None
     if config_text is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         raise ConfigError(
-            "nothing says how to parallelise. Give --auto_parallel (for example tp=2), or an Accelerate config file with a "
-            "parallelism_config section (accelerate launch --config_file ...)."
+            "nothing says how to parallelise. Give --auto_parallel (for example tp=2), or an Accelerate config file "
+            "with a parallelism_config section (accelerate launch --config_file ...)."
         )
     if config_text is not None:
         # The config replaces the section of the file: sizes it leaves open are inferred, not taken from there.

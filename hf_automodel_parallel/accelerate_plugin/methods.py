@@ -1,8 +1,8 @@
 """The seam to Accelerate: the methods bound on one ``Accelerator`` instance, in one table, each with its reason.
 
 Nothing is patched on a class. ``Accelerator.__init__`` hands the instance to our config, and :func:`install` binds the
-functions of :data:`BOUND_METHODS` on it. All else of Accelerate runs unchanged on the result, which is what its own FSDP2
-code would have made: an ``FSDPModule`` with DTensor parameters.
+functions of :data:`BOUND_METHODS` on it. All else of Accelerate runs unchanged on the result, which is what its own
+FSDP2 code would have made: an ``FSDPModule`` with DTensor parameters.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ..backends.megatron_fsdp.accelerate import watch as watch_megatron
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..context_parallel.buffers import sharded_buffers
 from ..core.mesh import MeshAxes
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp.shard import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
-from ..loading.fill import ValuesSetAside
+from ..loading.fill import PendingValues
 from ..optim.handoff import check_optimizers, parameter_names, raw_optimizer, replace_parameters
 from ..optim.sharding_check import check_on_shards
 from ..peft.late_adapters import adding
 from ..peft.operations import manage_adapters, merge_whole_weights
 from ..strategies.base import refuse_sharded
-from ..strategies.context import Job
+from ..strategies.context import ParallelizeContext
 from ..strategies.registry import get_parallelization_strategy
 from ..trainer_plugin.checks import check_trainer, is_of_trainer, remember_trainer
 from ..trainer_plugin.extend import extend_trainer
@@ -49,7 +49,7 @@ from .config import AutoParallelismConfig, normalized_audit
 from .data_loaders import gather_for_metrics, prepare_data_loader, prepare_scheduler
 from .generation import guard_generation
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
-from .prepared import Prepared, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
+from .prepared import PreparedModel, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
 from .sampler_state import skip_first_batches
 from .saving import bind_saving, bind_trainer, save_model
 
@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
     """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
 
-    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, and a Trainer
-    extended, so that checkpoints of a parallel run can be read in one process.
+    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, and a
+    Trainer extended, so that checkpoints of a parallel run can be read in one process.
 
     Raises:
         ConfigError: what Accelerate was given beside the config contradicts it.
@@ -94,9 +94,10 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
 def _leave_cleanly() -> None:
     """Close the process group before the interpreter is torn down, in a script that does not do it itself.
 
-    A gloo thread drops the tensors of the last collective a moment after the collective is over. If Python is being torn down
-    by then, the thread cannot take the interpreter's lock, and a process whose work is done ends in SIGABRT ("terminate called
-    without an active exception"; 4 of 37 runs of a two-rank script). The pause hands that thread the lock.
+    A gloo thread drops the tensors of the last collective a moment after the collective is over. If Python is being
+    torn down by then, the thread cannot take the interpreter's lock, and a process whose work is done ends in SIGABRT
+    ("terminate called without an active exception"; 4 of 37 runs of a two-rank script). The pause hands that thread the
+    lock.
     """
 
     def leave() -> None:
@@ -139,13 +140,14 @@ def _check_surroundings(accelerator: Accelerator, plugin: FullyShardedDataParall
     hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
     if hook != DDPCommunicationHookType.NO:
         raise ConfigError(
-            f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no DDP that would call it. To reduce gradients "
-            f"in another dtype set fsdp_plugin.mixed_precision_policy (reduce_dtype)."
+            f"DistributedDataParallelKwargs(comm_hook={hook.value!r}): there is no DDP that would call it. To reduce "
+            f"gradients in another dtype set fsdp_plugin.mixed_precision_policy (reduce_dtype)."
         )
     if accelerator.mixed_precision == "fp8":
         raise UnsupportedError(
-            "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, torchao, "
-            "MS-AMP) replace linear layers by others, which no tensor-parallel plan and no FSDP2 policy here knows. Use 'bf16'."
+            "mixed_precision='fp8' is not supported, whatever its recipe: Accelerate's recipes (Transformer Engine, "
+            "torchao, MS-AMP) replace linear layers by others, which no tensor-parallel plan and no FSDP2 policy here "
+            "knows. Use 'bf16'."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError(
@@ -161,7 +163,7 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
     models = [obj for obj in args if isinstance(obj, nn.Module)]
     optimizers = [obj for obj in args if isinstance(obj, torch.optim.Optimizer)]
     if models or optimizers:
-        with agreement("Accelerator.prepare"):
+        with raise_on_all_ranks("Accelerator.prepare"):
             _check_arguments(models, device_placement)
             if optimizers:
                 check_trainer(self)
@@ -169,8 +171,10 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
-        args = tuple(record.job.model if obj is models[0] else obj for obj in args)  # a strategy may replace the model
-        models = [record.job.model]
+        args = tuple(
+            record.context.model if obj is models[0] else obj for obj in args
+        )  # a strategy may replace the model
+        models = [record.context.model]
     elif optimizers:
         _adopt_optimizers(self, record, optimizers)
     result: list[Any] = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args]
@@ -190,22 +194,22 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
         raise PrepareError("device_placement cannot be customised: FSDP2 decides where parameters are. Leave it out.")
     if len(models) > 1:
         raise PrepareError(
-            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each model "
-            f"with its own optimizer in a call of its own; a frozen one alone."
+            f"{len(models)} models in one prepare call ({', '.join(type(m).__name__ for m in models)}). Prepare each "
+            f"model with its own optimizer in a call of its own; a frozen one alone."
         )
 
 
-def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Prepared:
+def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> PreparedModel:
     raw = [raw_optimizer(optimizer) for optimizer in optimizers]
-    with ValuesSetAside(model, raw) as pending:
+    with PendingValues(model, raw) as pending:
         return _shard(accelerator, model, raw, pending)
 
 
 def _shard(
-    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: ValuesSetAside
-) -> Prepared:
+    accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: PendingValues
+) -> PreparedModel:
     config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
-    with agreement("Accelerator.prepare"):
+    with raise_on_all_ranks("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
         if config.backend == "megatron_fsdp":
             strategy = megatron_strategy(accelerator, config, strategy)
@@ -215,7 +219,7 @@ def _shard(
             )
         names = check_optimizers(model, raw) if raw else []
         pending.begin()
-        job = Job(
+        context = ParallelizeContext(
             model=model,
             mesh=accelerator.torch_device_mesh,
             pending=pending,
@@ -236,9 +240,9 @@ def _shard(
             compile_options=compile_options(accelerator, config),
             offload_activations=offload_activations(accelerator, config, model),
         )
-        strategy.plan(job)
-    strategy.compare_ranks(job)
-    _check_on_shards(config, job, raw, names)
+        strategy.plan(context)
+    strategy.compare_ranks(context)
+    _check_on_shards(config, context, raw, names)
     upcast: list[str] = []
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
@@ -248,95 +252,100 @@ def _shard(
     before = dict(model.named_parameters())
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
     pending.keep()
-    strategy.carry_out(job)
+    strategy.carry_out(context)
     for optimizer, groups in zip(raw, names, strict=True):
-        strategy.switch_optimizer(job, optimizer, groups, before)
-    model = job.model
-    record = Prepared(job, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
+        strategy.switch_optimizer(context, optimizer, groups, before)
+    model = context.model
+    record = PreparedModel(context, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
     record.stored_dtypes = {name: dtypes[name] for name in upcast}
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
-    _watch(model, job)
+    _watch(model, context)
     if managed_by_megatron(model) is not None:
         watch_megatron(model)
         return record
     manage_adapters(
         model,
-        job.tensor_parallel,
+        context.tensor_parallel,
         on_unload=lambda plain: _after_unload(plain, record),
-        add=lambda original: adding(model, job, original, done=lambda: _after_adding(record)),
+        add=lambda original: adding(model, context, original, done=lambda: _after_adding(record)),
     )
     return record
 
 
-def _watch(model: nn.Module, job: Job) -> None:
-    guard_generation(model, job)
+def _watch(model: nn.Module, context: ParallelizeContext) -> None:
+    guard_generation(model, context)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
     bind_saving(model)
 
 
-def _after_adding(record: Prepared) -> None:
+def _after_adding(record: PreparedModel) -> None:
     """New adapters belong to the model now; they need an optimizer like everything that is trained."""
-    model = record.job.model
+    model = record.context.model
     record.names = {name for name, _ in model.named_parameters()}
     merge_whole_weights(model)
     if record.audit is not None:
         record.audit.again({name for name, parameter in model.named_parameters() if parameter.requires_grad})
 
 
-def _after_unload(plain: nn.Module, record: Prepared) -> None:
-    """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is left."""
+def _after_unload(plain: nn.Module, record: PreparedModel) -> None:
+    """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is
+    left.
+    """
     kept = {id(p): n for n, p in plain.named_parameters()}
     dtypes = {
         kept[id(p)]: record.stored_dtypes[name]
-        for name, p in record.job.model.named_parameters()
+        for name, p in record.context.model.named_parameters()
         if name in record.stored_dtypes and id(p) in kept
     }
-    unloaded = Prepared(
-        record.job, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
+    unloaded = PreparedModel(
+        record.context, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
     )
     remember(plain, unloaded)
-    _watch(plain, record.job)
+    _watch(plain, record.context)
 
 
 def _check_on_shards(
-    config: AutoParallelismConfig, job: Job, optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]]
+    config: AutoParallelismConfig,
+    context: ParallelizeContext,
+    optimizers: list[torch.optim.Optimizer],
+    names: list[list[list[str]]],
 ) -> None:
     """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
     if not optimizers or not config.check_optimizer:
         return
-    parameters = dict(job.model.named_parameters())
+    parameters = dict(context.model.named_parameters())
     if config.backend == "megatron_fsdp":
         from ..backends.megatron_fsdp.optimizer_check import check_elementwise
 
-        with agreement("Accelerator.prepare"):
+        with raise_on_all_ranks("Accelerator.prepare"):
             check_elementwise(optimizers, names, {name: p.shape for name, p in parameters.items()})
         return
-    with agreement("Accelerator.prepare"):
+    with raise_on_all_ranks("Accelerator.prepare"):
         check_on_shards(
             optimizers,
             names,
             {name: p.shape for name, p in parameters.items()},
-            job.spec.parameters if job.spec is not None else {},
-            job.dp_mesh,
-            job.tp_mesh,
-            job.device,
-            job.options.offload_policy,
-            {name for name, p in parameters.items() if p in job.options.ignored_parameters},
+            context.spec.parameters if context.spec is not None else {},
+            context.dp_mesh,
+            context.tp_mesh,
+            context.device,
+            context.options.offload_policy,
+            {name for name, p in parameters.items() if p in context.options.ignored_parameters},
         )
 
 
-def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: list[torch.optim.Optimizer]) -> None:
+def _adopt_optimizers(self: Accelerator, record: PreparedModel | None, optimizers: list[torch.optim.Optimizer]) -> None:
     """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
     owners = []
-    with agreement("Accelerator.prepare"):
+    with raise_on_all_ranks("Accelerator.prepare"):
         for optimizer in map(raw_optimizer, optimizers):
             candidates = [record] if record is not None else all_prepared()
             for owner in candidates:
-                managed = managed_by_megatron(owner.job.model)
-                sharded = sharded_parameters(owner.job.model) if managed is None else megatron_parameters(managed)
+                managed = managed_by_megatron(owner.context.model)
+                sharded = sharded_parameters(owner.context.model) if managed is None else megatron_parameters(managed)
                 if all(id(p) in sharded for group in optimizer.param_groups for p in group["params"]):
                     break
             else:
@@ -349,21 +358,23 @@ def _adopt_optimizers(self: Accelerator, record: Prepared | None, optimizers: li
             owners.append((optimizer, owner))
     for optimizer, owner in owners:
         owner.handed_over_late = not owner.trainable
-        names = parameter_names(owner.job.model)
+        names = parameter_names(owner.context.model)
         groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        _check_on_shards(owner.config, owner.job, [optimizer], [groups])
-        if managed_by_megatron(owner.job.model) is not None and attached_to(optimizer) is not owner:
-            owner.strategy.switch_optimizer(owner.job, optimizer, groups, dict(owner.job.model.named_parameters()))
+        _check_on_shards(owner.config, owner.context, [optimizer], [groups])
+        if managed_by_megatron(owner.context.model) is not None and attached_to(optimizer) is not owner:
+            owner.strategy.switch_optimizer(
+                owner.context, optimizer, groups, dict(owner.context.model.named_parameters())
+            )
         owner.trainable = True
         _attach(optimizer, owner)
 
 
-def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+def _attach(optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
     """What every step of ``optimizer`` needs, once however often it is prepared.
 
-    Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is right
-    too (as long as it clips with ``accelerator.clip_grad_norm_``), and the first gradients are audited. After it, what an
-    evaluation since the last backward left gathered is dropped: it holds the old values.
+    Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is
+    right too (as long as it clips with ``accelerator.clip_grad_norm_``), and the first gradients are audited. After it,
+    what an evaluation since the last backward left gathered is dropped: it holds the old values.
     """
     if attached_to(optimizer) is record:
         return
@@ -372,23 +383,27 @@ def _attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
         record.audit = _audit(record)
     record.audit.optimizers.add(optimizer)
     optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping))
-    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.job.model)])  # type: ignore[arg-type,func-returns-value]
+    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.context.model)])  # type: ignore[arg-type,func-returns-value]
 
 
-def _audit(record: Prepared) -> Audit:
-    job = record.job
+def _audit(record: PreparedModel) -> Audit:
+    context = record.context
     every = {"off": 0, "every_n_steps": record.config.audit_steps}.get(normalized_audit(record.config.audit))
-    compiled = without_units_inside(job.anatomy.layers) if job.compile_options is not None and job.anatomy else []
+    compiled = (
+        without_units_inside(context.structure.layers)
+        if context.compile_options is not None and context.structure
+        else []
+    )
     # A model that was prepared for evaluation is handed over for training only now.
-    now = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+    now = {name for name, parameter in context.model.named_parameters() if parameter.requires_grad}
     trainable = now if record.handed_over_late else set(record.trainable_names)
-    return Audit(job.model, trainable, compiled, record.config.tp_size or 1, every)
+    return Audit(context.model, trainable, compiled, record.config.tp_size or 1, every)
 
 
-def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
+def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer) -> None:
     """Sum what is outstanding; in the steps that are audited, look at the gradients."""
-    if record.job.tensor_parallel is not None:
-        record.job.tensor_parallel.partial.flush()
+    if record.context.tensor_parallel is not None:
+        record.context.tensor_parallel.partial.flush()
     if record.audit is not None:
         record.audit.before_step(optimizer)
     agree_on_signal()
@@ -397,10 +412,11 @@ def _before_step(record: Prepared, optimizer: torch.optim.Optimizer) -> None:
 def _prepare_model(
     self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
 ) -> nn.Module:
-    """Like ``Accelerator.prepare_model``; what is or will be sharded here is neither wrapped in DDP nor compiled as a whole.
+    """Like ``Accelerator.prepare_model``; what is or will be sharded here is neither wrapped in DDP nor compiled as a
+    whole.
 
-    Under ``torch_compile`` the Trainer prepares its model in this way for an evaluation before training. Other models that are
-    for evaluation alone (the reference and reward models of TRL) stay whole on each rank, as in stock.
+    Under ``torch_compile`` the Trainer prepares its model in this way for an evaluation before training. Other models
+    that are for evaluation alone (the reference and reward models of TRL) stay whole on each rank, as in stock.
     """
     if evaluation_mode and prepared(model) is None:
         refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
@@ -415,8 +431,8 @@ def _prepare_model(
 def _flush_all(accelerator: Accelerator) -> None:
     for model in accelerator._models:
         record = prepared(model)
-        if record is not None and record.job.tensor_parallel is not None:
-            record.job.tensor_parallel.partial.flush()
+        if record is not None and record.context.tensor_parallel is not None:
+            record.context.tensor_parallel.partial.flush()
 
 
 def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
@@ -433,8 +449,8 @@ def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_t
     managed = owner_of(self._models, parameters)
     if managed is not None:
         return managed.clip_grad_norm_(max_norm, norm_type, parameters)
-    # Accelerate looks for the model of the parameters by comparing lists of tensors, which fails beside another model with equal
-    # shapes, and unscales gradients twice if it finds none. For FSDP2 it needs nothing of the model.
+    # Accelerate looks for the model of the parameters by comparing lists of tensors, which fails beside another model
+    # with equal shapes, and unscales gradients twice if it finds none. For FSDP2 it needs nothing of the model.
     found: Any = types.SimpleNamespace(parameters=lambda: parameters)
     models, self._models = self._models, [found]
     try:
@@ -458,7 +474,9 @@ def _maybe_context_parallel(
     buffer_seq_dims: list[int] | None = None,
     no_restore_buffers: set[torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Like ``Accelerator.maybe_context_parallel``, on every device: torch's ring attention knows CUDA's operators alone."""
+    """Like ``Accelerator.maybe_context_parallel``, on every device: torch's ring attention knows CUDA's operators
+    alone.
+    """
     mesh = MeshAxes().context_parallel(self.torch_device_mesh)
     if mesh is None:
         with type(self).maybe_context_parallel(self, buffers, buffer_seq_dims, no_restore_buffers):

@@ -1,4 +1,6 @@
-"""What config, Accelerate's plugins and the model ask for together, as options of the steps; contradictions are refused."""
+"""What config, Accelerate's plugins and the model ask for together, as options of the steps; contradictions are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -51,28 +53,33 @@ def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model
     if accelerator.state.fsdp_plugin.activation_checkpointing:
         if config.activation_checkpointing is not None and mode != "full":
             raise ConfigError(
-                f"fsdp_plugin.activation_checkpointing=True and activation_checkpointing={config.activation_checkpointing!r} "
-                f"contradict each other. Give one of the two."
+                f"fsdp_plugin.activation_checkpointing=True and "
+                f"activation_checkpointing={config.activation_checkpointing!r} contradict each other. Give one of the "
+                "two."
             )
         mode = "full"
     inner, _ = unwrapped(model)
     own = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
     if own and mode != "none":
         raise ConfigError(
-            f"activation_checkpointing={mode!r} and the model's own gradient checkpointing are both on; layers would be "
-            f"recomputed twice. Leave out gradient_checkpointing=True / gradient_checkpointing_enable(), or the option here."
+            f"activation_checkpointing={mode!r} and the model's own gradient checkpointing are both on; layers would "
+            "be recomputed twice. Leave out gradient_checkpointing=True / gradient_checkpointing_enable(), or the "
+            "option here."
         )
     return mode
 
 
 def offload_activations(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> bool:
-    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in Accelerate."""
+    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in
+    Accelerate.
+    """
     if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
         return False
     if checkpointing(accelerator, config, model) != "full":
         raise ConfigError(
-            "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the CPU. Set "
-            "activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or leave it out."
+            "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the "
+            "CPU. Set activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or "
+            "leave it out."
         )
     return True
 
@@ -114,7 +121,8 @@ def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
     name = getattr(getattr(policy, "func", policy), "__name__", "")
     if policy is not None and name not in ("transformer_auto_wrap_policy", "size_based_auto_wrap_policy"):
         raise ConfigError(
-            f"fsdp_plugin.auto_wrap_policy={policy!r}: only TRANSFORMER_BASED_WRAP (with transformer_cls_names_to_wrap) and "
-            f"SIZE_BASED_WRAP (with min_num_params) can be used here; without a policy each layer is a unit."
+            f"fsdp_plugin.auto_wrap_policy={policy!r}: only TRANSFORMER_BASED_WRAP (with "
+            "transformer_cls_names_to_wrap) and SIZE_BASED_WRAP (with min_num_params) can be used here; without a "
+            "policy each layer is a unit."
         )
     return name

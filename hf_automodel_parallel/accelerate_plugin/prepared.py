@@ -15,16 +15,16 @@ from ..core.mesh import AXES
 from ..errors import PrepareError
 from ..fsdp.shard import free_gathered
 from ..strategies.base import ParallelizationStrategy
-from ..strategies.context import Job
+from ..strategies.context import ParallelizeContext
 from .config import AutoParallelismConfig
 
 
 @dataclass
-class Prepared:
+class PreparedModel:
     """What is remembered of a model that was prepared here.
 
     Attributes:
-        job: the finished job.
+        context: the finished job.
         config: the user's config.
         strategy: what parallelised it.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
@@ -36,7 +36,7 @@ class Prepared:
         unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
-    job: Job
+    context: ParallelizeContext
     config: AutoParallelismConfig
     strategy: ParallelizationStrategy
     trainable: bool
@@ -47,42 +47,39 @@ class Prepared:
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     unloaded: bool = False
 
-    @property
-    def audited(self) -> bool:
-        """True once an optimizer step of the model was audited."""
-        return self.audit is not None and self.audit.done > 0
 
-
-#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it is.
+#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it
+#: is.
 _PREPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for ever.
+#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for
+#: ever.
 _RECORD = "_automodel_parallel_record"
 
 
-def remember(model: nn.Module, record: Prepared) -> None:
+def remember(model: nn.Module, record: PreparedModel) -> None:
     """Keep ``record`` on ``model``."""
     record.names = {name for name, _ in model.named_parameters()}
     model.__dict__[_RECORD] = record
     _PREPARED.add(model)
 
 
-def all_prepared() -> list[Prepared]:
+def all_prepared() -> list[PreparedModel]:
     """The records of all prepared models that still exist."""
     return [record for record in map(prepared, _PREPARED) if record is not None]
 
 
-def attach(optimizer: torch.optim.Optimizer, record: Prepared) -> None:
+def attach(optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
     """Note that ``optimizer`` trains the model of ``record``."""
     setattr(optimizer, _RECORD, record)
 
 
-def attached_to(optimizer: torch.optim.Optimizer) -> Prepared | None:
+def attached_to(optimizer: torch.optim.Optimizer) -> PreparedModel | None:
     """The record of the model that ``optimizer`` was attached to."""
     return getattr(optimizer, _RECORD, None)
 
 
-def prepared(model: nn.Module) -> Prepared | None:
+def prepared(model: nn.Module) -> PreparedModel | None:
     """The record of ``model`` if it was prepared in this process, else None."""
     return model.__dict__.get(_RECORD)
 
@@ -105,29 +102,30 @@ def check_use(model: nn.Module, args: Any) -> None:
     if state is not None and not _same_mesh(state.parallelism_config, record.config):
         raise PrepareError(
             f"this model is sharded by {record.config!r}, but the Accelerator of this process has "
-            f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the second "
-            f"Trainer or Accelerator the same AutoParallelismConfig."
+            f"{state.parallelism_config!r}: it would deal different batches to ranks that compute together. Give the "
+            f"second Trainer or Accelerator the same AutoParallelismConfig."
         )
     if not (model.training and torch.is_grad_enabled()):
         return
     added = [name for name, p in model.named_parameters() if p.requires_grad and name not in record.names]
     if added:
         raise PrepareError(
-            f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are not "
-            f"sharded, and nobody would sum their gradients over the ranks. Wrap and extend the model before prepare."
+            f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are "
+            "not sharded, and nobody would sum their gradients over the ranks. Wrap and extend the model before "
+            "prepare."
         )
     if record.trainable:
         return
     if record.unloaded:
         raise PrepareError(
-            "this model has been unloaded from its adapters and now runs in training mode with gradients; what is left is for "
-            "evaluation and saving (model.eval() or torch.no_grad()). To train it on, save it and load it again."
+            "this model has been unloaded from its adapters and now runs in training mode with gradients; what is left "
+            "is for evaluation and saving (model.eval() or torch.no_grad()). To train it on, save it and load it again."
         )
     if any(p.requires_grad for p in model.parameters()):
         raise PrepareError(
-            "this model was prepared without an optimizer, for evaluation, and now runs in training mode with gradients. "
-            "Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for evaluation use "
-            "model.eval() or torch.no_grad()."
+            "this model was prepared without an optimizer, for evaluation, and now runs in training mode with "
+            "gradients. Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for "
+            "evaluation use model.eval() or torch.no_grad()."
         )
 
 

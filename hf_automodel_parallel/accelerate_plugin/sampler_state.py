@@ -1,12 +1,12 @@
 """Where the prepared data loaders stand, which Accelerate's checkpoints do not hold.
 
-A loader draws the order of an epoch when the epoch begins. A run that continues within an epoch repeats that draw and skips what
-was seen (``accelerator.skip_first_batches``), so it needs the generator's state at the beginning of the epoch; one that continues
-between two epochs needs the present one.
+A loader draws the order of an epoch when the epoch begins. A run that continues within an epoch repeats that draw and
+skips what was seen (``accelerator.skip_first_batches``), so it needs the generator's state at the beginning of the
+epoch; one that continues between two epochs needs the present one.
 
-To begin an epoch draws a number from the common random state, too (torch's ``DataLoader`` seeds its workers), and so may a data
-set that is read. The uninterrupted run has done both before it saved, so a run that continues within an epoch goes back to the
-saved random state once the first batch has been read.
+To begin an epoch draws a number from the common random state, too (torch's ``DataLoader`` seeds its workers), and so
+may a data set that is read. The uninterrupted run has done both before it saved, so a run that continues within an
+epoch goes back to the saved random state once the first batch has been read.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def load_positions(accelerator: Accelerator, folder: Path) -> None:
 
 
 def skip_first_batches(self: Accelerator, dataloader: Any, num_batches: int = 0) -> Any:
-    """Like ``Accelerator.skip_first_batches``; after ``load_state`` the first batch comes with the saved random state."""
+    """Like ``Accelerator.skip_first_batches``; after ``load_state`` the first batch comes with the saved random
+    state.
+    """
     skipped = type(self).skip_first_batches(self, dataloader, num_batches)
     if vars(dataloader).pop(_RESUMED, False) and num_batches > 0 and hasattr(skipped, "base_dataloader"):
         _keep_random_state(skipped.base_dataloader, getattr(skipped, "skip_batches", 0))

@@ -1,7 +1,7 @@
 """``save_pretrained``, ``push_to_hub``, ``Accelerator.save_model`` and ``Trainer.save_model`` on a sharded model.
 
-Each is called by all ranks, as other collectives are. One rank writes, tensor by tensor; the others help to gather. What
-arguments mean is the libraries' matter; which of them cannot be honoured on shards is said before any rank waits.
+Each is called by all ranks, as other collectives are. One rank writes, tensor by tensor; the others help to gather.
+What arguments mean is the libraries' matter; which of them cannot be honoured on shards is said before any rank waits.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _save_pretrained(
     main = bool(given.get("is_main_process", True))
     if state is not None and not isinstance(state, Streamed):
         if not state and not main:
-            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank, though.
+            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank,
+            # though.
             return None
         return original(*args, **kwargs)
     directory = Path(given.pop("save_directory"))
@@ -160,8 +161,8 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
     unknown = [name for name in options if name not in _KNOWN[adapters]]
     if unknown:
         raise ConfigError(
-            f"save_pretrained({unknown[0]}={options[unknown[0]]!r}) on a sharded {type(model).__name__} is not known; known are "
-            f"state_dict, is_main_process, {', '.join(_KNOWN[adapters])}. Leave it out."
+            f"save_pretrained({unknown[0]}={options[unknown[0]]!r}) on a sharded {type(model).__name__} is not known; "
+            f"known are state_dict, is_main_process, {', '.join(_KNOWN[adapters])}. Leave it out."
         )
     if directory.is_file():
         raise ConfigError(f"save_pretrained({str(directory)!r}): this is a file; give a directory.")
@@ -170,26 +171,27 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
         return
     if options.pop("safe_serialization", True) is False:
         raise ConfigError(
-            "safe_serialization=False: transformers 5 writes safetensors only (and ignores this option in one process). Leave it "
-            "out, or use accelerator.save_model(model, directory, safe_serialization=False)."
+            "safe_serialization=False: transformers 5 writes safetensors only (and ignores this option in one "
+            "process). Leave it out, or use accelerator.save_model(model, directory, safe_serialization=False)."
         )
     if options.pop("distributed_checkpoint", False):
         raise ConfigError(
-            "distributed_checkpoint=True is for models that transformers sharded itself. Use accelerator.save_state(directory) "
-            "with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel export` to make a model of it."
+            "distributed_checkpoint=True is for models that transformers sharded itself. Use "
+            "accelerator.save_state(directory) with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel "
+            "export` to make a model of it."
         )
     if compat.carries_adapters(model):
         active: Any = model.active_adapters()  # type: ignore[operator]
         if len(active) > 1:
             raise ConfigError(
-                f"save_pretrained() of a {type(model).__name__} with several active adapters ({', '.join(active)}): transformers "
-                f"saves one. Call model.set_adapter(name) and save_pretrained(directory) for each."
+                f"save_pretrained() of a {type(model).__name__} with several active adapters ({', '.join(active)}): "
+                f"transformers saves one. Call model.set_adapter(name) and save_pretrained(directory) for each."
             )
         return
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(
-            "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. Save the "
-            "adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
+            "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. "
+            "Save the adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
         )
 
 

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from .. import compat
 from ..errors import AutoParallelError
 from ..plan.patterns import layer_pattern
-from .reachability import Witnesses
-from .replica_check import compare_copies
+from .reachability import ReachabilityHooks
+from .replica_check import compare_replicas
 
 logger = logging.getLogger(__name__)
 
-#: Copies start out equal to the bit, and their fingerprints up to the order of summation; later, equal gradients may round
-#: differently on different ranks.
+#: Replicas start out equal to the bit, and their fingerprints up to the order of summation; later, equal gradients may
+#: round differently on different ranks.
 FIRST_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-4
 
 
@@ -50,12 +50,14 @@ class Audit:
         self.done = 0
         self.steps = 0
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._witnesses: Witnesses | None = None
+        self._witnesses: ReachabilityHooks | None = None
         if every != 0:
             self._arm()
 
     def again(self, trainable: set[str]) -> None:
-        """Look at the next step as at a first one, because parameters were added; ``trainable`` are all that may train now."""
+        """Look at the next step as at a first one, because parameters were added; ``trainable`` are all that may train
+        now.
+        """
         self.trainable, self.done = trainable, 0
         if self._witnesses is not None:  # they do not know the new modules
             self._witnesses.dismiss()
@@ -66,7 +68,7 @@ class Audit:
     def _arm(self) -> None:
         model = self._model()
         if model is not None and self._witnesses is None:
-            self._witnesses = Witnesses(model, self.compiled)
+            self._witnesses = ReachabilityHooks(model, self.compiled)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before each step of ``optimizer``, with complete gradients. Collective in the steps that are audited.
@@ -86,29 +88,30 @@ class Audit:
         if self.every is not None and self.steps % self.every == 0:
             self._arm()  # for the step that begins now
 
-    def _look(self, witnesses: Witnesses, optimizer: torch.optim.Optimizer) -> bool:
+    def _look(self, witnesses: ReachabilityHooks, optimizer: torch.optim.Optimizer) -> bool:
         model = self._model()
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
         problems = [*self._flags(model, optimizer), *self._lost(model, witnesses)]
         tolerance = LATER_TOLERANCE if self.steps else FIRST_TOLERANCE
-        copies = compare_copies(model, tolerance, witnesses.inputs, self.tp_size, bool(problems))
+        copies = compare_replicas(model, tolerance, witnesses.inputs, self.tp_size, bool(problems))
         if copies.gradients is None:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
         if copies.inputs:
             problems.append(
-                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: rows chosen "
-                "by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data loader through "
-                "accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows by the rank among "
-                "the data-parallel ones."
+                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: "
+                "rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data "
+                "loader through accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows "
+                "by the rank among the data-parallel ones."
             )
         if copies.gradients:
             problems.append(_forgotten_sum(copies.gradients))
         if copies.values:
             problems.append(
-                f"{_named(copies.values, 'replicated parameters have')} different values on the ranks that should hold copies "
-                f"of them. Likely cause: something changed them on some ranks only after accelerator.prepare (a callback on "
-                f"rank 0, a checkpoint loaded on some ranks). Remedy: change parameters on all ranks alike, or before prepare."
+                f"{_named(copies.values, 'replicated parameters have')} different values on the ranks that should hold "
+                f"copies of them. Likely cause: something changed them on some ranks only after accelerator.prepare (a "
+                "callback on rank 0, a checkpoint loaded on some ranks). Remedy: change parameters on all ranks "
+                "alike, or before prepare."
             )
         if problems or copies.troubled:
             _raise_on_all(problems)
@@ -139,36 +142,37 @@ class Audit:
         problems = []
         if unfrozen:
             problems.append(
-                f"{_named(unfrozen, 'parameters were')} frozen when the model was prepared and are trainable now. Likely cause: "
-                f"requires_grad_(True) called after prepare. Remedy: set requires_grad before "
+                f"{_named(unfrozen, 'parameters were')} frozen when the model was prepared and are trainable now. "
+                f"Likely cause: requires_grad_(True) called after prepare. Remedy: set requires_grad before "
                 f"accelerator.prepare and pass these parameters to the optimizer, or freeze them again."
             )
         if frozen:
             problems.append(
-                f"{_named(frozen, 'parameters were')} trainable when the model was prepared and are frozen now: they would not "
-                f"be trained. Likely cause: requires_grad_(False) called after prepare. Remedy: freeze before prepare, or not at "
-                f"all; if they are to be trained later on, audit='off'."
+                f"{_named(frozen, 'parameters were')} trainable when the model was prepared and are frozen now: they "
+                f"would not be trained. Likely cause: requires_grad_(False) called after prepare. Remedy: freeze "
+                f"before prepare, or not at all; if they are to be trained later on, audit='off'."
             )
         if orphaned:
             problems.append(
-                f"{_named(orphaned, 'trainable parameters are')} in no optimizer, so they would collect gradients and never "
-                f"change. Remedy: add them to the optimizer, or freeze them with requires_grad_(False) before prepare."
+                f"{_named(orphaned, 'trainable parameters are')} in no optimizer, so they would collect gradients and "
+                "never change. Remedy: add them to the optimizer, or freeze them with requires_grad_(False) before "
+                "prepare."
             )
         if hooked:
             problems.append(
-                f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which nobody calls: FSDP2 writes "
-                f"the gradients of shards past them. Remedy: change parameter.grad, a shard, between accelerator.backward and "
-                f"optimizer.step."
+                f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which nobody calls: "
+                f"FSDP2 writes the gradients of shards past them. Remedy: change parameter.grad, a shard, between "
+                f"accelerator.backward and optimizer.step."
             )
         if early:
             problems.append(
-                f"{_named(early, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), which see "
-                f"the part of this rank, before gradients are complete over the tp axis. Remedy: change parameter.grad, a shard, "
-                f"between accelerator.backward and optimizer.step."
+                f"{_named(early, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), "
+                f"which see the part of this rank, before gradients are complete over the tp axis. Remedy: change "
+                f"parameter.grad, a shard, between accelerator.backward and optimizer.step."
             )
         return problems
 
-    def _lost(self, model: nn.Module, witnesses: Witnesses) -> list[str]:
+    def _lost(self, model: nn.Module, witnesses: ReachabilityHooks) -> list[str]:
         _, inactive = _adapter_parameters(model)
         missing = {
             name
@@ -184,11 +188,11 @@ class Audit:
         if not lost:
             return []
         return [
-            f"{_named(lost, 'trainable parameters have')} no gradient, although their modules ran and took part in the loss. "
-            f"Likely cause: a sub-module was compiled while gradients were off (reentrant checkpointing and torch.compile of a "
-            f"part of the model), or its output or weights are detached. Remedy: let AutoParallelismConfig do both "
-            f"(activation_checkpointing=..., compile=True), use gradient_checkpointing_kwargs={{'use_reentrant': False}}, or "
-            f"freeze what is not to be trained."
+            f"{_named(lost, 'trainable parameters have')} no gradient, although their modules ran and took part in the "
+            f"loss. Likely cause: a sub-module was compiled while gradients were off (reentrant checkpointing and "
+            f"torch.compile of a part of the model), or its output or weights are detached. Remedy: let "
+            f"AutoParallelismConfig do both (activation_checkpointing=..., compile=True), use "
+            f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, or freeze what is not to be trained."
         ]
 
 
@@ -208,11 +212,11 @@ def _forgotten_sum(names: list[str]) -> str:
     pattern = layer_pattern(names[0])
     owner = pattern.removeprefix("base_model.model.").rpartition(".")[0]
     return (
-        f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold copies of them; training on "
-        f"would let the copies drift apart. Likely cause: they see sharded activations and the plan does not say so. Remedy: "
-        f"pass tp_plan={{**model.tp_plan, {owner!r}: 'replicated_with_grad_allreduce'}}, or leave the projections around them "
-        f"out of the plan, or use tp_size=1. Other causes: random numbers drawn on some ranks only, or different batches on the "
-        f"ranks of one tp group."
+        f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold copies of them; "
+        f"training on would let the copies drift apart. Likely cause: they see sharded activations and the plan does "
+        f"not say so. Remedy: pass tp_plan={{**model.tp_plan, {owner!r}: 'replicated_with_grad_allreduce'}}, or leave "
+        f"the projections around them out of the plan, or use tp_size=1. Other causes: random numbers drawn on some "
+        f"ranks only, or different batches on the ranks of one tp group."
     )
 
 

@@ -1,8 +1,8 @@
 """Hooks that see, during the audited step only, which modules ran and whether a gradient came back to them.
 
-A parameter without a gradient is often right: an expert that no token chose, a tower that this batch did not need, a head
-whose output nobody used. It is lost if its module ran and a gradient reached the module's output all the same, or if the
-module ran in training and recorded nothing to differentiate.
+A parameter without a gradient is often right: an expert that no token chose, a tower that this batch did not need, a
+head whose output nobody used. It is lost if its module ran and a gradient reached the module's output all the same, or
+if the module ran in training and recorded nothing to differentiate.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Seen:
     reached: bool = False
 
 
-class Witnesses:
+class ReachabilityHooks:
     """Forward hooks on every module that has trainable parameters below it, until they are dismissed.
 
     Args:
         model: the prepared model.
-        compiled: modules whose forward is compiled as a whole; there is no hook inside of them, where it would become part of
-            the graph.
+        compiled: modules whose forward is compiled as a whole; there is no hook inside of them, where it would become
+            part of the graph.
     """
 
     def __init__(self, model: nn.Module, compiled: list[nn.Module]) -> None:
@@ -59,7 +59,9 @@ class Witnesses:
         self._handles.clear()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the inputs; forget what was seen of a step that was not taken (skipped by a scaler, a forward to warm up)."""
+        """Note the inputs; forget what was seen of a step that was not taken (skipped by a scaler, a forward to warm
+        up).
+        """
         if not torch.is_grad_enabled():
             return
         if all(p.grad is None for p in model.parameters()):

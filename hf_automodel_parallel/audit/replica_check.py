@@ -1,9 +1,9 @@
-"""Copies of one parameter on several ranks: their gradients and their values must be equal.
+"""Replicas of one parameter on several ranks: their gradients and their values must be equal.
 
-A plan says which replicated parameters see sharded activations, so that their gradients are summed. Where it forgets one (a
-learnable activation between two sharded projections, say), each rank would train its own copy, without an error and with a
-loss that looks right. Complete gradients of copies are computed alike and come out equal; forgotten ones differ by as much
-as they are large, so one look tells. Values are equal from the start and stay so if gradients do.
+A plan says which replicated parameters see sharded activations, so that their gradients are summed. Where it forgets
+one (a learnable activation between two sharded projections, say), each rank would train its own copy, without an error
+and with a loss that looks right. Complete gradients of copies are computed alike and come out equal; forgotten ones
+differ by as much as they are large, so one look tells. Values are equal from the start and stay so if gradients do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from .. import compat
 from ..core.ranks import communication_device
 
-#: Copies may differ by rounding (kernels with atomics); a forgotten sum differs by about the gradient itself.
+#: Replicas may differ by rounding (kernels with atomics); a forgotten sum differs by about the gradient itself.
 GRADIENT_TOLERANCE = 1e-2
 #: Gradients below this part of the largest one are rounding noise of something that is zero in exact arithmetic.
 NOISE_FLOOR = 1e-5
@@ -29,12 +29,12 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Copies:
+class Replicas:
     """What a comparison of the copies found.
 
     Attributes:
-        gradients: names of the parameters whose copies have different gradients; None if a gradient is not finite, which
-            says nothing about copies.
+        gradients: names of the parameters whose copies have different gradients; None if a gradient is not finite,
+            which says nothing about copies.
         values: names of the parameters whose copies have different values.
         inputs: the ranks of a tp group were given different inputs.
         troubled: a rank has a problem of its own.
@@ -47,11 +47,11 @@ class Copies:
 
 
 @torch.no_grad()
-def compare_copies(model: nn.Module, tolerance: float, inputs: torch.Tensor, tp_size: int, trouble: bool) -> Copies:
+def compare_replicas(model: nn.Module, tolerance: float, inputs: torch.Tensor, tp_size: int, trouble: bool) -> Replicas:
     """Compare gradients and values of the parameters that several ranks hold copies of.
 
-    Collective over all ranks, one gather of three numbers per parameter; call it after outstanding partial gradients were
-    summed and before the step.
+    Collective over all ranks, one gather of three numbers per parameter; call it after outstanding partial gradients
+    were summed and before the step.
 
     Args:
         model: the sharded model, its parameters at rest.
@@ -87,7 +87,7 @@ def compare_copies(model: nn.Module, tolerance: float, inputs: torch.Tensor, tp_
         return not bool((prints.amax(0) - prints.amin(0) <= tolerance * prints[:, 0].max()).all())
 
     finite = bool(torch.isfinite(norms).all())
-    return Copies(
+    return Replicas(
         _disagreeing(copied, table, differing_gradients) if finite else None,
         _disagreeing(copied, table, differing_values),
         other_inputs,

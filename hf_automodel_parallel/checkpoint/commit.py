@@ -1,8 +1,8 @@
 """The life of a checkpoint directory: begun, completed or abandoned; which of many is the last complete one.
 
-A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once. Files of a
-complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at any moment a killed
-job leaves the last complete checkpoint on the disk, and a directory that says what it is.
+A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once.
+Files of a complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at
+any moment a killed job leaves the last complete checkpoint on the disk, and a directory that says what it is.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class Status:
 
     Attributes:
         folder: the directory.
-        kind: "complete", "incomplete", "damaged" or "unverified" (no manifest: of stock Accelerate or an earlier version).
+        kind: "complete", "incomplete", "damaged" or "unverified" (no manifest: of stock Accelerate or an earlier
+        version).
         reason: why it cannot be used; empty if it can.
-        usable: the directory to load from: ``folder``, or the one below it with the files of the previous save; None if there
-            is nothing to load.
+        usable: the directory to load from: ``folder``, or the one below it with the files of the previous save; None if
+            there is nothing to load.
     """
 
     folder: Path
@@ -216,7 +217,9 @@ def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
 
 
 def abandon(save: Unfinished, group: Any = None) -> None:
-    """After a save that failed: bring back what was there before, or free the space and leave the mark. Not collective."""
+    """After a save that failed: bring back what was there before, or free the space and leave the mark. Not
+    collective.
+    """
     if rank(group) != 0 or (save.folder / MANIFEST).exists():  # complete: what failed came after
         return
     try:
@@ -227,7 +230,8 @@ def abandon(save: Unfinished, group: Any = None) -> None:
             )
     except (OSError, CheckpointError) as error:
         logger.warning(
-            "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in %s",
+            "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in "
+            "%s",
             save.folder,
             error,
             save.folder / PREVIOUS,
@@ -250,8 +254,8 @@ def numbered(folder: str | Path) -> list[Path]:
 def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | None:
     """The checkpoint to resume from: the last complete one among ``folder/checkpoint-N`` (or ``checkpoint_N``).
 
-    Rank 0 looks, all ranks get its answer; those that were passed over are named in the log with the reason. A checkpoint
-    without a manifest counts (with a warning), unless its save is known to have been interrupted.
+    Rank 0 looks, all ranks get its answer; those that were passed over are named in the log with the reason. A
+    checkpoint without a manifest counts (with a warning), unless its save is known to have been interrupted.
 
     Returns:
         Its path, None if there is none to resume from.
@@ -312,8 +316,8 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
                 )
             if found.kind == "unverified":
                 logger.warning(
-                    "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell whether it is "
-                    "complete",
+                    "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell "
+                    "whether it is complete",
                     folder,
                     MANIFEST,
                 )
@@ -329,7 +333,9 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
 
 
 def _by_time(folders: list[Path]) -> list[Path]:
-    """The last first; all within one second is no time at all (file systems in the cloud), then in the order of ``folders``."""
+    """The last first; all within one second is no time at all (file systems in the cloud), then in the order of
+    ``folders``.
+    """
     times: dict[Path, float] = {}
     for path in folders:
         try:

@@ -33,9 +33,9 @@ _SAFE: list[Any] = [
 def naming(path: str | Path) -> Iterator[None]:
     """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
 
-    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name. The ranks that did not
-    write get an :class:`ExportError` without one. Where ``path`` is a directory that several libraries write into and the error
-    names no file, it is the one that was touched last.
+    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name. The ranks
+    that did not write get an :class:`ExportError` without one. Where ``path`` is a directory that several libraries
+    write into and the error names no file, it is the one that was touched last.
     """
     try:
         yield
@@ -103,7 +103,8 @@ def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = No
         mmap: map tensors from the file instead of reading them.
 
     Raises:
-        CheckpointError: missing, damaged, or asks for something else than tensors, numbers, strings and containers of them.
+        CheckpointError: missing, damaged, or asks for something else than tensors, numbers, strings and containers of
+            them.
     """
     name = name or str(source)
     try:
@@ -117,8 +118,8 @@ def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = No
             (line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
         )
         raise CheckpointError(
-            f"{name} holds more than tensors and plain values, or is damaged: {unsafe} Nothing of it was run. If it is yours and "
-            f"names a class of yours, allow that with torch.serialization.add_safe_globals."
+            f"{name} holds more than tensors and plain values, or is damaged: {unsafe} Nothing of it was run. If it is "
+            f"yours and names a class of yours, allow that with torch.serialization.add_safe_globals."
         ) from error
     except Exception as error:  # what a damaged archive raises is not documented
         raise CheckpointError(f"{name} is damaged: {type(error).__name__}: {error}.") from error

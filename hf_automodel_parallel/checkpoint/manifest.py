@@ -84,7 +84,8 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
             raise CheckpointError(
-                f"{path} has format {content['format']}, this version of hf_automodel_parallel reads up to {FORMAT}. Update it."
+                f"{path} has format {content['format']}, this version of hf_automodel_parallel reads up to {FORMAT}. "
+                "Update it."
             )
         manifest = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__ if name in content})
         for name, entry in manifest.files.items():
@@ -125,9 +126,9 @@ def holds_a_save(folder: Path) -> bool:
 def new_files(folder: Path, since: int) -> list[str]:
     """Files below ``folder`` that belong to the save that began at ``since``, without the bookkeeping of this package.
 
-    They are what the state of a training consists of (whatever time the clock of another node gave them), and all that was
-    written since, in nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be replaced at
-    any time.
+    They are what the state of a training consists of (whatever time the clock of another node gave them), and all that
+    was written since, in nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be
+    replaced at any time.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -143,7 +144,9 @@ def new_files(folder: Path, since: int) -> list[str]:
 
 
 def responsible(name: str, ranks: int) -> int:
-    """The rank that wrote ``name`` if its name says so, else rank 0: who sees it on nodes without a common file system."""
+    """The rank that wrote ``name`` if its name says so, else rank 0: who sees it on nodes without a common file
+    system.
+    """
     match = _RANK_IN_NAME.search(Path(name).name)
     return 0 if match is None else int(next(group for group in match.groups() if group)) % ranks
 

@@ -1,9 +1,9 @@
 """Random states: each rank's own on the mesh they were saved on, a defined one on any other.
 
-The ranks of a tp group share one random state, the others have each their own. So what a checkpoint holds is one state per *row*
-of tp ranks. On the same mesh each rank gets back its own. On another one, row i gets what row i had; a row that did not exist
-then gets the state of row i modulo the number of old rows, reseeded with a number drawn from it plus i, so that no two rows draw
-alike. All ranks of a row get the same.
+The ranks of a tp group share one random state, the others have each their own. So what a checkpoint holds is one state
+per *row* of tp ranks. On the same mesh each rank gets back its own. On another one, row i gets what row i had; a row
+that did not exist then gets the state of row i modulo the number of old rows, reseeded with a number drawn from it plus
+i, so that no two rows draw alike. All ranks of a row get the same.
 """
 
 from __future__ import annotations

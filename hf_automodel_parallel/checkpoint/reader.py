@@ -1,7 +1,7 @@
 """Reading DCP directories without running code from them.
 
-torch pickles a checkpoint's ``.metadata`` and the values that are no tensors, and unpickles them without limits. Here the former
-meets an unpickler that knows nothing but the classes of metadata, and the latter ``weights_only``.
+torch pickles a checkpoint's ``.metadata`` and the values that are no tensors, and unpickles them without limits. Here
+the former meets an unpickler that knows nothing but the classes of metadata, and the latter ``weights_only``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..compat.checkpoint_metadata import METADATA_CLASSES
-from ..core.shard_layout import LocalPart
+from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from .files import load_plain
 
@@ -39,8 +39,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in METADATA_CLASSES:
             return super().find_class(module, name)
         raise CheckpointError(
-            f"{self.path} asks for {module}.{name}, which the metadata of a checkpoint has no use for. Nothing of it was run. "
-            f"Do not use this checkpoint unless you know who wrote it."
+            f"{self.path} asks for {module}.{name}, which the metadata of a checkpoint has no use for. Nothing of it "
+            f"was run. Do not use this checkpoint unless you know who wrote it."
         )
 
 
@@ -69,8 +69,8 @@ def read_metadata(folder: str | Path) -> Metadata:
         name = str(getattr(place, "relative_path", ""))
         if not name or Path(name).name != name:
             raise CheckpointError(
-                f"{path} says that {getattr(index, 'fqn', index)!r} is in the file {name!r}; the files of a checkpoint are in "
-                f"its own directory. It was not read."
+                f"{path} says that {getattr(index, 'fqn', index)!r} is in the file {name!r}; the files of a checkpoint "
+                f"are in its own directory. It was not read."
             )
     return metadata
 
@@ -104,19 +104,21 @@ class SafeFileSystemReader(FileSystemReader):
                 raise CheckpointError(f"cannot read {Path(self.path) / name}: {error.strerror or error}.") from error
             except Exception as error:
                 raise CheckpointError(
-                    f"{Path(self.path) / name} is damaged or not a part of this checkpoint: {type(error).__name__}: {error}."
+                    f"{Path(self.path) / name} is damaged or not a part of this checkpoint: {type(error).__name__}: "
+                    f"{error}."
                 ) from error
         return result
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """Reads :class:`LocalPart` values piece by piece and other values with ``weights_only``.
+    """Reads :class:`LocalShard` values piece by piece and other values with ``weights_only``.
 
-    The state dict is flat: key in the file -> :class:`LocalPart` (filled in place), a plain tensor or DTensor (likewise), or
-    anything else (replaced).
+    The state dict is flat: key in the file -> :class:`LocalShard` (filled in place), a plain tensor or DTensor
+    (likewise), or anything else (replaced).
 
     Raises:
-        CheckpointError: from the load, on all ranks: keys that the checkpoint lacks, or tensors of other shapes, all named.
+        CheckpointError: from the load, on all ranks: keys that the checkpoint lacks, or tensors of other shapes, all
+            named.
     """
 
     def __init__(self) -> None:
@@ -126,7 +128,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         """Called by DCP first."""
         self.original_state_dict = state_dict
         self.state_dict = {
-            key: LocalPart.of(value) if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()
+            key: LocalShard.of(value) if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()
         }
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -134,10 +136,10 @@ class SafeLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         """One item for each overlap of a piece of this rank with a piece in the files."""
         known = self.metadata.state_dict_metadata  # type: ignore[union-attr]
-        check_keys({k: v.size if isinstance(v, LocalPart) else None for k, v in self.state_dict.items()}, known)
+        check_keys({k: v.size if isinstance(v, LocalShard) else None for k, v in self.state_dict.items()}, known)
         items: list[ReadItem] = []
         for key, value in self.state_dict.items():
-            if isinstance(value, LocalPart):
+            if isinstance(value, LocalShard):
                 chunks = [_Chunk(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in value.pieces]
                 items += create_read_items_for_chunk_list(key, known[key], chunks)  # type: ignore[arg-type]
             else:
@@ -180,7 +182,8 @@ def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any]
             + ". It was saved from another model, another adapter or other trainable parameters."
         )
     wrong = [
-        f"{key} ({saved if saved is None else tuple(saved)} in the checkpoint, {size if size is None else tuple(size)} here)"
+        f"{key} ({saved if saved is None else tuple(saved)} in the checkpoint, {size if size is None else tuple(size)} "
+        "here)"
         for key, size in wanted.items()
         if (saved := getattr(known[key], "size", None)) != size
     ]

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..core.checkpoint_ranks import agreed, from_dcp, rank, rank_zero_tells
 from ..core.ranks import communication_device
-from ..core.shard_layout import LocalPart
+from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from .files import load_plain
 from .reader import SafeFileSystemReader, SafeLoadPlanner, read_metadata
@@ -50,7 +50,7 @@ class Source(Protocol):
     def entries(self) -> Mapping[Path_, Entry]:
         """What it holds, by path."""
 
-    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """Fill the parts, and return the values of the paths with None; collective."""
 
 
@@ -83,7 +83,7 @@ class DcpSource:
                     else Entry()
                 )
 
-    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """Each rank reads its pieces from the files that hold them."""
         state = {self._keys[path]: part for path, part in parts.items()}
         try:
@@ -100,7 +100,8 @@ class DcpSource:
 
 
 class FileSource:
-    """A file of ``torch.save``, which rank 0 alone has to see; the others get each tensor from it and keep their pieces.
+    """A file of ``torch.save``, which rank 0 alone has to see; the others get each tensor from it and keep their
+    pieces.
 
     Args:
         path: the file.
@@ -121,7 +122,7 @@ class FileSource:
                     entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
         self.entries: Mapping[Path_, Entry] = rank_zero_tells(entries, group)
 
-    def read(self, parts: Mapping[Path_, LocalPart | None]) -> dict[Path_, Any]:
+    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """One broadcast per tensor; no rank but the first ever needs memory for more than the largest of them."""
         plain = rank_zero_tells({p: self._values.get(p) for p, part in parts.items() if part is None}, self.group)
         for path, part in parts.items():

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.checkpoint_ranks import agreed, everyone_tells
-from ..core.shard_layout import LocalPart
+from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError, UnsupportedError
 from ..optim.handoff import parameter_names
 from .reader import check_keys, some
@@ -34,8 +34,8 @@ def model_state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
 
     Args:
         model: any module, sharded or not.
-        adapter_only: leave out the frozen weights of a PEFT model's base; has no effect on other models. All adapters stay, and
-            whatever is trained.
+        adapter_only: leave out the frozen weights of a PEFT model's base; has no effect on other models. All adapters
+            stay, and whatever is trained.
     """
     state = {
         name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in model.state_dict().items()
@@ -58,7 +58,8 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
     Args:
         model: any module, sharded or not.
         source: where from.
-        adapter_only: see :func:`model_state`; names beyond these in the checkpoint are ignored if it holds the whole model.
+        adapter_only: see :func:`model_state`; names beyond these in the checkpoint are ignored if it holds the whole
+            model.
 
     Raises:
         CheckpointError: on all ranks: missing names, other shapes, or names that the model does not have.
@@ -73,12 +74,12 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
         unknown = [name for name in known if name not in everything]
         if unknown:
             raise CheckpointError(
-                f"{source.name} holds {some(unknown)}, which this model does not have. It was saved from another model or with "
-                f"another adapter."
+                f"{source.name} holds {some(unknown)}, which this model does not have. It was saved from another model "
+                f"or with another adapter."
             )
         warn_of_dtypes({n: v for n, v in wanted.items() if isinstance(v, torch.Tensor)}, known, source.name)
-        parts: dict[Path_, LocalPart | None] = {
-            (name,): LocalPart.of(value) if isinstance(value, torch.Tensor) else None for name, value in wanted.items()
+        parts: dict[Path_, LocalShard | None] = {
+            (name,): LocalShard.of(value) if isinstance(value, torch.Tensor) else None for name, value in wanted.items()
         }
     with torch.no_grad():
         values = source.read(parts)
@@ -91,7 +92,9 @@ def _all_names(model: nn.Module, wanted: Mapping[str, Any]) -> set[str]:
 
 
 def _with_what_was_trained(model: nn.Module, wanted: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint that lacks some of the base's weights has the others because they were trained, frozen here or not."""
+    """A checkpoint that lacks some of the base's weights has the others because they were trained, frozen here or
+    not.
+    """
     everything = model_state(model, adapter_only=False)
     if all(name in known for name in everything):
         return wanted
@@ -101,7 +104,9 @@ def _with_what_was_trained(model: nn.Module, wanted: dict[str, Any], known: Mapp
 def _names_of_peft(
     model: nn.Module, wanted: dict[str, Any], known: Mapping[str, Any], adapter_only: bool
 ) -> dict[str, Any]:
-    """Accelerate saves sharded adapters by the names of PEFT's files, without the adapter's; read such a checkpoint too."""
+    """Accelerate saves sharded adapters by the names of PEFT's files, without the adapter's; read such a checkpoint
+    too.
+    """
     if not (adapter_only and compat.is_peft_model(model)) or any(name in known for name in wanted):
         return wanted
     from peft import get_peft_model_state_dict
@@ -128,7 +133,8 @@ def warn_of_dtypes(tensors: Mapping[str, torch.Tensor], known: Mapping[str, Entr
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
-    """State and groups of ``optimizer`` by the names of its parameters, in the form of torch's ``get_optimizer_state_dict``.
+    """State and groups of ``optimizer`` by the names of its parameters, in the form of torch's
+    ``get_optimizer_state_dict``.
 
     A state is only there for parameters that have one: nothing is stepped to create it.
 
@@ -142,16 +148,16 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> State
     for index, values in content["state"].items():
         if not isinstance(index, int) or not isinstance(values, Mapping):
             raise UnsupportedError(
-                f"{type(optimizer).__name__} keeps the state {index!r}, which belongs to no parameter; no checkpoint that fits "
-                f"other meshes can hold it."
+                f"{type(optimizer).__name__} keeps the state {index!r}, which belongs to no parameter; no checkpoint "
+                f"that fits other meshes can hold it."
             )
         for key, value in values.items():
             if isinstance(value, (list, tuple, dict)) and any(
                 isinstance(v, torch.Tensor) for v in compat.tree_leaves(value)
             ):
                 raise UnsupportedError(
-                    f"{type(optimizer).__name__} keeps several tensors in its state {key!r} of {flat[index]}; no checkpoint that "
-                    f"fits other meshes can hold them."
+                    f"{type(optimizer).__name__} keeps several tensors in its state {key!r} of {flat[index]}; no "
+                    f"checkpoint that fits other meshes can hold them."
                 )
             state["state", flat[index], key] = value
     for number, (group, group_names) in enumerate(zip(content["param_groups"], names, strict=True)):
@@ -178,8 +184,8 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: Source) -> None:
     """Give ``optimizer`` the state and the hyper-parameters in ``source``; collective.
 
-    State that the optimizer has is dropped; a parameter without state in the checkpoint has none afterwards. The optimizer is not
-    stepped to find out what its state looks like: that stands in the checkpoint.
+    State that the optimizer has is dropped; a parameter without state in the checkpoint has none afterwards. The
+    optimizer is not stepped to find out what its state looks like: that stands in the checkpoint.
 
     Raises:
         CheckpointError: on all ranks: other parameters, or other groups of them.
@@ -195,8 +201,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
         foreign = [str(path[1]) for path in source.entries if path[0] == "state" and path[1] not in parameters]
         if foreign:
             raise CheckpointError(
-                f"{source.name} holds optimizer state of {some(list(dict.fromkeys(foreign)))}, which this optimizer does not "
-                f"train. It was saved with other trainable parameters."
+                f"{source.name} holds optimizer state of {some(list(dict.fromkeys(foreign)))}, which this optimizer "
+                f"does not train. It was saved with other trainable parameters."
             )
         plain = {path: None for path, entry in source.entries.items() if entry.size is None}
         tensors = {
@@ -204,7 +210,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
             for path, entry in source.entries.items()
             if entry.size is not None
         }
-        parts = {path: LocalPart.of(tensor) for path, tensor in tensors.items()}
+        parts = {path: LocalShard.of(tensor) for path, tensor in tensors.items()}
     with torch.no_grad():
         values = source.read({**plain, **parts})
     with agreed(f"loading {source.name}", source.group):
@@ -230,8 +236,8 @@ def _template(parameter: torch.Tensor | None, path: Path_, entry: Entry, name: s
         return torch.empty_like(parameter.detach(), dtype=entry.dtype)
     if not entry.whole and isinstance(parameter, DTensor):
         raise UnsupportedError(
-            f"{name}: the state {path[-1]!r} of {path[1]} has the shape {tuple(size)}, the parameter {tuple(parameter.shape)}, "
-            f"and nothing says how ranks share it."
+            f"{name}: the state {path[-1]!r} of {path[1]} has the shape {tuple(size)}, the parameter "
+            f"{tuple(parameter.shape)}, and nothing says how ranks share it."
         )
     return torch.empty(size, dtype=entry.dtype)
 
@@ -254,8 +260,8 @@ def _match_groups(names: list[list[str]], saved: list[dict[str, Any]], name: str
             nearest = described[number] if number < len(described) else set()
             differing = sorted(nearest ^ set(own))
             raise CheckpointError(
-                f"{name} was saved with {len(saved)} parameter groups of {[len(group) for group in described]} parameters, this "
-                f"optimizer has {len(names)} of {[len(group) for group in names]}"
+                f"{name} was saved with {len(saved)} parameter groups of {[len(group) for group in described]} "
+                f"parameters, this optimizer has {len(names)} of {[len(group) for group in names]}"
                 + (f"; {some(differing)} are in one of them only" if differing else "")
                 + ". Build the optimizer with the same groups."
             )

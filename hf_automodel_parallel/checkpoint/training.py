@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..core.checkpoint_ranks import agreed, rank, rank_zero_tells
-from ..core.shard_layout import LocalPart
+from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .commit import to_load
@@ -20,7 +20,7 @@ from .files import save_plain
 from .manifest import Manifest, verify
 from .sources import DcpSource, FileSource, Source, nested
 from .state import State, check_same_everywhere, load_model, load_optimizer, model_state, optimizer_state
-from .writer import save_pieces
+from .writer import save_chunks
 
 MODEL = "pytorch_model_fsdp"
 OPTIMIZER = "optimizer"
@@ -71,10 +71,10 @@ def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
         for key, path in paths.items():
             value = state[path[1:]]
             if isinstance(value, torch.Tensor):
-                part = LocalPart.of(value)
+                part = LocalShard.of(value)
                 value = part.copied() if how.copy else part
             flat[key] = value
-    return lambda group: save_pieces(flat, paths, folder, group)
+    return lambda group: save_chunks(flat, paths, folder, group)
 
 
 def _whole(state: State, path: Path) -> Task:
@@ -122,8 +122,8 @@ def load_training_state(
 ) -> Manifest | None:
     """Load weights, and the state of an optimizer, that this package (or stock Accelerate with FSDP2) has saved.
 
-    For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its ``load_state``.
-    Every file is checked first; nothing in a file is run. Collective if there is a process group.
+    For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its
+    ``load_state``. Every file is checked first; nothing in a file is run. Collective if there is a process group.
 
     Args:
         folder: the checkpoint of ``save_state`` or of a Trainer.
@@ -154,8 +154,8 @@ def _source(folder: Path, directory: str, file: str, root: str, depth: int) -> S
             sharded = (folder / directory).is_dir()
             if not sharded and not (folder / file).is_file():
                 raise CheckpointError(
-                    f"{folder} holds neither {directory}/ nor {file}: there is no state of the {root} to continue from. A "
-                    f"checkpoint of save_only_model=True, or of save_model, is for from_pretrained."
+                    f"{folder} holds neither {directory}/ nor {file}: there is no state of the {root} to continue "
+                    f"from. A checkpoint of save_only_model=True, or of save_model, is for from_pretrained."
                 )
     if rank_zero_tells(sharded):
         return DcpSource(folder / directory, root)

@@ -60,7 +60,7 @@ class ShardedWeights:
         return tensor
 
 
-class WholeWeights:
+class FullWeights:
     """One file of ``torch.save``, mapped into memory; pages are read when they are needed."""
 
     def __init__(self, path: Path) -> None:
@@ -120,14 +120,15 @@ def _dtype(name: str) -> torch.dtype:
     return {text: dtype for dtype, text in DTYPE_NAMES.items()}[name]
 
 
-Weights = ShardedWeights | WholeWeights | SafetensorsWeights
+Weights = ShardedWeights | FullWeights | SafetensorsWeights
 
 
 def open_checkpoint(path: Path) -> tuple[Weights, Path]:
     """Find the weights of a training checkpoint.
 
     Args:
-        path: a Trainer's ``checkpoint-N``, a directory of ``accelerator.save_state``, or the DCP directory in one of these.
+        path: a Trainer's ``checkpoint-N``, a directory of ``accelerator.save_state``, or the DCP directory in one of
+            these.
 
     Returns:
         The weights, and the directory that may have configs and a tokenizer beside them.
@@ -149,7 +150,7 @@ def open_checkpoint(path: Path) -> tuple[Weights, Path]:
         if (path / _SHARDED / METADATA_FILE).exists():
             return ShardedWeights(path / _SHARDED), path
         if (path / _WHOLE).exists():
-            return WholeWeights(path / _WHOLE), path
+            return FullWeights(path / _WHOLE), path
         for stem in ("adapter_model", "model"):
             if (path / f"{stem}.safetensors").exists() or (path / f"{stem}.safetensors.index.json").exists():
                 return SafetensorsWeights(path, stem), path

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..core.checkpoint_ranks import agreed, from_dcp
-from ..core.shard_layout import LocalPart
+from ..core.shard_layout import LocalShard
 from .files import naming
 
 #: Path of a value in the nested dictionary that a reader gets back.
@@ -34,8 +34,8 @@ class _NamingFileSystem(FileSystem):
             yield stream
 
 
-class PieceSavePlanner(DefaultSavePlanner):
-    """Writes each piece of a :class:`LocalPart` at its place in the whole tensor, and other values as they are.
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Writes each piece of a :class:`LocalShard` at its place in the whole tensor, and other values as they are.
 
     Whole plain tensors and other values are written by rank 0, equal pieces of several ranks by one of them.
 
@@ -59,7 +59,7 @@ class PieceSavePlanner(DefaultSavePlanner):
         """One item per piece."""
         items: list[WriteItem] = []
         for key, value in self.state_dict.items():
-            if not isinstance(value, LocalPart):
+            if not isinstance(value, LocalShard):
                 if self.is_coordinator:
                     items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
                 continue
@@ -81,17 +81,18 @@ class PieceSavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The piece, or the value, to write."""
         value = self.state_dict[index.fqn]
-        return value.view(index.offset) if isinstance(value, LocalPart) else value
+        return value.view(index.offset) if isinstance(value, LocalShard) else value
 
 
 def _without_hint(item: WriteItem) -> WriteItem:
     return dataclasses.replace(item, index=MetadataIndex(item.index.fqn, item.index.offset))
 
 
-def save_pieces(
+def save_chunks(
     state: dict[str, Any], paths: Mapping[str, Path_], folder: Path, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a flat state dict (key -> :class:`LocalPart`, or a plain value that ``weights_only`` can read) to ``folder``.
+    """Write a flat state dict (key -> :class:`LocalShard`, or a plain value that ``weights_only`` can read) to
+    ``folder``.
 
     Collective over ``group``, whose backend has to work on the CPU if this runs in a thread.
 
@@ -107,7 +108,7 @@ def save_pieces(
         dcp.save(
             state,
             storage_writer=writer,
-            planner=PieceSavePlanner(paths),
+            planner=ChunkSavePlanner(paths),
             process_group=group,
             no_dist=not dist.is_initialized(),
         )

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-
 def accelerator_already_exists() -> Any | None:
     """Return Accelerate's shared state if an ``Accelerator`` was created in this process, else None."""
     from accelerate.state import AcceleratorState, PartialState
@@ -44,7 +43,8 @@ def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str,
 def owner_of_running_accelerator_init(accelerator: Accelerator, kind: type) -> Any:
     """The object of type ``kind`` whose method is constructing ``accelerator``, None if there is none on the stack.
 
-    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and never introduces itself to it.
+    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and never introduces
+    itself to it.
     """
     from accelerate import Accelerator
 
@@ -78,7 +78,9 @@ def parameters_of_ignored_modules(plugin: Any, model: nn.Module, device: torch.d
 
 
 def trainer_signal_manager_type() -> type | None:
-    """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a Trainer."""
+    """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a
+    Trainer.
+    """
     module = sys.modules.get("transformers.trainer_jit_checkpoint")
     return getattr(module, "CheckpointManager", None)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: ``(module, name)`` of all that a ``.metadata`` file of DCP may ask its reader for: data classes, enums and paths, nothing that
-#: acts. The private ones are written into the files by torch, so that a reader has to know them.
+#: ``(module, name)`` of all that a ``.metadata`` file of DCP may ask its reader for: data classes, enums and paths,
+#: nothing that acts. The private ones are written into the files by torch, so that a reader has to know them.
 METADATA_CLASSES: frozenset[tuple[str, str]] = frozenset(
     {
         ("torch", "Size"),

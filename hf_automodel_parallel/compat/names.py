@@ -28,7 +28,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "transformers.core_model_loading",
         "revert_weight_conversion",
-        "names and shapes of weights in files; reads model._weight_conversions, see copy_weight_conversions; 5.17 to 5.24",
+        "names and shapes of weights in files; reads model._weight_conversions, see copy_weight_conversions; 5.17 to "
+        "5.24",
     ),
     ("transformers", "Trainer._save", "saving from shards, in the place where the Trainer saves; 5.17 to 5.24"),
     (
@@ -56,7 +57,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
-        "running a layer without values, to see which of its operators keep tokens apart; the same in torch 2.11 to 2.13",
+        "running a layer without values, to see which of its operators keep tokens apart; the same in torch 2.11 to "
+        "2.13",
     ),
     (
         "torch._dynamo.config",
@@ -125,8 +127,16 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("accelerate.accelerator", "Accelerator._optimizers", "see _models"),
     ("accelerate.accelerator", "Accelerator._schedulers", "see _models"),
     ("accelerate.accelerator", "Accelerator._dataloaders", "see _models"),
-    ("transformers", "Trainer._get_output_dir", "where a Trainer puts its checkpoints, also in a hyperparameter search"),
-    ("transformers", "Trainer._finalize_training", "where a Trainer deletes its last checkpoint if another is the best"),
+    (
+        "transformers",
+        "Trainer._get_output_dir",
+        "where a Trainer puts its checkpoints, also in a hyperparameter search",
+    ),
+    (
+        "transformers",
+        "Trainer._finalize_training",
+        "where a Trainer deletes its last checkpoint if another is the best",
+    ),
     (
         "accelerate.accelerator",
         "Accelerator._custom_objects",
@@ -172,7 +182,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "see before_reduction; torch has no hook there (2.11 to 2.13)",
     ),
     *(
-        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", f"FSDPParamGroup.{name}", "see around_group; 2.11 to 2.13")
+        (
+            "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+            f"FSDPParamGroup.{name}",
+            "see around_group; 2.11 to 2.13",
+        )
         for name in ("pre_forward", "lazy_init", "fsdp_params", "reduce_grads")
     ),
     *(
@@ -211,7 +225,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "CheckpointWrapper._checkpoint_wrapped_module",
         "the module inside of torch's checkpoint wrapper (2.11 to 2.13), which has no public accessor",
     ),
-    ("torch.distributed.fsdp._fully_shard._fsdp_common", "TrainingState", "see forget_unfinished_forward, reduce_all_but"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_common",
+        "TrainingState",
+        "see forget_unfinished_forward, reduce_all_but",
+    ),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._training_state", "see forget_unfinished_forward"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_state",
@@ -232,7 +250,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch.optim.lr_scheduler", "LRScheduler._step_count", "where Accelerate stops a OneCycleLR, and so do we"),
     ("transformers.modeling_utils", "PreTrainedModel._no_split_modules", "class names of the layers"),
-    ("transformers.modeling_utils", "PreTrainedModel._supports_sdpa", "whether a class could compute SDPA; 5.17 to 5.24"),
+    (
+        "transformers.modeling_utils",
+        "PreTrainedModel._supports_sdpa",
+        "whether a class could compute SDPA; 5.17 to 5.24",
+    ),
     (
         "transformers.configuration_utils",
         "PreTrainedConfig._attn_implementation",
@@ -255,8 +277,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed.distributed_c10d",
         "_set_pg_timeout",
-        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told; 2.11 to 2.13, "
-        "since 2.14 it is public as torch.distributed.set_timeout",
+        "torch gives the groups of a mesh its default of 30 minutes (gloo), whatever the process group was told; 2.11 "
+        "to 2.13, since 2.14 it is public as torch.distributed.set_timeout",
     ),
     ("torch.distributed", "ProcessGroup._get_backend", "what the process group was told"),
     ("torch.distributed.distributed_c10d", "ProcessGroupGloo._Options._timeout", "the same"),

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     pass
 
 
-
 def is_peft_model(model: nn.Module) -> bool:
     """True if ``model`` is a ``peft.PeftModel``; does not import peft when nobody has."""
     peft = sys.modules.get("peft")
@@ -64,7 +63,9 @@ def parameter_adapter_stores_out_first(adapter: Any) -> bool:
 
 
 def peft_lora_variant_types() -> tuple[type, ...]:
-    """PEFT's variants of LoRA on linear layers that know no more than plain LoRA of features: DoRA and activated LoRA."""
+    """PEFT's variants of LoRA on linear layers that know no more than plain LoRA of features: DoRA and activated
+    LoRA.
+    """
     if "peft" not in sys.modules:
         return ()
     from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-
 def strided_shard(dim: int, split_factor: int) -> Any:
     """Return the placement that shards ``dim`` inside each of its ``split_factor`` equal blocks.
 
@@ -34,8 +33,8 @@ def strided_shard(dim: int, split_factor: int) -> Any:
 def mark_packed_placements(parameters: Any) -> None:
     """Tell torch before 2.13 that packed blocks are meant literally in the specs of these (FSDP-sharded) DTensors.
 
-    torch 2.11 takes every ``_StridedShard`` for its own notation of a shard order and refuses to gather one that is not;
-    2.13 falls back to the literal meaning by itself. The spec object is shared with FSDP2, so gradients follow.
+    torch 2.11 takes every ``_StridedShard`` for its own notation of a shard order and refuses to gather one that is
+    not; 2.13 falls back to the literal meaning by itself. The spec object is shared with FSDP2, so gradients follow.
     """
     if torch_version() >= (2, 13):
         return
@@ -54,7 +53,9 @@ def is_strided_shard(placement: object) -> bool:
 
 
 def slice_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
-    """The axes ``names`` of ``mesh``, also joined ones, which torch (2.11 to 2.13) wants to be asked for differently one day."""
+    """The axes ``names`` of ``mesh``, also joined ones, which torch (2.11 to 2.13) wants to be asked for differently
+    one day.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
         return mesh[names if len(names) > 1 else names[0]]
@@ -87,8 +88,9 @@ def set_timeout(timeout: Any, group: Any = None) -> None:
 def inherit_timeout(mesh: DeviceMesh) -> None:
     """Give the process groups of the axes of ``mesh`` (1-D or more) the timeout of the process group.
 
-    torch makes them with its default, so that ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)`` would not bound the
-    collectives of tp and dp_shard, which are nearly all: a lost node would stop the others after half an hour (gloo).
+    torch makes them with its default, so that ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)`` would not
+    bound the collectives of tp and dp_shard, which are nearly all: a lost node would stop the others after half an hour
+    (gloo).
     """
     world = dist.group.WORLD
     groups = [group for group in mesh.get_all_groups() if group is not world]
@@ -115,8 +117,8 @@ class _ExpectedRedistribution(logging.Filter):
 def silence_redistribution_hints() -> None:
     """Drop torch's hint that gathering over two mesh axes takes two collectives (torch 2.13 logs it on every rank).
 
-    A parameter on dp_shard x tp is gathered in two steps whenever a norm is clipped or a state dict saved; nothing can be
-    done about it, and each rank would say so at each kind of step. Other messages of that logger pass.
+    A parameter on dp_shard x tp is gathered in two steps whenever a norm is clipped or a state dict saved; nothing can
+    be done about it, and each rank would say so at each kind of step. Other messages of that logger pass.
     """
     hints = logging.getLogger("torch.distributed.tensor._redistribute")
     if not any(isinstance(f, _ExpectedRedistribution) for f in hints.filters):
@@ -126,7 +128,8 @@ def silence_redistribution_hints() -> None:
 def initialize_fsdp(model: nn.Module) -> None:
     """Let FSDP2 look at the units below ``model`` now, with ``model`` as their root, as its first forward would.
 
-    Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather on.
+    Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather
+    on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
@@ -152,7 +155,9 @@ def group_of(unit: Any, parameter: nn.Parameter) -> Any:
 
 
 def _check_names(*parts: Any) -> None:
-    """Fail while the model is sharded, not in the middle of a backward, where FSDP2 lacks a name that the table lists for it."""
+    """Fail while the model is sharded, not in the middle of a backward, where FSDP2 lacks a name that the table lists
+    for it.
+    """
     for part in parts:
         kind = type(part)
         for _, attribute, _ in PRIVATE_NAMES:
@@ -161,7 +166,8 @@ def _check_names(*parts: Any) -> None:
                 continue
             if not hasattr(part, name) and name not in kind.__annotations__:  # some are only set by the first forward
                 raise UnsupportedError(
-                    f"FSDP2 of torch {torch.__version__} has no {attribute}, which sharding needs here. Use torch 2.11 to 2.15."
+                    f"FSDP2 of torch {torch.__version__} has no {attribute}, which sharding needs here. Use torch 2.11 "
+                    "to 2.15."
                 )
 
 
@@ -173,8 +179,8 @@ def owner_of(fsdp_param: Any) -> nn.Module:
 def around_group(
     group: Any, forward: Callable[[], None], reduction: Callable[[], None], start: Callable[[], None]
 ) -> None:
-    """Call ``forward`` before each forward of an FSDP2 group, ``reduction`` before its gradients are reduced or accumulated, and
-    ``start`` before FSDP2 looks at the dtypes of its parameters, at the first forward."""
+    """Call ``forward`` before each forward of an FSDP2 group, ``reduction`` before its gradients are reduced or
+    accumulated, and ``start`` before FSDP2 looks at the dtypes of its parameters, at the first forward."""
 
     def call(function: Callable[[], None], original: Callable[..., Any], *args: Any) -> Any:
         function()
@@ -211,10 +217,11 @@ def give_gathered_gradient(fsdp_param: Any, values: torch.Tensor | None) -> None
 
 
 def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
-    """Bring the unsharded gradients of an FSDP2 group to its reduce dtype, where one was accumulated in it without a reduction.
+    """Bring the unsharded gradients of an FSDP2 group to its reduce dtype, where one was accumulated in it without a
+    reduction.
 
-    torch before 2.15 accumulates beside ``.grad``, and reduce-scatters gradients of one dtype alone. Since 2.15 it accumulates in
-    ``.grad``, and the copy into the reduce-scatter casts each gradient.
+    torch before 2.15 accumulates beside ``.grad``, and reduce-scatters gradients of one dtype alone. Since 2.15 it
+    accumulates in ``.grad``, and the copy into the reduce-scatter casts each gradient.
     """
     if torch_version() < (2, 15) and any(p.unsharded_accumulated_grad is not None for p in fsdp_params):
         for fsdp_param in fsdp_params:
@@ -222,7 +229,8 @@ def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
 
 
 def reduce_all_but(units: Any) -> None:
-    """Let every FSDP2 unit below the first of ``units`` reduce its gradients that has not done so, apart from ``units``.
+    """Let every FSDP2 unit below the first of ``units`` reduce its gradients that has not done so, apart from
+    ``units``.
 
     A unit whose inputs need no gradient is left to the end of the backward, where FSDP2 comes to it after the root.
     """
@@ -237,7 +245,9 @@ def reduce_all_but(units: Any) -> None:
 
 
 def _fsdp_groups(state: Any) -> list[Any]:
-    """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name in 2.13."""
+    """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name
+    in 2.13.
+    """
     value = next((value for name, value in vars(state).items() if name.startswith("_fsdp_param_group")), None)
     return [group for group in (value if isinstance(value, list) else [value]) if group is not None]
 
@@ -262,7 +272,8 @@ def keep_gathered_after_forward(unit: Any) -> Callable[[], None]:
 
 
 def forget_unfinished_forward(units: list[Any]) -> None:
-    """After an exception left the forward of FSDP2 units: let the next one begin anew, and :meth:`reshard` free parameters.
+    """After an exception left the forward of FSDP2 units: let the next one begin anew, and :meth:`reshard` free
+    parameters.
 
     torch 2.13 has ``reset_iter_state`` for this, which also drops gradients that were accumulated before.
     """

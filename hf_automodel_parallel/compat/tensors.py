@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     pass
 
 
-
 def functional_collectives() -> ModuleType:
     """Return torch's traceable collectives (private module since torch 2.1, stable in 2.11 to 2.13)."""
     import torch.distributed._functional_collectives as funcol
@@ -55,9 +54,9 @@ def flash_attention_of_last_queries(
 ) -> torch.Tensor | None:
     """Causal flash attention of the last n queries of a sequence to all N keys, None where this kernel cannot be used.
 
-    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel. The
-    call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made neither
-    inside of a compiled graph nor under a selective checkpoint.
+    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel.
+    The call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made
+    neither inside of a compiled graph nor under a selective checkpoint.
 
     Args:
         query: (B, heads, n, D).
@@ -85,7 +84,8 @@ def cast_operator() -> Any:
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty`` call.
+    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty``
+    call.
 
     FSDP2 extends it, so that its units take up the new shards (torch 2.11 to 2.13).
     """
@@ -189,9 +189,9 @@ _unhashed: list[Any] = []
 def hash_specs_of_symbolic_shapes() -> None:
     """Let a ``DTensorSpec`` with symbolic sizes be hashed, by its mesh and placements alone (torch 2.11 to 2.13).
 
-    While torch.compile traces DTensors with dynamic shapes, sizes are ``SymInt``, which have no hash, and the cache of sharding
-    decisions fails with a ``TypeError``. Equality still compares shapes, so a coarser hash costs time and changes no result.
-    For the whole process until :func:`restore_spec_hash`; a second call changes nothing.
+    While torch.compile traces DTensors with dynamic shapes, sizes are ``SymInt``, which have no hash, and the cache of
+    sharding decisions fails with a ``TypeError``. Equality still compares shapes, so a coarser hash costs time and
+    changes no result. For the whole process until :func:`restore_spec_hash`; a second call changes nothing.
     """
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -218,17 +218,23 @@ def restore_spec_hash() -> None:
 
 
 def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of class ``cls`` with these properties and no storage (what DTensor is made with, torch 2.11 to 2.13)."""
+    """A tensor of class ``cls`` with these properties and no storage (what DTensor is made with, torch 2.11 to
+    2.13).
+    """
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not count."""
+    """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not
+    count.
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
 def without_torch_function() -> Any:
-    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__`` uses."""
+    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__``
+    uses.
+    """
     return torch._C.DisableTorchFunctionSubclass()
 
 
@@ -238,13 +244,14 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     return base if base is not None and base.requires_grad else tensor
 
 
-#: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The last is that
-#: of ``RegisterPostBackwardFunction``, which FSDP2 puts on the inputs of a unit.
+#: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The
+#: last is that of ``RegisterPostBackwardFunction``, which FSDP2 puts on the inputs of a unit.
 _PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunctionBackward")
 
 
 def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
-    """True if between ``base`` and ``x``, at the same place, lie views alone, by the names of their nodes (torch 2.11 to 2.13).
+    """True if between ``base`` and ``x``, at the same place, lie views alone, by the names of their nodes (torch 2.11
+    to 2.13).
 
     A name that is not known counts as something else, so the answer errs towards False.
     """

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     pass
 
 
-
 def config_with_attention(config: Any, name: str) -> Any:
     """A copy of a transformers config whose attention implementation is ``name``.
 
@@ -67,7 +66,9 @@ def no_split_module_names(model: nn.Module) -> set[str]:
 
 
 def transformers_layer_type() -> type | None:
-    """The base class of transformers' layers that can be checkpointed (all decoder and encoder layers), None without it."""
+    """The base class of transformers' layers that can be checkpointed (all decoder and encoder layers), None without
+    it.
+    """
     if "transformers" not in sys.modules:
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -82,7 +83,9 @@ def checkpoints_around_calls() -> bool:
 
 
 def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the kind."""
+    """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the
+    kind.
+    """
     listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         listed |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -121,8 +124,9 @@ def transformers_conv1d_type() -> type | None:
 
 @functools.cache
 def gemma4_class() -> type:
-    """transformers' ``Gemma4ForConditionalGeneration``, or an empty class of that name where there is none: one class per
-    process, so that tests like ``type(model) in [...]`` hold. Imports the model's code, so it is to be called only on demand."""
+    """transformers' ``Gemma4ForConditionalGeneration``, or an empty class of that name where there is none: one class
+    per process, so that tests like ``type(model) in [...]`` hold. Imports the model's code, so it is to be called only
+    on demand."""
     try:
         from transformers import Gemma4ForConditionalGeneration
     except ImportError:
@@ -138,7 +142,9 @@ def is_transformers_v5_or_higher() -> bool:
 
 
 def without_tied_duplicates(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` (on the meta device) without the names that transformers does not save since they are tied to another."""
+    """``state`` (on the meta device) without the names that transformers does not save since they are tied to
+    another.
+    """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     return remove_tied_weights_from_state_dict(state, model)
@@ -157,7 +163,9 @@ def names_not_saved(model: nn.Module) -> set[str]:
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around it."""
+    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around
+    it.
+    """
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
@@ -172,7 +180,9 @@ def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
 
 
 def runs_all_layers_under_fsdp(cls: type) -> bool:
-    """True if the forward of ``cls`` asks transformers whether its module is sharded, and then drops no layer (5.17 to 5.24)."""
+    """True if the forward of ``cls`` asks transformers whether its module is sharded, and then drops no layer (5.17 to
+    5.24).
+    """
     forward = inspect.unwrap(getattr(cls, "forward", lambda: None))
     return "is_fsdp_managed_module" in getattr(getattr(forward, "__code__", None), "co_names", ())
 

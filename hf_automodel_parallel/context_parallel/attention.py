@@ -1,12 +1,12 @@
 """Attention of the queries that a rank holds to the keys and values of the whole sequence.
 
-Keys and values are gathered over the cp axis before attention, as in Llama 3 (2024, arXiv:2407.21783, section 3.3.2): with
-grouped queries they are small beside the rest of a layer, and any attention kernel can be used. Torch's ring attention
-(2.13) overrides the operators of CUDA alone and has no rule for the CPU's.
+Keys and values are gathered over the cp axis before attention, as in Llama 3 (2024, arXiv:2407.21783, section 3.3.2):
+with grouped queries they are small beside the rest of a layer, and any attention kernel can be used. Torch's ring
+attention (2.13) overrides the operators of CUDA alone and has no rule for the CPU's.
 
-transformers looks attention up by name in a registry (``AttentionInterface``). Ours is registered under a name of its own,
-and only the attention modules of a prepared model ask for it. What tells it that it has a part of a sequence is the
-attention mask: see :func:`mark`.
+transformers looks attention up by name in a registry (``AttentionInterface``). Ours is registered under a name of its
+own, and only the attention modules of a prepared model ask for it. What tells it that it has a part of a sequence is
+the attention mask: see :func:`mark`.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ def install(modules: list[nn.Module], place: Place) -> None:
 
 
 def mark(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """The attention mask that stands for "these queries see all keys before them, of all ranks": (1, 1, length, length * size).
+    """The attention mask that stands for "these queries see all keys before them, of all ranks": (1, 1, length, length
+    * size).
 
-    It takes no memory. Every decoder hands its mask down to attention and through its checkpoints, which therefore recompute
-    with the same attention wherever backward is called. A mask of four dimensions keeps transformers from making one of its
-    own (from the local positions it would infer packed sequences); nobody but our attention can use this one: its
-    type is no mask's and its last dimension is not that of the local keys.
+    It takes no memory. Every decoder hands its mask down to attention and through its checkpoints, which therefore
+    recompute with the same attention wherever backward is called. A mask of four dimensions keeps transformers from
+    making one of its own (from the local positions it would infer packed sequences); nobody but our attention can use
+    this one: its type is no mask's and its last dimension is not that of the local keys.
     """
     return torch.zeros((), dtype=torch.int8, device=device).expand(1, 1, length, length * size)
 
@@ -113,10 +114,10 @@ def attention(
     if not _is_mark(attention_mask, key.shape[-2], size):
         if active() is not None:
             raise UnsupportedError(
-                f"cp_size={size}: the mask that tells {type(module).__name__} which part of the sequence it has did not "
-                f"reach it. Either the model makes a mask of its own, which context parallelism cannot split: use cp_size=1 for "
-                f"it. Or it was called inside of maybe_context_parallel past the forward of the prepared model: call the model "
-                f"that prepare returned."
+                f"cp_size={size}: the mask that tells {type(module).__name__} which part of the sequence it has did "
+                f"not reach it. Either the model makes a mask of its own, which context parallelism cannot split: use "
+                f"cp_size=1 for it. Or it was called inside of maybe_context_parallel past the forward of the prepared "
+                f"model: call the model that prepare returned."
             )
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -124,8 +125,8 @@ def attention(
     for name in _OTHER_MASKS:
         if kwargs.get(name) is not None:
             raise UnsupportedError(
-                f"cp_size={size}: {type(module).__name__} asks for attention with {name}; context parallelism computes plain "
-                f"causal attention. Use cp_size=1 for this model."
+                f"cp_size={size}: {type(module).__name__} asks for attention with {name}; context parallelism computes "
+                f"plain causal attention. Use cp_size=1 for this model."
             )
     if kwargs.get("is_causal") is False:
         raise UnsupportedError(f"cp_size={size}: {type(module).__name__} asks for attention that is not causal.")

@@ -1,4 +1,6 @@
-"""The context in which the tensors of a batch are the parts that this rank holds (``accelerator.maybe_context_parallel``)."""
+"""The context in which the tensors of a batch are the parts that this rank holds
+(``accelerator.maybe_context_parallel``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
-from ..core.ranks import agreement, communication_device
+from ..core.ranks import communication_device, raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from .layout import Layout
 
@@ -43,8 +45,8 @@ def sharded_buffers(
 ) -> Iterator[None]:
     """Within the block, each of ``buffers`` is the part of it that this rank holds.
 
-    The tensor objects change their content, so everybody who holds them sees the part. Other views of the same memory keep
-    the whole (torch's own context overwrites it).
+    The tensor objects change their content, so everybody who holds them sees the part. Other views of the same memory
+    keep the whole (torch's own context overwrites it).
 
     Args:
         mesh: the cp axis.
@@ -94,8 +96,9 @@ def _checked(
         )
     if not buffers or not dims or len(buffers) != len(dims):
         raise ConfigError(
-            f"{where}: buffers has {len(buffers or ())} tensors and buffer_seq_dims {len(dims or ())} numbers. Give the tensors "
-            f"of the batch (input_ids, labels, shift_labels, position_ids) and the sequence dimension of each, usually 1."
+            f"{where}: buffers has {len(buffers or ())} tensors and buffer_seq_dims {len(dims or ())} numbers. Give "
+            "the tensors of the batch (input_ids, labels, shift_labels, position_ids) and the sequence dimension of "
+            "each, usually 1."
         )
     unique: dict[int, tuple[torch.Tensor, int]] = {}
     for tensor, dim in zip(buffers, dims, strict=True):
@@ -114,9 +117,9 @@ def _checked(
     length = lengths.pop()
     if length == 0 or length % layout.multiple:
         raise ConfigError(
-            f"{where}: a sequence of {length} tokens cannot be split into {layout.multiple} equal chunks (two per rank). Pad or "
-            f"cut the sequences to a multiple of {layout.multiple} (pad_to_multiple_of={layout.multiple} in a data collator; "
-            f"labels of -100 and no attention_mask for what is padded at the end)."
+            f"{where}: a sequence of {length} tokens cannot be split into {layout.multiple} equal chunks (two per "
+            f"rank). Pad or cut the sequences to a multiple of {layout.multiple} (pad_to_multiple_of={layout.multiple} "
+            f"in a data collator; labels of -100 and no attention_mask for what is padded at the end)."
         )
     return unique
 
@@ -129,14 +132,16 @@ def _fingerprint(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _agree(error: Exception | None, numbers: torch.Tensor) -> torch.Tensor:
-    """Every rank's ``numbers`` (k,) as (world, k); raises on all ranks if one has an ``error``. One small collective."""
+    """Every rank's ``numbers`` (k,) as (world, k); raises on all ranks if one has an ``error``. One small
+    collective.
+    """
     device = communication_device()
     mine = torch.cat([torch.tensor([float(error is not None)], dtype=torch.float64), numbers.cpu()]).to(device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     table = torch.stack(everyone).cpu()
     if table[:, 0].any():
-        with agreement("context parallelism"):
+        with raise_on_all_ranks("context parallelism"):
             if error is not None:
                 raise error
     return table[:, 1:]
@@ -155,9 +160,9 @@ def _check_same_batch(everyone: torch.Tensor, mesh: DeviceMesh) -> None:
     if torch.allclose(by_group, by_group[:, :1].expand_as(by_group), rtol=1e-9, atol=0.0):
         return
     raise PrepareError(
-        "the ranks of a cp group were given different batches, so that the parts they hold are of different sequences. Likely "
-        "cause: rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data loader "
-        "through accelerator.prepare, which gives all ranks of a cp group the same rows."
+        "the ranks of a cp group were given different batches, so that the parts they hold are of different sequences. "
+        "Likely cause: rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain "
+        "data loader through accelerator.prepare, which gives all ranks of a cp group the same rows."
     )
 
 
@@ -175,7 +180,8 @@ def check_whole(copies: torch.Tensor) -> None:
     if bool(difference <= _SAME_RESULT * numbers.norm()):
         return
     raise UnsupportedError(
-        "gather_for_metrics: the ranks of a cp group have different results for the same samples, because each computed a part "
-        "of every sequence. Inside of maybe_context_parallel only the loss is whole. Evaluate logits outside of it, where each "
-        "rank computes whole sequences; with the Trainer leave out compute_metrics (prediction_loss_only=True)."
+        "gather_for_metrics: the ranks of a cp group have different results for the same samples, because each "
+        "computed a part of every sequence. Inside of maybe_context_parallel only the loss is whole. Evaluate logits "
+        "outside of it, where each rank computes whole sequences; with the Trainer leave out compute_metrics "
+        "(prediction_loss_only=True)."
     )

@@ -1,7 +1,8 @@
-"""What a forward inside of the context is given and returns: the mask that stands for the whole sequence, the right loss.
+"""What a forward inside of the context is given and returns: the mask that stands for the whole sequence, the right
+loss.
 
-The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so the loss
-that a rank differentiates has to be ``size`` times its part of the mean over all tokens.
+The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so
+the loss that a rank differentiates has to be ``size`` times its part of the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ConfigError, UnsupportedError
 from ..tensor_parallel.collectives import all_reduce
-from ..tensor_parallel.dropout_rng import OwnNumbers
+from ..tensor_parallel.dropout_rng import TPRngTracker
 from . import attention
 from .buffers import Active, active, raise_together
 from .layout import Layout
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 _IGNORED = -100
 
-#: Where the random numbers of the ranks begin, beside those that ``tensor_parallel.random`` gives to the ranks of a tp group.
+#: Where the random numbers of the ranks begin, beside those that ``tensor_parallel.random`` gives to the ranks of a tp
+#: group.
 _OWN_NUMBERS = 1 << 20
 
 
@@ -50,7 +52,7 @@ def install(model: nn.Module, suitable: Suitable, mesh: DeviceMesh, device: torc
 class _Hooks:
     def __init__(self, suitable: Suitable, layout: Layout, group: dist.ProcessGroup, device: torch.device) -> None:
         self.suitable, self.layout, self.group = suitable, layout, group
-        self.numbers = OwnNumbers((layout.rank + 1) * _OWN_NUMBERS, device)
+        self.numbers = TPRngTracker((layout.rank + 1) * _OWN_NUMBERS, device)
         self.warned = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,8 +69,8 @@ class _Hooks:
         raise_together(error)
         shift = kwargs.get("shift_labels")
         if shift is not None and kwargs.get("num_items_in_batch") is None:
-            # The mean over the tokens of all ranks, times the number of ranks; as with num_items_in_batch of the Trainer, the
-            # loss is then a sum over the own tokens, divided.
+            # The mean over the tokens of all ranks, times the number of ranks; as with num_items_in_batch of the
+            # Trainer, the loss is then a sum over the own tokens, divided.
             valid = shift.ne(kwargs.get("ignore_index", _IGNORED)).sum()
             kwargs["num_items_in_batch"] = all_reduce(valid.float(), self.group) / self.layout.size
         self.numbers.enter()
@@ -93,8 +95,8 @@ class _Hooks:
         self.warned = True
         if dist.get_rank() == 0:
             logger.warning(
-                "cp_size=%d: a training forward outside of accelerator.maybe_context_parallel(buffers=...). It is right, but "
-                "each rank of a cp group computes the whole sequences.",
+                "cp_size=%d: a training forward outside of accelerator.maybe_context_parallel(buffers=...). It is "
+                "right, but each rank of a cp group computes the whole sequences.",
                 self.layout.size,
             )
 
@@ -111,8 +113,8 @@ class _Hooks:
         if tokens is None or tokens.ndim < 2 or tokens.shape[1] != length:
             shape = None if tokens is None else tuple(tokens.shape)
             raise ConfigError(
-                f"{where}: the input has the shape {shape}, but a rank holds {length} of {context.length} tokens. Put the "
-                f"tensor that you pass to the model into buffers."
+                f"{where}: the input has the shape {shape}, but a rank holds {length} of {context.length} tokens. Put "
+                f"the tensor that you pass to the model into buffers."
             )
         self._check_positions(where, kwargs.get("position_ids"), tokens, length)
         self._check_mask(where, kwargs.get("attention_mask"))
@@ -133,8 +135,8 @@ class _Hooks:
                 raise ConfigError(f"{where}: the attention implementation was changed after accelerator.prepare.")
         if any(getattr(module, "neftune_noise_alpha", None) for module in model.modules()) and model.training:
             raise UnsupportedError(
-                f"{where}: NEFTune scales its noise by the length of the sequence, of which an embedding sees a part. Leave out "
-                f"neftune_noise_alpha."
+                f"{where}: NEFTune scales its noise by the length of the sequence, of which an embedding sees a part. "
+                f"Leave out neftune_noise_alpha."
             )
         cache = {"use_cache": False} if "use_cache" in self.suitable.takes else {}
         return {**kwargs, **cache, "attention_mask": attention.mark(length, size, tokens.device)}
@@ -142,15 +144,15 @@ class _Hooks:
     def _check_positions(self, where: str, positions: Any, tokens: torch.Tensor, length: int) -> None:
         if positions is None:
             raise ConfigError(
-                f"{where}: position_ids are missing, and the model would count from 0 on every rank. Pass position_ids of the "
-                f"whole sequences, torch.arange(length).expand(batch, -1), and put them into buffers."
+                f"{where}: position_ids are missing, and the model would count from 0 on every rank. Pass position_ids "
+                f"of the whole sequences, torch.arange(length).expand(batch, -1), and put them into buffers."
             )
         expected = self.layout.positions(length, positions.device)
         if positions.shape[-1] != length or not bool((positions == expected).all()):
             raise UnsupportedError(
-                f"{where}: position_ids of shape {tuple(positions.shape)} are not those of one whole sequence per row, 0, 1, 2, "
-                f"..., split as the inputs are. Put position_ids into buffers; sequences that were packed into one row or padded "
-                f"at the start are not supported."
+                f"{where}: position_ids of shape {tuple(positions.shape)} are not those of one whole sequence per row, "
+                f"0, 1, 2, ..., split as the inputs are. Put position_ids into buffers; sequences that were packed "
+                f"into one row or padded at the start are not supported."
             )
 
     def _check_mask(self, where: str, mask: Any) -> None:
@@ -158,9 +160,9 @@ class _Hooks:
             return
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.bool().all()):
             raise UnsupportedError(
-                f"{where}: the attention_mask hides tokens, and only causal attention without padding is supported. Leave "
-                f"padding out of the batches (pack or cut the sequences). Padding at the end needs no mask under causal "
-                f"attention: leave attention_mask out, with labels of -100 for the padding."
+                f"{where}: the attention_mask hides tokens, and only causal attention without padding is supported. "
+                f"Leave padding out of the batches (pack or cut the sequences). Padding at the end needs no mask under "
+                f"causal attention: leave attention_mask out, with labels of -100 for the padding."
             )
 
     def _check_labels(self, where: str, kwargs: dict[str, Any], length: int) -> None:
@@ -169,22 +171,22 @@ class _Hooks:
             return
         if labels is None:
             raise UnsupportedError(
-                f"{where}: shift_labels without labels, so the model computes no loss. Whoever computes one outside of it "
-                f"(label_smoothing_factor or compute_loss_func of the Trainer) would shift the labels of each part. Leave that "
-                f"out; in a loop of your own pass both, or neither and use shift_labels yourself."
+                f"{where}: shift_labels without labels, so the model computes no loss. Whoever computes one outside of "
+                f"it (label_smoothing_factor or compute_loss_func of the Trainer) would shift the labels of each part. "
+                f"Leave that out; in a loop of your own pass both, or neither and use shift_labels yourself."
             )
         if shift is None:
             raise ConfigError(
-                f"{where}: labels without shift_labels, and the model would shift them within each part. Shift them before: "
-                f"shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:], put them into buffers and pass them "
-                f"too."
+                f"{where}: labels without shift_labels, and the model would shift them within each part. Shift them "
+                f"before: shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:], put them into "
+                f"buffers and pass them too."
             )
         if shift.shape[1] != length:
             raise ConfigError(f"{where}: shift_labels have the shape {tuple(shift.shape)}. Put them into buffers.")
         if self.suitable.no_loss:
             raise UnsupportedError(
-                f"{where}: {self.suitable.no_loss}, so it cannot be used with labels that were shifted before. Pass no labels "
-                f"and compute the loss from the logits and your own shift_labels."
+                f"{where}: {self.suitable.no_loss}, so it cannot be used with labels that were shifted before. Pass no "
+                f"labels and compute the loss from the logits and your own shift_labels."
             )
 
 

@@ -13,10 +13,12 @@ from .. import compat
 
 @dataclass(frozen=True)
 class Layout:
-    """Head and tail chunks: of ``2 * size`` equal chunks, rank r holds the r-th from the start and the r-th from the end.
+    """Head and tail chunks: of ``2 * size`` equal chunks, rank r holds the r-th from the start and the r-th from the
+    end.
 
-    A query sees the keys before it, so a chunk costs the more the later it lies. A rank's two chunks together cost the same on
-    every rank. This is the layout of torch's ``context_parallel`` and of Llama 3 (2024, arXiv:2407.21783, section 3.3.2).
+    A query sees the keys before it, so a chunk costs the more the later it lies. A rank's two chunks together cost the
+    same on every rank. This is the layout of torch's ``context_parallel`` and of Llama 3 (2024, arXiv:2407.21783,
+    section 3.3.2).
 
     Attributes:
         rank: place of this rank on the cp axis.
@@ -42,7 +44,9 @@ class Layout:
         return torch.cat([tensor.narrow(dim, chunk * length, length) for chunk in self.chunks], dim)
 
     def positions(self, length: int, device: torch.device) -> torch.Tensor:
-        """The positions in the whole sequence of the ``length`` tokens that this rank holds, int64 of shape (length,)."""
+        """The positions in the whole sequence of the ``length`` tokens that this rank holds, int64 of shape
+        (length,).
+        """
         chunk = length // 2
         own = torch.arange(chunk, device=device)
         first, second = self.chunks
@@ -51,8 +55,8 @@ class Layout:
     def gather(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """All ranks' parts in the order of the sequence: (B, H, S / size, D) -> (B, H, S, D).
 
-        Backward sums the ranks' gradients and takes the own part (reduce-scatter), so that a rank's queries reach the keys of
-        all ranks.
+        Backward sums the ranks' gradients and takes the own part (reduce-scatter), so that a rank's queries reach the
+        keys of all ranks.
         """
         batch, heads, length, features = x.shape
         parts = _Gather.apply(x, group).view(self.size, batch, heads, 2, length // 2, features)

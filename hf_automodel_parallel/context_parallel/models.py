@@ -1,4 +1,5 @@
-"""Which models can be trained on parts of sequences: everything that mixes positions has to be attention that we compute.
+"""Which models can be trained on parts of sequences: everything that mixes positions has to be attention that we
+compute.
 
 Decided by properties of modules and configs, before anything is changed; the errors name what stands in the way.
 """
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import compat
-from ..core.model_structure import Anatomy
+from ..core.model_structure import ModelStructure
 from ..core.module_names import unwrapped
 from ..errors import UnsupportedError
 
@@ -38,12 +39,12 @@ class Suitable:
     no_loss: str = ""
 
 
-def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel: bool = False) -> Suitable:
+def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence_parallel: bool = False) -> Suitable:
     """Find the attention of ``model`` and refuse what would be wrong on a part of a sequence.
 
     Args:
         model: the model, plain or PEFT-wrapped.
-        anatomy: its layers.
+        structure: its layers.
         size: number of ranks on the cp axis, for the messages.
         sequence_parallel: it was asked for together with context parallelism.
 
@@ -74,8 +75,8 @@ def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel
         raise refuse(f"it has layers of type {', '.join(kinds)}; every layer has to be full causal attention.")
     if getattr(config, "output_router_logits", False):
         raise refuse(
-            "its loss contains the router's auxiliary loss (output_router_logits), which is not a mean over tokens and so not "
-            "the mean of the ranks' losses.",
+            "its loss contains the router's auxiliary loss (output_router_logits), which is not a mean over tokens and "
+            "so not the mean of the ranks' losses.",
             "Set config.output_router_logits=False, or use cp_size=1.",
         )
     for name, module in inner.named_modules():
@@ -84,7 +85,7 @@ def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel
             if isinstance(rope, str) and any(kind in rope for kind in _LENGTH_DEPENDENT_ROPES):
                 raise refuse(f"{name} has rope_type={rope!r}, whose frequencies depend on the length of a sequence.")
     _check_adapters(model, refuse)
-    attention = _attention_of(inner, anatomy, refuse)
+    attention = _attention_of(inner, structure, refuse)
     forward = inspect.unwrap(inner.__dict__.get("forward", type(inner).forward))
     takes = frozenset(inspect.signature(forward).parameters)
     if "position_ids" not in takes or "attention_mask" not in takes:
@@ -92,10 +93,10 @@ def check_model(model: nn.Module, anatomy: Anatomy, size: int, sequence_parallel
     return Suitable(attention, takes, _why_no_loss(inner, forward))
 
 
-def _attention_of(inner: nn.Module, anatomy: Anatomy, refuse: Any) -> list[nn.Module]:
+def _attention_of(inner: nn.Module, structure: ModelStructure, refuse: Any) -> list[nn.Module]:
     names = {module: name for name, module in inner.named_modules()}
     attention = [module for module in names if compat.uses_attention_registry(module)]
-    inside = {module for layer in anatomy.layers for module in layer.modules()}
+    inside = {module for layer in structure.layers for module in layer.modules()}
     for module in attention:
         if module not in inside:
             raise refuse(f"{names[module]} computes attention outside of the decoder layers.")
@@ -103,14 +104,14 @@ def _attention_of(inner: nn.Module, anatomy: Anatomy, refuse: Any) -> list[nn.Mo
             raise refuse(f"{names[module]} computes attention that is not causal.")
         if getattr(module, "sliding_window", None) is not None:
             raise refuse(f"{names[module]} has a sliding window of {module.sliding_window} tokens.")
-    if not anatomy.layers:
+    if not structure.layers:
         raise refuse("no decoder layers were found in it.")
-    for layer in anatomy.layers:
+    for layer in structure.layers:
         parts = list(layer.modules())
         if not any(module in attention for module in parts):
             raise refuse(
-                f"{names[layer]} ({type(layer).__name__}) has no attention that transformers' registry of attention functions "
-                f"can replace, so it mixes positions in a way that stops at the part of a rank."
+                f"{names[layer]} ({type(layer).__name__}) has no attention that transformers' registry of attention "
+                f"functions can replace, so it mixes positions in a way that stops at the part of a rank."
             )
         for module in parts:
             if isinstance(module, (*_CONVOLUTIONS, *_RECURRENT)):
@@ -130,7 +131,9 @@ def _check_adapters(model: nn.Module, refuse: Any) -> None:
 
 
 def _why_no_loss(inner: nn.Module, forward: Any) -> str:
-    """Why ``model(..., labels=..., shift_labels=...)`` would not compute the loss of the shifted labels; "" if it does."""
+    """Why ``model(..., labels=..., shift_labels=...)`` would not compute the loss of the shifted labels; "" if it
+    does.
+    """
     code = getattr(forward, "__code__", None)
     if code is None or "loss_function" not in code.co_names:
         return "its forward does not compute the loss with the model's loss_function"

@@ -46,9 +46,10 @@ def rank_zero_tells(value: T, group: dist.ProcessGroup | None = None) -> T:
 def agreed(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank; if it raises on any of them, all raise.
 
-    Such blocks may be nested, and code that is not ours may stand between them: a rank that fails leaves them all with its
-    first error and takes part in exactly one exchange on the way; the others learn of it at their next exchange, whichever that
-    is, and leave without another one. So between two of these blocks there must be no collective that a failing rank leaves out.
+    Such blocks may be nested, and code that is not ours may stand between them: a rank that fails leaves them all with
+    its first error and takes part in exactly one exchange on the way; the others learn of it at their next exchange,
+    whichever that is, and leave without another one. So between two of these blocks there must be no collective that a
+    failing rank leaves out.
 
     Args:
         what: what is being done, for the ranks that had no error of their own.

@@ -1,4 +1,6 @@
-"""Make the ranks agree before anything is sharded: on errors, on the model's structure, on its values, on random numbers."""
+"""Make the ranks agree before anything is sharded: on errors, on the model's structure, on its values, on random
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,7 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 if isinstance(value, torch.Tensor):
                     yield f"{name}.{part}.{key}", value
 
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,11 +58,13 @@ def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
     shown = []
     for values, fields in ((first_sizes, first), (other_sizes, other)):
         told = values if first_sizes != other_sizes else {}
-        shown.append(", ".join(f"{name}={value!r}" for name, value in {**told, **{n: fields.get(n) for n in names}}.items()))
+        shown.append(
+            ", ".join(f"{name}={value!r}" for name, value in {**told, **{n: fields.get(n) for n in names}}.items())
+        )
     more = f" ({len(others) - 1} more ranks differ from rank 0)" if len(others) > 1 else ""
     raise ConfigError(
-        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {others[0]}{more}. Start all "
-        f"processes with the same config file, environment and arguments."
+        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {others[0]}{more}. "
+        f"Start all processes with the same config file, environment and arguments."
     )
 
 
@@ -69,15 +74,18 @@ def check_same_structure(
     group: dist.ProcessGroup | None = None,
     choices: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise on all ranks unless they hold models with the same parameters and buffers, and are going to treat them alike.
+    """Raise on all ranks unless they hold models with the same parameters and buffers, and are going to treat them
+    alike.
 
-    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, the plan as resolved, the choices.
+    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, the plan as resolved, the
+    choices.
 
     Args:
         model: the model, on every rank.
         spec: where its parameters and activations are going to be on the tp axis.
         group: the ranks that hold the model; None means all.
-        choices: name -> value, with a ``repr`` that is the same in all processes, of what else decides which collectives run.
+        choices: name -> value, with a ``repr`` that is the same in all processes, of what else decides which
+            collectives run.
 
     Raises:
         PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
@@ -108,7 +116,11 @@ def check_same_structure(
     examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]
     raise PrepareError(
         f"the model is not the same on all ranks: ranks {ranks} differ from rank 0"
-        + (f", for example in {' and '.join(examples)}" if examples else ", in the order of their parameters or buffers")
+        + (
+            f", for example in {' and '.join(examples)}"
+            if examples
+            else ", in the order of their parameters or buffers"
+        )
         + ". Build, wrap and plan it alike, with the same options, on every rank."
     )
 
@@ -118,8 +130,8 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
     """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
 
     Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
-    their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and one
-    small gather.
+    their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and
+    one small gather.
 
     Args:
         model: the model, on every rank.
@@ -162,9 +174,9 @@ def fingerprint(tensor: torch.Tensor) -> int:
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:
     """Give all ranks of a tp group the random states of its first rank: of torch, of numpy and of Python.
 
-    Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of these
-    ranks, whatever seeds they started with, and so must masks that a model or a collator draws with numpy or ``random``.
-    Ranks along the data-parallel axes keep their own states.
+    Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of
+    these ranks, whatever seeds they started with, and so must masks that a model or a collator draws with numpy or
+    ``random``. Ranks along the data-parallel axes keep their own states.
     """
     group = tp_mesh.get_group()
     source = dist.get_global_rank(group, 0)

@@ -66,7 +66,8 @@ class MeshAxes:
         return compat.slice_mesh(mesh, (shard,))
 
     def check(self, mesh: DeviceMesh) -> None:
-        """Raise unless every rank of ``mesh`` has a part in the work: along an axis that nobody uses, copies would drift apart.
+        """Raise unless every rank of ``mesh`` has a part in the work: along an axis that nobody uses, copies would
+        drift apart.
 
         Raises:
             ConfigError: an axis of more than one rank has none of the names here.
@@ -78,9 +79,9 @@ class MeshAxes:
         used = {*(data.mesh_dim_names or ()), self.replicate, self.shard, self.tp, self.pipeline}
         spare = [f"{name} ({mesh[name].size()} ranks)" for name in names if name not in used and mesh[name].size() > 1]
         raise ConfigError(
-            f"the device mesh has axes that nothing would be reduced over: {', '.join(spare) or ', '.join(names)}. Say which "
-            f"axes are meant by dp_replicate_mesh_name={self.replicate!r}, dp_shard_cp_mesh_name={self.shard!r} and "
-            f"tp_mesh_name={self.tp!r}."
+            f"the device mesh has axes that nothing would be reduced over: {', '.join(spare) or ', '.join(names)}. Say "
+            f"which axes are meant by dp_replicate_mesh_name={self.replicate!r}, dp_shard_cp_mesh_name={self.shard!r} "
+            f"and tp_mesh_name={self.tp!r}."
         )
 
     def _shard_axis(self, mesh: DeviceMesh) -> str:
@@ -116,8 +117,9 @@ class MeshAxes:
 
 def _missing(field: str, name: str, mesh: DeviceMesh) -> ConfigError:
     return ConfigError(
-        f"{field}={name!r}: the device mesh has no such axis, only {', '.join(mesh.mesh_dim_names or ()) or 'unnamed ones'}. "
-        f"Give the name that the mesh was built with (init_device_mesh(..., mesh_dim_names=...))."
+        f"{field}={name!r}: the device mesh has no such axis, only "
+        f"{', '.join(mesh.mesh_dim_names or ()) or 'unnamed ones'}. Give the name that the mesh was built with "
+        "(init_device_mesh(..., mesh_dim_names=...))."
     )
 
 
@@ -126,7 +128,9 @@ _JOINED_BY_ACCELERATE = ("dp", "dp_shard_cp", "dp_cp")
 
 
 def inherit_timeouts(mesh: DeviceMesh) -> None:
-    """Bound the collectives of every axis of ``mesh``, also of joined ones, as those of the process group are bounded."""
+    """Bound the collectives of every axis of ``mesh``, also of joined ones, as those of the process group are
+    bounded.
+    """
     compat.inherit_timeout(mesh)
     for name in _JOINED_BY_ACCELERATE:
         if compat.has_joined_axis(mesh, name):

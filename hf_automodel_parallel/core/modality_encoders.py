@@ -17,12 +17,13 @@ _TEXT_INPUTS = ("input_ids", "inputs_embeds")
 _TEXT_CONFIGS = ("", "text_config")
 
 
-def find_towers(model: nn.Module, layers: list[nn.Module], embedding: nn.Module | None) -> list[nn.Module]:
+def find_modality_encoders(model: nn.Module, layers: list[nn.Module], embedding: nn.Module | None) -> list[nn.Module]:
     """The towers of ``model`` (unwrapped), each the largest module around its layers without a layer of the main part.
 
-    The main part is the smallest model around the input embedding that has layers. Of the other layers those are in a tower whose
-    own model (the next one around them) does not take text: by its main input, its input modalities, or the place of its
-    config, all of which transformers writes down. Encoders with decoders have no towers, since each forward runs both.
+    The main part is the smallest model around the input embedding that has layers. Of the other layers those are in a
+    tower whose own model (the next one around them) does not take text: by its main input, its input modalities, or the
+    place of its config, all of which transformers writes down. Encoders with decoders have no towers, since each
+    forward runs both.
 
     Args:
         model: the model.
@@ -49,7 +50,7 @@ def find_towers(model: nn.Module, layers: list[nn.Module], embedding: nn.Module 
     return list({id(tower): tower for tower in towers.values()}.values())
 
 
-def layers_of_towers(layers: Iterable[nn.Module], towers: Iterable[nn.Module]) -> list[nn.Module]:
+def layers_of_modality_encoders(layers: Iterable[nn.Module], towers: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of ``layers`` that are in one of ``towers``."""
     inside = {id(module) for tower in towers for module in tower.modules()}
     return [layer for layer in layers if id(layer) in inside]

@@ -10,14 +10,14 @@ from torch import nn
 
 from .. import compat
 from ..errors import ConfigError, UnsupportedError
-from .modality_encoders import find_towers, layers_of_towers
+from .modality_encoders import find_modality_encoders, layers_of_modality_encoders
 from .module_names import unwrapped
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """The parts of a model that sharding treats apart.
 
     Attributes:
@@ -39,7 +39,7 @@ class Anatomy:
     @property
     def tower_layers(self) -> list[nn.Module]:
         """Those of ``layers`` that are in towers."""
-        return layers_of_towers(self.layers, self.towers)
+        return layers_of_modality_encoders(self.layers, self.towers)
 
     @property
     def main_layers(self) -> list[nn.Module]:
@@ -48,13 +48,13 @@ class Anatomy:
         return [layer for layer in self.layers if id(layer) not in others]
 
 
-def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy:
+def find_structure(model: nn.Module, layer_classes: list[str] | None = None) -> ModelStructure:
     """Find layers, embedding and head of ``model``.
 
     Args:
         model: the model, plain or PEFT-wrapped.
-        layer_classes: class names of the layers if the user gave them, else ``_no_split_modules`` and, failing that, the
-            longest ``ModuleList`` are used.
+        layer_classes: class names of the layers if the user gave them, else ``_no_split_modules`` and, failing that,
+            the longest ``ModuleList`` are used.
 
     Raises:
         ConfigError: a class name given by the user does not occur in the model.
@@ -68,25 +68,25 @@ def dissect(model: nn.Module, layer_classes: list[str] | None = None) -> Anatomy
 
     embedding = outside(compat.input_embedding_module(inner))
     projection = outside(compat.lm_head_module(inner))
-    towers = find_towers(inner, layers, embedding)
-    beside = {id(layer) for layer in layers_of_towers(layers, towers)}
+    towers = find_modality_encoders(inner, layers, embedding)
+    beside = {id(layer) for layer in layers_of_modality_encoders(layers, towers)}
     norm = outside(_final_norm(inner, [layer for layer in layers if id(layer) not in beside], projection))
     tied = False
     if embedding is not None and projection is not None:
         shared = {id(p) for p in embedding.parameters()} & {id(p) for p in projection.parameters()}
         tied = bool(shared)
     head = [m for m in (norm, projection) if m is not None and any(True for _ in m.parameters())]
-    return Anatomy(layers, embedding, head, tied, towers)
+    return ModelStructure(layers, embedding, head, tied, towers)
 
 
 def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> list[nn.Module]:
     """The repeated layers of ``model`` in the order of its module tree, without duplicates; empty if there are none.
 
-    Without ``layer_classes`` they are found by what the model says of itself: ``_no_split_modules`` of it and of every model
-    inside of it (both towers of a vision-language model), and transformers' base class of layers. A layer is an item of a
-    container (``ModuleList``, ``Sequential``, or the ``ModuleDict`` keyed by numbers that a pipeline split leaves): some models
-    list attentions, embeddings or whole towers as not to be split, too; the former stand for the layer around them. Only if
-    nothing of this is found, the largest container is taken.
+    Without ``layer_classes`` they are found by what the model says of itself: ``_no_split_modules`` of it and of every
+    model inside of it (both towers of a vision-language model), and transformers' base class of layers. A layer is an
+    item of a container (``ModuleList``, ``Sequential``, or the ``ModuleDict`` keyed by numbers that a pipeline split
+    leaves): some models list attentions, embeddings or whole towers as not to be split, too; the former stand for the
+    layer around them. Only if nothing of this is found, the largest container is taken.
     """
     if layer_classes:
         return _layers_of_classes(model, set(layer_classes))
@@ -122,15 +122,17 @@ def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
 
 
 def is_layer_container(module: nn.Module) -> bool:
-    """True for a ``ModuleList``, and for a ``ModuleDict`` whose keys are numbers, into which pipeline splitting turns one."""
+    """True for a ``ModuleList``, and for a ``ModuleDict`` whose keys are numbers, into which pipeline splitting turns
+    one.
+    """
     if isinstance(module, nn.ModuleDict):
         return len(module) > 0 and all(key.isdigit() for key in module)
     return isinstance(module, nn.ModuleList)
 
 
 def largest_container(model: nn.Module) -> nn.ModuleList | nn.ModuleDict | None:
-    """The container (:func:`is_layer_container`) in ``model`` with the most modules, the first of equal ones; None if there
-    is none with a module in it."""
+    """The container (:func:`is_layer_container`) in ``model`` with the most modules, the first of equal ones; None if
+    there is none with a module in it."""
     containers = [m for m in model.modules() if is_layer_container(m) and any(True for _ in m.children())]
     return max(containers, key=lambda m: len(list(m.children())), default=None)  # type: ignore[arg-type,return-value]
 
@@ -147,14 +149,16 @@ def model_layers(model: nn.Module) -> list[nn.Module]:
         layers = list(container.children())
     if not layers:
         raise UnsupportedError(
-            f"{type(inner).__name__} has no repeated layers: no module of a class in _no_split_modules and no ModuleList. Give "
-            f"the class a _no_split_modules with the class names of its layers."
+            f"{type(inner).__name__} has no repeated layers: no module of a class in _no_split_modules and no "
+            f"ModuleList. Give the class a _no_split_modules with the class names of its layers."
         )
     return layers
 
 
 def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
-    """The module at the dotted path ``fqn`` below ``module`` ("" is itself), None if there is no module of that name."""
+    """The module at the dotted path ``fqn`` below ``module`` ("" is itself), None if there is no module of that
+    name.
+    """
     try:
         return module.get_submodule(fqn)
     except AttributeError:
@@ -168,7 +172,9 @@ def all_frozen(module: nn.Module) -> bool:
 
 
 def _items_of_containers(model: nn.Module) -> set[nn.Module]:
-    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward is the layer's."""
+    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward is the
+    layer's.
+    """
     tuner = compat.peft_tuner_layer_type()
     items: set[nn.Module] = set()
     for container in (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential)):
@@ -181,7 +187,9 @@ def _items_of_containers(model: nn.Module) -> set[nn.Module]:
 
 
 def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that says nothing of itself: where they usually are, else the largest container of such modules."""
+    """The layers of a model that says nothing of itself: where they usually are, else the largest container of such
+    modules.
+    """
 
     def items(container: nn.Module | None) -> list[nn.Module]:
         if container is None or not is_layer_container(container):
@@ -201,8 +209,8 @@ def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
 def _final_norm(model: nn.Module, layers: list[nn.Module], projection: nn.Module | None) -> nn.Module | None:
     """The norm between the last layer and the output projection: a sibling of the list that holds the layers.
 
-    Of several, one as wide as what the projection reads (others normalise something else, as per-layer embeddings), and of
-    these the first behind the layers.
+    Of several, one as wide as what the projection reads (others normalise something else, as per-layer embeddings), and
+    of these the first behind the layers.
     """
     if not layers:
         return None

@@ -36,4 +36,3 @@ def plan_name(name: str, prefix: str) -> str:
 def without_wrappers(name: str) -> str:
     """``name`` without the levels that PEFT puts around a layer, as ``base_layer``."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
-

@@ -12,7 +12,7 @@ from ..errors import PrepareError
 
 
 @contextmanager
-def agreement(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the block on every rank; if any rank raises, all of them do, so that none waits for another one.
 
     Args:

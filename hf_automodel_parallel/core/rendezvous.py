@@ -1,8 +1,8 @@
 """All ranks meet before a save, and those that came learn in bounded time that the others will not.
 
 ``if accelerator.is_main_process: model.save_pretrained(...)`` is what everybody writes, and on a sharded model one rank
-then waits for ever in the first collective. So the ranks first meet in the store through which the process group was made: no
-collective, no backend, and the waiting has an end.
+then waits for ever in the first collective. So the ranks first meet in the store through which the process group was
+made: no collective, no backend, and the waiting has an end.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _waited(store: Any, keys: list[str], seconds: float) -> bool:
 def _missing(what: str, ranks: list[int], seconds: float) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return (
-        f"{what} on a sharded model is called by all ranks, because each holds a part of the weights; rank {shown} did not come "
-        f"within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes anyway). If the ranks are "
-        f"there but late, set {TIMEOUT_VARIABLE} to more seconds."
+        f"{what} on a sharded model is called by all ranks, because each holds a part of the weights; rank {shown} did "
+        f"not come within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes "
+        f"anyway). If the ranks are there but late, set {TIMEOUT_VARIABLE} to more seconds."
     )

@@ -1,8 +1,9 @@
 """Which contiguous pieces of a whole tensor a rank holds, and where they lie in its local part.
 
-torch.distributed.checkpoint takes the local part of a DTensor for one contiguous piece, which packed projections are not
-(gate and up in one matrix: two rows of blocks). Its format, though, holds any list of pieces at global offsets. With one entry
-per piece a file depends on nothing but the whole tensors, so that it loads on every mesh and in one process.
+torch.distributed.checkpoint takes the local part of a DTensor for one contiguous piece, which packed projections are
+not (gate and up in one matrix: two rows of blocks). Its format, though, holds any list of pieces at global offsets.
+With one entry per piece a file depends on nothing but the whole tensors, so that it loads on every mesh and in one
+process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from .sharding_spec import ParameterSpec
 
 
 def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    """This rank's part of ``full``: the whole, a slice of one dim, or a slice of each of its packed blocks (contiguous)."""
+    """This rank's part of ``full``: the whole, a slice of one dim, or a slice of each of its packed blocks
+    (contiguous).
+    """
     if spec.dim is None:
         return full
     blocks = full.chunk(spec.blocks, dim=spec.dim)
@@ -29,18 +32,19 @@ def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -
     return (parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=spec.dim)).contiguous()
 
 
-def share_of(value: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
+def shard_of(value: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
     """The part of ``value`` (any shape and dtype) that ``rank`` of ``size`` holds."""
     if spec.dim is None:
         return value
     parts = [block.chunk(size, spec.dim)[rank] for block in value.chunk(spec.blocks, spec.dim)]
     return torch.cat(parts, spec.dim)
 
+
 #: Half-open ranges of indices along one dimension of the whole tensor, in the order in which the local part holds them.
 Ranges = list[tuple[int, int]]
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A block of a tensor that is contiguous in the whole and in the local part.
 
     Attributes:
@@ -55,7 +59,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class LocalPart:
+class LocalShard:
     """What this rank holds of one tensor, as checkpoints see it.
 
     Attributes:
@@ -67,27 +71,27 @@ class LocalPart:
 
     size: torch.Size
     data: torch.Tensor
-    pieces: list[Piece]
+    pieces: list[Chunk]
     everywhere: bool = False
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> LocalPart:
+    def of(cls, tensor: torch.Tensor) -> LocalShard:
         """The part of ``tensor`` (a DTensor, or a plain tensor, which is whole on every rank) on this rank."""
         local = tensor.detach()
         local = local.to_local() if isinstance(local, DTensor) else local
-        return cls(tensor.shape, local, pieces_of(tensor), not isinstance(tensor, DTensor))
+        return cls(tensor.shape, local, chunks_of(tensor), not isinstance(tensor, DTensor))
 
-    def copied(self) -> LocalPart:
+    def copied(self) -> LocalShard:
         """The same part with memory of its own on the CPU, which later training steps do not change."""
         data = torch.empty(self.data.shape, dtype=self.data.dtype, device="cpu")
-        return LocalPart(self.size, data.copy_(self.data), self.pieces, self.everywhere)
+        return LocalShard(self.size, data.copy_(self.data), self.pieces, self.everywhere)
 
     def view(self, offsets: Any) -> torch.Tensor:
         """The piece at the global ``offsets``, as a view of the local part."""
         piece = next(piece for piece in self.pieces if piece.offsets == tuple(offsets))
         return self.cut(piece)
 
-    def cut(self, piece: Piece) -> torch.Tensor:
+    def cut(self, piece: Chunk) -> torch.Tensor:
         """``piece`` as a view of the local part."""
         return self.data[tuple(slice(at, at + size) for at, size in zip(piece.local, piece.sizes, strict=True))]
 
@@ -98,7 +102,7 @@ class LocalPart:
             self.cut(piece).copy_(whole[cut])
 
 
-def pieces_of(tensor: torch.Tensor) -> list[Piece]:
+def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
     """The pieces of ``tensor`` on this rank; none where its part is empty.
 
     Raises:
@@ -125,8 +129,8 @@ def pieces_of(tensor: torch.Tensor) -> list[Piece]:
     shape = tuple(sum(stop - start for start, stop in dim) for dim in ranges)
     if shape != tuple(tensor.to_local().shape):
         raise UnsupportedError(
-            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a part of shape {shape} here, "
-            f"but it has {tuple(tensor.to_local().shape)}; a checkpoint of it would be wrong."
+            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a part of shape "
+            f"{shape} here, but it has {tuple(tensor.to_local().shape)}; a checkpoint of it would be wrong."
         )
     return _blocks(ranges)
 
@@ -155,7 +159,7 @@ def _merged(ranges: Ranges) -> Ranges:
     return merged
 
 
-def _blocks(ranges: list[Ranges]) -> list[Piece]:
+def _blocks(ranges: list[Ranges]) -> list[Chunk]:
     per_dimension = []
     for dim in map(_merged, ranges):
         starts = itertools.accumulate((stop - start for start, stop in dim), initial=0)
@@ -165,5 +169,5 @@ def _blocks(ranges: list[Ranges]) -> list[Piece]:
         offsets, sizes, local = (
             (tuple(values) for values in zip(*combination, strict=True)) if combination else ((), (), ())
         )
-        blocks.append(Piece(offsets, sizes, local))
+        blocks.append(Chunk(offsets, sizes, local))
     return blocks

@@ -15,9 +15,11 @@ class PlanEntry:
     """One line of a plan.
 
     Attributes:
-        pattern: dotted path of modules or parameters, relative to the unwrapped model; ``*`` matches one path component.
+        pattern: dotted path of modules or parameters, relative to the unwrapped model; ``*`` matches one path
+        component.
         style: a style name as in transformers' ``_tp_plan``, or a ``torch.distributed.tensor.parallel.ParallelStyle``.
-        source: where the line comes from, for humans ("class LlamaForCausalLM", "config base_model_tp_plan", "derived: ...").
+        source: where the line comes from, for humans ("class LlamaForCausalLM", "config base_model_tp_plan", "derived:
+            ...").
     """
 
     pattern: str
@@ -39,11 +41,12 @@ class Plan:
     Attributes:
         origin: which source won ("explicit", "hf", "registry", "default", "derived").
         entries: pattern -> entry; later entries win over earlier ones of equal precision.
-        strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not have.
+        strict: every pattern must match something (a user's own plan); HF's plans name parts that a config may not
+        have.
         notes: decisions taken on the way to it, one sentence each (why an earlier source was passed over).
         counts: pattern of modules -> integer attributes that count what is sharded there; a rank gets its part of each.
-        head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> its dimension
-            that runs over heads, and the attribute of the module that counts these.
+        head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> its
+            dimension that runs over heads, and the attribute of the module that counts these.
     """
 
     origin: str
@@ -84,16 +87,19 @@ class ParameterSpec:
         dim: sharded dimension, or None for replicated.
         blocks: number of equal blocks packed along ``dim``, each sharded on its own (2 for fused gate and up).
         partial_gradient: every rank computes only a summand of the gradient; it is summed once per optimizer step.
-        on_shares: the gradient is partial where the parameter meets shares of the sequence, and whole elsewhere.
-        counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with zeros.
-        part_dim: replicated at rest, but each rank computes with one part of it along this dimension (of each of its blocks).
+        on_sequence_shards: the gradient is partial where the parameter meets shares of the sequence, and whole
+        elsewhere.
+        counts_once: it is added to activations that are summed over the ranks, so all but the first rank compute with
+        zeros.
+        part_dim: replicated at rest, but each rank computes with one part of it along this dimension (of each of its
+        blocks).
         parts: number of these parts. It divides the axis: neighbours share one where they are fewer than ranks.
     """
 
     dim: int | None = None
     blocks: int = 1
     partial_gradient: bool = False
-    on_shares: bool = False
+    on_sequence_shards: bool = False
     counts_once: bool = False
     part_dim: int | None = None
     parts: int = 1
@@ -108,7 +114,7 @@ class ParameterSpec:
 
 REPLICATED = ParameterSpec()
 PARTIAL = ParameterSpec(partial_gradient=True)
-ON_SHARES = ParameterSpec(partial_gradient=True, on_shares=True)
+ON_SHARES = ParameterSpec(partial_gradient=True, on_sequence_shards=True)
 ADDED_ONCE = ParameterSpec(partial_gradient=True, counts_once=True)
 
 
@@ -122,7 +128,8 @@ class ModuleSpec:
         deferred_bias: name of the module, relative to this one ("" or "base_layer"), whose bias is added once after the
             reduction instead of once per rank before it; None if there is none.
         tail: number of trailing features for :attr:`Output.COPY_TAIL`.
-        chunk_rows: rows whose logits the loss has in float32 at a time, for :attr:`Output.LOGITS`; None: chosen by memory.
+        chunk_rows: rows whose logits the loss has in float32 at a time, for :attr:`Output.LOGITS`; None: chosen by
+        memory.
         foreign: a style object of torch or of the user that runs on its own engine; all other fields are then unused.
     """
 
@@ -140,8 +147,8 @@ class SequenceBlock:
 
     Attributes:
         gathers: its first tensor argument is gathered along the sequence.
-        splits: its output is the same on all ranks, and each keeps its share. False: it is split already, or no activation
-            of the layer's width.
+        splits: its output is the same on all ranks, and each keeps its share. False: it is split already, or no
+            activation of the layer's width.
         writes: it changes what is gathered in place, so that its parts read something else than what the others read.
     """
 
@@ -158,7 +165,8 @@ class SequenceSpec:
         stack: name of the module whose forward runs the layers.
         layers: names of the layers in forward order. The first one's input is split.
         blocks: name of a module inside of a layer -> how it is entered and left.
-        tail: name of the module at whose output the hidden states are gathered again (the final norm or the last layer).
+        tail: name of the module at whose output the hidden states are gathered again (the final norm or the last
+        layer).
         on_shards: modules whose parameters work on this rank's share of the sequence.
         regather: what blocks gather is not kept for backward, but gathered again; where checkpoints do not see to it.
     """
@@ -178,9 +186,10 @@ class ShardingSpec:
     Attributes:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a complete gradient.
         modules: module name -> spec; a module that is not listed has no boundary.
-        head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded projections.
-        head_arguments: module name -> keyword argument of its forward -> (dimension that runs over heads, or over sequences
-            and, within each, heads; number of heads). Each rank takes the part of its heads.
+        head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded
+        projections.
+        head_arguments: module name -> keyword argument of its forward -> (dimension that runs over heads, or over
+            sequences and, within each, heads; number of heads). Each rank takes the part of its heads.
         summed_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is a sum over the ranks.
         rows: for people: (pattern, style, number of matches, placement, source).
         unmatched: entries of a non-strict plan that matched nothing here.
@@ -205,8 +214,8 @@ class ShardingSpec:
     def described(self) -> list[str]:
         """A line for each thing that decides which collectives run, equal in all processes with the same plan.
 
-        Parameters are left to whoever describes the model. Of a foreign style only the type is told (its ``repr`` may hold an
-        address), and not how many rows of logits a rank computes at a time, which is its own affair.
+        Parameters are left to whoever describes the model. Of a foreign style only the type is told (its ``repr`` may
+        hold an address), and not how many rows of logits a rank computes at a time, which is its own affair.
         """
         lines = [f"boundaries of {name}: {_line(module)}" for name, module in self.modules.items()]
         for what, table in (("head counts", self.head_counts), ("arguments by heads", self.head_arguments)):

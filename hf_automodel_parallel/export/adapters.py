@@ -81,9 +81,10 @@ def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     path = options.get("path_initial_model_for_weight_conversion")
     if path is not None:
         raise ConfigError(
-            f"path_initial_model_for_weight_conversion={str(path)!r}: PEFT loads the initial adapter into the model to subtract "
-            f"it, which one rank cannot do on shards. Save the adapter without it; then, in one process, "
-            f"PeftModel.from_pretrained(base, directory).save_pretrained(other, path_initial_model_for_weight_conversion=...)."
+            f"path_initial_model_for_weight_conversion={str(path)!r}: PEFT loads the initial adapter into the model to "
+            f"subtract it, which one rank cannot do on shards. Save the adapter without it; then, in one process, "
+            "PeftModel.from_pretrained(base, directory).save_pretrained(other, "
+            "path_initial_model_for_weight_conversion=...)."
         )
 
 

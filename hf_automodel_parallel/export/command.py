@@ -12,8 +12,8 @@ from ..errors import AutoParallelError
 
 EPILOG = (
     "Examples:\n\n  hf-automodel-parallel export out/checkpoint-500 my-model\n\n"
-    "  hf-automodel-parallel export state-dir my-model --config meta-llama-config/ --dtype bfloat16 --max-shard-size 5GB\n\n"
-    "  hf-automodel-parallel export out/checkpoint-500 my-adapter\n\n"
+    "  hf-automodel-parallel export state-dir my-model --config meta-llama-config/ --dtype bfloat16 --max-shard-size "
+    "5GB\n\n  hf-automodel-parallel export out/checkpoint-500 my-adapter\n\n"
     "  hf-automodel-parallel export out/checkpoint-500 merged --merge --base path/to/base-model"
 )
 
@@ -47,8 +47,8 @@ def export(
 ) -> None:
     """Turn a training checkpoint into a model or adapter directory: without GPUs, in one process, tensor by tensor.
 
-    The checkpoint may come from any number of processes and any mesh. Nothing in it is run: its pickled parts are read by an
-    unpickler that knows tensors and numbers only. OUT appears when it is complete.
+    The checkpoint may come from any number of processes and any mesh. Nothing in it is run: its pickled parts are read
+    by an unpickler that knows tensors and numbers only. OUT appears when it is complete.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -164,8 +164,8 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
     cls = getattr(transformers, name, None)
     if name and cls is None:
         raise ExportError(
-            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is exported in "
-            f"the training job with model.save_pretrained()."
+            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is "
+            f"exported in the training job with model.save_pretrained()."
         )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
@@ -309,8 +309,8 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
             shapes[name] = (stand_in.shape, stand_in.dtype)
         if torch.Size(shapes[name][0]) != stand_in.shape:
             raise ExportError(
-                f"{name} has the shape {tuple(shapes[name][0])} in {base or request.checkpoint} and {tuple(stand_in.shape)} by "
-                f"the config of the base model. Give the right base model with --base."
+                f"{name} has the shape {tuple(shapes[name][0])} in {base or request.checkpoint} and "
+                f"{tuple(stand_in.shape)} by the config of the base model. Give the right base model with --base."
             )
 
     def fetch(name: str) -> torch.Tensor:

@@ -19,8 +19,9 @@ _INDEX = re.compile(r"(.*)\.(safetensors|bin)\.index\.(?:(.*)\.)?json")
 def completed_at_end(directory: Path) -> Iterator[Path]:
     """A temporary directory inside ``directory``, whose files move there when the block has ended well.
 
-    An interrupted save leaves what was there before. Weights of an earlier save in another number of files are removed with
-    their index (transformers removes the shards): ``from_pretrained`` would read a single old file rather than new shards.
+    An interrupted save leaves what was there before. Weights of an earlier save in another number of files are removed
+    with their index (transformers removes the shards): ``from_pretrained`` would read a single old file rather than new
+    shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     incomplete = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory))
@@ -52,7 +53,8 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
 
 def _move(source: Path, target: Path) -> None:
     written = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    # An index comes last: whoever reads the directory meanwhile finds an index that fits the shards, or none of the new.
+    # An index comes last: whoever reads the directory meanwhile finds an index that fits the shards, or none of the
+    # new.
     for path in sorted(written, key=lambda p: p.name.endswith(".index.json")):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)

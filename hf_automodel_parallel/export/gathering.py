@@ -1,7 +1,7 @@
 """Whole tensors on the rank that writes, one at a time: that rank asks, all others help.
 
-The writing rank runs the libraries' code, which no other rank could follow step by step, and its disk may be full in the middle.
-So it leads: before each tensor it tells the others which one, and at the end that it is done or has failed.
+The writing rank runs the libraries' code, which no other rank could follow step by step, and its disk may be full in
+the middle. So it leads: before each tensor it tells the others which one, and at the end that it is done or has failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ShardedState:
 
     Args:
         model: sharded; its units are resharded.
-        whole: a gathered state dict instead, for an engine whose shards are no DTensors; only the writing rank needs it.
+        whole: a gathered state dict instead, for an engine whose shards are no DTensors; only the writing rank needs
+            it.
     """
 
     def __init__(self, model: nn.Module, whole: Mapping[str, torch.Tensor] | None = None) -> None:

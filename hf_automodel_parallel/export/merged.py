@@ -29,7 +29,8 @@ def save_merged(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
 ) -> None:
-    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. On all ranks.
+    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. On all
+    ranks.
 
     Args:
         model: a ``PeftModel`` that was prepared (its shards are gathered one layer at a time), or a plain one.
@@ -98,8 +99,8 @@ class Merging:
         self.inner, self.prefix = unwrapped(model)
         if any(getattr(module, "quant_state", None) is not None for module in model.modules()):
             raise UnsupportedError(
-                "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, load the "
-                "base model unquantised, and merge there (`hf-automodel-parallel export ... --merge --base`)."
+                "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, "
+                "load the base model unquantised, and merge there (`hf-automodel-parallel export ... --merge --base`)."
             )
         #: name in the plain model -> name in the state dict of ``model``
         self.sources: dict[str, str] = {}
@@ -181,8 +182,8 @@ class Merging:
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
             raise UnsupportedError(
-                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the adapters differ "
-                f"in {', '.join(other)}. Merge in one process."
+                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the "
+                f"adapters differ in {', '.join(other)}. Merge in one process."
             )
         return plain
 

@@ -132,7 +132,9 @@ def _writers(
 
 
 def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
-    """What ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of transformers."""
+    """What ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of
+    transformers.
+    """
     cls: Any = type(model)  # past what is bound on the instance
     with _quiet():
         cls.save_pretrained(model, directory, state_dict={})

@@ -1,8 +1,8 @@
 """Run code that rearranges a state dict without the values, and compute single results of it afterwards.
 
-transformers turns the fused experts of a model back into one weight per expert when it saves, PEFT picks and renames what
-belongs to an adapter: both expect a whole state dict in memory. Here they get tensors on the meta device, and what they do is
-written down. A result is then computed alone, from the few tensors that it depends on.
+transformers turns the fused experts of a model back into one weight per expert when it saves, PEFT picks and renames
+what belongs to an adapter: both expect a whole state dict in memory. Here they get tensors on the meta device, and what
+they do is written down. A result is then computed alone, from the few tensors that it depends on.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Recording(TorchDispatchMode):
             return result
         if func._schema.is_mutable:
             raise UnsupportedError(
-                f"saving: {func} writes in place to a weight that is being converted, which cannot be done tensor by tensor. "
-                f"Gather the weights: save_pretrained(directory, state_dict=accelerator.get_state_dict(model))."
+                f"saving: {func} writes in place to a weight that is being converted, which cannot be done tensor by "
+                f"tensor. Gather the weights: save_pretrained(directory, state_dict=accelerator.get_state_dict(model))."
             )
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         for index, output in enumerate(outputs):

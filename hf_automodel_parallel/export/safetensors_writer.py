@@ -1,8 +1,10 @@
-"""Safetensors files written tensor by tensor: the header first, from known shapes and dtypes, then each tensor in its place.
+"""Safetensors files written tensor by tensor: the header first, from known shapes and dtypes, then each tensor in its
+place.
 
-``safetensors.torch.save_file`` wants all tensors of a file at once, and a file has 50 GB by default. The format is small
-(https://github.com/huggingface/safetensors#format): eight bytes with the length of a JSON header, the header, the data. The
-order of the tensors (alignment, then name) and the padding are those of the library, so the files are equal in every byte.
+``safetensors.torch.save_file`` wants all tensors of a file at once, and a file has 50 GB by default. The format is
+small (https://github.com/huggingface/safetensors#format): eight bytes with the length of a JSON header, the header, the
+data. The order of the tensors (alignment, then name) and the padding are those of the library, so the files are equal
+in every byte.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 #: The library's order of dtypes (its enum, declared by alignment); larger ones come first in a file.
 _ORDER = (
-    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 F64 "
-    "I64 U64"
+    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 "
+    "F64 I64 U64"
 ).split()
 #: Bytes written in one call, so that a slow file system does not make a copy of a whole tensor.
 _CHUNK = 64 * 2**20

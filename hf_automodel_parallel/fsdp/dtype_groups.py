@@ -1,9 +1,10 @@
 """FSDP2 units whose parameters differ in dtype.
 
-FSDP2 gathers and reduces all parameters of a unit in one dtype. A unit that mixes them (a float32 ``A_log`` or router bias among
-bfloat16 weights, trainable adapters of another precision) becomes several FSDP2 groups here, one per dtype, that are gathered
-and freed together: the largest belongs to the unit itself, each of the others to a :class:`Companion`, a module without
-parameters of its own that is called around the unit's forward. So it does not matter which module owns a parameter.
+FSDP2 gathers and reduces all parameters of a unit in one dtype. A unit that mixes them (a float32 ``A_log`` or router
+bias among bfloat16 weights, trainable adapters of another precision) becomes several FSDP2 groups here, one per dtype,
+that are gathered and freed together: the largest belongs to the unit itself, each of the others to a
+:class:`ParamGroupModule`, a module without parameters of its own that is called around the unit's forward. So it does
+not matter which module owns a parameter.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from .unused_gradients import shard_counting
 _NAME = "companion_{}"
 
 
-class Companion(nn.Module):
+class ParamGroupModule(nn.Module):
     """The FSDP2 unit of parameters of another unit that cannot belong to it: of another dtype, or added later.
 
     Its forward is the other's.
 
-    FSDP2 looks for the owners of parameters below the modules it is given, so while this one is sharded the unit is its child;
-    afterwards it is a child of the unit (without parameters, so no name changes), where FSDP2 finds it for ``no_sync``.
+    FSDP2 looks for the owners of parameters below the modules it is given, so while this one is sharded the unit is its
+    child; afterwards it is a child of the unit (without parameters, so no name changes), where FSDP2 finds it for
+    ``no_sync``.
     """
 
     def __init__(self) -> None:
@@ -44,10 +46,10 @@ class Companion(nn.Module):
         return self.around(*args, **kwargs)  # type: ignore[misc]
 
 
-class Accompanied:
+class GroupedForward:
     """A forward that is called through a companion."""
 
-    def __init__(self, companion: Companion, forward: Callable[..., Any]) -> None:
+    def __init__(self, companion: ParamGroupModule, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
         companion.around = forward
         self.companion = companion
@@ -60,27 +62,30 @@ class Accompanied:
         """The forward that is called."""
         return self.companion.around  # type: ignore[return-value]
 
-    def put_inside(self, forward: Callable[..., Any]) -> Accompanied:
+    def put_inside(self, forward: Callable[..., Any]) -> GroupedForward:
         """Call ``forward`` instead; returns self."""
         self.companion.around = forward
         return self
 
 
-def companions(unit: nn.Module) -> list[Companion]:
+def companions(unit: nn.Module) -> list[ParamGroupModule]:
     """The companions of ``unit``."""
-    return [child for child in unit.children() if isinstance(child, Companion)]
+    return [child for child in unit.children() if isinstance(child, ParamGroupModule)]
 
 
-def install_companions(model: nn.Module) -> None:
-    """Let the companions in ``model`` be called around the forwards of their units; the last step, outside of all others."""
+def install_param_groups(model: nn.Module) -> None:
+    """Let the companions in ``model`` be called around the forwards of their units; the last step, outside of all
+    others.
+    """
     for module in list(model.modules()):
         for companion in companions(module):
             if companion.around is None:
-                module.forward = Accompanied(companion, module.forward)  # type: ignore[method-assign]
+                module.forward = GroupedForward(companion, module.forward)  # type: ignore[method-assign]
 
 
 def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> None:
-    """Make the parameters of ``owners``, modules below ``unit``, an FSDP2 unit that is called around the forward of ``unit``.
+    """Make the parameters of ``owners``, modules below ``unit``, an FSDP2 unit that is called around the forward of
+    ``unit``.
 
     For parameters that come after ``unit`` itself was sharded, and so cannot belong to it.
 
@@ -89,28 +94,32 @@ def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> N
         owners: the modules that hold the parameters.
         options: of ``fully_shard``.
     """
-    companion = Companion()
+    companion = ParamGroupModule()
     members = list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
     for index, owner in enumerate(owners):
         companion.add_module(str(index), owner)
     ignored = options.get("ignored_params") or ()
-    shard_counting(options.pop("fully_shard_fn", fully_shard), companion, [p for p in members if p not in ignored], **options)
+    shard_counting(
+        options.pop("fully_shard_fn", fully_shard), companion, [p for p in members if p not in ignored], **options
+    )
     for index in range(len(owners)):
         delattr(companion, str(index))
     unit.add_module(_NAME.format(len(companions(unit))), companion)
-    unit.forward = Accompanied(companion, unit.forward)  # type: ignore[method-assign]
+    unit.forward = GroupedForward(companion, unit.forward)  # type: ignore[method-assign]
 
 
 def shard_unit(
     modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), agree: bool = False, **options: Any
 ) -> None:
-    """Like ``fully_shard(modules, **options)``, for parameters of any dtypes. :func:`install_companions` completes it.
+    """Like ``fully_shard(modules, **options)``, for parameters of any dtypes. :func:`install_param_groups` completes
+    it.
 
     Args:
         modules: one module, or several that form one unit.
         own_dtype: parameters that compute in the dtype they are stored in, whatever the policy says.
-        agree: the ranks agree on the parameters that have a gradient, see :mod:`.fsdp_used`.
-        options: of ``fully_shard``; ``mp_policy`` is that of all other parameters. ``fully_shard_fn`` is called in its place.
+        agree: the ranks agree on the parameters that have a gradient, see :mod:`.unused_gradients`.
+        options: of ``fully_shard``; ``mp_policy`` is that of all other parameters. ``fully_shard_fn`` is called in its
+            place.
 
     Raises:
         UnsupportedError: modules of one unit share a parameter that differs from the unit's dtype.
@@ -123,22 +132,26 @@ def shard_unit(
     places = _places(roots, ignored)
     shared = {key for key, (_, owners, _) in places.items() if len(owners) > 1}
     main, others = _groups([places[key][0] for key in places], own, policy, shared)
-    made: list[tuple[nn.Module, Companion]] = []
+    made: list[tuple[nn.Module, ParamGroupModule]] = []
     for group in others:
         per_root: dict[nn.Module, set[nn.Parameter]] = {}
         for parameter in group:
             owners = places[id(parameter)][1]
             if len(owners) > 1:
                 raise UnsupportedError(
-                    f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is shared by {len(owners)} modules "
-                    f"that are one FSDP2 unit of another dtype. Store both ends of the model in one dtype."
+                    f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is shared by {len(owners)} "
+                    f"modules that are one FSDP2 unit of another dtype. Store both ends of the model in one dtype."
                 )
             per_root.setdefault(owners[0], set()).add(parameter)
         for root, members in per_root.items():
-            companion = Companion()
+            companion = ParamGroupModule()
             companion.add_module("unit", root)
             rest = {entry[0] for entry in places.values()} - members
-            unit: dict[str, Any] = {"ignored_params": ignored | rest, "mp_policy": _policy_of(group[0], own, policy), **options}
+            unit: dict[str, Any] = {
+                "ignored_params": ignored | rest,
+                "mp_policy": _policy_of(group[0], own, policy),
+                **options,
+            }
             if agree:
                 shard_counting(shard, companion, list(members), **unit)
             else:
@@ -184,9 +197,11 @@ def _places(
 def _groups(
     parameters: list[nn.Parameter], own: set[int], policy: MixedPrecisionPolicy, shared: set[int]
 ) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
-    """The parameters of the unit itself, and the other groups. Only trainable ones have to agree in dtype within a group.
+    """The parameters of the unit itself, and the other groups. Only trainable ones have to agree in dtype within a
+    group.
 
-    What modules of the unit share (tied ends) belongs to the unit itself, which is gathered for the first of them that runs.
+    What modules of the unit share (tied ends) belongs to the unit itself, which is gathered for the first of them that
+    runs.
     """
     groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
     frozen: dict[bool, list[nn.Parameter]] = {}
@@ -225,9 +240,10 @@ def _policy_of(parameter: nn.Parameter, own: set[int], policy: MixedPrecisionPol
 def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> list[str]:
     """Names of the parameters of ``model`` that should not be cast to ``param_dtype`` for compute.
 
-    Those that the model's class lists as kept in float32; and, in a model that is stored in ``param_dtype``, vectors outside of
-    matrix layers that somebody stored in a wider dtype nevertheless (a norm, an ``A_log``, a routing bias). In one process
-    neither the model's code nor autocast would cast them. Adapters are not meant: PEFT keeps them in float32 for the optimizer.
+    Those that the model's class lists as kept in float32; and, in a model that is stored in ``param_dtype``, vectors
+    outside of matrix layers that somebody stored in a wider dtype nevertheless (a norm, an ``A_log``, a routing bias).
+    In one process neither the model's code nor autocast would cast them. Adapters are not meant: PEFT keeps them in
+    float32 for the optimizer.
     """
     if param_dtype is None:
         return []
@@ -261,7 +277,9 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
 
 
 def wider_parameters(model: nn.Module, param_dtype: torch.dtype | None, components: Iterable[str]) -> list[str]:
-    """Names of parameters with one of ``components`` in their path that are stored in a wider dtype than ``param_dtype``."""
+    """Names of parameters with one of ``components`` in their path that are stored in a wider dtype than
+    ``param_dtype``.
+    """
     wanted = set(components)
     return [
         name
@@ -288,8 +306,10 @@ def fully_shard_by_dtype(
         mesh: the data-parallel mesh, 1-D or (replicate, shard).
         mp_policy: policy of all parameters but those that keep their dtype; None computes in the stored dtypes.
         offload_policy: as for ``fully_shard``.
-        fp32_compute_module_names: parameters in whose names one of these occurs compute in the dtype they are stored in.
-        options: further arguments of ``fully_shard`` (``reshard_after_forward``, ``shard_placement_fn``, ``ignored_params``).
+        fp32_compute_module_names: parameters in whose names one of these occurs compute in the dtype they are stored
+        in.
+        options: further arguments of ``fully_shard`` (``reshard_after_forward``, ``shard_placement_fn``,
+            ``ignored_params``).
 
     Returns:
         ``module``.
@@ -297,5 +317,5 @@ def fully_shard_by_dtype(
     names = tuple(fp32_compute_module_names)
     own = [p for name, p in module.named_parameters() if any(part in name for part in names)]
     shard_unit(module, own, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy or OffloadPolicy(), **options)
-    install_companions(module)
+    install_param_groups(module)
     return module

@@ -1,4 +1,6 @@
-"""Towers whose layers are FSDP2 units: in a forward all data-parallel ranks run them, or all raise an error before they hang."""
+"""Towers whose layers are FSDP2 units: in a forward all data-parallel ranks run them, or all raise an error before they
+hang.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import UnsupportedError
 
 
-class TowerGuard:
-    """Compares what the ranks are about to run: at each entry into a tower, at the first layer of the main part, and at the
-    embedding where that is a unit, since some models run their tower before it.
+class ModalityEncoderGuard:
+    """Compares what the ranks are about to run: at each entry into a tower, at the first layer of the main part, and at
+    the embedding where that is a unit, since some models run their tower before it.
 
-    One all-reduce of two numbers each time, so one for each tower that runs and two more, for every forward of the model.
+    One all-reduce of two numbers each time, so one for each tower that runs and two more, for every forward of the
+    model.
 
     Args:
         model: the root unit.
@@ -67,7 +70,8 @@ class TowerGuard:
         if first != last:
             raise UnsupportedError(
                 f"towers='layers': in this forward some data-parallel ranks run {self.names[last]} and others "  # type: ignore[index]
-                f"{self.names[first]} (this one: {self.names[number]}), for example because only some batches have images. Each "  # type: ignore[index]
-                f"layer is gathered from all ranks, so all have to run it. Use towers='root' (the default), or give every rank "
-                f"images in every forward."
+                f"{self.names[first]} (this one: {self.names[number]}), "  # type: ignore[index]
+                "for example because only some batches have images. Each "
+                f"layer is gathered from all ranks, so all have to run it. Use towers='root' (the default), or give "
+                f"every rank images in every forward."
             )

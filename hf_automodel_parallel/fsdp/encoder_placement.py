@@ -11,18 +11,18 @@ from ..core.modality_encoders import PLACEMENTS
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..core.model_structure import Anatomy
+    from ..core.model_structure import ModelStructure
     from .options import ShardingOptions
 
 
 def placement(
-    model: nn.Module, anatomy: Anatomy, options: ShardingOptions, layer_classes: list[str] | None
+    model: nn.Module, structure: ModelStructure, options: ShardingOptions, layer_classes: list[str] | None
 ) -> str | None:
     """One of :data:`.find.PLACEMENTS` for the towers of ``model``.
 
     Args:
         model: the model, before sharding.
-        anatomy: its parts.
+        structure: its parts.
         options: with what was asked for as ``towers``, None for nothing.
         layer_classes: names of layer classes if the user gave them; those of towers among them mean "layers".
 
@@ -31,33 +31,34 @@ def placement(
     """
     asked = options.towers
     if asked is None:
-        return "layers" if layer_classes and anatomy.tower_layers else PLACEMENTS[0]
-    if not anatomy.towers:
+        return "layers" if layer_classes and structure.tower_layers else PLACEMENTS[0]
+    if not structure.towers:
         raise ConfigError(
-            f"towers={asked!r}: {type(model).__name__} has no tower, that is, no layers outside of its language part that "
-            f"take images or sound. Leave towers out."
+            f"towers={asked!r}: {type(model).__name__} has no tower, that is, no layers outside of its language part "
+            f"that take images or sound. Leave towers out."
         )
     if asked != "replicated":
         return asked
-    whole = frozen_parameters(anatomy.towers)
+    whole = frozen_parameters(structure.towers)
     if not whole:
         raise ConfigError(
-            "towers='replicated': no parameter of the towers is frozen, and nobody would average the gradients of trained "
-            "copies. Freeze the towers before prepare, or use towers='root'."
+            "towers='replicated': no parameter of the towers is frozen, and nobody would average the gradients of "
+            "trained copies. Freeze the towers before prepare, or use towers='root'."
         )
     dtype = options.mp_policy.param_dtype
     others = {p.dtype for p in whole if p.is_floating_point()} - {dtype}
     if dtype is not None and others:
         raise ConfigError(
-            f"towers='replicated': the frozen parameters are stored in {others.pop()}, but mixed precision computes in {dtype}, "
-            f"and FSDP2 does not cast what it does not manage. Store the towers in {dtype} before prepare, or use towers='root'."
+            f"towers='replicated': the frozen parameters are stored in {others.pop()}, but mixed precision computes in "
+            f"{dtype}, and FSDP2 does not cast what it does not manage. Store the towers in {dtype} before prepare, or "
+            "use towers='root'."
         )
     return asked
 
 
-def replicated_parameters(anatomy: Anatomy, options: ShardingOptions) -> set[nn.Parameter]:
+def replicated_parameters(structure: ModelStructure, options: ShardingOptions) -> set[nn.Parameter]:
     """The parameters that FSDP2 leaves alone under ``options``, because each rank has them whole."""
-    return frozen_parameters(anatomy.towers) if options.towers == "replicated" else set()
+    return frozen_parameters(structure.towers) if options.towers == "replicated" else set()
 
 
 def frozen_parameters(towers: Iterable[nn.Module]) -> set[nn.Parameter]:

@@ -27,7 +27,7 @@ class ShardingOptions:
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
         towers: where the parameters of parts go that only some forwards run, see :data:`.towers.find.PLACEMENTS`;
             None for the first of these.
-        read_outside: names of parameters that forwards of other modules read; they stay with the root.
+        read_by_other_modules: names of parameters that forwards of other modules read; they stay with the root.
         cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
     """
 
@@ -39,7 +39,7 @@ class ShardingOptions:
     ignored_parameters: set[nn.Parameter] = field(default_factory=set)
     minimum_unit_size: int | None = None
     own_dtype: frozenset[str] = frozenset()
-    read_outside: frozenset[str] = frozenset()
+    read_by_other_modules: frozenset[str] = frozenset()
     fully_shard_fn: Callable[..., Any] | None = None
     cast_between_layers: bool = True
     towers: str | None = None

@@ -1,7 +1,7 @@
 """Quantised weights: which of them FSDP2 can shard, and the state that they keep beside the parameters.
 
-FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``. A quantised weight survives that if its
-meaning is kept elsewhere: bitsandbytes' 4-bit layers keep it on the module and restore the parameter from there.
+FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``. A quantised weight survives that if
+its meaning is kept elsewhere: bitsandbytes' 4-bit layers keep it on the module and restore the parameter from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from ..errors import ConfigError, UnsupportedError
 
 
 def quantization_method(model: nn.Module) -> str | None:
-    """What ``model`` is quantised with ("bitsandbytes", "gptq", ...), None if its weights are floating-point numbers."""
+    """What ``model`` is quantised with ("bitsandbytes", "gptq", ...), None if its weights are floating-point
+    numbers.
+    """
     inner, _ = unwrapped(model)
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None or getattr(inner, "is_quantized", False):
@@ -38,21 +40,21 @@ def check_quantized(
         load_on_rank_zero: only rank 0 holds the weights.
 
     Raises:
-        UnsupportedError: tensor parallelism; a kind of parameter that loses its meaning in shards; weights converted for
-            inference; weights that only rank 0 holds.
+        UnsupportedError: tensor parallelism; a kind of parameter that loses its meaning in shards; weights converted
+            for inference; weights that only rank 0 holds.
         ConfigError: packed numbers stored as a floating-point type that mixed precision would cast.
     """
     method = quantization_method(model)
     if method is not None and tensor_parallel:
         raise UnsupportedError(
-            f"the model is quantised with {method}; tensor parallelism of quantised weights is not available: their packed "
-            f"storage has no rows or columns to slice. Use tp_size=1 (FSDP2 shards bitsandbytes' 4-bit weights), or load the "
-            f"model unquantised."
+            f"the model is quantised with {method}; tensor parallelism of quantised weights is not available: their "
+            f"packed storage has no rows or columns to slice. Use tp_size=1 (FSDP2 shards bitsandbytes' 4-bit "
+            f"weights), or load the model unquantised."
         )
     if method is not None and load_on_rank_zero:
         raise UnsupportedError(
-            f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales are no "
-            f"parameters and would be missing on the other ranks. Set fsdp_cpu_ram_efficient_loading: false."
+            f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales are "
+            f"no parameters and would be missing on the other ranks. Set fsdp_cpu_ram_efficient_loading: false."
         )
     for owner_name, owner in model.named_modules():
         for key, parameter in owner._parameters.items():
@@ -66,25 +68,26 @@ def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compu
     state = getattr(parameter, "quant_state", None)
     if state is None or getattr(owner, "quant_state", None) is None:
         raise UnsupportedError(
-            f"{name} is a {type(parameter).__name__}, which FSDP2 cannot shard: it comes back as a plain parameter without "
-            f"what makes it a quantised one. Use bitsandbytes' 4-bit weights (load_in_4bit=True), or load the model "
-            f"unquantised."
+            f"{name} is a {type(parameter).__name__}, which FSDP2 cannot shard: it comes back as a plain parameter "
+            f"without what makes it a quantised one. Use bitsandbytes' 4-bit weights (load_in_4bit=True), or load the "
+            f"model unquantised."
         )
     if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedError(
-            f"{name} has been converted for inference on the CPU by a forward in eval mode; it has no gradient in that form. "
-            f"Load the model again and call accelerator.prepare before its first forward."
+            f"{name} has been converted for inference on the CPU by a forward in eval mode; it has no gradient in that "
+            f"form. Load the model again and call accelerator.prepare before its first forward."
         )
     if parameter.is_floating_point() and compute_dtype not in (None, parameter.dtype):
         raise ConfigError(
-            f"bnb_4bit_quant_storage={parameter.dtype} with mixed precision in {compute_dtype}: FSDP2 would cast the packed "
-            f"numbers of {name}. Set bnb_4bit_quant_storage={compute_dtype}, or leave it at torch.uint8."
+            f"bnb_4bit_quant_storage={parameter.dtype} with mixed precision in {compute_dtype}: FSDP2 would cast the "
+            f"packed numbers of {name}. Set bnb_4bit_quant_storage={compute_dtype}, or leave it at torch.uint8."
         )
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from converting weights for inference in place: the shards would stay as they are and be misread."""
+    """Stop bitsandbytes from converting weights for inference in place: the shards would stay as they are and be
+    misread.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-

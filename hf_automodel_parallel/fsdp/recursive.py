@@ -1,7 +1,7 @@
 """FSDP2 along a module tree: every list of modules on the way is a place where units are made.
 
-This is the reference API's way, for code that shards a model by itself. ``Accelerator.prepare`` shards by the model's layers
-(:mod:`.fsdp`), which keeps the ends of the model in units of their own.
+This is the reference API's way, for code that shards a model by itself. ``Accelerator.prepare`` shards by the model's
+layers (:mod:`.fsdp`), which keeps the ends of the model in units of their own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 
 from ..core.mesh import MeshAxes
 from ..core.model_structure import all_frozen
-from .dtype_groups import install_companions, shard_unit
+from .dtype_groups import install_param_groups, shard_unit
 from .options import ShardingOptions
 from .shard import set_prefetch
 
-#: Children that never run in the forward of data without their modality. Entirely frozen, they stay with the root, whose
-#: gathering every forward passes.
+#: Children that never run in the forward of data without their modality. Entirely frozen, they stay with the root,
+#: whose gathering every forward passes.
 OPTIONAL_TOWERS = ("audio_tower",)
 
 
@@ -38,9 +38,9 @@ def apply_fsdp2_sharding_recursively(
 ) -> None:
     """Make the modules in every ``ModuleList`` and ``ModuleDict`` below ``module`` FSDP2 units, in place.
 
-    A list inside of a list is entered, since it has no forward of its own. What is in no list stays for the root, which the
-    caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``. Parameters of several dtypes may share a
-    unit. The last module of a list is not resharded after forward, its backward comes next.
+    A list inside of a list is entered, since it has no forward of its own. What is in no list stays for the root, which
+    the caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``. Parameters of several dtypes
+    may share a unit. The last module of a list is not resharded after forward, its backward comes next.
 
     Args:
         module: where to begin.
@@ -50,8 +50,9 @@ def apply_fsdp2_sharding_recursively(
         enable_fsdp2_prefetch: gather the next modules of a list while one computes.
         fsdp2_backward_prefetch_depth: how many of them in backward.
         fsdp2_forward_prefetch_depth: how many of them in forward.
-        reshard_after_forward: for all units alike; None: free gathered parameters, except of the last module of each list
-            and under pipeline parallelism (a ``pp`` axis of the root mesh), which would gather them for each micro-batch.
+        reshard_after_forward: for all units alike; None: free gathered parameters, except of the last module of each
+            list and under pipeline parallelism (a ``pp`` axis of the root mesh), which would gather them for each
+            micro-batch.
         fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
     """
     pipelined = MeshAxes().pipeline_size(mesh) > 1
@@ -71,7 +72,7 @@ def apply_fsdp2_sharding_recursively(
         if enable_fsdp2_prefetch and not pipelined and reshard_after_forward is not False:
             set_prefetch([unit for unit in group if isinstance(unit, FSDPModule)], True, depths)
     if fully_shard_fn is None:
-        install_companions(module)
+        install_param_groups(module)
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:

@@ -15,11 +15,12 @@ from ..errors import UnsupportedError
 
 
 def refuse_own_backward(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Raise :class:`UnsupportedError` if an autograd function beside the model calls methods of its layers in ``backward``.
+    """Raise :class:`UnsupportedError` if an autograd function beside the model calls methods of its layers in
+    ``backward``.
 
-    FSDP2 gathers the parameters of a layer around its ``forward`` and its gradient. A method that somebody else's backward calls
-    would meet shards. Found from the source of the functions in the modules that define the model and its layers; what has no
-    source is taken for harmless.
+    FSDP2 gathers the parameters of a layer around its ``forward`` and its gradient. A method that somebody else's
+    backward calls would meet shards. Found from the source of the functions in the modules that define the model and
+    its layers; what has no source is taken for harmless.
 
     Args:
         model: the model without PEFT's wrapper.
@@ -33,9 +34,9 @@ def refuse_own_backward(model: nn.Module, layers: list[nn.Module]) -> None:
             layer = next((x for x in layers if _is_own_method(type(x), method)), None)
             if layer is not None:
                 raise UnsupportedError(
-                    f"{function.__name__}.backward of {type(model).__name__} calls {type(layer).__name__}.{method}: the model "
-                    f"runs the backward of its layers itself, and would meet sharded parameters there. Train it on one process "
-                    f"per copy: without an AutoParallelismConfig (DDP)."
+                    f"{function.__name__}.backward of {type(model).__name__} calls {type(layer).__name__}.{method}: "
+                    f"the model runs the backward of its layers itself, and would meet sharded parameters there. Train "
+                    f"it on one process per copy: without an AutoParallelismConfig (DDP)."
                 )
 
 

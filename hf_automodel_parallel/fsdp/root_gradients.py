@@ -1,9 +1,9 @@
 """The same parameters of the root have a gradient on every data-parallel rank, whatever each rank's batch ran.
 
-FSDP2 reduces the gradients of a unit in one collective, over those parameters that have one. If the images are all on one rank,
-only that rank has gradients in the vision tower, the ranks' collectives differ in size, and they hang or mix up parameters. So
-the ranks agree before: what has a gradient on some rank gets zeros on the others, what has none anywhere has none, as in one
-process, where an optimizer then leaves it alone.
+FSDP2 reduces the gradients of a unit in one collective, over those parameters that have one. If the images are all on
+one rank, only that rank has gradients in the vision tower, the ranks' collectives differ in size, and they hang or mix
+up parameters. So the ranks agree before: what has a gradient on some rank gets zeros on the others, what has none
+anywhere has none, as in one process, where an optimizer then leaves it alone.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
-from .dtype_groups import Companion, companions
+from .dtype_groups import ParamGroupModule, companions
 
 
-class AgreedGradients:
+class RootGradients:
     """The agreement for one sharded model: one all-reduce of a byte per parameter in each backward.
 
-    It happens when the gradients of the root are complete, which FSDP2 reduces last. Without trained parameters in the root
-    there is no collective.
+    It happens when the gradients of the root are complete, which FSDP2 reduces last. Without trained parameters in the
+    root there is no collective.
 
     Args:
         root: the root unit.
         mesh: the data-parallel axes.
-        units: those that are gathered with the root and have no agreement yet; None for the root and all its companions.
+        units: those that are gathered with the root and have no agreement yet; None for the root and all its
+            companions.
     """
 
-    def __init__(self, root: nn.Module, mesh: DeviceMesh, units: list[Companion] | None = None) -> None:
+    def __init__(self, root: nn.Module, mesh: DeviceMesh, units: list[ParamGroupModule] | None = None) -> None:
         self.places = _own_parameters(root)
         self.mesh = mesh
         self.root = root
@@ -47,8 +48,8 @@ class AgreedGradients:
         parameters = self.trained()
         if not parameters:
             return
-        # Where images went into frozen embeddings, only ranks with images have a gradient at the input of the first layer. On
-        # the others FSDP2 would reduce that layer after the root.
+        # Where images went into frozen embeddings, only ranks with images have a gradient at the input of the first
+        # layer. On the others FSDP2 would reduce that layer after the root.
         compat.reduce_all_but((self.root, *companions(self.root)))
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         present = present.to(self.mesh.device_type)
@@ -70,7 +71,7 @@ def _own_parameters(root: nn.Module) -> list[tuple[nn.Module, str]]:
             if parameter is not None:
                 found.setdefault(id(parameter), (module, name))
         for child in reversed(list(module.children())):
-            if id(child) not in seen and (not isinstance(child, FSDPModule) or isinstance(child, Companion)):
+            if id(child) not in seen and (not isinstance(child, FSDPModule) or isinstance(child, ParamGroupModule)):
                 seen.add(id(child))
                 waiting.append(child)
     return list(found.values())

@@ -16,33 +16,35 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import compat
-from ..core.modality_encoders import layers_of_towers
-from ..core.model_structure import Anatomy
+from ..core.modality_encoders import layers_of_modality_encoders
+from ..core.model_structure import ModelStructure
 from ..core.sharding_spec import ShardingSpec
 from ..errors import UnsupportedError
-from .dtype_groups import Companion, companions, shard_unit
-from .encoder_guard import TowerGuard
+from .dtype_groups import ParamGroupModule, companions, shard_unit
+from .encoder_guard import ModalityEncoderGuard
 from .encoder_placement import replicated_parameters
 from .options import ShardingOptions, on_device
-from .root_gradients import AgreedGradients
+from .root_gradients import RootGradients
 from .shared_unit import gather_again_in_backward
 
 
-def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, options: ShardingOptions) -> None:
+def shard_data_parallel(
+    model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, options: ShardingOptions
+) -> None:
     """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
 
     One unit per layer; the embedding; final norm and head together, because a loss may read the head's weight after the
-    norm has run; the root takes the rest, towers included unless ``options.towers`` says otherwise. The last layer and the head
-    are not resharded after forward: backward starts with them. A layer that shares parameters with modules outside of it cannot
-    be a unit and stays with the root, and tied ends form one unit.
+    norm has run; the root takes the rest, towers included unless ``options.towers`` says otherwise. The last layer and
+    the head are not resharded after forward: backward starts with them. A layer that shares parameters with modules
+    outside of it cannot be a unit and stays with the root, and tied ends form one unit.
 
     Args:
         model: parameters are plain tensors or DTensors on the tp axis; all on the right device or on meta.
-        anatomy: its layers, embedding and head.
+        structure: its layers, embedding and head.
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
-    if whole := replicated_parameters(anatomy, options):
+    if whole := replicated_parameters(structure, options):
         for parameter in whole:  # FSDP2 leaves alone what it does not manage
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(on_device(mesh.device_type))
@@ -58,17 +60,17 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
     common = {**outermost, "mp_policy": inside}
     reshard = options.reshard_after_forward
     # A size-based policy takes the place of the layers, below: its units may lie inside of them.
-    units = separable(model, wanted_units(anatomy, options)) if options.minimum_unit_size is None else []
+    units = separable(model, wanted_units(structure, options)) if options.minimum_unit_size is None else []
     for layer in units:
         shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
-    read = {id(p) for name, p in model.named_parameters() if name in options.read_outside}
+    read = {id(p) for name, p in model.named_parameters() if name in options.read_by_other_modules}
 
     def alone(module: nn.Module) -> bool:
         return not any(id(p) in read for p in module.parameters())
 
-    tail = list(anatomy.head) if all(map(alone, anatomy.head)) else []
-    embedding = anatomy.embedding if anatomy.embedding is not None and alone(anatomy.embedding) else None
-    if embedding is not None and anatomy.tied:
+    tail = list(structure.head) if all(map(alone, structure.head)) else []
+    embedding = structure.embedding if structure.embedding is not None and alone(structure.embedding) else None
+    if embedding is not None and structure.tied:
         tail = [embedding, *tail]
     elif embedding is not None and separable(model, [embedding]):
         shard_unit(embedding, **common, reshard_after_forward=reshard)
@@ -77,34 +79,40 @@ def shard_data_parallel(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, op
         shard_unit(tail, **common, reshard_after_forward=False)
         gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
-        in_root = [] if options.towers == "layers" else [*anatomy.towers, *anatomy.skipped]
-        _shard_large_modules(model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard})
-    # The root's agreement of a model with towers comes before its reduction: a tower is much to fill in where no rank runs it.
-    outermost["agree"] = not anatomy.towers or options.towers == "layers"
+        in_root = [] if options.towers == "layers" else [*structure.towers, *structure.skipped]
+        _shard_large_modules(
+            model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard}
+        )
+    # The root's agreement of a model with towers comes before its reduction: a tower is much to fill in where no rank
+    # runs it.
+    outermost["agree"] = not structure.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
-    if anatomy.towers and mesh.size() > 1:
-        _follow_towers(model, anatomy, mesh, options.towers)
+    if structure.towers and mesh.size() > 1:
+        _follow_towers(model, structure, mesh, options.towers)
     if outermost["agree"] and mesh.size() > 1:
-        # Where a unit is reached on some ranks only (its input needs no gradient), the others would reduce it after the root.
+        # Where a unit is reached on some ranks only (its input needs no gradient), the others would reduce it after the
+        # root.
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *companions(model))))
 
 
-def wanted_units(anatomy: Anatomy, options: ShardingOptions) -> list[nn.Module]:
+def wanted_units(structure: ModelStructure, options: ShardingOptions) -> list[nn.Module]:
     """The layers that should be units of their own; the others stay with the root."""
-    return anatomy.layers if options.towers == "layers" else anatomy.main_layers
+    return structure.layers if options.towers == "layers" else structure.main_layers
 
 
-def _follow_towers(model: nn.Module, anatomy: Anatomy, mesh: DeviceMesh, placement: str | None) -> None:
+def _follow_towers(model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, placement: str | None) -> None:
     """Keep the ranks together whose forwards do not all run the towers."""
     if placement != "layers":
-        AgreedGradients(model, mesh)
+        RootGradients(model, mesh)
         return
     names = {module: name for name, module in model.named_modules()}
-    first = {names[tower]: layers_of_towers(anatomy.tower_layers, [tower])[0] for tower in anatomy.towers}
-    embedding = anatomy.embedding if isinstance(anatomy.embedding, FSDPModule) else None
-    TowerGuard(model, first, anatomy.main_layers[0], mesh, embedding)
+    first = {
+        names[tower]: layers_of_modality_encoders(structure.tower_layers, [tower])[0] for tower in structure.towers
+    }
+    embedding = structure.embedding if isinstance(structure.embedding, FSDPModule) else None
+    ModalityEncoderGuard(model, first, structure.main_layers[0], mesh, embedding)
 
 
 def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
@@ -134,8 +142,8 @@ def _restore_class_names(model: nn.Module) -> None:
 def data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
     """FSDP2's dimension for ``parameter``: 0, except where tp already shards dimension 0 in packed blocks.
 
-    DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the rows
-    in a wrong order.
+    DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the
+    rows in a wrong order.
     """
     if not isinstance(parameter, DTensor):
         return None
@@ -151,15 +159,19 @@ def _dimension_beside_packed(shape: tuple[int, ...], size: int, name: str) -> in
             return dim
     packed = f"{name} of shape {shape} packs several projections and is sharded over tp on dimension 0, and "
     if len(shape) == 1:
-        raise UnsupportedError(f"{packed}has no other for FSDP2. Name its layer in the plan instead of it, or leave it out.")
+        raise UnsupportedError(
+            f"{packed}has no other for FSDP2. Name its layer in the plan instead of it, or leave it out."
+        )
     raise UnsupportedError(
-        f"{packed}none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or another LoRA "
-        f"rank if it is an adapter's."
+        f"{packed}none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or "
+        f"another LoRA rank if it is an adapter's."
     )
 
 
 def check_packed_parameters(shapes: dict[str, torch.Size], spec: ShardingSpec, size: int) -> None:
-    """Raise :class:`UnsupportedError` if FSDP2 over ``size`` ranks has no dimension for a packed parameter of ``spec``."""
+    """Raise :class:`UnsupportedError` if FSDP2 over ``size`` ranks has no dimension for a packed parameter of
+    ``spec``.
+    """
     for name in spec.packed():
         if spec.parameters[name].dim == 0 and name in shapes:
             _dimension_beside_packed(tuple(shapes[name]), size, name)
@@ -171,7 +183,9 @@ def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
 
 
 def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
-    """True if no parameter below ``group`` is reached on a way around it, be it the parameter or its module that is shared."""
+    """True if no parameter below ``group`` is reached on a way around it, be it the parameter or its module that is
+    shared.
+    """
     mine = {id(p) for root in group for p in root.parameters()}
     seen = {id(root) for root in group}
     waiting = [model]
@@ -207,7 +221,7 @@ def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
     """Those of ``layers`` that FSDP2 gathers at once: no module inside of them is a unit of its own."""
 
     def is_unit(module: nn.Module) -> bool:
-        return isinstance(module, FSDPModule) and not isinstance(module, Companion)
+        return isinstance(module, FSDPModule) and not isinstance(module, ParamGroupModule)
 
     return [layer for layer in layers if not any(is_unit(m) for m in layer.modules() if m is not layer)]
 
@@ -215,15 +229,15 @@ def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
 def set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
     """Gather the next units while one computes. Without resharding nothing is gathered again in backward."""
     for index, unit in enumerate(units):
-        ahead = _with_companions(units[index + 1 : index + 1 + options.forward_prefetch])
+        ahead = _with_param_groups(units[index + 1 : index + 1 + options.forward_prefetch])
         if ahead:
             unit.set_modules_to_forward_prefetch(ahead)
-        behind = _with_companions(units[max(0, index - options.backward_prefetch) : index][::-1])
+        behind = _with_param_groups(units[max(0, index - options.backward_prefetch) : index][::-1])
         if behind and reshard:
             unit.set_modules_to_backward_prefetch(behind)
 
 
-def _with_companions(units: list[FSDPModule]) -> list[FSDPModule]:
+def _with_param_groups(units: list[FSDPModule]) -> list[FSDPModule]:
     return [member for unit in units for member in (unit, *companions(unit))]  # type: ignore[arg-type,misc]
 
 
@@ -247,12 +261,12 @@ def free_gathered(model: nn.Module) -> None:
 def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
     """Gather the parameters of all FSDP2 units below ``model``, and free them again at the end.
 
-    For several forwards without gradients (log-probabilities of a policy), or for reading parameters: each is gathered once.
-    Under tensor parallelism parameters stay DTensors on the tp axis, of which forwards use the local part as usual. Collective:
-    all ranks have to enter, and each needs memory for the whole model (its tp part).
+    For several forwards without gradients (log-probabilities of a policy), or for reading parameters: each is gathered
+    once. Under tensor parallelism parameters stay DTensors on the tp axis, of which forwards use the local part as
+    usual. Collective: all ranks have to enter, and each needs memory for the whole model (its tp part).
 
-    Inside, no forward frees parameters. On the way out every unit is freed, also if gathering or the body raised; and units free
-    their parameters after forward as before.
+    Inside, no forward frees parameters. On the way out every unit is freed, also if gathering or the body raised; and
+    units free their parameters after forward as before.
 
     Args:
         model: any module; without FSDP2 units, or within another such context, nothing happens.
@@ -276,8 +290,8 @@ def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
 def sharded_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     """Sharded parameter by the ``id`` of each parameter object that somebody may hold; the model is sharded afterwards.
 
-    After a forward without a backward the units that are not resharded show their gathered parameters. An optimizer that is
-    created then (Trainer: evaluate before train) holds those, which no step must change.
+    After a forward without a backward the units that are not resharded show their gathered parameters. An optimizer
+    that is created then (Trainer: evaluate before train) holds those, which no step must change.
     """
     shown = dict(model.named_parameters(remove_duplicate=False))
     for unit in fsdp_units(model):

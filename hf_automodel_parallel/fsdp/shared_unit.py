@@ -1,9 +1,9 @@
 """Several modules as one FSDP2 unit: the output of each of them gathers the unit again when it is differentiated.
 
-FSDP2 (torch 2.11 to 2.13) watches the output of that module of a unit alone which runs last. Final norm and head are such a
-unit. Let one forward's loss use the norm's output and not the logits, and another forward's loss its logits, before one backward
-of both: after the second forward's part of the backward the unit is freed, and the norm of the first, whose output nobody
-watched, then reads freed memory, which ends the process.
+FSDP2 (torch 2.11 to 2.13) watches the output of that module of a unit alone which runs last. Final norm and head are
+such a unit. Let one forward's loss use the norm's output and not the logits, and another forward's loss its logits,
+before one backward of both: after the second forward's part of the backward the unit is freed, and the norm of the
+first, whose output nobody watched, then reads freed memory, which ends the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""LayerDrop: in training each rank skips layers that it has drawn, and a layer that is an FSDP2 unit is gathered from all ranks.
+"""LayerDrop: in training each rank skips layers that it has drawn, and a layer that is an FSDP2 unit is gathered from
+all ranks.
 
-Seen from the source of the forwards around the layers. Where transformers itself runs every layer under FSDP, it is told that the
-module is sharded; everything else is refused, before a rank waits for a layer that the others have skipped.
+Seen from the source of the forwards around the layers. Where transformers itself runs every layer under FSDP, it is
+told that the module is sharded; everything else is refused, before a rank waits for a layer that the others have
+skipped.
 """
 
 from __future__ import annotations
@@ -57,9 +59,10 @@ def _check(module: nn.Module, name: str, fields: list[str]) -> None:
         if module.training and isinstance(value, (int, float)) and value > 0:
             place = f"{name}.{field}".lstrip(".")
             raise UnsupportedError(
-                f"{place}={value!r} (LayerDrop): each data-parallel rank would skip other layers of {type(module).__name__}, but "
-                f"each layer is gathered from all ranks, which would wait for each other for ever. Set it to 0.0, as "
-                f"`model.{place} = 0.0` or in the config before the model is built, or use one data-parallel rank."
+                f"{place}={value!r} (LayerDrop): each data-parallel rank would skip other layers of "
+                f"{type(module).__name__}, but each layer is gathered from all ranks, which would wait for each other "
+                f"for ever. Set it to 0.0, as `model.{place} = 0.0` or in the config before the model is built, or use "
+                "one data-parallel rank."
             )
 
 

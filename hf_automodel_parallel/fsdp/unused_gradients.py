@@ -1,10 +1,11 @@
 """The data-parallel ranks reduce the same gradients of an FSDP2 unit, whatever each rank's batch used of it.
 
-FSDP2 reduces those parameters of a unit that have a gradient. Where each rank's tokens go to other experts, the ranks would add
-up gradients of different parameters, or wait for ever. So a parameter without a gradient gets zeros before the reduction. One
-that no rank used has no gradient afterwards, as in one process, where an optimizer then leaves it alone. Who used what travels
-with the gradients themselves: each unit has one more, tiny parameter, whose gradient says which of the others this rank used. So
-nobody pays with a collective, and only a rank that has filled something in reads the answer.
+FSDP2 reduces those parameters of a unit that have a gradient. Where each rank's tokens go to other experts, the ranks
+would add up gradients of different parameters, or wait for ever. So a parameter without a gradient gets zeros before
+the reduction. One that no rank used has no gradient afterwards, as in one process, where an optimizer then leaves it
+alone. Who used what travels with the gradients themselves: each unit has one more, tiny parameter, whose gradient says
+which of the others this rank used. So nobody pays with a collective, and only a rank that has filled something in reads
+the answer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class Used(nn.Module):
 
 
 def shard_counting(
-    shard: Callable[..., Any], modules: nn.Module | list[nn.Module], members: list[nn.Parameter], mesh: DeviceMesh, **options: Any
+    shard: Callable[..., Any],
+    modules: nn.Module | list[nn.Module],
+    members: list[nn.Parameter],
+    mesh: DeviceMesh,
+    **options: Any,
 ) -> None:
     """Call ``shard(modules, mesh=mesh, **options)``; from then on the ranks agree on the unit's gradients.
 
@@ -89,7 +94,9 @@ class _Agreement:
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Before a reduction. No rank has run the unit alone, so where one reduces it all do, with a gradient or without."""
+        """Before a reduction. No rank has run the unit alone, so where one reduces it all do, with a gradient or
+        without.
+        """
         if not self.group.reduce_grads:
             return
         expected = self.ran or compat.backward_reached(self.group)

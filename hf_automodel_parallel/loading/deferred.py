@@ -1,8 +1,8 @@
 """Parameters whose values are still in their files.
 
-A :class:`DeferredTensor` has shape, dtype and device of the parameter it is going to be, and no memory. Whatever only asks for
-those works on it. Casts, moves, copies and views give another one. Everything else reads the values, computes, and forgets them
-again, so that the result is right, whoever asks. Written to, it remembers the tensor that comes out.
+A :class:`DeferredTensor` has shape, dtype and device of the parameter it is going to be, and no memory. Whatever only
+asks for those works on it. Casts, moves, copies and views give another one. Everything else reads the values, computes,
+and forgets them again, so that the result is right, whoever asks. Written to, it remembers the tensor that comes out.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class DeferredTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedError(
-            "this parameter's values are still in the model's files: pickling and torch.save come after Accelerator.prepare "
-            "(accelerator.get_state_dict), or load the model with its own class's from_pretrained."
+            "this parameter's values are still in the model's files: pickling and torch.save come after "
+            "Accelerator.prepare (accelerator.get_state_dict), or load the model with its own class's from_pretrained."
         )
 
     @property
@@ -152,9 +152,9 @@ def _write(func: Any, written: list[DeferredTensor], args: Any, kwargs: Any) -> 
     for tensor in written:
         if isinstance(tensor.value, Computed) and tensor.value.operator not in _COPIES:
             raise UnsupportedError(
-                f"writing into a part of a parameter whose values are still in the model's files ({func}, part of shape "
-                f"{tuple(tensor.shape)}) is not possible. Assign the whole parameter instead, or load the model with its own "
-                f"class's from_pretrained."
+                f"writing into a part of a parameter whose values are still in the model's files ({func}, part of "
+                f"shape {tuple(tensor.shape)}) is not possible. Assign the whole parameter instead, or load the model "
+                f"with its own class's from_pretrained."
             )
     real = {id(tensor): whole(tensor) for tensor in written}
     real_args, real_kwargs = compat.tree_map_only(

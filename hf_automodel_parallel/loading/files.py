@@ -39,7 +39,8 @@ class TensorFile:
             status = os.stat(path)
         except OSError as error:
             raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}). Is the checkpoint complete? Download or copy the file again."
+                f"{path}: cannot be read ({error.strerror}). Is the checkpoint complete? Download or copy the file "
+                "again."
             ) from error
         self._status = (status.st_size, status.st_mtime_ns)
         try:
@@ -47,7 +48,8 @@ class TensorFile:
             self.digest = _header_digest(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} ({status.st_size} bytes): truncated, or no safetensors file ({error}). Download or copy it again."
+                f"{path} ({status.st_size} bytes): truncated, or no safetensors file ({error}). Download or copy it "
+                "again."
             ) from error
 
     def _file(self) -> Any:
@@ -98,7 +100,8 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
         hub: ``subfolder``, ``revision``, ``cache_dir`` and so on, as for ``from_pretrained``.
 
     Raises:
-        CheckpointError: there are no safetensors files; one is missing, truncated, or lacks a tensor that the index names.
+        CheckpointError: there are no safetensors files; one is missing, truncated, or lacks a tensor that the index
+            names.
     """
     names = [named] if named else [_with_variant(_WHOLE, variant), _with_variant(_INDEX, variant)]
     found = next((file for name in names if (file := _find(path, name, hub)) is not None), None)
@@ -127,8 +130,8 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
     for key, name in index.items():
         if key not in held[name]:
             raise CheckpointError(
-                f"{folder / name}: tensor {key} is missing, which {Path(found).name} says is in it. The shards belong to "
-                f"different checkpoints, or the file was written anew; download or save all of them again."
+                f"{folder / name}: tensor {key} is missing, which {Path(found).name} says is in it. The shards belong "
+                f"to different checkpoints, or the file was written anew; download or save all of them again."
             )
     return list(files.values())
 
@@ -164,8 +167,9 @@ def _without_safetensors(path: str, names: list[str], variant: str | None, hub: 
     pickled = [name for name in _PICKLES if os.path.isdir(path) and _find(path, name, hub) is not None]
     if pickled:
         return CheckpointError(
-            f"{os.path.join(path, pickled[0])}: only safetensors files are read in slices, and no pickle is opened. Convert it "
-            f"once, in one process: model = AutoModel....from_pretrained(path); model.save_pretrained(new_path)."
+            f"{os.path.join(path, pickled[0])}: only safetensors files are read in slices, and no pickle is opened. "
+            "Convert it once, in one process: model = AutoModel....from_pretrained(path); "
+            "model.save_pretrained(new_path)."
         )
     place = os.path.join(path, hub.get("subfolder") or "")
     return CheckpointError(

@@ -1,4 +1,6 @@
-"""What ``prepare`` does with a model whose values are still in files: shard it without them, then read each rank's part."""
+"""What ``prepare`` does with a model whose values are still in files: shard it without them, then read each rank's
+part.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError
 from ..optim.handoff import replace_parameters
 from .deferred import DeferredTensor
 from .files import TensorFile
-from .values import Given, Region, Value
+from .values import Given, LocalParamForward, Value
 
 if TYPE_CHECKING:
-    from ..strategies.context import Job
+    from ..strategies.context import ParallelizeContext
 
 
-class ValuesSetAside:
+class PendingValues:
     """The values of a model's deferred parameters, while plain parameters on the meta device stand in for them.
 
     As a context: if the body raises before :meth:`fill` or :meth:`keep`, the deferred parameters come back.
@@ -41,7 +43,7 @@ class ValuesSetAside:
         self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._kept = False
 
-    def __enter__(self) -> ValuesSetAside:
+    def __enter__(self) -> PendingValues:
         return self
 
     def __exit__(
@@ -112,54 +114,54 @@ class ValuesSetAside:
                     held[index][0] if index < len(held) else "no file" for held in (everyone[0], theirs)
                 )
                 raise PrepareError(
-                    f"ranks 0 and {rank} were loaded from different files ({shown}: other tensors, shapes or dtypes). Give all "
-                    f"nodes the same checkpoint."
+                    f"ranks 0 and {rank} were loaded from different files ({shown}: other tensors, shapes or dtypes). "
+                    f"Give all nodes the same checkpoint."
                 )
 
-    def fill(self, job: Job) -> None:
+    def fill(self, context: ParallelizeContext) -> None:
         """Give each sharded parameter its rank's part of the values. Every rank reads for itself.
 
         Args:
-            job: its model is sharded; what is set aside is still on the meta device.
+            context: its model is sharded; what is set aside is still on the meta device.
 
         Raises:
             CheckpointError: a file cannot be read; on the other ranks PrepareError, so that none waits for it.
         """
         if not self.values:
             return
-        names = {id(p): name for name, p in job.model.named_parameters() if name in self.values}
-        device = torch.device("cpu") if type(job.options.offload_policy) is CPUOffloadPolicy else job.device
-        with agreement("reading the model's files", job.group), _progress(len(names)) as step:
+        names = {id(p): name for name, p in context.model.named_parameters() if name in self.values}
+        device = torch.device("cpu") if type(context.options.offload_policy) is CPUOffloadPolicy else context.device
+        with raise_on_all_ranks("reading the model's files", context.group), _progress(len(names)) as step:
 
             def filled(tensor: torch.Tensor) -> torch.Tensor:
                 name = names.get(id(tensor))
                 if name is None:
                     return tensor
                 step()
-                return _local_part(tensor, self.values[name], _place(job, name), device)
+                return _local_part(tensor, self.values[name], _place(context, name), device)
 
             with torch.no_grad():
-                compat.apply_to_tensors(job.model, filled)
+                compat.apply_to_tensors(context.model, filled)
         self.values = {}
 
-    def fill_whole(self, job: Job, names: list[str]) -> None:
+    def fill_whole(self, context: ParallelizeContext, names: list[str]) -> None:
         """Give parameters that nobody shards all of their values."""
         for name in names:
             owner, _, key = name.rpartition(".")
-            module = job.model.get_submodule(owner)
+            module = context.model.get_submodule(owner)
             old: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
-            value = self.values.pop(name).read().to(job.device, old.dtype, copy=True)
+            value = self.values.pop(name).read().to(context.device, old.dtype, copy=True)
             new = nn.Parameter(value, old.requires_grad)
-            for other in job.model.modules():
+            for other in context.model.modules():
                 for slot, parameter in other._parameters.items():
                     if parameter is old:
                         other._parameters[slot] = new
-            job.options.ignored_parameters.discard(old)
-            job.options.ignored_parameters.add(new)
+            context.options.ignored_parameters.discard(old)
+            context.options.ignored_parameters.add(new)
 
 
-def _place(job: Job, name: str) -> ParameterSpec:
-    return REPLICATED if job.spec is None else job.spec.parameters.get(name, REPLICATED)
+def _place(context: ParallelizeContext, name: str) -> ParameterSpec:
+    return REPLICATED if context.spec is None else context.spec.parameters.get(name, REPLICATED)
 
 
 def _local_part(parameter: torch.Tensor, value: Value, place: ParameterSpec, device: torch.device) -> torch.Tensor:
@@ -181,7 +183,7 @@ def _local_part(parameter: torch.Tensor, value: Value, place: ParameterSpec, dev
     )
 
 
-def _regions(parameter: DTensor, place: ParameterSpec) -> list[Region]:
+def _regions(parameter: DTensor, place: ParameterSpec) -> list[LocalParamForward]:
     """Where this rank's part is in the whole: one region, or one for each block that tp cuts (packed projections)."""
     mesh = parameter.device_mesh
     regions: list[list[tuple[int, int]]] = [[(0, size) for size in parameter.shape]]

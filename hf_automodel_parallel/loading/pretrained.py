@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..errors import CheckpointError, ConfigError, UnsupportedError
 from .deferred import RECORDER, DeferredTensor, whole
 from .files import TensorFile, resolve_files
@@ -63,7 +63,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """``model_class.from_pretrained(path, **kwargs)`` that leaves the weights in their files until the model is sharded.
+    """``model_class.from_pretrained(path, **kwargs)`` that leaves the weights in their files until the model is
+    sharded.
 
     In place of::
 
@@ -73,19 +74,21 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
 
         model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, "path/to/llama-70b", dtype=torch.bfloat16)
 
-    and go on as usual: wrap it with ``get_peft_model`` or ``PeftModel.from_pretrained``, give it to a ``Trainer``, to TRL's
-    ``SFTTrainer(model, peft_config=...)`` or to ``accelerator.prepare``. ``prepare`` shards the model and then lets each rank
-    read its slices, so no rank ever holds more than its shard and the one tensor it is reading. The result equals that of
-    loading first and sharding afterwards in every byte; fresh adapters and heads are drawn as one process would draw them.
+    and go on as usual: wrap it with ``get_peft_model`` or ``PeftModel.from_pretrained``, give it to a ``Trainer``, to
+    TRL's ``SFTTrainer(model, peft_config=...)`` or to ``accelerator.prepare``. ``prepare`` shards the model and then
+    lets each rank read its slices, so no rank ever holds more than its shard and the one tensor it is reading. The
+    result equals that of loading first and sharding afterwards in every byte; fresh adapters and heads are drawn as one
+    process would draw them.
 
-    Everything that transformers does to a checkpoint happens here too, by its own code: key renames, fused experts, ties, dtype
-    casts, modules kept in float32, and its report of missing and unexpected keys. Parameters that the files do not have (a new
-    classification head) are initialised by the model's ``_init_weights``, with its warning; buffers are computed.
+    Everything that transformers does to a checkpoint happens here too, by its own code: key renames, fused experts,
+    ties, dtype casts, modules kept in float32, and its report of missing and unexpected keys. Parameters that the files
+    do not have (a new classification head) are initialised by the model's ``_init_weights``, with its warning; buffers
+    are computed.
 
-    Until ``prepare``, parameters are :class:`~hf_automodel_parallel.loading.DeferredTensor` objects: shapes, dtypes, casts,
-    moves, freezing, copies of modules cost nothing. What needs values gets them, read anew each time: a forward, DoRA's norms,
-    ``resize_token_embeddings`` (the new table is in memory then, on every rank, until it is sharded). Writing into a part of
-    such a parameter is refused.
+    Until ``prepare``, parameters are :class:`~hf_automodel_parallel.loading.DeferredTensor` objects: shapes, dtypes,
+    casts, moves, freezing, copies of modules cost nothing. What needs values gets them, read anew each time: a forward,
+    DoRA's norms, ``resize_token_embeddings`` (the new table is in memory then, on every rank, until it is sharded).
+    Writing into a part of such a parameter is refused.
 
     With a process group, all ranks have to call it: an error on one of them is raised on all.
 
@@ -94,14 +97,15 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
         path: local directory, or a repository's name.
         kwargs: those of ``model_class.from_pretrained``, among them ``config``, ``dtype``, ``attn_implementation``,
             ``subfolder``, ``revision``, ``variant``, ``num_labels``, ``ignore_mismatched_sizes``, ``key_mapping``,
-            ``output_loading_info``, ``generation_config``. Of another dtype than the file's, a slice is cast when it is read.
+            ``output_loading_info``, ``generation_config``. Of another dtype than the file's, a slice is cast when it is
+            read.
 
     Returns:
         The model in eval mode, or ``(model, info)`` with ``output_loading_info=True``.
 
     Raises:
-        CheckpointError: a file is missing or damaged, holds a shape or a kind of number that the model does not expect, or is a
-            pickle, which is never opened. Names file, tensor and shapes.
+        CheckpointError: a file is missing or damaged, holds a shape or a kind of number that the model does not expect,
+            or is a pickle, which is never opened. Names file, tensor and shapes.
         ConfigError: ``path`` is an adapter, or its config names a quantisation.
         UnsupportedError: an argument that cannot be honoured, by name.
     """
@@ -111,7 +115,7 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
 
 def _agreed() -> contextlib.AbstractContextManager[None]:
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return agreement("from_pretrained") if together else contextlib.nullcontext()
+    return raise_on_all_ranks("from_pretrained") if together else contextlib.nullcontext()
 
 
 def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
@@ -183,14 +187,16 @@ def _config(model_class: Any, path: str, hub: dict[str, Any], kwargs: dict[str, 
     if method is not None:
         kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
         raise ConfigError(
-            f"{path}: the checkpoint is quantised ({kind}); its weights cannot be cut from files. Load it with the class's own "
-            f"from_pretrained, or load an unquantised checkpoint."
+            f"{path}: the checkpoint is quantised ({kind}); its weights cannot be cut from files. Load it with the "
+            f"class's own from_pretrained, or load an unquantised checkpoint."
         )
     return config, kwargs
 
 
 def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
-    """The class that an Auto class chooses for ``config``, and the config that it gets (of a part of a composite model)."""
+    """The class that an Auto class chooses for ``config``, and the config that it gets (of a part of a composite
+    model).
+    """
     from transformers import PreTrainedModel
 
     if issubclass(model_class, PreTrainedModel):
@@ -235,8 +241,8 @@ def _mismatch(mismatched: Any, files: list[TensorFile]) -> str:
         lines.append(f"{place}: tensor {key} has shape {tuple(found)}, the model expects {tuple(expected)}")
     shown = "; ".join(lines[:4]) + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
     return (
-        f"{shown}. Load it with the config that it was saved with, or pass ignore_mismatched_sizes=True to draw these parameters "
-        f"anew."
+        f"{shown}. Load it with the config that it was saved with, or pass ignore_mismatched_sizes=True to draw these "
+        f"parameters anew."
     )
 
 
@@ -248,8 +254,8 @@ def _check_kinds(model: nn.Module) -> None:
         wrong = next((leaf for leaf in tensor.value.files() if not leaf.dtype.is_floating_point), None)
         if wrong is not None:
             raise CheckpointError(
-                f"{wrong.file.path}: tensor {wrong.key} holds {wrong.dtype}, the model expects {tensor.dtype} for {name}. Is it "
-                f"a quantised checkpoint without its config? Save the model unquantised."
+                f"{wrong.file.path}: tensor {wrong.key} holds {wrong.dtype}, the model expects {tensor.dtype} for "
+                f"{name}. Is it a quantised checkpoint without its config? Save the model unquantised."
             )
 
 

@@ -1,7 +1,7 @@
 """Where the values of a tensor come from, and how to get a part of them without the rest.
 
-A small graph: tensors of files, given tensors, and operators on them. Cutting goes through the operators that only move or cast
-numbers, down to the files; of any other operator the whole result is computed and then cut.
+A small graph: tensors of files, given tensors, and operators on them. Cutting goes through the operators that only move
+or cast numbers, down to the files; of any other operator the whole result is computed and then cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .. import compat
 from .files import TensorFile
 
 #: (first, count) per dimension.
-Region = tuple[tuple[int, int], ...]
+LocalParamForward = tuple[tuple[int, int], ...]
 
 
 @dataclass(eq=False)
@@ -35,18 +35,20 @@ class Value:
         return self  # never changes
 
     @property
-    def whole(self) -> Region:
+    def whole(self) -> LocalParamForward:
         """The region that is everything."""
         return tuple((0, size) for size in self.shape)
 
-    def read(self, region: Region | None = None) -> torch.Tensor:
-        """The numbers of ``region`` (None: all) on the CPU. May share memory with a mapped file or with a given tensor."""
+    def read(self, region: LocalParamForward | None = None) -> torch.Tensor:
+        """The numbers of ``region`` (None: all) on the CPU. May share memory with a mapped file or with a given
+        tensor.
+        """
         region = self.whole if region is None else region
         if any(count == 0 for _, count in region):
             return torch.empty([count for _, count in region], dtype=self.dtype)
         return self._read(region)
 
-    def _read(self, region: Region) -> torch.Tensor:
+    def _read(self, region: LocalParamForward) -> torch.Tensor:
         raise NotImplementedError
 
     def files(self) -> list[FromFile]:
@@ -61,7 +63,7 @@ class FromFile(Value):
     file: TensorFile
     key: str
 
-    def _read(self, region: Region) -> torch.Tensor:
+    def _read(self, region: LocalParamForward) -> torch.Tensor:
         return self.file.read(self.key, tuple(slice(first, first + count) for first, count in region))
 
     def files(self) -> list[FromFile]:
@@ -74,7 +76,7 @@ class Given(Value):
 
     tensor: torch.Tensor
 
-    def _read(self, region: Region) -> torch.Tensor:
+    def _read(self, region: LocalParamForward) -> torch.Tensor:
         return _cut(self.tensor, region)
 
 
@@ -94,7 +96,7 @@ class Computed(Value):
     kwargs: dict[str, Any] = field(default_factory=dict)
     index: int | None = None
 
-    def _read(self, region: Region) -> torch.Tensor:
+    def _read(self, region: LocalParamForward) -> torch.Tensor:
         through = _THROUGH.get(self.operator)
         result = None if through is None else through(self, region)
         return _cut(self.compute(), region) if result is None else result
@@ -111,7 +113,7 @@ class Computed(Value):
         return [leaf for value in inputs for leaf in value.files()]
 
 
-def _cut(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, region: LocalParamForward) -> torch.Tensor:
     for dim, (first, count) in enumerate(region):
         if count != tensor.shape[dim]:
             tensor = tensor.narrow(dim, first, count)
@@ -121,15 +123,15 @@ def _cut(tensor: torch.Tensor, region: Region) -> torch.Tensor:
 # ---- operators that a region can be cut through ---------------------------------------------------------------------
 
 
-def _same(value: Computed, region: Region) -> torch.Tensor:
+def _same(value: Computed, region: LocalParamForward) -> torch.Tensor:
     return value.args[0].read(region)
 
 
-def _cast(value: Computed, region: Region) -> torch.Tensor:
+def _cast(value: Computed, region: LocalParamForward) -> torch.Tensor:
     return value.args[0].read(region).to(value.dtype)
 
 
-def _stack(value: Computed, region: Region) -> torch.Tensor | None:
+def _stack(value: Computed, region: LocalParamForward) -> torch.Tensor | None:
     tensors = value.args[0]
     if not all(isinstance(tensor, Value) for tensor in tensors):
         return None
@@ -139,7 +141,7 @@ def _stack(value: Computed, region: Region) -> torch.Tensor | None:
     return torch.stack([tensor.read(inner) for tensor in tensors[first : first + count]], dim)
 
 
-def _cat(value: Computed, region: Region) -> torch.Tensor | None:
+def _cat(value: Computed, region: LocalParamForward) -> torch.Tensor | None:
     tensors = value.args[0]
     if not all(isinstance(tensor, Value) and len(tensor.shape) == len(region) for tensor in tensors):
         return None
@@ -154,21 +156,21 @@ def _cat(value: Computed, region: Region) -> torch.Tensor | None:
     return torch.cat(parts, dim)
 
 
-def _transpose(value: Computed, region: Region) -> torch.Tensor:
+def _transpose(value: Computed, region: LocalParamForward) -> torch.Tensor:
     a, b = (dim % len(region) for dim in value.args[1:3])
     inner = list(region)
     inner[a], inner[b] = inner[b], inner[a]
     return value.args[0].read(tuple(inner)).transpose(a, b)
 
 
-def _select(value: Computed, region: Region) -> torch.Tensor:
+def _select(value: Computed, region: LocalParamForward) -> torch.Tensor:
     source, dim, index = value.args
     dim %= len(source.shape)
     inner = (*region[:dim], (index % source.shape[dim], 1), *region[dim:])
     return source.read(inner).squeeze(dim)
 
 
-def _slice(value: Computed, region: Region) -> torch.Tensor | None:
+def _slice(value: Computed, region: LocalParamForward) -> torch.Tensor | None:
     source, dim = value.args[0], _argument(value, 1, "dim", 0)
     dim %= len(region)
     start, step = _argument(value, 2, "start", None) or 0, _argument(value, 4, "step", 1)
@@ -178,14 +180,14 @@ def _slice(value: Computed, region: Region) -> torch.Tensor | None:
     return source.read(_moved(region, dim, start))
 
 
-def _split(value: Computed, region: Region) -> torch.Tensor:
+def _split(value: Computed, region: LocalParamForward) -> torch.Tensor:
     source, sizes, dim = value.args[0], value.args[1], _argument(value, 2, "dim", 0) % len(region)
     index: int = value.index  # type: ignore[assignment]
     start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
     return source.read(_moved(region, dim, start))
 
 
-def _moved(region: Region, dim: int, by: int) -> Region:
+def _moved(region: LocalParamForward, dim: int, by: int) -> LocalParamForward:
     first, count = region[dim]
     return (*region[:dim], (first + by, count), *region[dim + 1 :])
 
@@ -196,7 +198,7 @@ def _argument(value: Computed, position: int, name: str, default: Any) -> Any:
 
 _aten = torch.ops.aten
 #: Operator -> the numbers of a region of its result; None where it has to be computed as a whole.
-_THROUGH: dict[Any, Callable[[Computed, Region], torch.Tensor | None]] = {
+_THROUGH: dict[Any, Callable[[Computed, LocalParamForward], torch.Tensor | None]] = {
     _aten.alias.default: _same,
     _aten.detach.default: _same,
     _aten.clone.default: _same,

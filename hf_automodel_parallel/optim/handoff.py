@@ -33,7 +33,8 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         ``names[optimizer][group][i]``.
 
     Raises:
-        PrepareError: an optimizer holds a parameter that the model does not have, or a trainable one is in none of them.
+        PrepareError: an optimizer holds a parameter that the model does not have, or a trainable one is in none of
+            them.
     """
     names = parameter_names(model)
     shapes = dict(model.named_parameters())
@@ -43,32 +44,33 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         foreign = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
         if foreign:
             raise PrepareError(
-                f"{type(optimizer).__name__} holds {len(foreign)} parameters that the model in this prepare call does not "
-                f"have (shapes {_some(foreign)}). Create the optimizer from model.parameters() of the very model you pass, "
-                f"after wrapping it with PEFT and before prepare."
+                f"{type(optimizer).__name__} holds {len(foreign)} parameters that the model in this prepare call does "
+                f"not have (shapes {_some(foreign)}). Create the optimizer from model.parameters() of the very model "
+                f"you pass, after wrapping it with PEFT and before prepare."
             )
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
                     raise PrepareError(
-                        f"{type(optimizer).__name__} has stepped already, and its state {key!r} of {names[id(p)]} has the "
-                        f"shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded along. "
-                        f"Call prepare before the first step."
+                        f"{type(optimizer).__name__} has stepped already, and its state {key!r} of {names[id(p)]} has "
+                        f"the shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded "
+                        f"along. Call prepare before the first step."
                     )
         elsewhere = _held_elsewhere(optimizer, names)
         if elsewhere:
             raise PrepareError(
-                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there it would "
-                f"go on using the unsharded ones, which no longer belong to the model. Let it find them in param_groups in each "
-                f"step, or create it after prepare from the parameters of the prepared model."
+                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there "
+                f"it would go on using the unsharded ones, which no longer belong to the model. Let it find them in "
+                f"param_groups in each step, or create it after prepare from the parameters of the prepared model."
             )
         result.append([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups])
         covered.update(name for group in result[-1] for name in group)
     missing = [name for name, p in shapes.items() if p.requires_grad and name not in covered]
     if missing:
         raise PrepareError(
-            f"{len(missing)} trainable parameters are in no optimizer given to this prepare call ({_some(missing)}). They "
-            f"would collect gradients and never change. Add them to the optimizer, or freeze them with requires_grad_(False)."
+            f"{len(missing)} trainable parameters are in no optimizer given to this prepare call ({_some(missing)}). "
+            "They would collect gradients and never change. Add them to the optimizer, or freeze them with "
+            "requires_grad_(False)."
         )
     return result
 
@@ -124,7 +126,9 @@ def switch_parameters(
 
 
 def replace_parameters(optimizer: torch.optim.Optimizer, replacements: dict[int, nn.Parameter]) -> None:
-    """Replace the parameters of ``optimizer`` by ``replacements[id(parameter)]`` (often itself), in place, with their state."""
+    """Replace the parameters of ``optimizer`` by ``replacements[id(parameter)]`` (often itself), in place, with their
+    state.
+    """
     for group in optimizer.param_groups:
         for old in group["params"]:
             new = replacements[id(old)]

@@ -1,9 +1,11 @@
-"""Does an optimizer compute on shards what it computes on whole parameters? Tried on small tensors, before anything changes.
+"""Does an optimizer compute on shards what it computes on whole parameters? Tried on small tensors, before anything
+changes.
 
-An optimizer that treats each element on its own is right on any shard. One that computes something over a whole parameter
-(Adafactor's row and column means, LAMB's trust ratio, Muon's orthogonalisation) is right only if it does so with DTensor
-operators, across the shards. No list of names can tell for an optimizer that a user wrote; its own arithmetic can: an
-optimizer of the same class and settings steps on a small whole tensor and on the same tensor sharded as the real one.
+An optimizer that treats each element on its own is right on any shard. One that computes something over a whole
+parameter (Adafactor's row and column means, LAMB's trust ratio, Muon's orthogonalisation) is right only if it does so
+with DTensor operators, across the shards. No list of names can tell for an optimizer that a user wrote; its own
+arithmetic can: an optimizer of the same class and settings steps on a small whole tensor and on the same tensor sharded
+as the real one.
 """
 
 from __future__ import annotations
@@ -25,21 +27,22 @@ from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError, UnsupportedError
 from ..fsdp.shard import data_parallel_placement
 from ..tensor_parallel.shards import shard_parameter
 
-#: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16 iterations
-#: inside of Muon and of 8-bit states) stays well below, a statistic over a shard instead of the whole well above.
+#: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16
+#: iterations inside of Muon and of 8-bit states) stays well below, a statistic over a shard instead of the whole well
+#: above.
 TOLERANCE = 0.05
 
 _STEPS = 3
 _LEARNING_RATE = 0.01
 _REMEDY = (
-    "Use an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...) or one that computes with DTensors. If you know "
-    "that this one is right on shards, set AutoParallelismConfig(check_optimizer=False)."
+    "Use an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...) or one that computes with DTensors. If "
+    "you know that this one is right on shards, set AutoParallelismConfig(check_optimizer=False)."
 )
 
 
@@ -65,8 +68,8 @@ def check_on_shards(
 ) -> None:
     """Raise unless every optimizer computes on shards what it computes on whole parameters.
 
-    Collective over both meshes; every rank has to call it with the same arguments. The optimizers, their parameters and the
-    random state are left as they are.
+    Collective over both meshes; every rank has to call it with the same arguments. The optimizers, their parameters and
+    the random state are left as they are.
 
     Args:
         optimizers: torch optimizers.
@@ -166,11 +169,11 @@ def _check_one(
     home = parameters[0].device
     whole = [nn.Parameter(value.clone().to(home)) for value in values]
     # A rank that fails alone must not leave the others in the gathering below.
-    with agreement("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
+    with raise_on_all_ranks("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
         reference = like_on(optimizer, groups, whole)
         run_steps(reference, whole, [[g.to(home) for g in step] for step in gradients])
         probe = like_on(optimizer, groups, parameters)
-    with agreement("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
+    with raise_on_all_ranks("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
         run_steps(probe, parameters, sharded_gradients)
     results = [_whole(p) for p in parameters]
     for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
@@ -179,9 +182,9 @@ def _check_one(
         if not difference <= TOLERANCE * update + 1e-6 * value.double().norm().item():
             raise UnsupportedError(
                 f"{cls} computes something else on sharded parameters than on whole ones: on a parameter with "
-                f"{len(kind.shape)} dimension{'s' if len(kind.shape) > 1 else ''} ({kind.spec} over tp, then sharded by FSDP2) "
-                f"its update is off by {difference / update if update else math.inf:.0%}. It needs a statistic over the whole "
-                f"parameter and takes it over each shard. {_REMEDY}"
+                f"{len(kind.shape)} dimension{'s' if len(kind.shape) > 1 else ''} ({kind.spec} over tp, then sharded "
+                f"by FSDP2) its update is off by {difference / update if update else math.inf:.0%}. It needs a "
+                f"statistic over the whole parameter and takes it over each shard. {_REMEDY}"
             )
 
 
@@ -196,9 +199,9 @@ def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
 
 def _cannot_be_tried(cls: str, reason: str) -> PrepareError:
     return PrepareError(
-        f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it computes on "
-        f"whole parameters. Its class should be constructible from parameter groups and its defaults. If you know that it "
-        f"treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
+        f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it "
+        f"computes on whole parameters. Its class should be constructible from parameter groups and its defaults. If "
+        f"you know that it treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
     )
 
 

@@ -1,9 +1,9 @@
 """Adapters that are added to a model after it was sharded.
 
-PEFT builds the new layers as in one process: while it does, it is shown stand-ins of the sharded weights that have their whole
-shapes and no memory. Then the new parameters are made equal on all ranks, get their places on the tp axis, and form one more
-FSDP2 unit per layer, called around the layer's forward (a :class:`~.fsdp_dtypes.Companion`), because a unit that exists cannot
-take more parameters.
+PEFT builds the new layers as in one process: while it does, it is shown stand-ins of the sharded weights that have
+their whole shapes and no memory. Then the new parameters are made equal on all ranks, get their places on the tp axis,
+and form one more FSDP2 unit per layer, called around the layer's forward (a :class:`~.fsdp_dtypes.ParamGroupModule`),
+because a unit that exists cannot take more parameters.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from ..core.consistency import check_same_structure, synchronize_rng
 from ..core.module_names import unwrapped
-from ..core.ranks import agreement, broadcast_from_rank_zero
+from ..core.ranks import broadcast_from_rank_zero, raise_on_all_ranks
 from ..errors import UnsupportedError
-from ..fsdp.dtype_groups import Companion, companions, separate_unit
-from ..fsdp.root_gradients import AgreedGradients
+from ..fsdp.dtype_groups import ParamGroupModule, companions, separate_unit
+from ..fsdp.root_gradients import RootGradients
 from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options
 from ..plan.analysis.sequence_parallel import carry_over
 from ..plan.resolve import resolve
@@ -37,18 +37,20 @@ from ..tensor_parallel.dropout_rng import (
 from .operations import check_no_views, shown_instead
 
 if TYPE_CHECKING:
-    from ..strategies.context import Job
+    from ..strategies.context import ParallelizeContext
 
 #: Initialisations that do not read the weight below the adapter.
 _BLIND_INITS = (True, False, "gaussian", "orthogonal")
 
 
-def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Callable[[], None]) -> Callable[..., Any]:
+def adding(
+    model: nn.Module, context: ParallelizeContext, original: Callable[..., Any], done: Callable[[], None]
+) -> Callable[..., Any]:
     """``PeftModel.add_adapter`` for a sharded model.
 
     Args:
         model: the prepared ``PeftModel``.
-        job: how it was sharded.
+        context: how it was sharded.
         original: its own method.
         done: called when the new parameters are in place.
     """
@@ -63,15 +65,19 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
         before = dict(inner.named_modules(remove_duplicate=False))
         is_new = adapter_name not in model.peft_config  # type: ignore[operator]
         try:
-            with agreement("add_adapter", job.group), _peft_own_methods(model), shown_instead(model, _blank, _keep_flag):
+            with (
+                raise_on_all_ranks("add_adapter", context.group),
+                _peft_own_methods(model),
+                shown_instead(model, _blank, _keep_flag),
+            ):
                 # By identity: the parameters of a layer that PEFT wraps get other names.
                 known = {id(parameter): parameter for parameter in model.parameters()}
                 _check(adapter_name, peft_config, low_cpu_mem_usage)
-                _check_job(job)
+                _check_job(context)
                 original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
                 names = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
-                _check_new(model, job, names)
-            check_same_structure(model, group=job.group)
+                _check_new(model, context, names)
+            check_same_structure(model, group=context.group)
         except Exception:  # on every rank, also where PEFT had no objection
             if is_new and adapter_name in model.peft_config:  # type: ignore[operator]
                 type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
@@ -81,14 +87,16 @@ def adding(model: nn.Module, job: Job, original: Callable[..., Any], done: Calla
             for name, new in inner.named_modules(remove_duplicate=False)
             if (old := before.get(name)) is not None and old is not new
         }
-        _shard_new_parameters(model, job, replaced, names)
+        _shard_new_parameters(model, context, replaced, names)
         done()
 
     return add_adapter
 
 
 def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
-    """Refuse what needs the values of the weights below, or puts parameters elsewhere than into the new adapter's layers."""
+    """Refuse what needs the values of the weights below, or puts parameters elsewhere than into the new adapter's
+    layers.
+    """
     given = {
         "peft_type": (str(getattr(config.peft_type, "value", config.peft_type)), ("LORA",)),
         "init_lora_weights": (getattr(config, "init_lora_weights", True), _BLIND_INITS),
@@ -103,20 +111,21 @@ def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
         if value not in possible:
             shown = ", ".join(map(repr, possible))
             raise UnsupportedError(
-                f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} is not possible ({field} may be {shown} "
-                f"here): it needs whole weights or parameters outside of the new adapter, or leaves no values to shard. Add this "
-                f"adapter before accelerator.prepare and switch to it with set_adapter()."
+                f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} is not possible ({field} may be "
+                f"{shown} here): it needs whole weights or parameters outside of the new adapter, or leaves no values "
+                f"to shard. Add this adapter before accelerator.prepare and switch to it with set_adapter()."
             )
 
 
-def _check_job(job: Job) -> None:
+def _check_job(context: ParallelizeContext) -> None:
     """Refuse where the new adapter could not get what the others got."""
     remedy = "Add this adapter before the model is sharded and switch to it with set_adapter()."
-    if job.tp_mesh is not None and job.plan is None:
+    if context.tp_mesh is not None and context.plan is None:
         raise UnsupportedError(
-            f"add_adapter: the model was sharded by a strategy with a flow of its own, whose plan is not known. {remedy}"
+            "add_adapter: the model was sharded by a strategy with a flow of its own, whose plan is not known. "
+            f"{remedy}"
         )
-    if job.cp_mesh is not None:
+    if context.cp_mesh is not None:
         raise UnsupportedError(f"add_adapter is not available under context parallelism (cp_size > 1). {remedy}")
 
 
@@ -150,47 +159,49 @@ def _keep_flag(parameter: DTensor, shown: torch.Tensor) -> None:
     parameter.requires_grad_(shown.requires_grad)
 
 
-def _check_new(model: nn.Module, job: Job, names: list[str]) -> None:
+def _check_new(model: nn.Module, context: ParallelizeContext, names: list[str]) -> None:
     """Everything that ``prepare`` would refuse, for the parameters that are new."""
     others = [name for name in names if ".lora_" not in name]
     if others:
         raise UnsupportedError(
-            f"the new adapter brings {others[0]} along, a copy of a layer of the model (a head, modules_to_save), whose values "
-            f"are shards by now. Add this adapter before accelerator.prepare."
+            f"the new adapter brings {others[0]} along, a copy of a layer of the model (a head, modules_to_save), "
+            f"whose values are shards by now. Add this adapter before accelerator.prepare."
         )
     check_no_views(model)
-    if job.tp_mesh is None:
+    if context.tp_mesh is None:
         return
-    sequence = job.spec.sequence if job.spec is not None else None
+    sequence = context.spec.sequence if context.spec is not None else None
     layers = {name.partition(".lora_")[0] for name in names}
     blocks = sorted(layers & {*sequence.blocks, sequence.tail}) if sequence is not None else []
     if blocks:
         raise UnsupportedError(
-            f"{blocks[0]} gathers the sequence itself (sequence_parallel=True), so that an adapter cannot be put around it any "
-            f"more. Add this adapter before the model is sharded."
+            f"{blocks[0]} gathers the sequence itself (sequence_parallel=True), so that an adapter cannot be put "
+            f"around it any more. Add this adapter before the model is sharded."
         )
-    spec = resolve(model, job.plan, job.tp_mesh.size())  # type: ignore[arg-type]
-    check_packed_parameters({name: p.shape for name, p in model.named_parameters()}, spec, job.dp_mesh.size(-1))
-    if job.compile_options is not None:
+    spec = resolve(model, context.plan, context.tp_mesh.size())  # type: ignore[arg-type]
+    check_packed_parameters({name: p.shape for name, p in model.named_parameters()}, spec, context.dp_mesh.size(-1))
+    if context.compile_options is not None:
         refuse_compiled_dropout(model, spec)
 
 
-def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, nn.Module], names: list[str]) -> None:
+def _shard_new_parameters(
+    model: nn.Module, context: ParallelizeContext, replaced: dict[nn.Module, nn.Module], names: list[str]
+) -> None:
     new = set(names)
     for name in names:
         broadcast_from_rank_zero(model.get_parameter(name))
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    if job.tensor_parallel is not None:
+    if context.tensor_parallel is not None:
         for old, wrapper in replaced.items():
-            job.tensor_parallel.move_boundaries(old, wrapper)
-        spec = resolve(model, job.plan, job.tensor_parallel.mesh.size())  # type: ignore[arg-type]
-        carry_over(job.spec, spec, names)  # type: ignore[arg-type]
-        job.spec = spec
-        job.tensor_parallel.grow(model, job.spec, names, job.device)
-        install_sharded_dropout(model, job.spec, job.tensor_parallel.mesh)
+            context.tensor_parallel.move_boundaries(old, wrapper)
+        spec = resolve(model, context.plan, context.tensor_parallel.mesh.size())  # type: ignore[arg-type]
+        carry_over(context.spec, spec, names)  # type: ignore[arg-type]
+        context.spec = spec
+        context.tensor_parallel.grow(model, context.spec, names, context.device)
+        install_sharded_dropout(model, context.spec, context.tensor_parallel.mesh)
         if draws_random_numbers(model):
-            synchronize_rng(job.tensor_parallel.mesh)
-            synchronize_at_first_forward(model, job.tensor_parallel.mesh)
+            synchronize_rng(context.tensor_parallel.mesh)
+            synchronize_at_first_forward(model, context.tensor_parallel.mesh)
     before = companions(model)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):
@@ -199,14 +210,19 @@ def _shard_new_parameters(model: nn.Module, job: Job, replaced: dict[nn.Module, 
             members.append(owner)
     for (unit, dtype), members in by_unit.items():
         others = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
-        options = unit_options(job.dp_mesh, job.options)
-        options["ignored_params"] = others | job.options.ignored_parameters
+        options = unit_options(context.dp_mesh, context.options)
+        options["ignored_params"] = others | context.options.ignored_parameters
         # Said explicitly: FSDP2 takes a unit that comes late for a root, which it would not free after its forward.
-        separate_unit(unit, members, **options, reshard_after_forward=job.options.reshard_after_forward)
-    if job.anatomy is not None and job.anatomy.towers and job.options.towers != "layers" and job.dp_mesh.size() > 1:
-        AgreedGradients(model, job.dp_mesh, [unit for unit in companions(model) if unit not in before])
-    if job.tensor_parallel is not None:
-        job.tensor_parallel.partial.resolve()
+        separate_unit(unit, members, **options, reshard_after_forward=context.options.reshard_after_forward)
+    if (
+        context.structure is not None
+        and context.structure.towers
+        and context.options.towers != "layers"
+        and context.dp_mesh.size() > 1
+    ):
+        RootGradients(model, context.dp_mesh, [unit for unit in companions(model) if unit not in before])
+    if context.tensor_parallel is not None:
+        context.tensor_parallel.partial.resolve()
 
 
 def _unit_around(model: nn.Module, name: str) -> nn.Module:
@@ -215,6 +231,6 @@ def _unit_around(model: nn.Module, name: str) -> nn.Module:
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
-        if isinstance(module, FSDPModule) and not isinstance(module, Companion):
+        if isinstance(module, FSDPModule) and not isinstance(module, ParamGroupModule):
             return module
     return model

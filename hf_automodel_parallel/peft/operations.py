@@ -1,8 +1,8 @@
 """PEFT's operations on a sharded model: switching, merging, unloading, loading; what cannot be done is refused.
 
-PEFT computes with whole weights and knows nothing of shards. So its own code runs, on whole tensors: one layer at a time is
-gathered, PEFT merges it, and each rank keeps its part of the result. That is right for every method, placement and mesh,
-and never holds more than one whole layer.
+PEFT computes with whole weights and knows nothing of shards. So its own code runs, on whole tensors: one layer at a
+time is gathered, PEFT merges it, and each rank keeps its part of the result. That is right for every method, placement
+and mesh, and never holds more than one whole layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
 from ..core.module_names import unwrapped
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..errors import UnsupportedError
 from ..fsdp.shard import fsdp_units
 
@@ -54,32 +54,33 @@ def check_trainable_as_shards(model: nn.Module) -> None:
     """Refuse what sharding would train wrong in silence, on every mesh.
 
     Raises:
-        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets only
-            a part of the gradient), two parameters are views of the same memory, or a PEFT method works with all weights
-            outside of the layers.
+        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets
+            only a part of the gradient), two parameters are views of the same memory, or a PEFT method works with all
+            weights outside of the layers.
     """
     hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
     if hooked:
         raise UnsupportedError(
-            f"{len(hooked)} parameters have gradient hooks ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), which the "
-            f"shards that take their place would not have. If they belong to a layer-wise optimizer (LOMO, layer-wise GaLore and "
-            f"APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another method; else change the gradients, "
-            f"which are shards, between accelerator.backward and optimizer.step."
+            f"{len(hooked)} parameters have gradient hooks ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), "
+            f"which the shards that take their place would not have. If they belong to a layer-wise optimizer (LOMO, "
+            f"layer-wise GaLore and APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another "
+            f"method; else change the gradients, which are shards, between accelerator.backward and optimizer.step."
         )
     check_no_views(model)
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method in _OUTSIDE_OF_LAYERS:
             raise UnsupportedError(
-                f"the adapter {adapter!r} is PEFT's {method}, which {_OUTSIDE_OF_LAYERS[method]}, where they are shards; it "
-                f"is not available. Use LoRA (rank_pattern gives layers different ranks)."
+                f"the adapter {adapter!r} is PEFT's {method}, which {_OUTSIDE_OF_LAYERS[method]}, where they are "
+                f"shards; it is not available. Use LoRA (rank_pattern gives layers different ranks)."
             )
 
 
 def check_no_views(model: nn.Module) -> None:
     """Refuse trainable parameters that share memory as different objects: what a step writes to one changes the other.
 
-    Their shards have memory of their own, so they would come apart. (A parameter with several names is one object and stays one.)
+    Their shards have memory of their own, so they would come apart. (A parameter with several names is one object and
+    stays one.)
     """
     trained = _ever_trained(model)
     by_storage: dict[int, list[tuple[range, str, nn.Parameter]]] = {}
@@ -88,7 +89,9 @@ def check_no_views(model: nn.Module) -> None:
             key = StorageWeakRef(parameter.untyped_storage()).cdata
             by_storage.setdefault(key, []).append((_bytes(parameter), name, parameter))
     for group in by_storage.values():
-        reaching: list[tuple[range, str, nn.Parameter]] = []  # to where the next one begins; a file's mapping holds many
+        reaching: list[
+            tuple[range, str, nn.Parameter]
+        ] = []  # to where the next one begins; a file's mapping holds many
         for own, name, parameter in sorted(group, key=lambda entry: entry[0].start):
             reaching = [entry for entry in reaching if entry[0].stop > own.start]
             for _, other_name, other in reaching:
@@ -132,11 +135,13 @@ def _views_of_one_memory(model: nn.Module, views: dict[str, nn.Parameter]) -> Un
     asked, remedy = "", "Let both places hold one nn.Parameter, or give each memory of its own (clone)."
     if tying:
         asked = f"ensure_weight_tying=True of the adapter {tying[0]!r}: "
-        remedy = "Use ensure_weight_tying=False and adapt one of the tied layers, or train them whole (modules_to_save)."
+        remedy = (
+            "Use ensure_weight_tying=False and adapt one of the tied layers, or train them whole (modules_to_save)."
+        )
     shapes = " and ".join(f"{name} of shape {tuple(view.shape)}" for name, view in views.items())
     return UnsupportedError(
-        f"{asked}{shapes} are views of the same memory, which keeps them equal in one process; their shards would come apart at "
-        f"the first step. {remedy}"
+        f"{asked}{shapes} are views of the same memory, which keeps them equal in one process; their shards would come "
+        f"apart at the first step. {remedy}"
     )
 
 
@@ -213,13 +218,15 @@ def _at_rest(model: nn.Module, original: Callable[..., Any]) -> Callable[..., An
 
 
 def _readable_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_adapter``, after all ranks have seen that they can read the adapter's config: a rank may lack the files."""
+    """``load_adapter``, after all ranks have seen that they can read the adapter's config: a rank may lack the
+    files.
+    """
 
     @functools.wraps(original)
     def load_adapter(model_id: Any, *args: Any, **kwargs: Any) -> Any:
         from peft import PeftConfig
 
-        with agreement("load_adapter"):
+        with raise_on_all_ranks("load_adapter"):
             PeftConfig.from_pretrained(
                 model_id, **{k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token", "cache_dir")}
             )
@@ -231,9 +238,9 @@ def _readable_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
 def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
-            f"{name}() on a model that is sharded already: the new parameters would belong to no FSDP2 unit and have no place "
-            f"on the tp axis, so each rank would train its own copy. Use add_adapter() or load_adapter() of the PeftModel "
-            f"instead, or do it before accelerator.prepare."
+            f"{name}() on a model that is sharded already: the new parameters would belong to no FSDP2 unit and have "
+            f"no place on the tp axis, so each rank would train its own copy. Use add_adapter() or load_adapter() of "
+            f"the PeftModel instead, or do it before accelerator.prepare."
         )
 
     return refuse
@@ -247,8 +254,8 @@ def _on_whole_weights(layer: nn.Module, original: Callable[..., Any]) -> Callabl
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(getattr(module, "quant_state", None) is not None for module in layer.modules()):
             raise UnsupportedError(
-                f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises them anew. "
-                f"Save the adapter, load the base model unquantised in one process, and merge there."
+                f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises "
+                f"them anew. Save the adapter, load the base model unquantised in one process, and merge there."
             )
         with whole(layer):
             return original(*args, **kwargs)
@@ -316,7 +323,9 @@ def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:
 
 
 def _unmerge_disabled(model: nn.Module, args: Any) -> None:
-    """Unmerge switched-off adapters before the forward; PEFT does it inside, where it would write to gathered copies."""
+    """Unmerge switched-off adapters before the forward; PEFT does it inside, where it would write to gathered
+    copies.
+    """
     tuner = compat.peft_tuner_layer_type()
     for layer in model.modules():
         if tuner is not None and isinstance(layer, tuner) and layer.disable_adapters and layer.merged:
@@ -335,7 +344,9 @@ def _unloading(
     original: Callable[..., Any],
     on_unload: Callable[[nn.Module], None],
 ) -> Callable[..., Any]:
-    """``merge_and_unload`` or ``unload``: what was attached to PEFT's layers moves to the layers that take their place."""
+    """``merge_and_unload`` or ``unload``: what was attached to PEFT's layers moves to the layers that take their
+    place.
+    """
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> nn.Module:
@@ -363,7 +374,9 @@ def _unloading(
 
 
 def _around(old: nn.Module, new: nn.Module) -> list[nn.Module]:
-    """``old`` and what stood between it and ``new`` inside of it: nobody calls these any more. A copy that stood beside stays."""
+    """``old`` and what stood between it and ``new`` inside of it: nobody calls these any more. A copy that stood beside
+    stays.
+    """
     return [m for m in old.modules() if m is old or (m is not new and any(inner is new for inner in m.modules()))]
 
 

@@ -13,7 +13,8 @@ from ..errors import UnsupportedError
 def refuse_expert_parallel(model: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if the model's ``distributed_config`` asks for experts dealt out over ranks.
 
-    transformers carries that out while it loads a model; on a model that is already built the request would have no effect.
+    transformers carries that out while it loads a model; on a model that is already built the request would have no
+    effect.
     """
     inner, _ = unwrapped(model)
     wanted = getattr(getattr(inner, "config", None), "distributed_config", None)
@@ -26,7 +27,7 @@ def refuse_expert_parallel(model: nn.Module) -> None:
     asked = asked or ("enable_expert_parallel=True" if field("enable_expert_parallel") is True else "")
     if wanted is not None and asked:
         raise UnsupportedError(
-            f"config.distributed_config of {type(inner).__name__} has {asked}: expert parallelism (whole experts dealt out over "
-            f"ranks) is not available. Use tp_size, which gives every rank a slice of every expert, so that it holds "
-            f"1/tp_size of their bytes, and remove distributed_config from the config."
+            f"config.distributed_config of {type(inner).__name__} has {asked}: expert parallelism (whole experts dealt "
+            f"out over ranks) is not available. Use tp_size, which gives every rank a slice of every expert, so that "
+            f"it holds 1/tp_size of their bytes, and remove distributed_config from the config."
         )

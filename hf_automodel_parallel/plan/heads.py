@@ -13,9 +13,10 @@ from .layer_kinds import as_matrix
 def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, dict[str, int]]:
     """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
 
-    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an integer,
-    has "head" in its name and equals the number of heads that a projection below the module makes or takes, or the width of
-    all of them together. The width of one head, which may happen to equal the number of heads, stays what it is.
+    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an
+    integer, has "head" in its name and equals the number of heads that a projection below the module makes or takes, or
+    the width of all of them together. The width of one head, which may happen to equal the number of heads, stays what
+    it is.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.

@@ -43,7 +43,8 @@ def import_class_from_path(name: str) -> Any:
 
 
 def import_classes_from_paths(class_paths: Iterable[str] | None) -> list[Any]:
-    """Import every path of ``class_paths``, in order; one that fails raises, because it names something that is to be sharded.
+    """Import every path of ``class_paths``, in order; one that fails raises, because it names something that is to be
+    sharded.
 
     Raises:
         ConfigError: (a ``ValueError`` whose cause is Python's error) the message names the path that failed.

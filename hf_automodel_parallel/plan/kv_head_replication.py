@@ -1,10 +1,11 @@
 """Key and value heads fewer than ranks: each head belongs to several ranks (multi-query and grouped-query attention).
 
-The projection stays whole on the tp axis, and each rank computes with the rows of the one head that its queries read. Several
-ranks hold a copy of a head, so its gradient is the sum of theirs: the gradient of the whole parameter is partial, with zeros in
-the rows of other heads, and is summed like every other one. At rest it is an ordinary replicated parameter, so the optimizer,
-the gradient norm, files and checkpoints on other meshes need to know nothing. Its cost is memory: these projections are not
-divided by tp, which is 1 / heads-per-group of the query projection each. (Megatron-LM copies key-value heads in the same way.)
+The projection stays whole on the tp axis, and each rank computes with the rows of the one head that its queries read.
+Several ranks hold a copy of a head, so its gradient is the sum of theirs: the gradient of the whole parameter is
+partial, with zeros in the rows of other heads, and is summed like every other one. At rest it is an ordinary replicated
+parameter, so the optimizer, the gradient norm, files and checkpoints on other meshes need to know nothing. Its cost is
+memory: these projections are not divided by tp, which is 1 / heads-per-group of the query projection each. (Megatron-LM
+copies key-value heads in the same way.)
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .layer_kinds import as_matrix
 _COPIES = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)$")
 
 
-def share_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) -> list[str]:
+def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) -> list[str]:
     """Let ranks share the key and value heads where these are fewer than the ranks; changes ``spec``.
 
-    A projection is one of keys or values if its attention says into how many queries each of its heads is repeated (an integer
-    attribute such as ``num_key_value_groups``), and at most two projections of the attention have so few heads.
+    A projection is one of keys or values if its attention says into how many queries each of its heads is repeated (an
+    integer attribute such as ``num_key_value_groups``), and at most two projections of the attention have so few heads.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.
@@ -64,8 +65,9 @@ def share_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) ->
         heads = next(iter(few.values()))
         if tp_size % heads or queries % tp_size:
             raise PlanError(
-                f"{owner} has {heads} key-value heads (num_key_value_heads={heads}) and {queries} heads for tp_size={tp_size} "
-                f"ranks. Choose a tp_size that divides {queries} and is a multiple of {heads}, or divides both."
+                f"{owner} has {heads} key-value heads (num_key_value_heads={heads}) and {queries} heads for "
+                f"tp_size={tp_size} ranks. Choose a tp_size that divides {queries} and is a multiple of {heads}, or "
+                "divides both."
             )
         for name in few:
             _share(spec, name, heads)
@@ -79,8 +81,9 @@ def share_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) ->
         counts |= dict.fromkeys(groups, queries // tp_size)
     if shared:
         spec.notes.append(
-            f"{len(shared)} projections of keys and values, {shared[0]} for example, have fewer heads than tp_size={tp_size}; "
-            f"each rank computes with the head that its queries read, and the weights stay whole on the tp axis."
+            f"{len(shared)} projections of keys and values, {shared[0]} for example, have fewer heads than "
+            f"tp_size={tp_size}; each rank computes with the head that its queries read, and the weights stay whole on "
+            "the tp axis."
         )
     return shared
 

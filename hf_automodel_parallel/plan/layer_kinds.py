@@ -94,7 +94,8 @@ def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modu
         yield f"{name}.modules_to_save.{adapter}", copy
 
 
-#: PEFT's methods that tensor parallelism knows. The rest would see a slice where they expect a whole layer or all heads.
+#: PEFT's methods that tensor parallelism knows. The rest would see a slice where they expect a whole layer or all
+#: heads.
 _METHODS = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 
 
@@ -106,13 +107,15 @@ def check_peft_method(model: nn.Module) -> None:
         method = str(getattr(config.peft_type, "value", config.peft_type))
         if method not in _METHODS:
             raise UnsupportedError(
-                f"the adapter {adapter!r} is PEFT's {method}, which is not available under tensor parallelism (available: "
-                f"{', '.join(_METHODS)}). Use one of these, or tp_size=1 (FSDP2 works)."
+                f"the adapter {adapter!r} is PEFT's {method}, which is not available under tensor parallelism "
+                f"(available: {', '.join(_METHODS)}). Use one of these, or tp_size=1 (FSDP2 works)."
             )
 
 
 def check_adapter(name: str, module: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard yet."""
+    """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard
+    yet.
+    """
     kind = _kind(module)
     method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
@@ -122,7 +125,8 @@ def check_adapter(name: str, module: nn.Module) -> None:
     others = {type(v).__name__ for v in getattr(module, "lora_variant", {}).values() if type(v) not in known}
     if others:
         raise UnsupportedError(
-            f"{name} uses the LoRA variant {', '.join(sorted(others))}, not available yet under tensor parallelism. {remedy}"
+            f"{name} uses the LoRA variant {', '.join(sorted(others))}, not available yet under tensor parallelism. "
+            f"{remedy}"
         )
 
 
@@ -145,8 +149,9 @@ def edits_rows(adapter: nn.Module | None) -> bool:
 def parameter_adapter_out_dim(adapter: nn.Module) -> int:
     """Dimension of the adapted parameter over which ``lora_B`` runs; ``lora_A`` runs over the other matrix dimension.
 
-    The parameter is ``(out, in)``, ``(experts, out, in)``, or ``(experts, in, out)`` in modules that store it transposed;
-    the adapter recognises the last two by itself, so its own feature counts tell them apart only through that decision.
+    The parameter is ``(out, in)``, ``(experts, out, in)``, or ``(experts, in, out)`` in modules that store it
+    transposed; the adapter recognises the last two by itself, so its own feature counts tell them apart only through
+    that decision.
     """
     if adapter.num_experts == 1:  # type: ignore[union-attr]
         return 0

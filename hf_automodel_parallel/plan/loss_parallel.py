@@ -20,7 +20,8 @@ def keep_logits_sharded(
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
         spec: the resolved spec.
-        wanted: None: where it is possible, else a note says why not. True: it has to be possible. False: leave ``spec`` alone.
+        wanted: None: where it is possible, else a note says why not. True: it has to be possible. False: leave ``spec``
+        alone.
         chunk_rows: rows whose logits the loss has in float32 at a time; a number requires loss parallelism, too.
 
     Raises:
@@ -49,8 +50,8 @@ def keep_logits_sharded(
     if wanted or chunk_rows is not None:
         field = "loss_parallel=True" if wanted else f"loss_chunk_size={chunk_rows}"
         raise PlanError(
-            f"{field} cannot be honoured: {reason}. Use a tp_size that divides the vocabulary and a plan with the style "
-            f"'colwise_gather_output' for it, or leave it out: logits are then whole, which is exact."
+            f"{field} cannot be honoured: {reason}. Use a tp_size that divides the vocabulary and a plan with the "
+            f"style 'colwise_gather_output' for it, or leave it out: logits are then whole, which is exact."
         )
     if names:
         spec.notes.append(f"{reason}, so logits are whole (no loss parallelism).")

@@ -1,4 +1,6 @@
-"""From a plan to a sharding spec: which parameter of this model goes where, and where activations cross the boundary."""
+"""From a plan to a sharding spec: which parameter of this model goes where, and where activations cross the
+boundary.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from ..core.sharding_spec import (
 )
 from ..errors import PlanError, UnsupportedError
 from .heads import local_head_counts
-from .kv_head_replication import share_key_value_heads
+from .kv_head_replication import replicate_key_value_heads
 from .layer_kinds import (
     Matrix,
     as_matrix,
@@ -50,7 +52,8 @@ def resolve(model: nn.Module, plan: Plan, tp_size: int) -> ShardingSpec:
         The spec of every sharded or partially differentiated parameter and of every module with a boundary.
 
     Raises:
-        PlanError: an explicit entry matches nothing, a style does not fit the layer it names, a dimension does not divide.
+        PlanError: an explicit entry matches nothing, a style does not fit the layer it names, a dimension does not
+        divide.
         UnsupportedError: a PEFT or quantised layer that cannot be sharded.
     """
     return _Resolver(model, plan, tp_size).run()
@@ -72,9 +75,9 @@ class _Resolver:
         matches = self._match(modules, parameters)
         if not matches:
             raise PlanError(
-                f"none of the {len(self.plan.entries)} entries of the {self.plan.origin} plan matches a module or parameter "
-                f"of {type(inner).__name__}: {', '.join(list(self.plan.entries)[:4])}, ... Keys are paths as in "
-                f"model.named_modules(), without PEFT's prefix."
+                f"none of the {len(self.plan.entries)} entries of the {self.plan.origin} plan matches a module or "
+                f"parameter of {type(inner).__name__}: {', '.join(list(self.plan.entries)[:4])}, ... Keys are paths as "
+                f"in model.named_modules(), without PEFT's prefix."
             )
         from .torch_styles import read_torch_styles  # imports torch's styles, which not every plan needs
 
@@ -100,11 +103,12 @@ class _Resolver:
                 )
         self._tie(modules)
         self._check_experts()
-        # transformers writes its plans for classes that take the number from the tensor; a derived plan says what counts.
+        # transformers writes its plans for classes that take the number from the tensor; a derived plan says what
+        # counts.
         if self.plan.origin not in ("hf", "derived"):
             self.spec.head_counts |= local_head_counts(self.model, self.spec, self.tp_size)
         self._local_attributes(modules)
-        for name in share_key_value_heads(self.model, self.spec, self.tp_size):
+        for name in replicate_key_value_heads(self.model, self.spec, self.tp_size):
             if name in matches:
                 placements[matches[name].pattern] = "Replicate, ranks share heads"
         for pattern, entry in self.plan.entries.items():
@@ -156,7 +160,8 @@ class _Resolver:
             keys = ", ".join(repr(entry.pattern) for entry in self.spec.unmatched)
             raise PlanError(
                 f"the tp_plan entries {keys} match no module or parameter of the model. Keys are paths as in "
-                f"model.named_modules() without PEFT's prefix, '*' stands for one path component; remove or correct them."
+                "model.named_modules() without PEFT's prefix, '*' stands for one path component; remove or correct "
+                "them."
             )
         return best
 
@@ -174,8 +179,8 @@ class _Resolver:
             spec = ParameterSpec(rank - 1, LINEAR_STYLES[style].blocks)
         else:
             raise PlanError(
-                f"the plan entry {entry.pattern!r} names a parameter, to which the style {entry.style_name!r} cannot be "
-                f"applied; use colwise, rowwise, packed_colwise, packed_rowwise, replicate or "
+                f"the plan entry {entry.pattern!r} names a parameter, to which the style {entry.style_name!r} cannot "
+                f"be applied; use colwise, rowwise, packed_colwise, packed_rowwise, replicate or "
                 f"replicated_with_grad_allreduce."
             )
         self._check_divides(name, tuple(parameter.shape), spec)
@@ -201,8 +206,9 @@ class _Resolver:
         if size % (spec.blocks * self.tp_size):
             packed = f" packed in {spec.blocks} blocks" if spec.blocks > 1 else ""
             raise PlanError(
-                f"{name} of shape {tuple(shape)} cannot be sharded: dimension {spec.dim} has {size} entries{packed}, which "
-                f"tp_size={self.tp_size} does not divide. Choose a tp_size that divides it, or leave the entry out of the plan."
+                f"{name} of shape {tuple(shape)} cannot be sharded: dimension {spec.dim} has {size} entries{packed}, "
+                f"which tp_size={self.tp_size} does not divide. Choose a tp_size that divides it, or leave the entry "
+                "out of the plan."
             )
 
     # ---- modules named by the plan -----------------------------------------------------------------------------
@@ -229,8 +235,8 @@ class _Resolver:
             matrix = as_matrix(base, name)
             if matrix is None:
                 raise PlanError(
-                    f"the plan entry {entry.pattern!r} has the style {style!r}, which shards linear layers, but {name} is a "
-                    f"{type(base).__name__}. Name its parameters instead, or use another style."
+                    f"the plan entry {entry.pattern!r} has the style {style!r}, which shards linear layers, but {name} "
+                    f"is a {type(base).__name__}. Name its parameters instead, or use another style."
                 )
             return self._linear(name, base_name, matrix, adapter, entry)
         if style in EMBEDDING_STYLES:
@@ -249,7 +255,9 @@ class _Resolver:
         has_bias = getattr(matrix.module, "bias", None) is not None
         if has_bias and row.side == "out":
             self.spec.parameters[f"{base_name}.bias"] = self._features(row.blocks)
-        if row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features:  # Conv1D reshapes its output to this
+        if (
+            row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features
+        ):  # Conv1D reshapes its output to this
             self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
         deferred = has_bias and row.side == "in"
         if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D cannot do without its bias
@@ -274,7 +282,9 @@ class _Resolver:
         return ParameterSpec(None, blocks, partial_gradient=True, part_dim=0, parts=self.tp_size)
 
     def _lora(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
-        """Adapters are linear, so they live between the boundaries of their base layer and add no collective to them."""
+        """Adapters are linear, so they live between the boundaries of their base layer and add no collective to
+        them.
+        """
         for key in adapter.lora_A:  # type: ignore[union-attr]
             a, b = f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight"
             if side == "out":
@@ -298,8 +308,9 @@ class _Resolver:
         module = self.spec.modules[name]
         if own == "out" and module.deferred_bias is not None:
             raise UnsupportedError(
-                f"{name} has a bias and is row-wise; IA3 on its output would have to scale the bias too, which is added after "
-                f"the reduction. List it in feedforward_modules, exclude it from target_modules, or use tp_size=1."
+                f"{name} has a bias and is row-wise; IA3 on its output would have to scale the bias too, which is "
+                "added after the reduction. List it in feedforward_modules, exclude it from target_modules, or use "
+                "tp_size=1."
             )
         for key in adapter.ia3_l:  # type: ignore[union-attr]
             sharded = self._features(blocks) if own == "out" else ParameterSpec(1, blocks)
@@ -307,7 +318,9 @@ class _Resolver:
             self.spec.parameters[f"{name}.ia3_l.{key}"] = spec
 
     def _edited_rows(self, name: str, adapter: nn.Module, base_name: str, base: nn.Module) -> str:
-        """PEFT replaces rows of the whole table, so the table (and a head tied to it) is sharded on the hidden dimension."""
+        """PEFT replaces rows of the whole table, so the table (and a head tied to it) is sharded on the hidden
+        dimension.
+        """
         hidden = base.weight.shape[1]  # type: ignore[union-attr,index]
         if hidden % self.tp_size:
             self.spec.notes.append(f"{name}: {hidden} features do not divide by tp_size={self.tp_size}; replicated.")
@@ -331,7 +344,8 @@ class _Resolver:
         size = matrix.size(row.side)
         if matrix.size(other.side) % self.tp_size == 0:
             self.spec.notes.append(
-                f"{name}: {size} {row.side}put features do not divide by tp_size={self.tp_size}; sharded on the other side."
+                f"{name}: {size} {row.side}put features do not divide by tp_size={self.tp_size}; sharded on the other "
+                "side."
             )
             return row.swap
         self.spec.notes.append(f"{name}: neither side divides by tp_size={self.tp_size}; replicated.")
@@ -340,8 +354,8 @@ class _Resolver:
     def _embedding(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         if not isinstance(module, nn.Embedding):
             raise PlanError(
-                f"the plan entry {entry.pattern!r} has the style {entry.style!r}, which shards an nn.Embedding, but {name} "
-                f"is a {type(module).__name__}."
+                f"the plan entry {entry.pattern!r} has the style {entry.style!r}, which shards an nn.Embedding, but "
+                f"{name} is a {type(module).__name__}."
             )
         if not only_looks_up(module):
             others = ", ".join(key for key, _ in module.named_parameters() if key != "weight")
@@ -362,8 +376,8 @@ class _Resolver:
             return "Replicate"
         if dim != dims[0]:
             self.spec.notes.append(
-                f"{name}: dimension {dims[0]} ({module.weight.shape[dims[0]]}) does not divide by tp_size={self.tp_size}; "
-                f"sharded on dimension {dim}."
+                f"{name}: dimension {dims[0]} ({module.weight.shape[dims[0]]}) does not divide by "
+                f"tp_size={self.tp_size}; sharded on dimension {dim}."
             )
         self._shard_embedding(name, dim)
         return str(self.spec.parameters[f"{name}.weight"])
@@ -406,8 +420,9 @@ class _Resolver:
         tuner = compat.peft_tuner_layer_type()
         if tuner is not None and isinstance(module, tuner):
             raise PlanError(
-                f"{name} carries a PEFT adapter, and the plan entry {entry.pattern!r} has a style of torch or of your own "
-                f"({entry.style_name}), whose engine does not know adapters. Use a style name, or exclude it from PEFT."
+                f"{name} carries a PEFT adapter, and the plan entry {entry.pattern!r} has a style of torch or of your "
+                f"own ({entry.style_name}), whose engine does not know adapters. Use a style name, or exclude it from "
+                "PEFT."
             )
         style = entry.style
         if isinstance(style, str):
@@ -422,13 +437,15 @@ class _Resolver:
                 continue
             if not any(n.startswith(f"{name}.") and s.dim is not None for n, s in self.spec.parameters.items()):
                 raise UnsupportedError(
-                    f"{name} has the style 'moe_tp_experts', but the plan shards none of its weights there (a copy made by "
-                    f"modules_to_save, or a plan without entries for them). Use LoRA's target_parameters on the experts "
-                    f"instead of modules_to_save, or add entries for the weights, or use tp_size=1."
+                    f"{name} has the style 'moe_tp_experts', but the plan shards none of its weights there (a copy "
+                    f"made by modules_to_save, or a plan without entries for them). Use LoRA's target_parameters on "
+                    f"the experts instead of modules_to_save, or add entries for the weights, or use tp_size=1."
                 )
 
     def _local_attributes(self, modules: dict[str, nn.Module]) -> None:
-        """What the plan says of attributes that count what is sharded, and of arguments that have a value for each head."""
+        """What the plan says of attributes that count what is sharded, and of arguments that have a value for each
+        head.
+        """
         for pattern, attributes in self.plan.counts.items():
             regex = pattern_regex(pattern)
             for name, module in modules.items():
@@ -438,8 +455,8 @@ class _Resolver:
                     value = getattr(module, attribute)
                     if value % self.tp_size:
                         raise PlanError(
-                            f"{name}.{attribute}={value} does not divide by tp_size={self.tp_size}, and each rank works on an "
-                            f"equal part. Choose a tp_size that divides it, or tp_size=1."
+                            f"{name}.{attribute}={value} does not divide by tp_size={self.tp_size}, and each rank "
+                            f"works on an equal part. Choose a tp_size that divides it, or tp_size=1."
                         )
                     self.spec.head_counts.setdefault(name, {})[attribute] = value // self.tp_size
         for pattern, arguments in self.plan.head_arguments.items():
@@ -500,8 +517,8 @@ class _Resolver:
                 self.spec.modules[owner_name] = ModuleSpec(row.input, row.output)
             else:
                 raise PlanError(
-                    f"{name} shares its parameter with {', '.join(n for n in names if n != name)}, which the plan shards, "
-                    f"but a {type(owner).__name__} cannot follow. Untie them or leave both out of the plan."
+                    f"{name} shares its parameter with {', '.join(n for n in names if n != name)}, which the plan "
+                    f"shards, but a {type(owner).__name__} cannot follow. Untie them or leave both out of the plan."
                 )
         self.spec.parameters[name] = replace(spec)
         self.spec.notes.append(f"{name}: follows the parameter it is tied to ({spec}).")

@@ -60,8 +60,8 @@ def select_plan(
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta.
         tp_plan: the user's own plan in any accepted form; wins when given.
-        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config asks all of them; here the last,
-            which takes seconds, only if it is named.
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config asks all of them; here
+            the last, which takes seconds, only if it is named.
         tp_size: number of ranks on the tp axis, which decides what a derived plan shards; None: any.
 
     Returns:
@@ -122,9 +122,13 @@ _HEADS = ("lm_head", "language_model.lm_head")
 
 
 def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
-    """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that weight."""
+    """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that
+    weight.
+    """
     config = getattr(inner, "config", None)
-    repository = str(getattr(config, "name_or_path", "")).rpartition("/")[2]  # the folders above say nothing of the model
+    repository = str(getattr(config, "name_or_path", "")).rpartition("/")[
+        2
+    ]  # the folders above say nothing of the model
     names = [type(inner).__name__, getattr(config, "model_type", None), repository]
     names += getattr(config, "architectures", None) or []
     if not any("nemotronflash" in re.sub("[-_ ]", "", str(name)).lower() for name in names):
@@ -146,9 +150,9 @@ def _no_plan_message(inner: nn.Module, reasons: list[str]) -> str:
     custom = type(inner).__module__.startswith("transformers_modules.")
     kind = "the custom-code class" if custom else "the class"
     return (
-        f"no tensor-parallel plan for {kind} {type(inner).__name__}. Do one of: (1) pass tp_plan={{pattern: style}} (or its "
-        f"import path) to AutoParallelismConfig; (2) give the model class a _tp_plan, or its config a base_model_tp_plan; "
-        f"(3) use tp_size=1, FSDP2 alone needs no plan. Note: {'; '.join(reasons)}."
+        f"no tensor-parallel plan for {kind} {type(inner).__name__}. Do one of: (1) pass tp_plan={{pattern: style}} "
+        f"(or its import path) to AutoParallelismConfig; (2) give the model class a _tp_plan, or its config a "
+        f"base_model_tp_plan; (3) use tp_size=1, FSDP2 alone needs no plan. Note: {'; '.join(reasons)}."
     )
 
 
@@ -180,8 +184,8 @@ def _import(path: str) -> Any:
     if not separator:
         module_name, _, attribute = path.rpartition(".")
     forms = (
-        f"tp_plan={path!r} is neither a named plan ({', '.join(sorted(NAMED_PLANS))}) nor an import path. Give a dict, a "
-        f"callable, a name, or an import path such as 'my_package.plans:llama'."
+        f"tp_plan={path!r} is neither a named plan ({', '.join(sorted(NAMED_PLANS))}) nor an import path. Give a dict, "
+        f"a callable, a name, or an import path such as 'my_package.plans:llama'."
     )
     if not module_name or not attribute:
         raise PlanError(forms)

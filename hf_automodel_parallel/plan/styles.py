@@ -1,7 +1,7 @@
 """What each tensor-parallel style name means for the parameters and the boundaries of a layer.
 
-The names are those of transformers' ``_tp_plan`` (``ALL_PARALLEL_STYLES``, 5.17 to 5.23). The table has one row per meaning;
-which dimension of a weight is "out" or "in" depends on the layer class and is decided in :mod:`resolve`.
+The names are those of transformers' ``_tp_plan`` (``ALL_PARALLEL_STYLES``, 5.17 to 5.23). The table has one row per
+meaning; which dimension of a weight is "out" or "in" depends on the layer class and is decided in :mod:`resolve`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ LINEAR_STYLES: dict[str, LinearStyle] = {
     "rowwise_split_input": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
     "rowwise_rep": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
     "packed_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=2),
-    "qkv_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=3),  # ours: GPT-2's c_attn, three equal projections
+    "qkv_colwise": LinearStyle(
+        "out", Input.COPY, Output.NONE, blocks=3
+    ),  # ours: GPT-2's c_attn, three equal projections
     "packed_rowwise": LinearStyle("in", Input.NONE, Output.REDUCE, blocks=2),
 }
 
@@ -87,8 +89,8 @@ def check_style(pattern: str, style: Any) -> None:
     if not isinstance(style, str):
         if not is_torch_style(style):
             raise PlanError(
-                f"the plan entry {pattern!r} has the style {style!r} of type {type(style).__name__}; give a style name or "
-                f"a torch.distributed.tensor.parallel.ParallelStyle. Known names: {', '.join(KNOWN_STYLES)}."
+                f"the plan entry {pattern!r} has the style {style!r} of type {type(style).__name__}; give a style name "
+                f"or a torch.distributed.tensor.parallel.ParallelStyle. Known names: {', '.join(KNOWN_STYLES)}."
             )
         return
     if style in REFUSED_STYLES:
@@ -96,5 +98,6 @@ def check_style(pattern: str, style: Any) -> None:
     if style not in KNOWN_STYLES and style not in compat.transformers_parallel_styles():
         raise PlanError(
             f"the plan entry {pattern!r} has the unknown style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}. "
-            f"A style of your own is registered with transformers' ALL_PARALLEL_STYLES or given as a torch ParallelStyle."
+            "A style of your own is registered with transformers' ALL_PARALLEL_STYLES or given as a torch "
+            "ParallelStyle."
         )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
-from ..core.model_structure import dissect
+from ..core.model_structure import find_structure
 from ..core.module_names import unwrapped
 from ..core.sharding_spec import PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
@@ -35,9 +35,9 @@ _ORDER = ("registry", "hf", "default")
 def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
     """The plan that a Hugging Face model brings along, as torch styles.
 
-    Merged from the ``_tp_plan`` of its classes, configs and instances and of every model inside of it, each under its path (see
-    :func:`hf.huggingface_plan`); the input embedding is added where no entry names it. Entries may name parameters (expert
-    weights), and a style without a counterpart in torch is a :class:`torch_styles.NamedStyle`.
+    Merged from the ``_tp_plan`` of its classes, configs and instances and of every model inside of it, each under its
+    path (see :func:`hf.huggingface_plan`); the input embedding is added where no entry names it. Entries may name
+    parameters (expert weights), and a style without a counterpart in torch is a :class:`torch_styles.NamedStyle`.
 
     Args:
         model: any transformers model, plain or PEFT-wrapped, on any device including meta. It is only read.
@@ -53,8 +53,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
     entries = huggingface_plan(inner)
     if not entries:
         raise PlanAssertionError(
-            f"no tensor-parallel plan: neither {type(inner).__name__} nor a model in it has a _tp_plan, and no config a "
-            f"base_model_tp_plan. Give the class one, or pass a dict as tp_shard_plan."
+            f"no tensor-parallel plan: neither {type(inner).__name__} nor a model in it has a _tp_plan, and no config "
+            f"a base_model_tp_plan. Give the class one, or pass a dict as tp_shard_plan."
         )
     return _translated(entries.values())
 
@@ -65,19 +65,21 @@ def get_parallel_plan(
     tp_shard_plan: Mapping[str, Any] | str | None = None,
     tp_size: int = 1,
 ) -> TorchPlan:
-    """Select the tensor-parallel plan for ``model``: the given one, else the registry's, the model's own, the default plan.
+    """Select the tensor-parallel plan for ``model``: the given one, else the registry's, the model's own, the default
+    plan.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
-        sequence_parallel: lay norms and residual activations out along the sequence, too. Applied to selected plans; a dict is
-            what the caller says it is.
-        tp_shard_plan: a dict, which is returned itself; or the name of a plan, a callable, or the import path of a dict or a
-            callable (function, partial, object; called with the model if it takes an argument).
-        tp_size: number of ranks on the tp axis; with one rank nothing is carried out and a plan is not required to be usable.
+        sequence_parallel: lay norms and residual activations out along the sequence, too. Applied to selected plans; a
+            dict is what the caller says it is.
+        tp_shard_plan: a dict, which is returned itself; or the name of a plan, a callable, or the import path of a dict
+            or a callable (function, partial, object; called with the model if it takes an argument).
+        tp_size: number of ranks on the tp axis; with one rank nothing is carried out and a plan is not required to be
+        usable.
 
     Raises:
-        PlanError: (a ``ValueError``) a given plan cannot be read; or no source has a usable plan, where the message lists what to
-            do and, as a ``Note:``, why each source was passed over.
+        PlanError: (a ``ValueError``) a given plan cannot be read; or no source has a usable plan, where the message
+            lists what to do and, as a ``Note:``, why each source was passed over.
         UnsupportedError: (a ``ValueError``) ``sequence_parallel`` cannot be derived for this model.
     """
     if isinstance(tp_shard_plan, dict):
@@ -113,9 +115,9 @@ def _translated(entries: Iterable[PlanEntry]) -> TorchPlan:
 def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
     """``plan`` with activations between the sharded blocks laid out along the sequence (dimension 1).
 
-    Derived from the module tree, after Korthikanti et al. (2022, arXiv:2205.05198): the norms of layers and the final one run on
-    their rank's part of the sequence, column-wise layers read it whole, row-wise layers and the embedding leave it sharded. These
-    activations are DTensors, so that models read the length of the whole sequence from them.
+    Derived from the module tree, after Korthikanti et al. (2022, arXiv:2205.05198): the norms of layers and the final
+    one run on their rank's part of the sequence, column-wise layers read it whole, row-wise layers and the embedding
+    leave it sharded. These activations are DTensors, so that models read the length of the whole sequence from them.
 
     Args:
         model: a text model with repeated layers.
@@ -125,10 +127,10 @@ def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
         UnsupportedError: the layout cannot be seen to be right, with the part of the model for which it cannot.
     """
     inner, _ = unwrapped(model)
-    anatomy = dissect(model)
+    structure = find_structure(model)
     names = {module: name for name, module in inner.named_modules()}
-    layers = [names[layer] for layer in anatomy.layers if layer in names]
-    ends = {names[m] for m in (anatomy.embedding, *anatomy.head) if m is not None}
+    layers = [names[layer] for layer in structure.layers if layer in names]
+    ends = {names[m] for m in (structure.embedding, *structure.head) if m is not None}
     result: TorchPlan = {}
     covered: set[str] = set()
     for pattern, style in plan.items():
@@ -143,7 +145,7 @@ def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
     for name in ends & {n for n, m in inner.named_modules() if any(p.ndim > 1 for p in m.parameters())}:
         if name not in covered:
             raise _not_derivable(inner, f"the plan does not shard {name}")
-    norms = [names[m] for m in anatomy.head if all(p.ndim == 1 for p in m.parameters())]
+    norms = [names[m] for m in structure.head if all(p.ndim == 1 for p in m.parameters())]
     for layer in layers:
         own = [f"{layer}.{name}" for name, child in inner.get_submodule(layer).named_children() if _is_norm(child)]
         if not own:
@@ -171,8 +173,8 @@ def _laid_out(pattern: str, style: ParallelStyle, is_table: bool) -> ParallelSty
     if getattr(style, "style_name", None) == "replicated_with_grad_allreduce":
         return style  # between sharded projections, where the sequence is whole
     raise UnsupportedError(
-        f"sequence_parallel=True: how the plan entry {pattern!r} ({style!r}) meets activations that are sharded along the "
-        f"sequence cannot be derived. Use sequence_parallel=False, or write the plan as a dict."
+        f"sequence_parallel=True: how the plan entry {pattern!r} ({style!r}) meets activations that are sharded along "
+        f"the sequence cannot be derived. Use sequence_parallel=False, or write the plan as a dict."
     )
 
 
@@ -187,6 +189,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _not_derivable(inner: nn.Module, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"sequence_parallel=True cannot be derived for {type(inner).__name__}: {reason}. Use sequence_parallel=False, or write "
-        f"the plan as a dict."
+        f"sequence_parallel=True cannot be derived for {type(inner).__name__}: {reason}. Use sequence_parallel=False, "
+        f"or write the plan as a dict."
     )

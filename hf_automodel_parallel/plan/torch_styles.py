@@ -1,8 +1,8 @@
 """Style names and torch's ``ParallelStyle`` objects: from one to the other, and back.
 
-This package's own engine runs on style names. A plan that comes in as torch styles is read as names where both mean the same,
-so that adapters, losses and FSDP2 work with it; what a name cannot say runs on torch's engine. A subclass, whose code nobody
-but its author knows, always runs there. Objects and dicts of the caller are only read.
+This package's own engine runs on style names. A plan that comes in as torch styles is read as names where both mean the
+same, so that adapters, losses and FSDP2 work with it; what a name cannot say runs on torch's engine. A subclass, whose
+code nobody but its author knows, always runs there. Objects and dicts of the caller are only read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _WHOLE, _FEATURES, _SEQUENCE = (Replicate(),), (Shard(-1),), (Shard(1),)
 class NamedStyle(ParallelStyle):
     """A style name that none of torch's own styles can express, as an object that may stand in a dict of them.
 
-    In a plan for this package it is the name. torch's ``parallelize_module`` can carry out those that leave the parameters
-    whole; of the others it says that it cannot.
+    In a plan for this package it is the name. torch's ``parallelize_module`` can carry out those that leave the
+    parameters whole; of the others it says that it cannot.
 
     Attributes:
         style_name: one of the names of :mod:`styles`, or one that was registered with transformers.
@@ -67,8 +67,9 @@ class NamedStyle(ParallelStyle):
             sum_gradients(module, device_mesh)
         elif self.style_name not in ("replicate", "local_params"):
             raise UnsupportedError(
-                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so parallelize_module "
-                f"cannot apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose own engine can."
+                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so "
+                "parallelize_module cannot apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose "
+                "own engine can."
             )
         return module
 
@@ -76,9 +77,10 @@ class NamedStyle(ParallelStyle):
 def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
     """The torch style that means the same as a style name of transformers' ``_tp_plan``; a new object at each call.
 
-    The names are those of :data:`styles.KNOWN_STYLES`, ``sequence_parallel``, and what a user has registered with transformers.
-    Those without a counterpart in torch become a :class:`NamedStyle`, among them ``replicated_with_grad_allreduce``, whose
-    partial gradients (``q_norm``, ``k_norm``) would be wrong if it were left out. A gathered output is returned whole, as a plain
+    The names are those of :data:`styles.KNOWN_STYLES`, ``sequence_parallel``, and what a user has registered with
+    transformers. Those without a counterpart in torch become a :class:`NamedStyle`, among them
+    ``replicated_with_grad_allreduce``, whose partial gradients (``q_norm``, ``k_norm``) would be wrong if it were left
+    out. A gathered output is returned whole, as a plain
     tensor: models compute their losses from it.
 
     Raises:
@@ -110,10 +112,11 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
 
 
 def check_sequence_layouts(plan: Plan, sequence_parallel: bool) -> None:
-    """Refuse layouts along the sequence (``Shard(1)``, ``SequenceParallel``) in ``plan`` while sequence parallelism is off.
+    """Refuse layouts along the sequence (``Shard(1)``, ``SequenceParallel``) in ``plan`` while sequence parallelism is
+    off.
 
-    Where it is on, they say nothing more: it is derived anew from the plan, for the whole model, so they are dropped when the
-    plan is resolved.
+    Where it is on, they say nothing more: it is derived anew from the plan, for the whole model, so they are dropped
+    when the plan is resolved.
 
     Raises:
         PlanError: the message names the entries.
@@ -121,8 +124,9 @@ def check_sequence_layouts(plan: Plan, sequence_parallel: bool) -> None:
     along = [entry for entry in plan.entries.values() if _is_along_the_sequence(entry.style)]
     if along and not sequence_parallel:
         raise PlanError(
-            f"the plan entries {', '.join(repr(entry.pattern) for entry in along[:4])} shard activations along the sequence "
-            f"({along[0].style!r}), but sequence_parallel=False. Use sequence_parallel=True, or a plan without such layouts."
+            f"the plan entries {', '.join(repr(entry.pattern) for entry in along[:4])} shard activations along the "
+            f"sequence ({along[0].style!r}), but sequence_parallel=False. Use sequence_parallel=True, or a plan "
+            "without such layouts."
         )
 
 
@@ -156,8 +160,8 @@ def read_torch_styles(
         The new matches (entries that need no change are the same objects), and one note per pattern that was read.
 
     Raises:
-        PlanError: a style that torch could not apply to its module either, or that cannot be combined with the entries for
-            modules inside of it.
+        PlanError: a style that torch could not apply to its module either, or that cannot be combined with the entries
+            for modules inside of it.
     """
     reader = _Reader(matches, modules, parameters)
     result, notes = dict(matches), {}
@@ -191,8 +195,8 @@ class _Reader:
             if type(style) in (ColwiseParallel, RowwiseParallel):
                 return "colwise" if type(style) is ColwiseParallel else "rowwise"
             raise PlanError(
-                f"the plan entry {entry.pattern!r} has the style {entry.style_name}, which is for modules, but {name} is a "
-                f"parameter."
+                f"the plan entry {entry.pattern!r} has the style {entry.style_name}, which is for modules, but {name} "
+                f"is a parameter."
             )
         return _READERS[type(style)](self, name, entry)
 
@@ -227,8 +231,9 @@ class _Reader:
         if isinstance(layer, nn.Embedding):
             if style.input_layouts == _FEATURES:
                 raise PlanError(
-                    f"the plan entry {entry.pattern!r} says that the token ids for the embedding {name} are sharded over tp (the "
-                    f"default of RowwiseParallel), but every rank has them all. Use RowwiseParallel(input_layouts=Replicate())."
+                    f"the plan entry {entry.pattern!r} says that the token ids for the embedding {name} are sharded "
+                    "over tp (the default of RowwiseParallel), but every rank has them all. Use "
+                    "RowwiseParallel(input_layouts=Replicate())."
                 )
             return "embedding_rowwise" if style.input_layouts == _WHOLE and style.output_layouts in outputs else None
         self._check_matrix(name, entry, layer)
@@ -261,11 +266,12 @@ class _Reader:
         ]
 
     def _are_halves_of_pairs(self, name: str) -> bool:
-        """True if the column-wise layers beside ``name`` (it may be one) whose DTensors are read by a row-wise one can be sharded
-        like the features that it reads.
+        """True if the column-wise layers beside ``name`` (it may be one) whose DTensors are read by a row-wise one can
+        be sharded like the features that it reads.
 
-        Each has as many of them (gate and up, query), or a whole number of times fewer (keys and values of grouped heads). More
-        features than that are several projections in one matrix, of which each rank would get other parts than it needs.
+        Each has as many of them (gate and up, query), or a whole number of times fewer (keys and values of grouped
+        heads). More features than that are several projections in one matrix, of which each rank would get other parts
+        than it needs.
         """
         readers = [n for n in self._siblings(name, RowwiseParallel) if self._style(n).input_layouts == _FEATURES]
         read = {self._features(reader, "in") for reader in readers}
@@ -273,7 +279,9 @@ class _Reader:
         return bool(read) and all(r is not None and o is not None and r % o == 0 for r in read for o in own)
 
     def _reads_a_gathered_sibling(self, name: str) -> bool:
-        """True if the features that ``name`` reads come from a column-wise layer beside it whose DTensor is read whole."""
+        """True if the features that ``name`` reads come from a column-wise layer beside it whose DTensor is read
+        whole.
+        """
         return bool(self._dtensor_siblings(name)) and not self._are_halves_of_pairs(name)
 
     def _dtensor_siblings(self, name: str) -> list[str]:
@@ -294,8 +302,9 @@ class _Reader:
     def _check_matrix(self, name: str, entry: PlanEntry, layer: nn.Module) -> None:
         if as_matrix(layer, name) is None:
             raise PlanError(
-                f"the plan entry {entry.pattern!r} has the style {entry.style_name}, which shards linear layers and embeddings, "
-                f"but {name} is a {type(layer).__name__}. Name its parameters instead, or use another style."
+                f"the plan entry {entry.pattern!r} has the style {entry.style_name}, which shards linear layers and "
+                f"embeddings, but {name} is a {type(layer).__name__}. Name its parameters instead, or use another "
+                "style."
             )
 
     def check_foreign(self, name: str, entry: PlanEntry) -> None:
@@ -303,9 +312,9 @@ class _Reader:
         inside = [other for other in self.matches if other.startswith(f"{name}.")]
         if type(entry.style) in _READERS and inside:
             raise PlanError(
-                f"the plan entry {entry.pattern!r} has the style {entry.style!r}, whose layouts only torch's engine can carry "
-                f"out, and it would hand DTensors to {inside[0]}, which runs on this package's. Leave the entry out: sharded "
-                f"layers take care of their inputs and outputs themselves."
+                f"the plan entry {entry.pattern!r} has the style {entry.style!r}, whose layouts only torch's engine "
+                f"can carry out, and it would hand DTensors to {inside[0]}, which runs on this package's. Leave the "
+                f"entry out: sharded layers take care of their inputs and outputs themselves."
             )
 
 

@@ -14,8 +14,8 @@ from ..errors import PlanAssertionError, PlanError
 def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
     """Check a resolved plan against the model's attention geometry.
 
-    A projection sharded column-wise whose output stays sharded hands each rank a slice of the features; where its parent
-    module counts features in heads (it has a ``head_dim``), the slice must be a whole number of heads.
+    A projection sharded column-wise whose output stays sharded hands each rank a slice of the features; where its
+    parent module counts features in heads (it has a ``head_dim``), the slice must be a whole number of heads.
 
     Raises:
         PlanError: heads do not divide; the message names the config field and its value.
@@ -38,8 +38,8 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
         if heads % tp_size:
             field = next((f"{field}={value}" for field, value in fields.items() if value == heads), f"{heads} heads")
             raise PlanError(
-                f"{field} does not divide by tp_size={tp_size}: {name} holds {heads} attention heads, and every rank needs "
-                f"a whole number of them. Choose a tp_size that divides all head counts "
+                f"{field} does not divide by tp_size={tp_size}: {name} holds {heads} attention heads, and every rank "
+                f"needs a whole number of them. Choose a tp_size that divides all head counts "
                 f"({', '.join(f'{f}={v}' for f, v in fields.items())}), or tp_size=1."
             )
 
@@ -72,15 +72,17 @@ def _counts(config: Any) -> dict[str, int]:
 
 
 def counted_heads(config: Any) -> dict[str, int]:
-    """The counts of attention and key-value heads that ``config`` gives, by name; none where others have other names."""
+    """The counts of attention and key-value heads that ``config`` gives, by name; none where others have other
+    names.
+    """
     return _counts(config)
 
 
 def config_with_heads(model: nn.Module) -> Any | None:
     """The config that says how many attention heads the (text) model has; None if none does.
 
-    A composite config is asked for its text config; one that does not know which of its parts that is, is asked for each part;
-    then the models inside of ``model`` are. ``model`` may be any object with a ``config``.
+    A composite config is asked for its text config; one that does not know which of its parts that is, is asked for
+    each part; then the models inside of ``model`` are. ``model`` may be any object with a ``config``.
     """
     inner, _ = unwrapped(model) if isinstance(model, nn.Module) else (model, "")
     owners = [inner, *(inner.modules() if isinstance(inner, nn.Module) else ())]
@@ -97,7 +99,8 @@ def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
     """Check that the attention heads of ``model`` can be dealt out evenly, before a plan is chosen.
 
     Args:
-        model: anything with a ``config``; composite configs are looked into. Without head counts there is nothing to check.
+        model: anything with a ``config``; composite configs are looked into. Without head counts there is nothing to
+        check.
         tp_mesh: anything whose ``size()`` is the number of ranks.
 
     Raises:
@@ -115,8 +118,8 @@ def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
 
 
 def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
-    """The same for Nemotron-NAS, whose layers (``config.block_configs``) differ: in the heads that share a key, and in whether
-    they have attention at all.
+    """The same for Nemotron-NAS, whose layers (``config.block_configs``) differ: in the heads that share a key, and in
+    whether they have attention at all.
 
     Raises:
         PlanAssertionError: the heads of a layer do not divide, or ``block_configs`` does not describe all layers.
@@ -128,7 +131,8 @@ def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
     blocks = list(getattr(config, "block_configs", None) or ())
     if len(blocks) < layers:
         raise PlanAssertionError(
-            f"block_configs describes {len(blocks)} layers, but num_hidden_layers={layers}: the heads of the others are unknown."
+            f"block_configs describes {len(blocks)} layers, but num_hidden_layers={layers}: the heads of the others "
+            "are unknown."
         )
     for index, block in enumerate(blocks[:layers]):
         attention = _field(block, "attention")
@@ -138,7 +142,8 @@ def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
         if group is None:
             if not _field(attention, "no_op"):
                 raise PlanAssertionError(
-                    f"block_configs[{index}].attention has neither n_heads_in_group nor no_op=True, so its heads are unknown."
+                    f"block_configs[{index}].attention has neither n_heads_in_group nor no_op=True, so its heads are "
+                    "unknown."
                 )
         elif (heads // group) % tp_size:
             raise PlanAssertionError(
@@ -154,6 +159,6 @@ def _field(block: Any, name: str) -> Any:
 
 def _not_divisible(field: str, value: int, tp_size: int) -> str:
     return (
-        f"{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. Choose a tp_size "
-        f"that divides it, or tp_size=1."
+        f"{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. Choose a "
+        f"tp_size that divides it, or tp_size=1."
     )

@@ -1,8 +1,8 @@
 """Which linear layers of a model may be pairs of a column-wise and a row-wise projection: guesses, to be proven.
 
-One forward of the miniature is watched. Layers that read the *same tensor* are columns (q, k and v; gate and up); the next one
-that writes features of the width they read is their row (o, down). Everything else that multiplies by a matrix can still be
-sharded on its own, with its output gathered.
+One forward of the miniature is watched. Layers that read the *same tensor* are columns (q, k and v; gate and up); the
+next one that writes features of the width they read is their row (o, down). Everything else that multiplies by a matrix
+can still be sharded on its own, with its output gathered.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class Observed:
                     yield Variant(plan, attributes, arguments)
 
     def _counters(self, owner: str, width: int) -> tuple[list[dict[str, tuple[str, ...]]], dict[str, str]]:
-        """Sets of attributes below ``owner`` that may count heads or the width of all of them, and one that counts heads."""
+        """Sets of attributes below ``owner`` that may count heads or the width of all of them, and one that counts
+        heads.
+        """
         heads: dict[str, tuple[str, ...]] = {}
         both: dict[str, tuple[str, ...]] = {}
         widths: dict[str, tuple[str, ...]] = {}

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.model_structure import dissect, find_layers
+from ..core.model_structure import find_layers, find_structure
 from ..core.shard_layout import local_slice
 from ..core.sharding_spec import REPLICATED, Plan, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.replication_check import complete
 from ..plan.resolve import resolve
 from ..plan.validate import validate
-from ..tensor_parallel.thread_group import InProcessGroup
+from ..tensor_parallel.thread_group import ThreadGroup
 from .proxy_model import LENGTH, inputs_for
 from .simulated_ranks import parallel_copy, run_ranks
 
@@ -59,8 +59,8 @@ class Prover:
         length: tokens in each row of the batch.
 
     Raises:
-        AutoParallelError: the model cannot be tried, or it replaces its own modules when it runs (BigBird does so for short
-            sequences), so that the trial would say nothing of others.
+        AutoParallelError: the model cannot be tried, or it replaces its own modules when it runs (BigBird does so for
+            short sequences), so that the trial would say nothing of others.
     """
 
     def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
@@ -91,7 +91,7 @@ class Prover:
             spec = resolve(self.model, plan, self.size)
             validate(self.model, spec, self.size)
             if completed:
-                complete(self.model, spec, dissect(self.model).layers, self.size, plan.strict)
+                complete(self.model, spec, find_structure(self.model).layers, self.size, plan.strict)
             results = run_ranks(self.size, lambda mesh: self._rank(spec, mesh))
         except Exception as error:  # of the model's own code too, where shapes no longer fit
             return f"{type(error).__name__}: {first_line(error)}"
@@ -105,7 +105,7 @@ class Prover:
                 return reason
         return None
 
-    def _rank(self, spec: ShardingSpec, mesh: InProcessGroup) -> Result:
+    def _rank(self, spec: ShardingSpec, mesh: ThreadGroup) -> Result:
         return run_once(parallel_copy(self.model, spec, self.layers, mesh), self.inputs)
 
     def _gradient(

@@ -1,8 +1,8 @@
 """A miniature of a model: the same class and the same switches of its config, with few layers of small sizes.
 
 Which number of a config is a size, and of what, is told by its name (:data:`SIZES`): there is no other way to know. A
-class that contradicts itself then cannot be built, which is an answer, too. Sizes are chosen apart from each other (heads,
-width of a head, batch, length), so that a number says what it counts.
+class that contradicts itself then cannot be built, which is an answer, too. Sizes are chosen apart from each other
+(heads, width of a head, batch, length), so that a number says what it counts.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ _RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*"
 _HEADS = re.compile(SIZES[5][0])
 
 
-def miniature_config(config: Any, each: int = 1) -> Any:
-    """A small copy of ``config``, a transformers config, with ``each`` layers of every kind; the original is not changed."""
+def proxy_config(config: Any, each: int = 1) -> Any:
+    """A small copy of ``config``, a transformers config, with ``each`` layers of every kind; the original is not
+    changed.
+    """
     small = copy.deepcopy(config)
     fields = small.to_dict()
     heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
@@ -72,7 +74,7 @@ def miniature_config(config: Any, each: int = 1) -> Any:
         elif isinstance(value, list) and layers > 2 and len(value) == layers:
             _set(small, name, [value[i] for i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
-            _set(small, name, miniature_config(getattr(small, name), each))
+            _set(small, name, proxy_config(getattr(small, name), each))
         elif isinstance(value, float) and _RANDOM.fullmatch(name):
             _set(small, name, 0.0)
         elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
@@ -148,8 +150,9 @@ def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
     return sorted(kept + rest[: max(0, wanted - len(kept))]) or list(range(LAYERS))
 
 
-def build_miniature(model: nn.Module) -> nn.Module:
-    """A miniature of ``model`` (unwrapped, on any device), in float32 on the CPU, random without zeros, in evaluation mode.
+def build_proxy_model(model: nn.Module) -> nn.Module:
+    """A miniature of ``model`` (unwrapped, on any device), in float32 on the CPU, random without zeros, in evaluation
+    mode.
 
     The global random state is left alone; equal classes and configs give equal miniatures on all ranks.
 
@@ -160,10 +163,10 @@ def build_miniature(model: nn.Module) -> nn.Module:
     if config is None or not hasattr(config, "to_dict"):
         raise PlanError(f"{type(model).__name__} has no config to make a miniature of.")
     try:
-        small = _build(type(model), miniature_config(config))
+        small = _build(type(model), proxy_config(config))
     except Exception as error:  # code of the model, which may raise anything
         try:  # what layers of one kind share needs two of them
-            small = _build(type(model), miniature_config(config, each=2))
+            small = _build(type(model), proxy_config(config, each=2))
         except Exception:
             raise PlanError(
                 f"no miniature of {type(model).__name__} can be built from its config: {type(error).__name__}: "
@@ -209,13 +212,14 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
 
 
 def replaced_modules(model: nn.Module) -> list[str]:
-    """Modules of ``model`` that are of another class than where its class builds it: somebody has replaced them afterwards.
+    """Modules of ``model`` that are of another class than where its class builds it: somebody has replaced them
+    afterwards.
 
     What PEFT wrapped counts as what is inside. Empty too if no miniature can be built.
     """
     inner, _ = unwrapped(model)
     try:
-        small = build_miniature(inner)
+        small = build_proxy_model(inner)
     except PlanError:
         return []
     built: dict[str, set[type]] = {}

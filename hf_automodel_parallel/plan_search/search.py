@@ -16,7 +16,7 @@ from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import AutoParallelError, PlanError
 from .candidates import Group, Observed, Variant, pattern_of
 from .proof import Prover
-from .proxy_model import HEADS, LONGER, build_miniature, inputs_for
+from .proxy_model import HEADS, LONGER, build_proxy_model, inputs_for
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
 
     Args:
         model: the model, unwrapped, on any device including meta. Only its class and its config are used.
-        tp_size: number of ranks that it is for, if known: attention whose heads it does not divide is not sharded by heads.
+        tp_size: number of ranks that it is for, if known: attention whose heads it does not divide is not sharded by
+            heads.
 
     Returns:
         The plan, with notes on what stays whole and why.
@@ -91,7 +92,7 @@ def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:
 
 def _search(model: nn.Module, by_heads: bool) -> Plan:
     started = time.monotonic()
-    small = build_miniature(model)
+    small = build_proxy_model(model)
     try:
         prover = Prover(small, _RANKS)
         observed = Observed(copy.deepcopy(small), inputs_for(small))

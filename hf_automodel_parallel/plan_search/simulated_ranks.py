@@ -1,7 +1,9 @@
-"""The ranks of a tp axis as threads of one process: the same boundaries and regions, without processes and without DTensors.
+"""The ranks of a tp axis as threads of one process: the same boundaries and regions, without processes and without
+DTensors.
 
-A plan can so be compared with the whole model anywhere, before any process group does anything, in a fraction of a second on a
-small model. Only the collectives are others (they meet at a barrier), and a parameter is its local part at rest, too.
+A plan can so be compared with the whole model anywhere, before any process group does anything, in a fraction of a
+second on a small model. Only the collectives are others (they meet at a barrier), and a parameter is its local part at
+rest, too.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from torch import nn
 
 from ..core.sharding_spec import REPLICATED, ShardingSpec
 from ..errors import PlanError
-from ..tensor_parallel.thread_group import _PATIENCE, InProcessGroup
+from ..tensor_parallel.thread_group import _PATIENCE, ThreadGroup
 
 
-def run_ranks(size: int, function: Callable[[InProcessGroup], Any]) -> list[Any]:
+def run_ranks(size: int, function: Callable[[ThreadGroup], Any]) -> list[Any]:
     """Call ``function`` on ``size`` threads at once and return what each returned.
 
     Raises:
@@ -30,7 +32,7 @@ def run_ranks(size: int, function: Callable[[InProcessGroup], Any]) -> list[Any]
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(InProcessGroup(rank, size, barrier, slots))
+            results[rank] = function(ThreadGroup(rank, size, barrier, slots))
         except threading.BrokenBarrierError:
             pass
         except BaseException as error:  # of the model's code, which may raise anything
@@ -49,7 +51,7 @@ def run_ranks(size: int, function: Callable[[InProcessGroup], Any]) -> list[Any]
     return results
 
 
-def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh: InProcessGroup) -> nn.Module:
+def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh: ThreadGroup) -> nn.Module:
     """A copy of ``model`` that is one rank of ``mesh``: local parameters, boundaries and regions.
 
     Args:
@@ -62,7 +64,12 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
         PlanError: a part of the plan runs on another engine.
     """
     from ..core.shard_layout import local_slice
-    from ..tensor_parallel.apply import TensorParallelState, install_boundary, install_head_arguments, install_regions
+    from ..tensor_parallel.apply import (
+        TensorParallelState,
+        install_boundary,
+        install_head_arguments,
+        install_local_parameters,
+    )
     from ..tensor_parallel.grad_sync import PartialGradients
     from ..tensor_parallel.head_counts import set_local_counts
 
@@ -89,5 +96,5 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
             state.place(owner, name, place)
     for name, attributes in spec.head_counts.items():
         set_local_counts(result.get_submodule(name), attributes, mesh.size())
-    install_regions(result, [result.get_submodule(name) for name in layers], state, {})
+    install_local_parameters(result, [result.get_submodule(name) for name in layers], state, {})
     return result

@@ -14,7 +14,7 @@ from ..core.sharding_spec import PLAN_SOURCES, Plan
 from ..errors import PlanError
 from ..plan.select import select_plan
 from .proof import OF_TOTAL, RELATIVE, Prover
-from .proxy_model import build_miniature
+from .proxy_model import build_proxy_model
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,18 @@ def verify_plan(
     plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     plan_order: tuple[str, ...] = PLAN_SOURCES,
 ) -> Verified:
-    """Compare a tensor-parallel plan with one process on a miniature of a model: outputs and the gradient of each parameter.
+    """Compare a tensor-parallel plan with one process on a miniature of a model: outputs and the gradient of each
+    parameter.
 
     The plan is taken as ``prepare`` takes it: completed, where it leaves out a norm of heads, for example.
 
-    The miniature has the class and the switches of the model's config with two small layers (more if layers differ). Its
-    ranks are threads that run the boundaries of this package on slices of the weights, in float32 on the CPU. What it
-    cannot show is what only the real sizes have: dimensions that do not divide are found at ``prepare``.
+    The miniature has the class and the switches of the model's config with two small layers (more if layers differ).
+    Its ranks are threads that run the boundaries of this package on slices of the weights, in float32 on the CPU. What
+    it cannot show is what only the real sizes have: dimensions that do not divide are found at ``prepare``.
 
     Args:
-        model: a model on any device including meta, plain or PEFT-wrapped (adapters are not part of the trial); or a config
-            of transformers, of which ``AutoModelForCausalLM`` makes one.
+        model: a model on any device including meta, plain or PEFT-wrapped (adapters are not part of the trial); or a
+            config of transformers, of which ``AutoModelForCausalLM`` makes one.
         tp: number of ranks, 2 or 4 (the miniature has 4 heads).
         plan: a plan in any form of ``AutoParallelismConfig.tp_plan``; None: the one that the model would get.
         plan_order: sources to try without ``plan``.
@@ -74,14 +75,15 @@ def verify_plan(
 
         with torch.device("meta"):
             inner = AutoModelForCausalLM.from_config(model)
-    small = build_miniature(inner)
+    small = build_proxy_model(inner)
     chosen = select_plan(small, plan, plan_order, tp)
     prover = Prover(small, tp)
     failure = prover.failure(chosen, completed=chosen.origin != "derived")
     if failure is not None:
         raise PlanError(
-            f"the {chosen.origin} plan of {type(inner).__name__} does not compute what one process does on {tp} ranks: {failure} "
-            f"(more than {RELATIVE:g} of its norm and {OF_TOTAL:g} of all). Correct the tp_plan, or use tp_size=1 (FSDP2)."
+            f"the {chosen.origin} plan of {type(inner).__name__} does not compute what one process does on {tp} ranks: "
+            f"{failure} (more than {RELATIVE:g} of its norm and {OF_TOTAL:g} of all). Correct the tp_plan, or use "
+            "tp_size=1 (FSDP2)."
         )
     compared = sum(gradient is not None for gradient in prover.want.gradients.values())
     return Verified(chosen, tp, compared, len(prover.want.outputs))

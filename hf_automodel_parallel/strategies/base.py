@@ -19,9 +19,9 @@ from ..core.model_structure import find_layers
 from ..core.module_names import unwrapped
 from ..core.sharding_spec import PLAN_SOURCES
 from ..errors import PrepareError, UnsupportedError
-from ..loading.fill import ValuesSetAside
+from ..loading.fill import PendingValues
 from ..optim.handoff import switch_parameters
-from .context import GivenPlan, Job
+from .context import GivenPlan, ParallelizeContext
 
 
 class ParallelizationStrategy(ABC):
@@ -29,9 +29,9 @@ class ParallelizationStrategy(ABC):
     :func:`~hf_automodel_parallel.register_parallel_strategy`.
 
     A family that differs from the default in a step should subclass
-    :class:`~hf_automodel_parallel.strategies.default.DefaultParallelizationStrategy` and override that step. A strategy with
-    its own flow implements :meth:`parallelize` alone; ``Accelerator.prepare`` then compares the ranks before, calls it with
-    what the user asked for, and hands the optimizer over to the sharded parameters after it.
+    :class:`~hf_automodel_parallel.strategies.default.DefaultParallelizationStrategy` and override that step. A strategy
+    with its own flow implements :meth:`parallelize` alone; ``Accelerator.prepare`` then compares the ranks before,
+    calls it with what the user asked for, and hands the optimizer over to the sharded parameters after it.
     """
 
     @abstractmethod
@@ -67,75 +67,79 @@ class ParallelizationStrategy(ABC):
 
     # ---- the steps that Accelerator.prepare takes ----------------------------------------------------------------
 
-    def plan(self, job: Job) -> None:
+    def plan(self, context: ParallelizeContext) -> None:
         """Decide, and raise everything that a user can have got wrong. No collective, no change."""
-        refuse_sharded(job.model)
+        refuse_sharded(context.model)
         name = type(self).__name__
         asked = {
-            "ignored_modules": bool(job.options.ignored_parameters),
-            "min_num_params": job.options.minimum_unit_size is not None,
-            "transformer_cls_names_to_wrap": job.layer_classes is not None,
-            "activation_checkpointing_offload": job.offload_activations,
-            "loss_parallel": job.loss_parallel is not None,
-            "plan_order": job.plan_order != PLAN_SOURCES,
-            "sequence_parallel_regather": job.sequence_parallel_regather,
-            "loss_chunk_size": job.loss_chunk_size is not None,
-            "cp_size": job.cp_mesh is not None,
-            "towers": job.options.towers is not None,
-            "hf_automodel_parallel.from_pretrained": job.pending is not None and bool(job.pending.values),
+            "ignored_modules": bool(context.options.ignored_parameters),
+            "min_num_params": context.options.minimum_unit_size is not None,
+            "transformer_cls_names_to_wrap": context.layer_classes is not None,
+            "activation_checkpointing_offload": context.offload_activations,
+            "loss_parallel": context.loss_parallel is not None,
+            "plan_order": context.plan_order != PLAN_SOURCES,
+            "sequence_parallel_regather": context.sequence_parallel_regather,
+            "loss_chunk_size": context.loss_chunk_size is not None,
+            "cp_size": context.cp_mesh is not None,
+            "towers": context.options.towers is not None,
+            "hf_automodel_parallel.from_pretrained": context.pending is not None and bool(context.pending.values),
         }
         for field_name, given in asked.items():
             if given:
                 raise UnsupportedError(
-                    f"{field_name} cannot be honoured for {type(job.model).__name__}: it is parallelised by {name}, a "
-                    f"strategy with a flow of its own that does not take it. Leave {field_name} out."
+                    f"{field_name} cannot be honoured for {type(context.model).__name__}: it is parallelised by "
+                    f"{name}, a strategy with a flow of its own that does not take it. Leave {field_name} out."
                 )
-        call_arguments(self.parallelize, self._asked_for(job), name)
+        call_arguments(self.parallelize, self._asked_for(context), name)
 
-    def compare_ranks(self, job: Job) -> None:
+    def compare_ranks(self, context: ParallelizeContext) -> None:
         """Raise on all ranks unless they hold the same model."""
-        check_same_structure(job.model, job.spec, job.group, job.choices)
+        check_same_structure(context.model, context.spec, context.group, context.choices)
 
-    def carry_out(self, job: Job) -> None:
-        """Parallelise ``job.model``; the same collectives on every rank."""
-        if job.load_on_rank_zero:
-            materialize_empty(job.model)
-        equalize_parameters(job.model, job.group)
-        arguments = call_arguments(self.parallelize, self._asked_for(job), type(self).__name__)
-        result = self.parallelize(job.model, job.mesh, **arguments)
+    def carry_out(self, context: ParallelizeContext) -> None:
+        """Parallelise ``context.model``; the same collectives on every rank."""
+        if context.load_on_rank_zero:
+            materialize_empty(context.model)
+        equalize_parameters(context.model, context.group)
+        arguments = call_arguments(self.parallelize, self._asked_for(context), type(self).__name__)
+        result = self.parallelize(context.model, context.mesh, **arguments)
         if not isinstance(result, FSDPModule):
             raise PrepareError(
-                f"{type(self).__name__}.parallelize returned a {type(result).__name__} that FSDP2 does not manage. End it with "
-                f"torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
+                f"{type(self).__name__}.parallelize returned a {type(result).__name__} that FSDP2 does not manage. End "
+                f"it with torch.distributed.fsdp.fully_shard(model, mesh=...) on the whole model, and return the model."
             )
-        job.model = result
-        if job.compile_options is not None:
+        context.model = result
+        if context.compile_options is not None:
             for layer in find_layers(unwrapped(result)[0]):
-                compile_finished_layer(layer, job.compile_options)
+                compile_finished_layer(layer, context.compile_options)
 
     def switch_optimizer(
-        self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
+        self,
+        context: ParallelizeContext,
+        optimizer: torch.optim.Optimizer,
+        names: list[list[str]],
+        before: dict[str, nn.Parameter],
     ) -> None:
         """Let ``optimizer`` work on the sharded parameters: ``names[group][i]`` as they were called before sharding."""
-        switch_parameters(optimizer, names, job.model, before)
+        switch_parameters(optimizer, names, context.model, before)
 
-    def _asked_for(self, job: Job) -> dict[str, tuple[Any, Any]]:
+    def _asked_for(self, context: ParallelizeContext) -> dict[str, tuple[Any, Any]]:
         """Argument of :meth:`parallelize` -> (value, the value that asks for nothing)."""
-        options = job.options
-        mode: Any = {"none": False, "full": True}.get(job.checkpointing, job.checkpointing)
+        options = context.options
+        mode: Any = {"none": False, "full": True}.get(context.checkpointing, context.checkpointing)
         return {
             "mp_policy": (options.mp_policy, MixedPrecisionPolicy()),
             "offload_policy": (
                 None if type(options.offload_policy) is OffloadPolicy else options.offload_policy,
                 None,
             ),
-            "sequence_parallel": (job.sequence_parallel, False),
+            "sequence_parallel": (context.sequence_parallel, False),
             "activation_checkpointing": (mode, False),
-            "tp_shard_plan": (job.tp_plan, None),
-            "dp_replicate_mesh_name": (job.axes.replicate, "dp_replicate"),
-            "dp_shard_cp_mesh_name": (job.axes.shard, "dp_shard_cp"),
-            "tp_mesh_name": (job.axes.tp, "tp"),
-            "enable_async_tensor_parallel": (job.async_tensor_parallel, False),
+            "tp_shard_plan": (context.tp_plan, None),
+            "dp_replicate_mesh_name": (context.axes.replicate, "dp_replicate"),
+            "dp_shard_cp_mesh_name": (context.axes.shard, "dp_shard_cp"),
+            "tp_mesh_name": (context.axes.tp, "tp"),
+            "enable_async_tensor_parallel": (context.async_tensor_parallel, False),
             "enable_compile": (False, False),  # prepare compiles afterwards, with the user's backend and mode
             "fsdp2_backward_prefetch_depth": (options.backward_prefetch, 2),
             "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
@@ -169,25 +173,26 @@ def refuse_sharded(model: nn.Module) -> None:
     if sharded:
         by = "transformers' DistributedConfig" if getattr(model, "_device_mesh", None) is not None else "other code"
         raise PrepareError(
-            f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load it "
-            f"without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
+            f"the model is already sharded by {by} ({len(sharded)} DTensor parameters, for example {sharded[0]}). Load "
+            f"it without distributed_config / tp_plan and let AutoParallelismConfig shard it, or train it without "
             f"AutoParallelismConfig."
         )
 
 
-def refuse_meta(job: Job) -> None:
+def refuse_meta(context: ParallelizeContext) -> None:
     """Raise unless the model has values, or files have them, or rank 0 has them for all."""
-    pending = job.pending.values if job.pending is not None else {}
-    meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta" and name not in pending]
-    if meta and not job.load_on_rank_zero:
+    pending = context.pending.values if context.pending is not None else {}
+    meta = [name for name, p in context.model.named_parameters() if p.device.type == "meta" and name not in pending]
+    if meta and not context.load_on_rank_zero:
         raise UnsupportedError(
-            f"device='meta': {len(meta)} parameters have no values and no files to read them from ({meta[0]}, ...). To let "
-            f"each rank read its slices, load with model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, path); to "
-            f"train from scratch, build the model on the CPU, outside of torch.device('meta') and init_empty_weights."
+            f"device='meta': {len(meta)} parameters have no values and no files to read them from ({meta[0]}, ...). To "
+            f"let each rank read its slices, load with model = "
+            "hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, path); to train from scratch, build the "
+            "model on the CPU, outside of torch.device('meta') and init_empty_weights."
         )
 
 
-def materialize_empty(model: nn.Module, pending: ValuesSetAside | None = None) -> None:
+def materialize_empty(model: nn.Module, pending: PendingValues | None = None) -> None:
     """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0.
 
     What has its values in ``pending`` stays as it is.

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..context_parallel.models import Suitable
 from ..core.mesh import MeshAxes
-from ..core.model_structure import Anatomy
+from ..core.model_structure import ModelStructure
 from ..core.sharding_spec import PLAN_SOURCES, Plan, ShardingSpec
 from ..fsdp.options import ShardingOptions
-from ..loading.fill import ValuesSetAside
+from ..loading.fill import PendingValues
 from ..tensor_parallel.apply import TensorParallelState
 
 #: Forms in which a tensor-parallel plan can be given; see ``AutoParallelismConfig.tp_plan``.
@@ -24,7 +24,7 @@ GivenPlan = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None
 
 
 @dataclass
-class Job:
+class ParallelizeContext:
     """One model on its way through the steps.
 
     Attributes:
@@ -36,7 +36,8 @@ class Job:
         tp_plan: explicit tensor-parallel plan, or None.
         plan_order: sources of plans to try without an explicit one.
         sequence_parallel: shard activations between the boundaries along the sequence.
-        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them whole.
+        sequence_parallel_regather: gather the inputs of attention and MLP again in backward, instead of keeping them
+        whole.
         loss_parallel: keep logits sharded over the vocabulary; None: where that is possible.
         loss_chunk_size: rows whose logits the loss has in float32 at a time; None: the loss decides.
         async_tensor_parallel: overlap the collectives of tensor parallelism with matrix products.
@@ -49,7 +50,7 @@ class Job:
         context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` see parts of sequences.
         pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
         sums_after_backward: nobody else sums partial gradients before clipping and stepping, so each backward does.
-        plan, spec, anatomy, outside_reads, suitable, tensor_parallel: results of the steps.
+        plan, spec, structure, cross_module_reads, suitable, tensor_parallel: results of the steps.
     """
 
     model: nn.Module
@@ -72,11 +73,11 @@ class Job:
     offload_activations: bool = False
     context_parallel: bool = False
     sums_after_backward: bool = False
-    pending: ValuesSetAside | None = None
+    pending: PendingValues | None = None
     plan: Plan | None = None
     spec: ShardingSpec | None = None
-    anatomy: Anatomy | None = None
-    outside_reads: dict[str, list[str]] = field(default_factory=dict)
+    structure: ModelStructure | None = None
+    cross_module_reads: dict[str, list[str]] = field(default_factory=dict)
     suitable: Suitable | None = None
     tensor_parallel: TensorParallelState | None = None
 
@@ -102,7 +103,9 @@ class Job:
 
     @property
     def choices(self) -> dict[str, object]:
-        """What decides, beside model and plan, which collectives run: whoever asked for it (config, plugins, environment)."""
+        """What decides, beside model and plan, which collectives run: whoever asked for it (config, plugins,
+        environment).
+        """
         options, policy = self.options, self.options.mp_policy
         return {
             "reshard_after_forward": options.reshard_after_forward,

@@ -26,21 +26,21 @@ from ..context_parallel import forward as context_parallel
 from ..context_parallel.models import check_model as check_for_context_parallel
 from ..core.consistency import check_same_structure, equalize_parameters, synchronize_rng
 from ..core.mesh import MeshAxes
-from ..core.model_structure import dissect
+from ..core.model_structure import find_structure
 from ..core.module_names import unwrapped
-from ..core.ranks import agreement
+from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, UnsupportedError
-from ..fsdp.dtype_groups import install_companions, own_dtype_parameters
+from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
 from ..fsdp.reversible import refuse_own_backward
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
 from ..fsdp.unsupported_models import keep_layers_together, refuse_layer_drop
-from ..loading.fill import ValuesSetAside
+from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
 from ..peft.operations import check_trainable_as_shards, manage_adapters
-from ..plan.analysis.cross_module_reads import check_outside_reads, outside_reads
+from ..plan.analysis.cross_module_reads import check_cross_module_reads, cross_module_reads
 from ..plan.analysis.replication_check import complete
 from ..plan.analysis.sequence_parallel import derive, regather
 from ..plan.analysis.skipped_layers import skipped_without_images
@@ -53,18 +53,18 @@ from ..plan.select import select_plan
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..plan_search.proxy_model import replaced_modules
-from ..tensor_parallel.apply import apply_tensor_parallel, install_regions
+from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters
 from ..tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
-    install_own_numbers,
     install_sharded_dropout,
+    install_tp_rng,
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
-from ..tensor_parallel.full_parameter_view import install_outside_reads
+from ..tensor_parallel.full_parameter_view import install_full_parameter_views
 from .base import ParallelizationStrategy, materialize_empty, refuse_meta, refuse_sharded
-from .context import GivenPlan, Job
+from .context import GivenPlan, ParallelizeContext
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,12 @@ logger = logging.getLogger(__name__)
 class DefaultParallelizationStrategy(ParallelizationStrategy):
     """The flow for every Hugging Face model without one of its own.
 
-    :meth:`plan` only reads and raises everything a user can have got wrong; :meth:`carry_out` changes the model. Between
-    the two the ranks agree that nobody failed, so an error on one of them is an error on all.
+    :meth:`plan` only reads and raises everything a user can have got wrong; :meth:`carry_out` changes the model.
+    Between the two the ranks agree that nobody failed, so an error on one of them is an error on all.
     """
 
-    #: Order in which :meth:`parallelize` looks for a plan, that of the reference API. ``Accelerator.prepare`` has its own.
+    #: Order in which :meth:`parallelize` looks for a plan, that of the reference API. ``Accelerator.prepare`` has its
+    #: own.
     plan_order = ("registry", "hf", "default")
 
     #: What :meth:`parallelize` computes in if no policy is given, that of the reference API.
@@ -104,8 +105,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     ) -> nn.Module:
         """Parallelise ``model`` in place without an Accelerator, and return it. Collective over ``device_mesh``.
 
-        Create the optimizer afterwards, from ``model.parameters()``. Partial gradients of replicated parameters are summed at
-        the end of each backward, so clipping and stepping need nothing special.
+        Create the optimizer afterwards, from ``model.parameters()``. Partial gradients of replicated parameters are
+        summed at the end of each backward, so clipping and stepping need nothing special.
 
         Args:
             model: on the CPU, the device, or meta (then ``model.to_empty(device=...)`` and a checkpoint fill it).
@@ -123,8 +124,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             enable_fsdp2_prefetch: False switches both prefetch depths off.
             fsdp2_backward_prefetch_depth: units to gather ahead in backward.
             fsdp2_forward_prefetch_depth: units to gather ahead in forward.
-            reshard_after_forward: free gathered layers after forward; None: yes, except under pipeline parallelism, which
-                would gather them again for each micro-batch.
+            reshard_after_forward: free gathered layers after forward; None: yes, except under pipeline parallelism,
+                which would gather them again for each micro-batch.
             fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
 
         Raises:
@@ -151,8 +152,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             fully_shard_fn=fully_shard_fn,
         )
         options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
-        pending = ValuesSetAside(model)
-        job = Job(
+        pending = PendingValues(model)
+        context = ParallelizeContext(
             model=model,
             mesh=device_mesh,
             device=device,
@@ -168,208 +169,224 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             sums_after_backward=True,
         )
         with pending:
-            with agreement(f"{type(self).__name__}.parallelize", job.group):
+            with raise_on_all_ranks(f"{type(self).__name__}.parallelize", context.group):
                 pending.begin()
-                self.plan(job)
-            self.compare_ranks(job)
+                self.plan(context)
+            self.compare_ranks(context)
             pending.keep()
-            self.carry_out(job)
+            self.carry_out(context)
         manage_adapters(
             model,
-            job.tensor_parallel,
+            context.tensor_parallel,
             on_unload=lambda plain: None,
-            add=lambda original: adding(model, job, original, done=lambda: None),
+            add=lambda original: adding(model, context, original, done=lambda: None),
         )
-        return job.model
+        return context.model
 
     # ---- deciding: no collective, no change ----------------------------------------------------------------------
 
-    def plan(self, job: Job) -> None:
+    def plan(self, context: ParallelizeContext) -> None:
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
-        self.check_model(job)
-        job.anatomy = dissect(job.model, job.layer_classes)
-        refuse_own_backward(unwrapped(job.model)[0], job.anatomy.layers)
-        job.outside_reads = outside_reads(job.model, job.anatomy.layers)
-        job.options.read_outside = frozenset(name for names in job.outside_reads.values() for name in names)
-        job.options.towers = placement(job.model, job.anatomy, job.options, job.layer_classes)
-        if job.dp_mesh.size() > 1:
-            if job.anatomy.towers:
-                skipped = skipped_without_images(job.model, job.anatomy.main_layers)
-                job.anatomy = dataclasses.replace(job.anatomy, skipped=skipped)
-            refuse_layer_drop(job.model, wanted_units(job.anatomy, job.options))
-        if job.async_tensor_parallel:
-            check_async_tensor_parallel(job.tp_mesh, job.sequence_parallel, job.compile_options, job.device)
-        if job.cp_mesh is not None:
-            job.suitable = check_for_context_parallel(job.model, job.anatomy, job.cp_mesh.size(), job.sequence_parallel)
-        if job.tp_mesh is not None:
-            self.select_tensor_parallel(job)
+        self.check_model(context)
+        context.structure = find_structure(context.model, context.layer_classes)
+        refuse_own_backward(unwrapped(context.model)[0], context.structure.layers)
+        context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
+        context.options.read_by_other_modules = frozenset(
+            name for names in context.cross_module_reads.values() for name in names
+        )
+        context.options.towers = placement(context.model, context.structure, context.options, context.layer_classes)
+        if context.dp_mesh.size() > 1:
+            if context.structure.towers:
+                skipped = skipped_without_images(context.model, context.structure.main_layers)
+                context.structure = dataclasses.replace(context.structure, skipped=skipped)
+            refuse_layer_drop(context.model, wanted_units(context.structure, context.options))
+        if context.async_tensor_parallel:
+            check_async_tensor_parallel(
+                context.tp_mesh, context.sequence_parallel, context.compile_options, context.device
+            )
+        if context.cp_mesh is not None:
+            context.suitable = check_for_context_parallel(
+                context.model, context.structure, context.cp_mesh.size(), context.sequence_parallel
+            )
+        if context.tp_mesh is not None:
+            self.select_tensor_parallel(context)
 
-    def check_model(self, job: Job) -> None:
+    def check_model(self, context: ParallelizeContext) -> None:
         """Refuse models that cannot be sharded from here."""
-        refuse_sharded(job.model)
-        refuse_expert_parallel(job.model)
-        check_trainable_as_shards(job.model)
-        check_quantized(job.model, job.options.mp_policy.param_dtype, job.tp_mesh is not None, job.load_on_rank_zero)
-        scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
+        refuse_sharded(context.model)
+        refuse_expert_parallel(context.model)
+        check_trainable_as_shards(context.model)
+        check_quantized(
+            context.model, context.options.mp_policy.param_dtype, context.tp_mesh is not None, context.load_on_rank_zero
+        )
+        scalars = [name for name, p in context.model.named_parameters() if p.ndim == 0]
         if scalars:
             raise UnsupportedError(
                 f"{', '.join(scalars[:4])}: FSDP2 cannot shard parameters without dimensions. Give them the shape (1,)."
             )
-        if job.tp_mesh is not None:
-            refuse_fused_loss(job.model)
-        if not job.sums_after_backward:  # without an Accelerator the model is filled afterwards
-            refuse_meta(job)
+        if context.tp_mesh is not None:
+            refuse_fused_loss(context.model)
+        if not context.sums_after_backward:  # without an Accelerator the model is filled afterwards
+            refuse_meta(context)
 
     def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         """The order of sources of plans for this family, where the config asks for ``asked``."""
         return asked
 
-    def select_tensor_parallel(self, job: Job) -> None:
+    def select_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Choose the plan and resolve it on the model."""
-        check_peft_method(job.model)
-        size = job.tp_mesh.size()  # type: ignore[union-attr]
-        job.plan = select_plan(job.model, job.tp_plan, self.sources(job.plan_order), size)
-        check_sequence_layouts(job.plan, job.sequence_parallel)
-        job.spec = resolve(job.model, job.plan, size)
-        validate(job.model, job.spec, size)
-        if job.plan.origin != "derived" or replaced_modules(job.model):  # a derived one is proven with values, for the class
-            complete(job.model, job.spec, job.anatomy.layers, size, job.plan.strict)  # type: ignore[union-attr]
-        check_outside_reads(job.spec, job.outside_reads)
-        if job.sequence_parallel:
-            derive(job.model, job.spec, job.anatomy.layers)  # type: ignore[union-attr]
-        if job.sequence_parallel_regather:
-            regather(job.model, job.spec, job.checkpointing)
-        keep_logits_sharded(job.model, job.spec, job.loss_parallel, job.loss_chunk_size)
-        if job.compile_options is not None:
-            refuse_compiled_dropout(job.model, job.spec)
-        shapes = {name: p.shape for name, p in job.model.named_parameters()}
-        check_packed_parameters(shapes, job.spec, job.dp_mesh.size(-1))
-        if job.options.ignored_parameters:
+        check_peft_method(context.model)
+        size = context.tp_mesh.size()  # type: ignore[union-attr]
+        context.plan = select_plan(context.model, context.tp_plan, self.sources(context.plan_order), size)
+        check_sequence_layouts(context.plan, context.sequence_parallel)
+        context.spec = resolve(context.model, context.plan, size)
+        validate(context.model, context.spec, size)
+        if context.plan.origin != "derived" or replaced_modules(
+            context.model
+        ):  # a derived one is proven with values, for the class
+            complete(context.model, context.spec, context.structure.layers, size, context.plan.strict)  # type: ignore[union-attr]
+        check_cross_module_reads(context.spec, context.cross_module_reads)
+        if context.sequence_parallel:
+            derive(context.model, context.spec, context.structure.layers)  # type: ignore[union-attr]
+        if context.sequence_parallel_regather:
+            regather(context.model, context.spec, context.checkpointing)
+        keep_logits_sharded(context.model, context.spec, context.loss_parallel, context.loss_chunk_size)
+        if context.compile_options is not None:
+            refuse_compiled_dropout(context.model, context.spec)
+        shapes = {name: p.shape for name, p in context.model.named_parameters()}
+        check_packed_parameters(shapes, context.spec, context.dp_mesh.size(-1))
+        if context.options.ignored_parameters:
             raise UnsupportedError(
-                "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter needs a "
-                "place on the tp axis. Remove ignored_modules or use tp_size=1."
+                "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter "
+                "needs a place on the tp axis. Remove ignored_modules or use tp_size=1."
             )
 
     # ---- carrying out: the same steps on every rank --------------------------------------------------------------
 
-    def compare_ranks(self, job: Job) -> None:
+    def compare_ranks(self, context: ParallelizeContext) -> None:
         """Raise on all ranks unless they hold the same model and planned the same."""
-        check_same_structure(job.model, job.spec, job.group, job.choices)
-        if job.pending is not None:
-            job.pending.compare_ranks(job.group)
+        check_same_structure(context.model, context.spec, context.group, context.choices)
+        if context.pending is not None:
+            context.pending.compare_ranks(context.group)
 
-    def carry_out(self, job: Job) -> None:
+    def carry_out(self, context: ParallelizeContext) -> None:
         """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
-        self.load_values(job)
-        equalize_parameters(job.model, job.group)
-        keep_layout(job.model)
-        if job.cp_mesh is not None:
-            synchronize_rng(job.cp_mesh)  # before tp, so that all ranks with one batch have the state of their first
-        if job.tp_mesh is not None:
-            synchronize_rng(job.tp_mesh)
-            self.apply_tensor_parallel(job)
-        self.apply_data_parallel(job)
-        self.read_values(job)
-        self.apply_context_parallel(job)
-        self.finish_layers(job)
-        self.report(job)
+        self.load_values(context)
+        equalize_parameters(context.model, context.group)
+        keep_layout(context.model)
+        if context.cp_mesh is not None:
+            synchronize_rng(
+                context.cp_mesh
+            )  # before tp, so that all ranks with one batch have the state of their first
+        if context.tp_mesh is not None:
+            synchronize_rng(context.tp_mesh)
+            self.apply_tensor_parallel(context)
+        self.apply_data_parallel(context)
+        self.read_values(context)
+        self.apply_context_parallel(context)
+        self.finish_layers(context)
+        self.report(context)
 
-    def load_values(self, job: Job) -> None:
+    def load_values(self, context: ParallelizeContext) -> None:
         """Give ranks without weights empty tensors, to be filled from rank 0."""
-        if job.load_on_rank_zero:
-            materialize_empty(job.model, job.pending)
-        if job.pending is not None:
-            unmanaged = job.options.ignored_parameters | replicated_parameters(job.anatomy, job.options)  # type: ignore[arg-type]
-            ignored = [name for name, p in job.model.named_parameters() if p in unmanaged]
-            job.pending.fill_whole(job, [name for name in ignored if name in job.pending.values])
+        if context.load_on_rank_zero:
+            materialize_empty(context.model, context.pending)
+        if context.pending is not None:
+            unmanaged = context.options.ignored_parameters | replicated_parameters(context.structure, context.options)  # type: ignore[arg-type]
+            ignored = [name for name, p in context.model.named_parameters() if p in unmanaged]
+            context.pending.fill_whole(context, [name for name in ignored if name in context.pending.values])
 
-    def apply_tensor_parallel(self, job: Job) -> None:
+    def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
-        job.tensor_parallel = apply_tensor_parallel(job.model, job.spec, job.tp_mesh, job.device)  # type: ignore[arg-type]
-        job.tensor_parallel.partial.sums_after_backward = job.sums_after_backward
-        install_sharded_dropout(job.model, job.spec, job.tp_mesh)  # type: ignore[arg-type]
-        if draws_random_numbers(job.model):
-            if job.compile_options is None:
-                numbers = install_own_numbers(
-                    job.model,
-                    job.spec,  # type: ignore[arg-type]
-                    job.tp_mesh,  # type: ignore[arg-type]
-                    job.device,
-                    job.tensor_parallel.hook,
+        context.tensor_parallel = apply_tensor_parallel(context.model, context.spec, context.tp_mesh, context.device)  # type: ignore[arg-type]
+        context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
+        install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
+        if draws_random_numbers(context.model):
+            if context.compile_options is None:
+                numbers = install_tp_rng(
+                    context.model,
+                    context.spec,  # type: ignore[arg-type]
+                    context.tp_mesh,  # type: ignore[arg-type]
+                    context.device,
+                    context.tensor_parallel.hook,
                 )
-                if job.tensor_parallel.sequence is not None:
-                    job.tensor_parallel.sequence.numbers = numbers
-            synchronize_at_first_forward(job.model, job.tp_mesh)  # type: ignore[arg-type]
+                if context.tensor_parallel.sequence is not None:
+                    context.tensor_parallel.sequence.numbers = numbers
+            synchronize_at_first_forward(context.model, context.tp_mesh)  # type: ignore[arg-type]
 
-    def apply_data_parallel(self, job: Job) -> None:
+    def apply_data_parallel(self, context: ParallelizeContext) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
-        if job.dp_mesh.size() > 1:
-            keep_layers_together(job.model, wanted_units(job.anatomy, job.options))  # type: ignore[arg-type]
-        shard_data_parallel(job.model, job.anatomy, job.dp_mesh, job.options)  # type: ignore[arg-type]
-        if job.tp_mesh is not None:
-            compat.mark_packed_placements(job.model.parameters())
+        if context.dp_mesh.size() > 1:
+            keep_layers_together(context.model, wanted_units(context.structure, context.options))  # type: ignore[arg-type]
+        shard_data_parallel(context.model, context.structure, context.dp_mesh, context.options)  # type: ignore[arg-type]
+        if context.tp_mesh is not None:
+            compat.mark_packed_placements(context.model.parameters())
 
-    def read_values(self, job: Job) -> None:
+    def read_values(self, context: ParallelizeContext) -> None:
         """Let each rank read its part of what is still in files, now that it is known."""
-        if job.pending is None:
+        if context.pending is None:
             return
-        job.pending.fill(job)
-        if job.tp_mesh is not None:
-            compat.mark_packed_placements(job.model.parameters())
+        context.pending.fill(context)
+        if context.tp_mesh is not None:
+            compat.mark_packed_placements(context.model.parameters())
 
-    def apply_context_parallel(self, job: Job) -> None:
+    def apply_context_parallel(self, context: ParallelizeContext) -> None:
         """Let attention see whole sequences where a rank holds a part of each. After the other hooks of the model."""
-        if job.cp_mesh is None:
+        if context.cp_mesh is None:
             return
-        if draws_random_numbers(job.model):
-            synchronize_at_first_forward(job.model, job.cp_mesh)
-        context_parallel.install(job.model, job.suitable, job.cp_mesh, job.device)  # type: ignore[arg-type]
+        if draws_random_numbers(context.model):
+            synchronize_at_first_forward(context.model, context.cp_mesh)
+        context_parallel.install(context.model, context.suitable, context.cp_mesh, context.device)  # type: ignore[arg-type]
 
-    def finish_layers(self, job: Job) -> None:
+    def finish_layers(self, context: ParallelizeContext) -> None:
         """Regions, checkpoints and compilation of the layers, from the inside out.
 
-        A checkpoint stands around what is compiled; only the selective one stands inside, where the compiler can see which
-        operators to keep. Either way no DTensor is inside of the graph.
+        A checkpoint stands around what is compiled; only the selective one stands inside, where the compiler can see
+        which operators to keep. Either way no DTensor is inside of the graph.
         """
-        layers, mode = without_units_inside(job.anatomy.layers), job.checkpointing  # type: ignore[union-attr]
-        inner, _ = unwrapped(job.model)
+        layers, mode = without_units_inside(context.structure.layers), context.checkpointing  # type: ignore[union-attr]
+        inner, _ = unwrapped(context.model)
         parts: dict[nn.Module, list[nn.Module]] = {}
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
-        keep = what_is_kept(mode, job.sequence_parallel_regather, job.compile_options is not None)
-        if job.tensor_parallel is not None:
-            if job.spec is not None and job.spec.packed():
-                job.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
-            install_regions(job.model, layers, job.tensor_parallel, parts)
-            install_outside_reads(job.model, job.outside_reads)
+        keep = what_is_kept(mode, context.sequence_parallel_regather, context.compile_options is not None)
+        if context.tensor_parallel is not None:
+            if context.spec is not None and context.spec.packed():
+                context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
+            install_local_parameters(context.model, layers, context.tensor_parallel, parts)
+            install_full_parameter_views(context.model, context.cross_module_reads)
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
-        if job.compile_options is not None:
-            options = job.compile_options
-            if job.async_tensor_parallel:
-                options = with_async_tensor_parallel(options, job.tp_mesh.get_group())  # type: ignore[union-attr]
+        if context.compile_options is not None:
+            options = context.compile_options
+            if context.async_tensor_parallel:
+                options = with_async_tensor_parallel(options, context.tp_mesh.get_group())  # type: ignore[union-attr]
             compile_layers(layers, mode, keep, **options)
-        if mode == "full" or (mode == "selective" and job.compile_options is None):
+        if mode == "full" or (mode == "selective" and context.compile_options is None):
             for layer in layers:
-                checkpoint_module(layer, keep, offload=job.offload_activations)
-        install_companions(job.model)
+                checkpoint_module(layer, keep, offload=context.offload_activations)
+        install_param_groups(context.model)
         if mode != "none":
             switch_cache_off(inner)
 
-    def report(self, job: Job) -> None:
+    def report(self, context: ParallelizeContext) -> None:
         """One log line per decision, on rank 0."""
         if dist.get_rank() != 0:
             return
-        shape = ", ".join(f"{n}={s}" for n, s in zip(job.mesh.mesh_dim_names or (), job.mesh.shape, strict=True))
-        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(job.anatomy.layers))  # type: ignore[union-attr]
-        if job.plan is not None and job.spec is not None:
-            for line in plan_lines(job.plan, job.spec):
+        shape = ", ".join(
+            f"{n}={s}" for n, s in zip(context.mesh.mesh_dim_names or (), context.mesh.shape, strict=True)
+        )
+        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(context.structure.layers))  # type: ignore[union-attr]
+        if context.plan is not None and context.spec is not None:
+            for line in plan_lines(context.plan, context.spec):
                 logger.info("%s", line)
 
 
 def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` for a depth that is no whole number of units, or a flag that is neither true nor false."""
+    """Raise :class:`ConfigError` for a depth that is no whole number of units, or a flag that is neither true nor
+    false.
+    """
     for name, depth in depths.items():
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
@@ -381,21 +398,21 @@ def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
 def refuse_fused_loss(model: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if Liger has replaced the model's own forward.
 
-    Its loss multiplies hidden states with ``lm_head.weight`` in a kernel of its own, beside the head's forward, where under
-    tensor parallelism the weight is a DTensor.
+    Its loss multiplies hidden states with ``lm_head.weight`` in a kernel of its own, beside the head's forward, where
+    under tensor parallelism the weight is a DTensor.
     """
     inner, _ = unwrapped(model)
     if str(getattr(inner.forward, "__module__", "")).startswith("liger_kernel"):
         raise UnsupportedError(
-            "use_liger_kernel=True under tensor parallelism is not supported: Liger's fused cross entropy reads lm_head.weight, "
-            "which is sharded. Use use_liger_kernel=False, liger_kernel_config={'fused_linear_cross_entropy': False} or "
-            "tp_size=1."
+            "use_liger_kernel=True under tensor parallelism is not supported: Liger's fused cross entropy reads "
+            "lm_head.weight, which is sharded. Use use_liger_kernel=False, "
+            "liger_kernel_config={'fused_linear_cross_entropy': False} or tp_size=1."
         )
 
 
 def _refuse_loading_packed(*_: Any) -> None:
     raise UnsupportedError(
-        "loading a checkpoint into a tensor-parallel model with packed projections (fused expert weights) is not available "
-        "yet: torch would cut the weights in the wrong places. Load the weights before accelerator.prepare, or resume with "
-        "tp_size=1."
+        "loading a checkpoint into a tensor-parallel model with packed projections (fused expert weights) is not "
+        "available yet: torch would cut the weights in the wrong places. Load the weights before accelerator.prepare, "
+        "or resume with tp_size=1."
     )

@@ -1,4 +1,6 @@
-"""Which strategy parallelises which model: by class name, through base classes and wrappers, lazily, open to packages."""
+"""Which strategy parallelises which model: by class name, through base classes and wrappers, lazily, open to
+packages.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ _Class = TypeVar("_Class", bound=type)
 class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
     """Name of a model class -> strategy instance, as a dict; instances are made when they are first asked for.
 
-    A name is looked up among what was registered in this process, then among the entry points of installed packages, then
-    among the families of this package.
+    A name is looked up among what was registered in this process, then among the entry points of installed packages,
+    then among the families of this package.
     """
 
     def __init__(self) -> None:
@@ -98,8 +100,9 @@ def _targets() -> dict[str, str]:
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         if seen.setdefault(point.name, point.value) != point.value:
             raise ConfigError(
-                f"two installed packages register a strategy for {point.name!r}: {seen[point.name]} and {point.value} (entry "
-                f"points of the group {ENTRY_POINTS!r}). Uninstall one, or choose by register_parallel_strategy(name=...)."
+                f"two installed packages register a strategy for {point.name!r}: {seen[point.name]} and {point.value} "
+                f"(entry points of the group {ENTRY_POINTS!r}). Uninstall one, or choose by "
+                "register_parallel_strategy(name=...)."
             )
         if point.name in BUILT_IN:
             logger.info("the strategy for %s comes from the installed %s", point.name, point.value)
@@ -181,7 +184,9 @@ def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
         PrepareError: what was given is no model.
     """
     if not isinstance(model, nn.Module):
-        raise PrepareError(f"model={model!r}: a strategy is looked for by the class of a torch.nn.Module. Give the model itself.")
+        raise PrepareError(
+            f"model={model!r}: a strategy is looked for by the class of a torch.nn.Module. Give the model itself."
+        )
     for cls in type(_innermost(model)).__mro__:
         for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             if name in PARALLELIZATION_STRATEGIES:

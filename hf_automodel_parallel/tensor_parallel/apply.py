@@ -16,7 +16,7 @@ from . import boundary_hooks as boundaries
 from .dora import sum_weight_norm
 from .grad_sync import PartialGradients
 from .head_counts import set_local_counts
-from .local_parameters import Entry, Region
+from .local_parameters import Entry, LocalParamForward
 from .sequence_parallel import ScatterOutput, SequenceParallel
 from .shards import shard_parameter
 from .vocab_parallel.cross_entropy import Vocabulary
@@ -32,8 +32,8 @@ class TensorParallelState:
         partial: registry of partial gradients.
         copies: copy boundaries by module name, waiting for the region that they share inputs in.
         foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
-        places: (owner, attribute) of a parameter -> how it takes part in forward and backward. By object, because a module
-            that several layers share has several names.
+        places: (owner, attribute) of a parameter -> how it takes part in forward and backward. By object, because a
+            module that several layers share has several names.
         deferred: owner of a bias -> the boundary that adds it after the reduction.
         hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
         regions: module -> the region around its forward.
@@ -47,7 +47,7 @@ class TensorParallelState:
     places: dict[tuple[nn.Module, str], ParameterSpec] = field(default_factory=dict)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
-    regions: dict[nn.Module, Region] = field(default_factory=dict)
+    regions: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
     local: bool = False
     sequence: SequenceParallel | None = None
 
@@ -82,7 +82,9 @@ class TensorParallelState:
                 hook = self.partial.hook(owner, key) if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = spec.counts_once and self.mesh.get_local_rank() > 0
-                result.append(Entry(owner, key, hook, spec.on_shares, bias_of, zero, self._part(spec), self.local))
+                result.append(
+                    Entry(owner, key, hook, spec.on_sequence_shards, bias_of, zero, self._part(spec), self.local)
+                )
         return result
 
     def _part(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
@@ -92,7 +94,9 @@ class TensorParallelState:
         return spec.part_dim, spec.blocks, self.mesh.get_local_rank() * spec.parts // self.mesh.size(), spec.parts
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
-        """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new one."""
+        """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new
+        one.
+        """
         _shard_parameters(model, spec, self, device)
         by_region: dict[nn.Module, list[Entry]] = {}
         for name in names:
@@ -106,7 +110,7 @@ class TensorParallelState:
             if module in self.regions:
                 self.regions[module].entries.extend(entries)
             else:
-                self.regions[module] = Region(module, entries, None)
+                self.regions[module] = LocalParamForward(module, entries, None)
                 if self.sequence is not None:
                     self.sequence.tell(self.regions[module])
 
@@ -126,7 +130,7 @@ def apply_tensor_parallel(
         device: where the shards go.
 
     Returns:
-        The state that :func:`install_regions` completes after FSDP2 has been applied.
+        The state that :func:`install_local_parameters` completes after FSDP2 has been applied.
     """
     state = TensorParallelState(mesh, PartialGradients(mesh))
     if spec.sequence is not None:
@@ -170,8 +174,8 @@ def install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tenso
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    # Innermost: pre-hooks run last and hooks first, so that hooks which are there already (NEFTune's noise on the embedding)
-    # see what they would see in one process.
+    # Innermost: pre-hooks run last and hooks first, so that hooks which are there already (NEFTune's noise on the
+    # embedding) see what they would see in one process.
 
     def before(hook: Callable[..., Any]) -> None:
         state.hook(module, lambda m: m.register_forward_pre_hook(hook, with_kwargs=True))
@@ -231,15 +235,16 @@ def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh
     style.install_forward(module, mesh)  # type: ignore[attr-defined]
 
 
-def install_regions(
+def install_local_parameters(
     model: nn.Module, units: list[nn.Module], state: TensorParallelState, parts: dict[nn.Module, list[nn.Module]]
 ) -> None:
     """Make parameters local in flight, and let the consumers inside a unit share their copy boundaries.
 
     Args:
         model: the model after tensor parallelism and FSDP2.
-        units: modules that become one region each (decoder layers); elsewhere every module that owns parameters is its own
-            region, so that outside of its forward its weight is an honest DTensor (losses that read ``lm_head.weight``).
+        units: modules that become one region each (decoder layers); elsewhere every module that owns parameters is its
+            own region, so that outside of its forward its weight is an honest DTensor (losses that read
+            ``lm_head.weight``).
         state: what :func:`apply_tensor_parallel` returned.
         parts: modules inside of each unit that are recomputed on their own, so they need a region of their own too.
     """
@@ -256,8 +261,8 @@ def install_regions(
         entries = entries_of(unit.modules())
         taken.update((id(entry.owner), entry.name) for entry in entries)
         for part in parts.get(unit, []):
-            state.regions[part] = Region(part, entries_of(part.modules()), shared)
-        state.regions[unit] = Region(unit, entries, shared)
+            state.regions[part] = LocalParamForward(part, entries_of(part.modules()), shared)
+        state.regions[unit] = LocalParamForward(unit, entries, shared)
 
     callers: dict[nn.Module, list[Entry]] = {}
     for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
@@ -273,7 +278,7 @@ def install_regions(
         ):  # torch's attention reads the weights of its child out_proj
             callers.setdefault(parent, []).extend(entries)
     for caller, entries in callers.items():
-        state.regions[caller] = Region(caller, entries, None)
+        state.regions[caller] = LocalParamForward(caller, entries, None)
     if state.sequence is not None:
         state.sequence.complete(state.regions, [copy for copy in state.copies.values() if copy.shared is None])
     state.partial.resolve()

@@ -1,12 +1,13 @@
 """Async tensor parallelism: the collectives of sequence parallelism in pieces, under the matrix products beside them.
 
-Inductor replaces an all-gather before a matrix product, and a reduce-scatter after one, by an operator that exchanges pieces
-through symmetric memory while other pieces are multiplied (Wang et al., 2023, "Overlap communication with dependent
-computation via decomposition"; torch's ``symm_mem`` operators). It needs such pairs, a compiled graph that holds them, and
-memory that the GPUs of the group can read from each other.
+Inductor replaces an all-gather before a matrix product, and a reduce-scatter after one, by an operator that exchanges
+pieces through symmetric memory while other pieces are multiplied (Wang et al., 2023, "Overlap communication with
+dependent computation via decomposition"; torch's ``symm_mem`` operators). It needs such pairs, a compiled graph that
+holds them, and memory that the GPUs of the group can read from each other.
 
-Two things keep it to our tensor-parallel group: inductor is told so in the options of our compiled layers alone, not in its
-global config, and symmetric memory is enabled for the tp group, without which inductor leaves a collective as it is.
+Two things keep it to our tensor-parallel group: inductor is told so in the options of our compiled layers alone, not in
+its global config, and symmetric memory is enabled for the tp group, without which inductor leaves a collective as it
+is.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def check_async_tensor_parallel(
         )
     if not sequence_parallel:
         raise ConfigError(
-            f"{_FIELD} needs sequence_parallel=True: all-gathers before and reduce-scatters after matrix products can be cut "
-            f"into pieces, the all-reduces of plain tensor parallelism cannot. Set it, or remove async_tensor_parallel."
+            f"{_FIELD} needs sequence_parallel=True: all-gathers before and reduce-scatters after matrix products can "
+            "be cut into pieces, the all-reduces of plain tensor parallelism cannot. Set it, or remove "
+            "async_tensor_parallel."
         )
     if compile_options is None:
         raise ConfigError(
@@ -57,12 +59,13 @@ def check_async_tensor_parallel(
         raise ConfigError(f"{_FIELD} with compile={backend!r}: only inductor does it. Use compile=True.")
     if compile_options.get("mode") not in (None, "default"):
         raise ConfigError(
-            f"{_FIELD} with torch.compile's mode={compile_options['mode']!r}: it is one of inductor's options, and torch takes "
-            f"either a mode or options. Leave out the mode."
+            f"{_FIELD} with torch.compile's mode={compile_options['mode']!r}: it is one of inductor's options, and "
+            f"torch takes either a mode or options. Leave out the mode."
         )
     if device.type != "cuda":
         raise UnsupportedError(
-            f"{_FIELD} on {device.type}: it needs the symmetric memory of CUDA devices. Remove it; the same is computed without."
+            f"{_FIELD} on {device.type}: it needs the symmetric memory of CUDA devices. Remove it; the same is "
+            "computed without."
         )
     missing = _why_no_symmetric_memory(mesh, device)
     if missing:
@@ -87,7 +90,9 @@ def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
 
 
 def with_async_tensor_parallel(compile_options: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
-    """``compile_options`` for layers whose collectives over ``group`` are to be overlapped; enables its symmetric memory."""
+    """``compile_options`` for layers whose collectives over ``group`` are to be overlapped; enables its symmetric
+    memory.
+    """
     compat.enable_symmetric_memory(group)
     plain = {key: value for key, value in compile_options.items() if key != "mode"}
     return {**plain, "options": {**(plain.get("options") or {}), compat.ASYNC_TENSOR_PARALLEL_OPTION: True}}

@@ -21,9 +21,10 @@ from .collectives import copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
 class SharedInputs:
     """One copy boundary per activation, however many consumers read it.
 
-    Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the boundary exactly among
-    the sharded consumers, whatever the architecture: whoever else reads the activation (a router, a residual) reads the
-    original, so no gradient is counted twice. Cleared at the end of the layer's forward, so nothing outlives it.
+    Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the boundary exactly
+    among the sharded consumers, whatever the architecture: whoever else reads the activation (a router, a residual)
+    reads the original, so no gradient is counted twice. Cleared at the end of the layer's forward, so nothing outlives
+    it.
 
     Attributes:
         length: under sequence parallelism, the tokens of the whole sequence while the layer runs on shares of it.
@@ -125,7 +126,8 @@ class OwnHeads:
     """Pre-hook of a module that gets values for all heads (ALiBi) by keyword: each rank passes on those of its heads.
 
     Args:
-        arguments: keyword -> (dimension, heads). The dimension runs over heads, or over sequences and, within each, heads.
+        arguments: keyword -> (dimension, heads). The dimension runs over heads, or over sequences and, within each,
+            heads.
     """
 
     def __init__(self, arguments: dict[str, tuple[int, int]], group: dist.ProcessGroup, rank: int, size: int) -> None:
@@ -200,8 +202,8 @@ class GatherOutput:
 class CopyTail:
     """Hook of a projection whose last ``tail`` output features go to sharded heads without another boundary between.
 
-    DeepSeek-style latent attention splits this output into a latent part, which reaches its own column-wise projection, and
-    a rotary part, which is broadcast straight to the heads of each rank.
+    DeepSeek-style latent attention splits this output into a latent part, which reaches its own column-wise projection,
+    and a rotary part, which is broadcast straight to the heads of each rank.
     """
 
     def __init__(self, group: dist.ProcessGroup, tail: int) -> None:
@@ -213,7 +215,9 @@ class CopyTail:
 
 
 class VocabularySlice:
-    """Pre-hook and hook of an embedding sharded on the vocabulary: look up own rows, zero for others, sum over the ranks."""
+    """Pre-hook and hook of an embedding sharded on the vocabulary: look up own rows, zero for others, sum over the
+    ranks.
+    """
 
     def __init__(self, group: dist.ProcessGroup, rank: int, rows: int) -> None:
         self.group, self.rows = group, rows

@@ -1,7 +1,7 @@
 """The collectives of tensor parallelism, as autograd functions that torch.compile can trace.
 
-Each takes a tensor that is a plain local tensor on every rank of ``group``. The pairs of forward and backward are those of
-Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053, section 3).
+Each takes a tensor that is a plain local tensor on every rank of ``group``. The pairs of forward and backward are those
+of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch.distributed as dist
 from torch.utils.weak import TensorWeakRef
 
 from .. import compat
-from .thread_group import InProcessGroup
+from .thread_group import ThreadGroup
 
 funcol = compat.functional_collectives()
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
     """Sum (or "max") over ``group``, out of place, without autograd. Shape and dtype are kept."""
-    if isinstance(group, InProcessGroup):
+    if isinstance(group, ThreadGroup):
         return group.all_reduce(x, operation)
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
 def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    if isinstance(group, InProcessGroup):
+    if isinstance(group, ThreadGroup):
         return group.all_gather(x, x.ndim - 1)
     return compat.all_gather_dim(x.contiguous(), x.ndim - 1, group)
 
@@ -93,7 +93,9 @@ def reduce_from_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def gather_from_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
-    """Turn shards of the last dim ``(..., n / size)`` into the replicated whole ``(..., n)``; backward takes the own slice."""
+    """Turn shards of the last dim ``(..., n / size)`` into the replicated whole ``(..., n)``; backward takes the own
+    slice.
+    """
     return _Gather.apply(x, group, rank, size)
 
 
@@ -102,11 +104,12 @@ def split_to_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int)
     return _Split.apply(x, group, rank, size)
 
 
-# ---- along the sequence (dimension 1) ------------------------------------------------------------------------------------
+# ---- along the sequence (dimension 1)
+# ------------------------------------------------------------------------------------
 #
-# Every rank's share has ceil(length / size) tokens. What is missing at the end is padded in here and cut in here, so nobody
-# else meets it. Activations are padded with their last token, which is as harmless to a norm as any other token; gradients
-# with zeros, so that padding contributes to no parameter.
+# Every rank's share has ceil(length / size) tokens. What is missing at the end is padded in here and cut in here, so
+# nobody else meets it. Activations are padded with their last token, which is as harmless to a norm as any other token;
+# gradients with zeros, so that padding contributes to no parameter.
 
 
 def _pad(x: torch.Tensor, size: int, zeros: bool = False) -> torch.Tensor:
@@ -160,7 +163,9 @@ class _PartialView(torch.autograd.Function):
 
 
 class _WatchedView(torch.autograd.Function):
-    """:class:`_PartialView` that is connected with ``whole`` as well, for the case that somebody looks at its gradient."""
+    """:class:`_PartialView` that is connected with ``whole`` as well, for the case that somebody looks at its
+    gradient.
+    """
 
     @staticmethod
     def forward(
@@ -200,8 +205,8 @@ class _SplitSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
-    """Turn shares ``(batch, ceil(length / size), ...)`` into the whole ``(batch, length, ...)``, for consumers whose gradient
-    is the same on all ranks: backward takes the own share."""
+    """Turn shares ``(batch, ceil(length / size), ...)`` into the whole ``(batch, length, ...)``, for consumers whose
+    gradient is the same on all ranks: backward takes the own share."""
     return _GatherSequence.apply(x, group, rank, size, length)
 
 

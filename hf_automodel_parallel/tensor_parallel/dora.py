@@ -12,7 +12,8 @@ from .collectives import all_reduce
 
 
 def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:
-    """Make DoRA's norm of the rows of W + scaling B A whole for a row-wise layer, whose ranks hold slices of the columns.
+    """Make DoRA's norm of the rows of W + scaling B A whole for a row-wise layer, whose ranks hold slices of the
+    columns.
 
     The squares are summed over ``mesh`` by one small all-reduce of ``out_features`` numbers. DoRA treats the norm as a
     constant (Liu et al., 2024, arXiv:2402.09353, section 4.3), so nothing is needed in backward.

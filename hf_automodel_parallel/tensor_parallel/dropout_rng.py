@@ -1,12 +1,12 @@
 """Random numbers under tensor parallelism: equal where activations are replicated, different where they are sharded.
 
-The ranks of a tp group start from one random state (:func:`..synchronize.synchronize_rng`), so what they draw is equal. That
-is right for dropout on replicated activations, whose masks must agree. Two places need different numbers on each rank: the
-dropout of an adapter whose input is sharded, and whatever draws between a column-wise and a row-wise layer (attention
-probabilities, activations inside an MLP).
+The ranks of a tp group start from one random state (:func:`..synchronize.synchronize_rng`), so what they draw is equal.
+That is right for dropout on replicated activations, whose masks must agree. Two places need different numbers on each
+rank: the dropout of an adapter whose input is sharded, and whatever draws between a column-wise and a row-wise layer
+(attention probabilities, activations inside an MLP).
 
-Nothing here keeps a state of its own: what a rank draws follows from the common state and its rank alone, so a checkpoint
-that restores the common state recomputes with the same masks.
+Nothing here keeps a state of its own: what a rank draws follows from the common state and its rank alone, so a
+checkpoint that restores the common state recomputes with the same masks.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _STRIDE = 0x9E3779B97F4A7C15
 class ShardedDropout(nn.Dropout):
     """Dropout of an activation whose last dimension is sharded: each rank takes its part of one mask for all.
 
-    The mask of all ranks is drawn at once, so the common random state moves alike on every rank, and the masks of the ranks
-    are independent. Bytes for ``size`` times the local activation are needed for a moment.
+    The mask of all ranks is drawn at once, so the common random state moves alike on every rank, and the masks of the
+    ranks are independent. Bytes for ``size`` times the local activation are needed for a moment.
 
     Args:
         p: probability of an element to be zeroed.
@@ -56,7 +56,7 @@ class ShardedDropout(nn.Dropout):
         return input * masks[self.rank].clone() / (1.0 - self.p)  # clone: backward must not keep all masks alive
 
 
-class OwnNumbers:
+class TPRngTracker:
     """Switch of a model between the random numbers that all tp ranks share and those of this rank alone.
 
     Args:
@@ -76,7 +76,8 @@ class OwnNumbers:
             return
         generator = self.generator
         if generator.device.type == "cuda":
-            # A counter-based generator: another seed at the same place, no tensor and no synchronisation with the device.
+            # A counter-based generator: another seed at the same place, no tensor and no synchronisation with the
+            # device.
             self.common, place = generator.initial_seed(), generator.get_offset()
             generator.manual_seed(self._mixed(self.common))
             generator.set_offset(place)
@@ -86,7 +87,9 @@ class OwnNumbers:
             self.untouched = _digest(generator.get_state())
 
     def leave(self, *_: Any) -> None:
-        """Go back to the numbers that all tp ranks share. For use as a forward (pre-)hook; does nothing if already there."""
+        """Go back to the numbers that all tp ranks share. For use as a forward (pre-)hook; does nothing if already
+        there.
+        """
         if self.common is None or torch.compiler.is_compiling():
             return
         generator, common, self.common = self.generator, self.common, None
@@ -131,17 +134,19 @@ def install_sharded_dropout(model: nn.Module, spec: ShardingSpec, mesh: DeviceMe
                 dropouts[adapter] = sharded.train(dropout.training)
 
 
-def install_own_numbers(
+def install_tp_rng(
     model: nn.Module,
     spec: ShardingSpec,
     mesh: DeviceMesh,
     device: torch.device,
     hook: Callable[[nn.Module, Callable[[nn.Module], Any]], None],
-) -> OwnNumbers:
-    """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis ``mesh``.
+) -> TPRngTracker:
+    """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis
+    ``mesh``.
 
-    A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations are
-    not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete gradient.
+    A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations
+    are not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete
+    gradient.
 
     Args:
         model: the model.
@@ -153,7 +158,7 @@ def install_own_numbers(
     Returns:
         The switch.
     """
-    numbers = OwnNumbers(mesh.get_local_rank(), device)
+    numbers = TPRngTracker(mesh.get_local_rank(), device)
     tuner = compat.peft_tuner_layer_type()
     for name, module in model.named_modules():
         boundary = spec.modules.get(name)
@@ -198,8 +203,8 @@ def draws_random_numbers(model: nn.Module) -> bool:
 def active_dropouts(module: nn.Module) -> dict[str, float]:
     """The dropout probabilities above zero that ``module`` holds itself, by name.
 
-    Modules keep the probability for a functional dropout (attention kernels take one) in an attribute whose name says so:
-    ``attention_dropout``, ``attn_pdrop``, ``drop_path``, ...
+    Modules keep the probability for a functional dropout (attention kernels take one) in an attribute whose name says
+    so: ``attention_dropout``, ``attn_pdrop``, ``drop_path``, ...
     """
     found = {
         name: float(value)
@@ -221,8 +226,8 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
         spec: its sharding spec.
 
     Raises:
-        UnsupportedError: a module around a column-wise layer, or one that works on shares of a sequence, has a dropout that is
-            not zero.
+        UnsupportedError: a module around a column-wise layer, or one that works on shares of a sequence, has a dropout
+            that is not zero.
     """
     for name, boundary in spec.modules.items():
         parent_name = name.rpartition(".")[0]
@@ -236,9 +241,9 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
         if found:
             shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
             raise UnsupportedError(
-                f"compile with tp_size > 1: {parent_name} ({type(parent).__name__}) has {shown}, a dropout on activations that "
-                f"are sharded over tp. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
-                f"model's config (adapters may keep lora_dropout), or leave out compile."
+                f"compile with tp_size > 1: {parent_name} ({type(parent).__name__}) has {shown}, a dropout on "
+                f"activations that are sharded over tp. Inside of a compiled layer its masks would be equal on all tp "
+                f"ranks. Set it to 0 in the model's config (adapters may keep lora_dropout), or leave out compile."
             )
     for name in () if spec.sequence is None else spec.sequence.layers:
         for key, module in model.get_submodule(name).named_modules():
@@ -247,9 +252,9 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
             if found and not _is_inside(path, spec.sequence.blocks) and not _is_of_adapter(model, path):  # type: ignore[union-attr]
                 shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
                 raise UnsupportedError(
-                    f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on shares "
-                    f"of the sequence. Inside of a compiled layer its masks would be equal on all tp ranks. Set it to 0 in the "
-                    f"model's config, or leave out compile."
+                    f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on "
+                    f"shares of the sequence. Inside of a compiled layer its masks would be equal on all tp ranks. Set "
+                    f"it to 0 in the model's config, or leave out compile."
                 )
 
 

@@ -1,9 +1,9 @@
 """A forward that reads a parameter of another module sees it whole.
 
-Between forwards of its own module a parameter is a DTensor, which does not mix with the plain activations around it. While the
-forward of a module runs that :mod:`..plan.outside_reads` has found to read it, a stand-in takes its place: single rows are
-fetched from the rank that has them, everything else is computed with the gathered whole. Outside of the layers all ranks compute
-the same, so of the whole's gradient each rank keeps its own part, and no sum is due.
+Between forwards of its own module a parameter is a DTensor, which does not mix with the plain activations around it.
+While the forward of a module runs that :mod:`..plan.cross_module_reads` has found to read it, a stand-in takes its
+place: single rows are fetched from the rank that has them, everything else is computed with the gathered whole. Outside
+of the layers all ranks compute the same, so of the whole's gradient each rank keeps its own part, and no sum is due.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .. import compat
 from .collectives import reduce_from_tp
 
 
-class SeenFromOutside(torch.Tensor):
+class FullParameterView(torch.Tensor):
     """Stands for a parameter that is a DTensor on the tp axis; made by :meth:`of`.
 
     Attributes:
@@ -31,20 +31,24 @@ class SeenFromOutside(torch.Tensor):
     _whole: torch.Tensor | None
 
     @staticmethod
-    def of(parameter: DTensor) -> SeenFromOutside:
+    def of(parameter: DTensor) -> FullParameterView:
         """The stand-in for ``parameter``."""
-        result = torch.empty(0, dtype=parameter.dtype).as_subclass(SeenFromOutside)
+        result = torch.empty(0, dtype=parameter.dtype).as_subclass(FullParameterView)
         result.parameter, result._whole = parameter, None
         return result
 
     def whole(self) -> torch.Tensor:
         """The plain tensor of the whole shape, gathered once."""
-        if self._whole is None or (torch.is_grad_enabled() and self.parameter.requires_grad and not self._whole.requires_grad):
+        if self._whole is None or (
+            torch.is_grad_enabled() and self.parameter.requires_grad and not self._whole.requires_grad
+        ):
             self._whole = self.parameter.full_tensor()
         return self._whole
 
     def row(self, index: int) -> torch.Tensor:
-        """Row ``index`` of a matrix that is sharded by rows: ``(columns,)``, at the price of one all-reduce of that size."""
+        """Row ``index`` of a matrix that is sharded by rows: ``(columns,)``, at the price of one all-reduce of that
+        size.
+        """
         parameter = self.parameter
         mesh = parameter.device_mesh
         local = parameter.to_local(grad_placements=parameter.placements)
@@ -54,14 +58,14 @@ class SeenFromOutside(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], SeenFromOutside):
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], FullParameterView):
             first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
             if type(first) is int and _by_rows(args[0].parameter):
                 row = args[0].row(first)
                 return row[tuple(rest)] if rest else row
         metadata = getattr(func, "__name__", "") == "__get__" or func in _METADATA
         stand = (lambda x: x.parameter.detach()) if metadata else (lambda x: x.whole())
-        args, kwargs = compat.tree_map_only(SeenFromOutside, stand, (args, kwargs or {}))
+        args, kwargs = compat.tree_map_only(FullParameterView, stand, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -73,7 +77,7 @@ def _by_rows(parameter: DTensor) -> bool:
     return parameter.ndim > 1 and parameter.placements == (Shard(0),) and rows % ranks == 0
 
 
-class ReadsOutside:
+class CrossModuleReadForward:
     """The wrapped forward of a module that reads parameters of other modules.
 
     Args:
@@ -93,7 +97,7 @@ class ReadsOutside:
             for owner, name in self.places:
                 parameter = owner._parameters.get(name)
                 if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
-                    owner._parameters[name] = SeenFromOutside.of(parameter)  # type: ignore[assignment]
+                    owner._parameters[name] = FullParameterView.of(parameter)  # type: ignore[assignment]
                     replaced.append((owner, name, parameter))
             return self.inner(*args, **kwargs)
         finally:
@@ -101,7 +105,7 @@ class ReadsOutside:
                 owner._parameters[name] = parameter
 
 
-def install_outside_reads(model: nn.Module, reads: dict[str, list[str]]) -> None:
+def install_full_parameter_views(model: nn.Module, reads: dict[str, list[str]]) -> None:
     """Let the modules of ``reads`` (name -> names of parameters) see whole what they read. After regions and FSDP2."""
     for reader, names in reads.items():
         places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
@@ -112,4 +116,4 @@ def install_outside_reads(model: nn.Module, reads: dict[str, list[str]]) -> None
             for key, parameter in owner._parameters.items()
             if parameter is not None and id(parameter) in shared
         ]
-        ReadsOutside(model.get_submodule(reader), everywhere)
+        CrossModuleReadForward(model.get_submodule(reader), everywhere)

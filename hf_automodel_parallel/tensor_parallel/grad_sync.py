@@ -1,16 +1,18 @@
 """The place that completes gradients over the tp axis, but for styles on torch's own engine (:mod:`.summed_gradients`).
 
-A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every rank
-only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them are
-averaged by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the sharded
-gradients (float32 under mixed precision).
+A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every
+rank only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them
+are averaged by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the
+sharded gradients (float32 under mixed precision).
 
-Averaged, because a parameter may get another part of its gradient that is whole on every rank: a weight penalty in the loss, or a
-norm that is applied to hidden states outside of the layers. Summands are therefore multiplied by the size of the axis where they
-arise (exact for powers of two); what is whole stays as it is, and so does what has been averaged before.
+Averaged, because a parameter may get another part of its gradient that is whole on every rank: a weight penalty in the
+loss, or a norm that is applied to hidden states outside of the layers. Summands are therefore multiplied by the size of
+the axis where they arise (exact for powers of two); what is whole stays as it is, and so does what has been averaged
+before.
 
-The rule to keep: every use of a registered parameter that yields a summand goes through its :meth:`PartialGradients.hook`. A
-parameter of which no hook was called is not averaged, so that a summand that came past its hook shows in the audit.
+The rule to keep: every use of a registered parameter that yields a summand goes through its
+:meth:`PartialGradients.hook`. A parameter of which no hook was called is not averaged, so that a summand that came past
+its hook shows in the audit.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class PartialGradients:
             self._parameters[module, name] = module._parameters.get(name)
 
     def hook(self, module: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The hook for what a forward uses of the parameter ``name`` of ``module``, where its gradient will be a summand."""
+        """The hook for what a forward uses of the parameter ``name`` of ``module``, where its gradient will be a
+        summand.
+        """
         return functools.partial(self._scaled, (module, name))
 
     def _scaled(self, place: tuple[nn.Module, str], summand: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,10 @@ from .collectives import copy_to_tp
 def sum_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
     """Sum the gradients of all parameters below ``module`` over the 1-D ``mesh``, in each backward.
 
-    For parameters that are whole on every rank and meet activations that are not (a norm over the heads of each rank). While the
-    module's forward runs it sees its parameters through :func:`copy_to_tp` (identity / all-reduce), so it does not matter whether
-    FSDP2, before or after this call, puts other parameter objects in their places, and a gradient that accumulates over several
-    backwards is right, too.
+    For parameters that are whole on every rank and meet activations that are not (a norm over the heads of each rank).
+    While the module's forward runs it sees its parameters through :func:`copy_to_tp` (identity / all-reduce), so it
+    does not matter whether FSDP2, before or after this call, puts other parameter objects in their places, and a
+    gradient that accumulates over several backwards is right, too.
 
     Args:
         module: called as a module; its ``forward`` stays as it is.

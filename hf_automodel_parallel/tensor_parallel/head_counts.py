@@ -26,8 +26,8 @@ def attention_is_head_sharded(model_parallel_plan: Mapping[str, Any]) -> bool:
     """True if a plan shards a query, key or value projection column-wise and leaves its output sharded.
 
     Args:
-        model_parallel_plan: path -> style name, torch style or :class:`PlanEntry`. A projection is recognised by its place: in a
-            module, or a list, with "attn" or "attention" in its name.
+        model_parallel_plan: path -> style name, torch style or :class:`PlanEntry`. A projection is recognised by its
+            place: in a module, or a list, with "attn" or "attention" in its name.
     """
     for path, style in model_parallel_plan.items():
         if not any(map(_sounds_like_attention, path.split(".")[-3:-1])):
@@ -86,8 +86,8 @@ def _count_locally(name: str, attention: nn.Module, tp_size: int) -> None:
     for field, value in (heads | key_value).items():
         if value % tp_size:
             raise PlanError(
-                f"{name}.{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. "
-                f"Choose a tp_size that divides it, or leave this attention out of the plan."
+                f"{name}.{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of "
+                f"heads. Choose a tp_size that divides it, or leave this attention out of the plan."
             )
     head_dim = next(iter(_own_counts(attention, ("head_dim", "attention_head_size")).values()), None)
     width = _own_counts(attention, ("all_head_size",))  # of all heads together, into which BERT's kin reshape

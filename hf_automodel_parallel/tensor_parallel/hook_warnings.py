@@ -14,11 +14,14 @@ from .. import compat
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = frozenset([__name__.partition(".")[0], "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"])
+_LIBRARIES = frozenset(
+    [__name__.partition(".")[0], "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"]
+)
 
 
 def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: int) -> None:
-    """Log a warning on rank 0 for the first module that works on shares and has hooks that none of the libraries has registered.
+    """Log a warning on rank 0 for the first module that works on shares and has hooks that none of the libraries has
+    registered.
 
     Args:
         layers: the layers, by name.
@@ -30,9 +33,9 @@ def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: 
             if any(map(_is_foreign, compat.hooks_on(module))) and not any(path.startswith(f"{b}.") for b in blocks):
                 if dist.get_rank() == 0:
                     logger.warning(
-                        "sequence_parallel=True: a hook on %s sees this rank's 1/%d of the sequence, and what it computes from "
-                        "that enters the loss of this rank alone. For whole hidden states use output_hidden_states=True, "
-                        "or sequence_parallel=False.",
+                        "sequence_parallel=True: a hook on %s sees this rank's 1/%d of the sequence, and what it "
+                        "computes from that enters the loss of this rank alone. For whole hidden states use "
+                        "output_hidden_states=True, or sequence_parallel=False.",
                         path,
                         size,
                     )

@@ -1,11 +1,13 @@
-"""Has an activation been changed in place since it was noted? Also while the compiler traces, where autograd cannot be asked.
+"""Has an activation been changed in place since it was noted? Also while the compiler traces, where autograd cannot be
+asked.
 
-Who reads the whole sequence may give its gradient straight to the share that it was gathered from, past what the model does in
-between. That is right while the model does nothing, and a write in place is all that it can do to the same tensor object.
+Who reads the whole sequence may give its gradient straight to the share that it was gathered from, past what the model
+does in between. That is right while the model does nothing, and a write in place is all that it can do to the same
+tensor object.
 
-A trace has versions of tensors, too, but does not show them: compiled code may not depend on them. What can look at them is an
-operator's code for tensors without values, which runs while the trace is made. Both operators here do nothing else, have no
-result, and are dropped with all that nobody uses before a graph is compiled.
+A trace has versions of tensors, too, but does not show them: compiled code may not depend on them. What can look at
+them is an operator's code for tensors without values, which runs while the trace is made. Both operators here do
+nothing else, have no result, and are dropped with all that nobody uses before a graph is compiled.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ def _(x: torch.Tensor) -> None:
     known = _noted.get(StorageWeakRef(x.untyped_storage()).cdata)
     if known is not None and known[1] != compat.version_of(x):
         raise UnsupportedError(
-            "sequence_parallel=True with compile: a block changes its input in place before its layers read it, which it did not "
-            "do when the model was prepared. Its gradient would be wrong. Change a copy of the input, or leave out compile."
+            "sequence_parallel=True with compile: a block changes its input in place before its layers read it, which "
+            "it did not do when the model was prepared. Its gradient would be wrong. Change a copy of the input, or "
+            "leave out compile."
         )
 
 

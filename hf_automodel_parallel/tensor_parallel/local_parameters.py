@@ -1,12 +1,13 @@
 """Local in flight: while a module's forward runs, its parameters are plain local tensors instead of DTensors.
 
-At rest every parameter is a DTensor, so the optimizer, FSDP2, clipping and checkpoints see its placement. A *region* is a
-module (usually a decoder layer) whose forward is wrapped: on entry each DTensor on the tp axis below it is replaced by its
-local shard, connected by autograd; on exit the DTensors return, also when the forward raises. So no operator inside pays
-DTensor dispatch, a parent may read a child's weight, and the code that torch.compile sees contains no DTensor at all.
+At rest every parameter is a DTensor, so the optimizer, FSDP2, clipping and checkpoints see its placement. A *region* is
+a module (usually a decoder layer) whose forward is wrapped: on entry each DTensor on the tp axis below it is replaced
+by its local shard, connected by autograd; on exit the DTensors return, also when the forward raises. So no operator
+inside pays DTensor dispatch, a parent may read a child's weight, and the code that torch.compile sees contains no
+DTensor at all.
 
-The wrapper is the module's ``forward``, inside of ``__call__``: hooks of FSDP2 (gather before, free after) run outside of
-it, and an activation checkpoint around the module runs it again in the recomputation.
+The wrapper is the module's ``forward``, inside of ``__call__``: hooks of FSDP2 (gather before, free after) run outside
+of it, and an activation checkpoint around the module runs it again in the recomputation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .boundary_hooks import ReduceOutput, SharedInputs
-from .full_parameter_view import SeenFromOutside
+from .full_parameter_view import FullParameterView
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,27 @@ class Entry:
         owner: the module that holds it.
         name: its name there.
         on_gradient: hook for its gradient in flight, which is a summand of it, or None.
-        on_shares: it is a summand only in calls that work on shares of the sequence (:attr:`Region.on_shares`).
+        on_sequence_shards: it is a summand only in calls that work on shares of the sequence
+        (:attr:`LocalParamForward.on_sequence_shards`).
         bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
         zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
-        part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so many
-            equal parts, while the parameter is whole at rest.
-        local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide it.
+        part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so
+            many equal parts, while the parameter is whole at rest.
+        local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide
+        it.
     """
 
     owner: nn.Module
     name: str
     on_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None
-    on_shares: bool = False
+    on_sequence_shards: bool = False
     bias_of: ReduceOutput | None = None
     zero: bool = False
     part: tuple[int, int, int, int] | None = None
     local: bool = False
 
 
-class Region:
+class LocalParamForward:
     """The wrapped forward of one module.
 
     Args:
@@ -59,7 +62,8 @@ class Region:
         shared: the boundaries' memory to clear at the end of the forward, or None.
 
     Attributes:
-        on_shares: keyword arguments of a call -> does it work on shares of the sequence; sequence parallelism sets it.
+        on_sequence_shards: keyword arguments of a call -> does it work on shares of the sequence; sequence parallelism
+            sets it.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class Region:
         self.shared = shared
         self.inner: Callable[..., Any] = module.forward
         self.body: Callable[..., Any] = self._run
-        self.on_shares: Callable[[dict[str, Any]], bool] = _never
+        self.on_sequence_shards: Callable[[dict[str, Any]], bool] = _never
         module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +89,7 @@ class Region:
 
     def inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function`` with the region's parameters exchanged; where they already are, nothing is done."""
-        replaced = self._enter(self.on_shares(kwargs))
+        replaced = self._enter(self.on_sequence_shards(kwargs))
         try:
             return function(*args, **kwargs)
         finally:
@@ -105,20 +109,20 @@ class Region:
     def adopt_checkpoint_function(self) -> None:
         """Let the model's own gradient checkpointing recompute inside the region.
 
-        transformers (5.23; outside of ``__call__`` before) checkpoints in the class's ``forward``, so below this wrapper: its
-        recomputation starts where nobody has exchanged the parameters. Looked up at each call, because the model's method
-        that switches checkpointing on may be called at any time.
+        transformers (5.23; outside of ``__call__`` before) checkpoints in the class's ``forward``, so below this
+        wrapper: its recomputation starts where nobody has exchanged the parameters. Looked up at each call, because the
+        model's method that switches checkpointing on may be called at any time.
         """
         function = self.module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, _CheckpointInRegion):
-            self.module._gradient_checkpointing_func = _CheckpointInRegion(function, self)  # type: ignore[assignment]
+        if function is not None and not isinstance(function, _CheckpointLocalParams):
+            self.module._gradient_checkpointing_func = _CheckpointLocalParams(function, self)  # type: ignore[assignment]
 
-    def _enter(self, on_shares: bool) -> list[tuple[Entry, nn.Parameter]]:
+    def _enter(self, on_sequence_shards: bool) -> list[tuple[Entry, nn.Parameter]]:
         replaced: list[tuple[Entry, nn.Parameter]] = []
         local: dict[int, torch.Tensor] = {}
         for entry in self.entries:
             held = entry.owner._parameters.get(entry.name)
-            parameter: Any = held.parameter if isinstance(held, SeenFromOutside) else held
+            parameter: Any = held.parameter if isinstance(held, FullParameterView) else held
             if not _to_exchange(parameter, entry):
                 continue
             tensor = local.get(id(parameter))
@@ -129,14 +133,20 @@ class Region:
                     if isinstance(parameter, DTensor)
                     else parameter.view_as(parameter)
                 )
-                if entry.on_gradient is not None and tensor.requires_grad and (on_shares or not entry.on_shares):
+                if (
+                    entry.on_gradient is not None
+                    and tensor.requires_grad
+                    and (on_sequence_shards or not entry.on_sequence_shards)
+                ):
                     tensor.register_hook(entry.on_gradient)
                 if entry.zero:
                     tensor = tensor * 0
                 if entry.part is not None:
                     dim, blocks, index, number = entry.part
                     width = tensor.shape[dim] // (blocks * number)
-                    tensor = tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
+                    tensor = (
+                        tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
+                    )
                 local[id(parameter)] = tensor
             if entry.bias_of is not None:
                 entry.bias_of.bias = tensor
@@ -159,10 +169,10 @@ def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:
     return entry.local and special and isinstance(parameter, nn.Parameter)
 
 
-class _CheckpointInRegion:
+class _CheckpointLocalParams:
     """A checkpoint function (called with a function and its inputs) whose recomputation enters the region again."""
 
-    def __init__(self, function: Callable[..., Any], region: Region) -> None:
+    def __init__(self, function: Callable[..., Any], region: LocalParamForward) -> None:
         self.function = function
         self.region = region
 

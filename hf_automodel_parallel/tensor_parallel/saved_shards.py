@@ -1,12 +1,12 @@
 """Keep this rank's share of what a layer gathered along the sequence, and gather it once more in backward.
 
-Under sequence parallelism the inputs of attention and MLP are gathered, and the column-wise layers keep them whole for the
-gradients of their weights: what is saved of norms and residuals is paid for there (Korthikanti et al., 2022, arXiv:2205.05198,
-section 4.2.2, gather again for this reason). Here nothing but the share is kept. Where a backward asks for the whole, it is
-gathered, once for all consumers; the last of them lets it go.
+Under sequence parallelism the inputs of attention and MLP are gathered, and the column-wise layers keep them whole for
+the gradients of their weights: what is saved of norms and residuals is paid for there (Korthikanti et al., 2022,
+arXiv:2205.05198, section 4.2.2, gather again for this reason). Here nothing but the share is kept. Where a backward
+asks for the whole, it is gathered, once for all consumers; the last of them lets it go.
 
-Done by hooks on what autograd saves, so that it does not matter who consumes the activation: projections, adapters, a router.
-Compiled layers have no such hooks; there the compiler is told to recompute the all-gathers, see
+Done by hooks on what autograd saves, so that it does not matter who consumes the activation: projections, adapters, a
+router. Compiled layers have no such hooks; there the compiler is told to recompute the all-gathers, see
 :func:`.activation_checkpointing.gathering_contexts`.
 """
 
@@ -21,7 +21,7 @@ import torch
 from .. import compat
 
 
-class GatheredAgain:
+class SavedShards:
     """One gathered activation.
 
     Attributes:
@@ -52,7 +52,7 @@ class GatheredAgain:
 class _Place:
     """A view of a gathered activation, saved by one consumer."""
 
-    def __init__(self, source: GatheredAgain, view: torch.Tensor) -> None:
+    def __init__(self, source: SavedShards, view: torch.Tensor) -> None:
         self.source = source
         self.shape, self.strides, self.offset = view.shape, view.stride(), view.storage_offset()
         source.waiting += 1
@@ -74,12 +74,12 @@ class _Kept:
 
 
 _CHANGED = (
-    "one of the variables needed for gradient computation has been modified by an inplace operation, inside of a layer under "
-    "sequence_parallel_regather=True. Without that option, torch.autograd.set_detect_anomaly(True) shows where."
+    "one of the variables needed for gradient computation has been modified by an inplace operation, inside of a layer "
+    "under sequence_parallel_regather=True. Without that option, torch.autograd.set_detect_anomaly(True) shows where."
 )
 
 
-def keeping_shares(find: Callable[[torch.Tensor], GatheredAgain | None]) -> AbstractContextManager[Any]:
+def saving_shards(find: Callable[[torch.Tensor], SavedShards | None]) -> AbstractContextManager[Any]:
     """Context of a forward: of a saved tensor for which ``find`` names its source, nothing is kept but that."""
 
     def pack(tensor: torch.Tensor) -> _Place | _Kept:

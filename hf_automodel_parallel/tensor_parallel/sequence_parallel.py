@@ -1,13 +1,14 @@
-"""Sequence parallelism at run time: the hidden states between the blocks of a layer are this rank's share of the sequence.
+"""Sequence parallelism at run time: the hidden states between the blocks of a layer are this rank's share of the
+sequence.
 
-Norms, dropout and residuals work on shares. A *block* (attention, MLP) works on the whole sequence, exactly as under tensor
-parallelism alone: its input is gathered on the way in, its output is split on the way out. Two shortcuts make this cost what
-tensor parallelism alone costs (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2), and change no value: a column-wise
-layer that reads the gathered input needs no all-reduce in backward, since a reduce-scatter does both; a row-wise layer whose
-output leaves the block needs no all-reduce in forward, for the same reason.
+Norms, dropout and residuals work on shares. A *block* (attention, MLP) works on the whole sequence, exactly as under
+tensor parallelism alone: its input is gathered on the way in, its output is split on the way out. Two shortcuts make
+this cost what tensor parallelism alone costs (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2), and change no
+value: a column-wise layer that reads the gathered input needs no all-reduce in backward, since a reduce-scatter does
+both; a row-wise layer whose output leaves the block needs no all-reduce in forward, for the same reason.
 
-Active in forwards that record gradients. In all others (evaluation, generation with a cache) nothing is split, because there are
-no saved activations to save; then the model is tensor parallel only.
+Active in forwards that record gradients. In all others (evaluation, generation with a cache) nothing is split, because
+there are no saved activations to save; then the model is tensor parallel only.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ from .collectives import (
     split_sequence,
     watched_view,
 )
-from .dropout_rng import OwnNumbers
+from .dropout_rng import TPRngTracker
 from .hook_warnings import warn_of_hooks
 from .inplace_guard import note_version, refuse_changed
-from .local_parameters import Region
-from .saved_shards import GatheredAgain, keeping_shares, same_storage
+from .local_parameters import LocalParamForward
+from .saved_shards import SavedShards, same_storage, saving_shards
 
 logger = logging.getLogger(__name__)
 
-#: Keyword with which a layer or a block is told the length of the whole sequence. It travels with the call, so that a checkpoint
-#: recomputes with the length of its own forward, and a compiled layer takes it as an input.
+#: Keyword with which a layer or a block is told the length of the whole sequence. It travels with the call, so that a
+#: checkpoint recomputes with the length of its own forward, and a compiled layer takes it as an input.
 LENGTH = "sequence_length"
 
 
@@ -57,26 +58,29 @@ class SharedSequence(SharedInputs):
     Attributes:
         length: tokens of the whole sequence while the layer runs on shares, else None.
         gathered: (share, whole) pairs; two blocks that read the same activation share one all-gather.
-        again: under ``sequence_parallel_regather``, (whole, its version, how to gather it again) of a layer that is not compiled.
+        again: under ``sequence_parallel_regather``, (whole, its version, how to gather it again) of a layer that is not
+            compiled.
     """
 
     def __init__(self, axis: DeviceMesh, regather: bool = False) -> None:
         super().__init__()
         self.group, self.rank, self.size = axis.get_group(), axis.get_local_rank(), axis.size()
         self.regather = regather
-        self.again: list[tuple[torch.Tensor, int, GatheredAgain]] = []
+        self.again: list[tuple[torch.Tensor, int, SavedShards]] = []
         self.length: int | None = None
         self.gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.numbers: OwnNumbers | None = None
+        self.numbers: TPRngTracker | None = None
 
     def run(self, length: int | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``function``, which works on shares of a sequence of ``length``, with random numbers of this rank's own."""
+        """Call ``function``, which works on shares of a sequence of ``length``, with random numbers of this rank's
+        own.
+        """
         around, self.length = self.length, length
         self.draw_own()
         try:
             if self.regather:
                 if not torch.compiler.is_compiling():
-                    with keeping_shares(self.source_of):
+                    with saving_shards(self.source_of):
                         return function(*args, **kwargs)
                 if not self.told_compiler:
                     _warn_of_foreign_compilation()
@@ -104,7 +108,8 @@ class SharedSequence(SharedInputs):
     def gather(self, share: torch.Tensor, writes: bool = False) -> torch.Tensor:
         """The whole sequence ``(batch, length, ...)`` of ``share``. Its gradient has to be complete on every rank.
 
-        With ``writes``, the caller changes it in place: it gets one of its own, and takes no shortcut past its own history.
+        With ``writes``, the caller changes it in place: it gets one of its own, and takes no shortcut past its own
+        history.
         """
         for known, whole in self.gathered:
             if known is share and not writes:
@@ -132,10 +137,12 @@ class SharedSequence(SharedInputs):
         def gather(share: torch.Tensor) -> torch.Tensor:
             return gather_sequence(share, self.group, self.rank, self.size, length)
 
-        self.again.append((whole, compat.version_of(whole), GatheredAgain(share, gather)))
+        self.again.append((whole, compat.version_of(whole), SavedShards(share, gather)))
 
-    def source_of(self, tensor: torch.Tensor) -> GatheredAgain | None:
-        """How ``tensor`` is gathered again, None if it is nothing that was gathered, or has been changed in place since."""
+    def source_of(self, tensor: torch.Tensor) -> SavedShards | None:
+        """How ``tensor`` is gathered again, None if it is nothing that was gathered, or has been changed in place
+        since.
+        """
         for whole, version, source in self.again:
             if same_storage(tensor, whole):
                 return source if compat.version_of(whole) == version else None
@@ -172,9 +179,9 @@ def _warn_of_foreign_compilation() -> bool:
     if not _warned:
         _warned.append(True)
         logger.warning(
-            "sequence_parallel_regather=True has no effect: this model was compiled as a whole, after prepare, where nothing "
-            "tells the compiler what to gather again. Results are right. Compile with compile=True in AutoParallelismConfig or "
-            "with torch_compile=True in TrainingArguments instead of torch.compile(model)."
+            "sequence_parallel_regather=True has no effect: this model was compiled as a whole, after prepare, where "
+            "nothing tells the compiler what to gather again. Results are right. Compile with compile=True in "
+            "AutoParallelismConfig or with torch_compile=True in TrainingArguments instead of torch.compile(model)."
         )
     return True
 
@@ -183,7 +190,9 @@ _warned: list[bool] = []
 
 
 class TailInputs(SharedInputs):
-    """The memory for what follows the layers: the head reads the gathered hidden states, perhaps through a view of them."""
+    """The memory for what follows the layers: the head reads the gathered hidden states, perhaps through a view of
+    them.
+    """
 
     def __init__(self, axis: DeviceMesh) -> None:
         super().__init__()
@@ -214,13 +223,17 @@ def _is_unchanged(whole: torch.Tensor) -> bool:
 
 
 def _is_plain_view(x: torch.Tensor, whole: torch.Tensor) -> bool:
-    """True if ``x`` is all of ``whole``, and no function with a backward of its own (a scaled gradient) lies between."""
+    """True if ``x`` is all of ``whole``, and no function with a backward of its own (a scaled gradient) lies
+    between.
+    """
     place, same = ((t.shape, t.stride(), t.dtype, t.data_ptr()) for t in (x, whole))
     return place == same and x.numel() > 0 and compat.is_view_of(x, whole)
 
 
 class ScatterOutput(ReduceOutput):
-    """Hook of a row-wise layer that ends a block: sum the ranks' outputs, each rank keeps its share, then add the bias."""
+    """Hook of a row-wise layer that ends a block: sum the ranks' outputs, each rank keeps its share, then add the
+    bias.
+    """
 
     def __init__(self, group: dist.ProcessGroup, bias_owner: nn.Module | None) -> None:
         super().__init__(group, bias_owner)
@@ -253,8 +266,8 @@ class LayerForward:
 class BlockForward:
     """The forward of a block: whole inside, shares outside.
 
-    The hooks :meth:`before` and :meth:`after` stay outside of a checkpoint around the block, which therefore keeps the share and
-    gathers once more in its recomputation.
+    The hooks :meth:`before` and :meth:`after` stay outside of a checkpoint around the block, which therefore keeps the
+    share and gathers once more in its recomputation.
     """
 
     def __init__(self, block: nn.Module, spec: SequenceBlock) -> None:
@@ -328,8 +341,8 @@ class SequenceParallel:
         self.ended = False  # the running forward has gathered what the layers returned
         self.shares: list[weakref.ref[torch.Tensor]] = []
         self.members: dict[str, Any] = {}
-        self.regions: list[Region] = []
-        self.numbers: OwnNumbers | None = None
+        self.regions: list[LocalParamForward] = []
+        self.numbers: TPRngTracker | None = None
         self.first = True
         self.layers = [model.get_submodule(name) for name in spec.layers]
 
@@ -377,7 +390,7 @@ class SequenceParallel:
                 member.shared = shared
         return shared
 
-    def complete(self, regions: dict[nn.Module, Region], others: list[CopyInput]) -> None:
+    def complete(self, regions: dict[nn.Module, LocalParamForward], others: list[CopyInput]) -> None:
         """Called when all regions are there, with the column-wise layers outside of them.
 
         Raises:
@@ -386,8 +399,8 @@ class SequenceParallel:
         for name, layer in zip(self.spec.layers, self.layers, strict=True):
             if layer not in regions or self.members[name].shared is None:
                 raise UnsupportedError(
-                    f"sequence_parallel=True: {name} is no FSDP2 unit of its own, because another unit lies inside of it. Use "
-                    f"sequence_parallel=False or a wrap policy that names whole layers."
+                    f"sequence_parallel=True: {name} is no FSDP2 unit of its own, because another unit lies inside of "
+                    f"it. Use sequence_parallel=False or a wrap policy that names whole layers."
                 )
         self.regions = [regions[layer] for layer in self.layers]
         for region in regions.values():
@@ -395,11 +408,11 @@ class SequenceParallel:
         for copy in others:
             copy.shared = self.tail
 
-    def tell(self, region: Region) -> None:
+    def tell(self, region: LocalParamForward) -> None:
         """Let ``region`` know which calls work on shares."""
-        region.on_shares = functools.partial(self.on_shares, region.shared)
+        region.on_sequence_shards = functools.partial(self.on_sequence_shards, region.shared)
 
-    def on_shares(self, shared: SharedInputs | None, kwargs: dict[str, Any]) -> bool:
+    def on_sequence_shards(self, shared: SharedInputs | None, kwargs: dict[str, Any]) -> bool:
         """Does a call of a module with these arguments work on shares? ``shared`` is the memory of its region."""
         if shared is None:  # outside of the layers
             return self.length is not None
@@ -413,9 +426,9 @@ class SequenceParallel:
         own = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers)
         if own and torch.is_grad_enabled() and compat.checkpoints_around_calls():
             raise UnsupportedError(
-                "sequence_parallel=True with the model's own gradient checkpointing needs transformers 5.23 or later: the "
-                "installed one recomputes around the layer, where the length of the sequence is not known any more. Use "
-                "activation_checkpointing='full' in AutoParallelismConfig instead."
+                "sequence_parallel=True with the model's own gradient checkpointing needs transformers 5.23 or later: "
+                "the installed one recomputes around the layer, where the length of the sequence is not known any "
+                "more. Use activation_checkpointing='full' in AutoParallelismConfig instead."
             )
         if own and torch.is_grad_enabled() and self.spec.regather:
             raise recomputes_anyway("the model's own gradient checkpointing")
@@ -439,8 +452,9 @@ class SequenceParallel:
             return output
         if not self.ended:
             raise UnsupportedError(
-                f"sequence_parallel=True: {self.spec.tail}, which returns the whole sequence, was not called in this forward of "
-                f"{type(module).__name__}. Call all layers (layerdrop=0 in the model's config), or use sequence_parallel=False."
+                f"sequence_parallel=True: {self.spec.tail}, which returns the whole sequence, was not called in this "
+                f"forward of {type(module).__name__}. Call all layers (layerdrop=0 in the model's config), or use "
+                "sequence_parallel=False."
             )
         known = {id(x) for x in (ref() for ref in shares) if x is not None}
         return _map_known(output, known, lambda x: gather_sequence(x, self.group, self.rank, self.size, length))

@@ -24,8 +24,8 @@ def shard_parameter(
 ) -> nn.Parameter:
     """A new parameter that holds this rank's part of ``parameter`` as a DTensor of the full shape.
 
-    Every rank must hold equal values; nothing is communicated. ``requires_grad`` is kept. Attributes that a library set on
-    the parameter object are carried over. One without values (on the meta device) stays without.
+    Every rank must hold equal values; nothing is communicated. ``requires_grad`` is kept. Attributes that a library set
+    on the parameter object are carried over. One without values (on the meta device) stays without.
     """
     device = parameter.device if parameter.device.type == "meta" else device
     with torch.no_grad():

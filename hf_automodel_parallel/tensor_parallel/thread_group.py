@@ -11,7 +11,7 @@ import torch
 _PATIENCE = 120.0
 
 
-class InProcessGroup:
+class ThreadGroup:
     """One rank's view of a group of threads.
 
     Args:
@@ -45,7 +45,7 @@ class InProcessGroup:
 
     # What the boundaries ask of a mesh of one axis.
 
-    def get_group(self) -> InProcessGroup:
+    def get_group(self) -> ThreadGroup:
         """Itself: the axis has no other dimension."""
         return self
 

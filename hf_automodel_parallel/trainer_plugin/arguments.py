@@ -33,9 +33,9 @@ class AutoParallelArgumentsMixin:
     auto_parallel: str | None = field(
         default=None,
         metadata={
-            "help": "Parallelise the model: a list such as 'tp=2,dp_shard=4', or the path of a YAML or JSON file with the "
-            "fields of AutoParallelismConfig (in Python also a dict). Axes that are left out are inferred from the number "
-            "of processes. Example: --auto_parallel tp=2"
+            "help": "Parallelise the model: a list such as 'tp=2,dp_shard=4', or the path of a YAML or JSON file with "
+            "the fields of AutoParallelismConfig (in Python also a dict). Axes that are left out are inferred from the "
+            "number of processes. Example: --auto_parallel tp=2"
         },
     )
 
@@ -47,8 +47,8 @@ class AutoParallelArgumentsMixin:
             config = AutoParallelismConfig.parse(self.auto_parallel)
             if explicit is not None and not _compatible(explicit, config):
                 raise ConfigError(
-                    f"auto_parallel={self.auto_parallel!r} and parallelism_config={explicit!r} were both given and differ. "
-                    f"Give one of the two."
+                    f"auto_parallel={self.auto_parallel!r} and parallelism_config={explicit!r} were both given and "
+                    f"differ. Give one of the two."
                 )
             if explicit is None:
                 self.parallelism_config = config
@@ -58,7 +58,9 @@ class AutoParallelArgumentsMixin:
 
 
 def _as_json(value: Any) -> Any:
-    """A form of ``value`` (config, dict or path) that JSON can hold and :meth:`AutoParallelismConfig.parse` reads back."""
+    """A form of ``value`` (config, dict or path) that JSON can hold and :meth:`AutoParallelismConfig.parse` reads
+    back.
+    """
     if isinstance(value, AutoParallelismConfig):
         return value.to_dict()
     return plain(value) if isinstance(value, Mapping) else os.fspath(value)

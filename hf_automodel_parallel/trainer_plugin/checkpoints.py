@@ -49,7 +49,8 @@ class ParallelTrainer(ParallelEvaluation):
     # ---- resuming --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Like ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last complete checkpoint and names the others.
+        """Like ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last complete checkpoint and names the
+        others.
 
         Raises:
             CheckpointError: on all ranks: there is none, or it is damaged.
@@ -59,7 +60,8 @@ class ParallelTrainer(ParallelEvaluation):
             found = last_complete_checkpoint(self.args.output_dir)
             if found is None:
                 raise CheckpointError(
-                    f"resume_from_checkpoint=True, but there is no complete checkpoint in output_dir={self.args.output_dir!r}."
+                    "resume_from_checkpoint=True, but there is no complete checkpoint in "
+                    f"output_dir={self.args.output_dir!r}."
                 )
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
@@ -176,14 +178,18 @@ class ParallelTrainer(ParallelEvaluation):
                 super()._push_from_checkpoint(to_push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Like the Trainer's, when the checkpoint is complete: what goes to the hub has the manifest and not the mark."""
+        """Like the Trainer's, when the checkpoint is complete: what goes to the hub has the manifest and not the
+        mark.
+        """
         if self._tasks is None:
             super()._push_from_checkpoint(checkpoint_folder)
             return
         self._to_push = checkpoint_folder
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written any more."""
+        """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written
+        any more.
+        """
         wait_for_saves()
         return super()._finalize_training(*args, **kwargs)
 

@@ -1,4 +1,6 @@
-"""Options of the Trainer that would give wrong results on a mesh without a word, and that Accelerate does not hand on."""
+"""Options of the Trainer that would give wrong results on a mesh without a word, and that Accelerate does not hand
+on.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,10 @@ def check_trainer(accelerator: Accelerator) -> None:
     """Before a model is prepared for training.
 
     Raises:
-        ConfigError: ``average_tokens_across_devices=False`` where ranks share batches. The Trainer then divides the number
-            of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much too large.
-            Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and ``fp16_full_eval`` beside
-            data parallelism.
+        ConfigError: ``average_tokens_across_devices=False`` where ranks share batches. The Trainer then divides the
+            number of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much
+            too large. Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and
+            ``fp16_full_eval`` beside data parallelism.
     """
     trainer = _trainer(accelerator)
     if trainer is None:
@@ -52,8 +54,8 @@ def check_trainer(accelerator: Accelerator) -> None:
     for field in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(trainer.args, field, False) and _has_data_parallel_ranks(accelerator):
             raise ConfigError(
-                f"{field}=True casts the model when it is evaluated, and FSDP2 cannot gather parameters whose dtype has changed. "
-                f"Use {field[:4]}=True (mixed precision), which evaluates in that dtype, too."
+                f"{field}=True casts the model when it is evaluated, and FSDP2 cannot gather parameters whose dtype "
+                f"has changed. Use {field[:4]}=True (mixed precision), which evaluates in that dtype, too."
             )
     if getattr(trainer.args, "average_tokens_across_devices", True):
         return
@@ -61,8 +63,8 @@ def check_trainer(accelerator: Accelerator) -> None:
     shared = accelerator.parallelism_config.non_data_parallel_size  # type: ignore[union-attr]
     if counts and shared > 1:
         raise ConfigError(
-            f"average_tokens_across_devices=False with {shared} ranks to a batch (tp_size x cp_size): the Trainer would make "
-            f"losses and gradients {shared} times too large. Leave it at True, its default."
+            f"average_tokens_across_devices=False with {shared} ranks to a batch (tp_size x cp_size): the Trainer "
+            f"would make losses and gradients {shared} times too large. Leave it at True, its default."
         )
 
 
@@ -76,11 +78,12 @@ def _check_hub(accelerator: Accelerator, args: Any) -> None:
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if strategy == "every_save" and "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type):
         raise ConfigError(
-            "hub_strategy='every_save' uploads the model of each checkpoint, which SHARDED_STATE_DICT does not write: there "
-            "would be configs without weights on the hub. Use state_dict_type='FULL_STATE_DICT', or hub_strategy='end' or "
-            "'checkpoint'."
+            "hub_strategy='every_save' uploads the model of each checkpoint, which SHARDED_STATE_DICT does not write: "
+            "there would be configs without weights on the hub. Use state_dict_type='FULL_STATE_DICT', or "
+            "hub_strategy='end' or 'checkpoint'."
         )
     if "checkpoint" in strategy and getattr(accelerator.parallelism_config, "async_save", False):
         raise ConfigError(
-            f"hub_strategy={strategy!r} uploads a checkpoint at once, async_save=True writes it later. Use one of the two."
+            f"hub_strategy={strategy!r} uploads a checkpoint at once, async_save=True writes it later. Use one of the "
+            "two."
         )

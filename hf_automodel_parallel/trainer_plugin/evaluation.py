@@ -9,7 +9,9 @@ from transformers import Trainer
 
 
 class ParallelEvaluation(Trainer):
-    """What a Trainer with an :class:`AutoParallelismConfig` does differently in evaluation; see :mod:`.trainer_seam`."""
+    """What a Trainer with an :class:`AutoParallelismConfig` does differently in evaluation; see
+    :mod:`.trainer_seam`.
+    """
 
     _gathering: Any = None
 
@@ -17,8 +19,8 @@ class ParallelEvaluation(Trainer):
     def gather_function(self) -> Any:
         """How predictions, losses and labels are gathered.
 
-        ``Seq2SeqTrainer`` chooses ``Accelerator.gather`` before it predicts, which returns what all processes have: each sample
-        once per tp rank, and those again that fill up the last batch.
+        ``Seq2SeqTrainer`` chooses ``Accelerator.gather`` before it predicts, which returns what all processes have:
+        each sample once per tp rank, and those again that fill up the last batch.
         """
         return self._gathering
 

@@ -1,10 +1,10 @@
 """The seam to the Trainer: how one Trainer instance, of whatever subclass, comes to save and load through this package.
 
-The Trainer calls Accelerate's functions for FSDP checkpoints by the names it has imported, so that there is no object to bind
-to. But it builds its ``Accelerator`` in its own constructor, which is on the stack when our config is asked. That one instance
-gets a class of its own, with :class:`.trainer_checkpoints.ParallelTrainer` between the Trainer's subclasses and ``Trainer``: what
-a subclass (TRL's, the user's) overrides comes first, and its ``super()`` calls reach ours. FSDP2 extends modules likewise.
-No class is changed, and other Trainers of the process stay stock.
+The Trainer calls Accelerate's functions for FSDP checkpoints by the names it has imported, so that there is no object
+to bind to. But it builds its ``Accelerator`` in its own constructor, which is on the stack when our config is asked.
+That one instance gets a class of its own, with :class:`.trainer_checkpoints.ParallelTrainer` between the Trainer's
+subclasses and ``Trainer``: what a subclass (TRL's, the user's) overrides comes first, and its ``super()`` calls reach
+ours. FSDP2 extends modules likewise. No class is changed, and other Trainers of the process stay stock.
 """
 
 from __future__ import annotations

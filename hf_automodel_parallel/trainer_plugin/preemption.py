@@ -1,9 +1,9 @@
 """SIGTERM during training: all ranks write their checkpoint after the same step.
 
-``TrainingArguments(enable_jit_checkpoint=True)`` lets each process save on its own, some seconds after its own signal. Signals
-do not reach all ranks during the same step, and saving a sharded model is a collective: ranks would wait for each other in
-different ones. So a rank only notes its signal; during each optimizer step the ranks ask each other, and the first step with
-a signal anywhere is the last one for all of them.
+``TrainingArguments(enable_jit_checkpoint=True)`` lets each process save on its own, some seconds after its own signal.
+Signals do not reach all ranks during the same step, and saving a sharded model is a collective: ranks would wait for
+each other in different ones. So a rank only notes its signal; during each optimizer step the ranks ask each other, and
+the first step with a signal anywhere is the last one for all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _NOTED = "_automodel_parallel_signal"
 
 
 def adopt_signal_handler() -> None:
-    """Take over the Trainer's handler of SIGTERM, if it has one: on its instance, once. Call it before the first step."""
+    """Take over the Trainer's handler of SIGTERM, if it has one: on its instance, once. Call it before the first
+    step.
+    """
     manager = _manager()
     if manager is None or hasattr(manager, _NOTED):
         return
@@ -46,7 +48,8 @@ def adopt_signal_handler() -> None:
 
 
 def agree_on_signal() -> None:
-    """During an optimizer step, on all ranks: if any of them has got a signal, each one's Trainer saves after this step.
+    """During an optimizer step, on all ranks: if any of them has got a signal, each one's Trainer saves after this
+    step.
 
     Costs an all-reduce of one number, and nothing where ``enable_jit_checkpoint`` is off.
     """

@@ -1,7 +1,7 @@
 """Synchronous stand-ins for what megatron-fsdp asks of CUDA and NCCL, so that its real code runs on gloo.
 
-Streams and events only order work that overlaps; where every call is finished when it returns, they have nothing to do. Used by
-tests alone: the package itself has no such thing.
+Streams and events only order work that overlaps; where every call is finished when it returns, they have nothing to do.
+Used by tests alone: the package itself has no such thing.
 """
 
 import contextlib
@@ -42,7 +42,9 @@ def cuda_standins() -> Iterator[None]:
     preprocessing = buffers.gradient_reduce_preprocessing
 
     def without_premultiplied_sum(gradient: torch.Tensor, factor: float | None, config: Any) -> Any:
-        """Scaling inside of the reduction is NCCL's alone; elsewhere megatron-fsdp scales before it, as for bfloat16."""
+        """Scaling inside of the reduction is NCCL's alone; elsewhere megatron-fsdp scales before it, as for
+        bfloat16.
+        """
         return preprocessing(gradient, factor, dataclasses.replace(config, gradient_reduce_div_fusion=False))
 
     with contextlib.ExitStack() as stack:

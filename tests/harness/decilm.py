@@ -1,6 +1,8 @@
-"""A stand-in for DeciLM (Llama-3.3-Nemotron-Super), whose code is not in transformers: its names, its heterogeneous blocks.
+"""A stand-in for DeciLM (Llama-3.3-Nemotron-Super), whose code is not in transformers: its names, its heterogeneous
+blocks.
 
-Like the original it is written in the style of transformers 4.4x: attention reshapes to head counts that it keeps itself.
+Like the original it is written in the style of transformers 4.4x: attention reshapes to head counts that it keeps
+itself.
 """
 
 from types import SimpleNamespace

@@ -1,9 +1,9 @@
 """Parity with dropout: the masks that the ranks drew are observed, put together, and replayed by the oracle.
 
-What is observed is the tensor that dropout gave to the adapter, whoever drew the mask: elements that are exactly zero were
-dropped (an activation of these models is never exactly zero itself). An opaque operator does it, so a mask is seen too where
-the layer is compiled, and seen a second time where a checkpoint recomputes the layer: the two must be equal, or the gradients
-are those of another function than the loss.
+What is observed is the tensor that dropout gave to the adapter, whoever drew the mask: elements that are exactly zero
+were dropped (an activation of these models is never exactly zero itself). An opaque operator does it, so a mask is seen
+too where the layer is compiled, and seen a second time where a checkpoint recomputes the layer: the two must be equal,
+or the gradients are those of another function than the loss.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str, float]]:
 def observe_dropout(model: nn.Module) -> None:
     """Observe every LoRA and DoRA dropout of ``model`` from here on; call it before ``prepare``.
 
-    DoRA calls ``lora_A`` also on the identity matrix, and its base product reads the dropped input as well, so the layer that
-    holds the magnitude is where its dropout arrives.
+    DoRA calls ``lora_A`` also on the identity matrix, and its base product reads the dropped input as well, so the
+    layer that holds the magnitude is where its dropout arrives.
     """
     _seen.clear()
     for key, layer, adapter, _ in _dropouts(model):
@@ -94,13 +94,14 @@ class _Replay(nn.Module):
 
 
 def replay_dropout(reference: nn.Module, by_rank: list[Masks], tp_size: int) -> int:
-    """Let the oracle's dropouts use what the ranks drew; its batches must be those of the data-parallel ranks, in order.
+    """Let the oracle's dropouts use what the ranks drew; its batches must be those of the data-parallel ranks, in
+    order.
 
     Args:
         reference: the one-process model, as it was built.
         by_rank: the masks of each rank; the ranks of a tp group are neighbours.
-        tp_size: ranks of a tp group. A row-wise layer's ranks hold slices of the features, which are put together; where the
-            features are whole, the ranks' masks have to be equal.
+        tp_size: ranks of a tp group. A row-wise layer's ranks hold slices of the features, which are put together;
+            where the features are whole, the ranks' masks have to be equal.
 
     Returns:
         How many row-wise masks (one for each layer and data-parallel rank) were not the same slice on all tp ranks.

@@ -17,14 +17,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_automodel_parallel.core.model_structure import find_layers
 from hf_automodel_parallel.core.module_names import unwrapped
-from hf_automodel_parallel.strategies.context import Job
+from hf_automodel_parallel.strategies.context import ParallelizeContext
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
 from .models import build_model, lora, make_batches
 
 
 class Tracker(MemTracker):
-    """MemTracker for parameters that are no leaves: in flight they are views of DTensors, on which it cannot set its hooks."""
+    """MemTracker for parameters that are no leaves: in flight they are views of DTensors, on which it cannot set its
+    hooks.
+    """
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
@@ -47,17 +49,18 @@ def sharded(name: str, tp: int, layers: int, adapter: dict[str, Any] | None, cha
 
     Args:
         changes: called with the model before.
-        options: fields of :class:`Job`, such as ``sequence_parallel``; ``values``: of the model's config.
+        options: fields of :class:`ParallelizeContext`, such as ``sequence_parallel``; ``values``: of the model's
+            config.
     """
     model: nn.Module = build_model(name, num_key_value_heads=tp, num_hidden_layers=layers, **options.pop("values", {}))
     model = model if adapter is None else lora(model, **adapter)  # type: ignore[arg-type]
     changes(model)
     mesh = init_device_mesh("cpu", (1, tp), mesh_dim_names=("dp_shard_cp", "tp"))
-    job = Job(model, mesh, torch.device("cpu"), sums_after_backward=True, **options)
-    job.options.mp_policy = MixedPrecisionPolicy()
+    context = ParallelizeContext(model, mesh, torch.device("cpu"), sums_after_backward=True, **options)
+    context.options.mp_policy = MixedPrecisionPolicy()
     strategy = DefaultParallelizationStrategy()
-    strategy.plan(job)
-    strategy.carry_out(job)
+    strategy.plan(context)
+    strategy.carry_out(context)
     return model
 
 
@@ -74,7 +77,9 @@ class _Follows(torch.autograd.Function):
 
 
 def leave_blocks_out(model: nn.Module) -> None:
-    """Let attention and MLP blocks keep nothing, so that a forward keeps what norms, residuals and dropout keep alone."""
+    """Let attention and MLP blocks keep nothing, so that a forward keeps what norms, residuals and dropout keep
+    alone.
+    """
 
     def without(forward: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

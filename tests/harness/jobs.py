@@ -1,7 +1,7 @@
 """Real jobs for tests of faults: separate processes that may be killed, stopped or cut off, and that always end.
 
-A pool worker (`pool`) that dies costs the pool. Here each rank is a process of its own, without a launcher beside it that
-would end the others, so that what the survivors do is seen.
+A pool worker (`pool`) that dies costs the pool. Here each rank is a process of its own, without a launcher beside it
+that would end the others, so that what the survivors do is seen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def free_port() -> int:
 
 
 class Forked:
-    """What `subprocess.Popen` has, as far as :class:`Job` uses it, for a script in a process that need not import everything."""
+    """What `subprocess.Popen` has, as far as :class:`Job` uses it, for a script in a process that need not import
+    everything.
+    """
 
     def __init__(self, script: Path, arguments: list[str], values: dict[str, str], directory: Path, log: Path) -> None:
         self.process = fork(_run_script, str(script), arguments, values, str(directory), str(log))

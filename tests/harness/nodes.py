@@ -111,8 +111,8 @@ class Namespaces(Nodes):
 class Frozen(Nodes):
     """The stand-in: both nodes share this machine's loopback device, and the second one is stopped instead of cut off.
 
-    To the first it looks alike: connections stay open and nothing comes. The second goes on when the first has given up,
-    and finds its connections closed.
+    To the first it looks alike: connections stay open and nothing comes. The second goes on when the first has given
+    up, and finds its connections closed.
     """
 
     interface, address = "lo", "127.0.0.1"

@@ -50,8 +50,9 @@ RESET_TIMEOUT = 30.0
 """Seconds for all ranks to clean up after a job and to meet again."""
 
 MOST_THREADS = 30
-"""A pool whose ranks have more when they are idle is replaced. A process group that something keeps alive after its job has three
-threads that wake up a hundred times a second; some dozen of them take a good part of the machine from the other tests."""
+"""A pool whose ranks have more when they are idle is replaced. A process group that something keeps alive after its job
+has three threads that wake up a hundred times a second; some dozen of them take a good part of the machine from the
+other tests."""
 
 CLOSE_TIMEOUT = 5.0
 STACK_DUMP_SECONDS = 0.5
@@ -123,7 +124,8 @@ _STATIC_ENVIRONMENT = {
     ),
 } | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 
-# Workers are forked from a process that has imported everything once: eight seconds of computing for each of them otherwise.
+# Workers are forked from a process that has imported everything once: eight seconds of computing for each of them
+# otherwise.
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload([f"{__package__}.pool_worker"])
 

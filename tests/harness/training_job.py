@@ -1,4 +1,5 @@
-"""The script of the tests of faults: the stock Trainer on a tiny model, which dies, waits or resumes where it is told to.
+"""The script of the tests of faults: the stock Trainer on a tiny model, which dies, waits or resumes where it is told
+to.
 
 The working directory takes what it reports: `result<RANK>.json` at the end, `reached<RANK>` where it waits.
 """

@@ -93,8 +93,8 @@ def uncovered(cells: list[Cell]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]
 def adapter_options(cell: Cell) -> dict[str, Any] | None:
     """LoRA options of a cell, None for full fine-tuning.
 
-    PEFT has neither dropout nor DoRA for the fused expert weights of a mixture of experts (an error of its own says so):
-    there such an adapter is on the attention alone; without them, on every linear layer and on the experts.
+    PEFT has neither dropout nor DoRA for the fused expert weights of a mixture of experts (an error of its own says
+    so): there such an adapter is on the attention alone; without them, on every linear layer and on the experts.
     """
     if cell.adapter == "full":
         return None
@@ -167,7 +167,9 @@ def run_cell(cell: Cell, backend: str, timeout: float = 240.0) -> Verdict:
 
 
 def recomputes_adapters(cell: Cell) -> bool:
-    """True if the recomputation of the checkpoint contains the adapters (checked, so that the masks' equality says something)."""
+    """True if the recomputation of the checkpoint contains the adapters (checked, so that the masks' equality says
+    something).
+    """
     return cell.checkpointing != "none"
 
 

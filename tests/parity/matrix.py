@@ -1,12 +1,12 @@
 """``python -m parity.matrix`` (from tests/): every cell of the parity matrices, written to docs/parity.md.
 
-Exits 1 if a cell fails. ``make parity`` runs it. The default backend of the compiled cells is aot_eager: it takes the same
-graphs through the same autograd as inductor, which on two CPU cores spends most of a minute per cell in the C++ compiler;
-``--backend inductor --only llama-`` (for example) runs cells with it.
+Exits 1 if a cell fails. ``make parity`` runs it. The default backend of the compiled cells is aot_eager: it takes the
+same graphs through the same autograd as inductor, which on two CPU cores spends most of a minute per cell in the C++
+compiler; ``--backend inductor --only llama-`` (for example) runs cells with it.
 
-Verdicts are kept in build/parity.jsonl, one line each, so that a run may be done in pieces: ``--resume`` runs what is not in
-there yet (for these versions and this backend), ``--minutes 10`` stops after ten. A matrix that is not run keeps its section of
-the page.
+Verdicts are kept in build/parity.jsonl, one line each, so that a run may be done in pieces: ``--resume`` runs what is
+not in there yet (for these versions and this backend), ``--minutes 10`` stops after ten. A matrix that is not run keeps
+its section of the page.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ MATRICES = {
         ),
         adapters.CI_CELLS,
         [
-            "With dropout 0.1 the oracle replays the masks that the ranks drew; a mask that a checkpoint draws again has to be",
-            "  the same (`tests/harness/dropout.py`). Fused expert weights have neither dropout nor DoRA in PEFT; such adapters",
+            "With dropout 0.1 the oracle replays the masks that the ranks drew; a mask that a checkpoint draws again "
+            "has to be",
+            "  the same (`tests/harness/dropout.py`). Fused expert weights have neither dropout nor DoRA in PEFT; such "
+            "adapters",
             "  of Qwen3-MoE are on the attention, the others on all linear layers and the experts.",
         ],
     ),
@@ -100,8 +102,10 @@ MATRICES = {
         ),
         sequence.CI_CELLS,
         [
-            "Sequences of 15 tokens, which neither 2 nor 4 ranks divide; eager cells run a second forward, of 10 tokens, before",
-            "  the backward of both. `own` is transformers' gradient checkpointing (not reentrant). LoRA is on all linear",
+            "Sequences of 15 tokens, which neither 2 nor 4 ranks divide; eager cells run a second forward, of 10 "
+            "tokens, before",
+            "  the backward of both. `own` is transformers' gradient checkpointing (not reentrant). LoRA is on all "
+            "linear",
             "  layers, and on the experts.",
             "`gathered again`: `sequence_parallel_regather=True`.",
         ],
@@ -137,8 +141,8 @@ def main(
         raise typer.Exit(2)
     known = read_verdicts(verdicts, backend)
     chosen = [(name, cell) for name, cell in chosen if (name, str(cell)) not in known]
-    # One world size after the other: only one pool of workers is alive at a time. What is quick comes first, and the plain
-    # cells before those of an option.
+    # One world size after the other: only one pool of workers is alive at a time. What is quick comes first, and the
+    # plain cells before those of an option.
     chosen.sort(key=lambda pair: (pair[1].compiled, str(pair[1]).endswith("-again"), MESHES[pair[1].mesh][0]))
     start = time.monotonic()
     columns = (
@@ -201,12 +205,15 @@ def read_verdicts(path: Path, backend: str) -> dict[tuple[str, str], dict[str, A
     return found
 
 
-# ---- the page ----------------------------------------------------------------------------------------------------------
+# ---- the page
+# ----------------------------------------------------------------------------------------------------------
 
 HEADER = """# Parity with one process
 
-A cell compares loss and every gradient of one step with the same model in one process, at equal weights (float32, CPU, gloo).
-Bounds: loss 1e-6 (relative), each gradient 1e-5 of its own norm + 1e-8 of the norm of all. No gradient may be missing or new.
+A cell compares loss and every gradient of one step with the same model in one process, at equal weights (float32, CPU,
+gloo).
+Bounds: loss 1e-6 (relative), each gradient 1e-5 of its own norm + 1e-8 of the norm of all. No gradient may be missing
+or new.
 An entry is the worst gradient's error in units of its bound (1 would be a failure), and its relative error.
 
 Written by `make parity` (`python -m parity.matrix`), one section a matrix."""
@@ -241,21 +248,23 @@ def section(matrix: Matrix, records: dict[str, dict[str, Any]], backend: str) ->
     lines = [
         f"## {matrix.title}",
         "",
-        f"**{len(held)} of {len(verdicts)} cells hold**, {len(failed)} fail; {len(matrix.cells)} are in the whole matrix"
-        + (f", of which {len(missing)} were not run." if missing else "."),
+        f"**{len(held)} of {len(verdicts)} cells hold**, {len(failed)} fail; {len(matrix.cells)} are in the whole "
+        "matrix" + (f", of which {len(missing)} were not run." if missing else "."),
         "",
-        f"* Run on {' to '.join(dates[:1] + dates[1:][-1:])}; {VERSIONS}; {os.cpu_count()} CPU cores, {minutes:.0f} minutes.",
+        f"* Run on {' to '.join(dates[:1] + dates[1:][-1:])}; {VERSIONS}; {os.cpu_count()} CPU cores, {minutes:.0f} "
+        "minutes.",
         f"* Compiled cells: backend `{backend}`, each decoder layer in place.",
         *(note if note.startswith("  ") else f"* {note}" for note in matrix.notes),
-        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. With activation checkpointing such a layer runs",
+        "* LoRA on fused expert weights breaks dynamo's graph inside of PEFT. With activation checkpointing such a "
+        "layer runs",
         "  uncompiled and says so.",
     ]
     if held:
         worst = max(held, key=lambda verdict: verdict["in_bounds"])
         lines += [
             "",
-            f"Worst of all: {worst['in_bounds']:.2f} bounds ({worst['relative']:.1e}) at `{worst['worst']}`; worst loss "
-            f"{max(verdict['loss'] for verdict in held):.1e}.",
+            f"Worst of all: {worst['in_bounds']:.2f} bounds ({worst['relative']:.1e}) at `{worst['worst']}`; worst "
+            f"loss {max(verdict['loss'] for verdict in held):.1e}.",
         ]
     if failed:
         lines += ["", "### Failures", ""]

@@ -105,7 +105,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_family(name: str, **overrides: Any) -> transformers.PreTrainedModel:
-    """A tiny model of the class ``name``, on the device of the context, with random parameters if that is no meta device."""
+    """A tiny model of the class ``name``, on the device of the context, with random parameters if that is no meta
+    device.
+    """
     config_name, values = CONFIGS[name]
     source = decilm if name == "DeciLMForCausalLM" else transformers
     config_class, model_class = getattr(source, config_name), getattr(source, name)

@@ -19,7 +19,9 @@ from parity.jobs import batches_for, build, data_rank, trainable
 
 @contextmanager
 def recorded_masks() -> Iterator[list[torch.Tensor]]:
-    """What every active dropout kept, in the order of the calls; not of runs without values (while a model is planned)."""
+    """What every active dropout kept, in the order of the calls; not of runs without values (while a model is
+    planned).
+    """
     masks: list[torch.Tensor] = []
     real, real_sharded = torch.nn.functional.dropout, ShardedDropout.forward
 

@@ -1,7 +1,7 @@
 """The parity matrix of sequence parallelism: its axes, its cells, what one cell does (DESIGN: promise 1).
 
-Every cell has a length that its tp axis does not divide. An eager cell runs two forwards of different lengths before one
-backward of both; a compiled one a single forward, because a second length would compile everything once more.
+Every cell has a length that its tp axis does not divide. An eager cell runs two forwards of different lengths before
+one backward of both; a compiled one a single forward, because a second length would compile everything once more.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def run_cell(cell: SequenceCell, backend: str, timeout: float = 280.0) -> Verdic
     return judge(loss, gradients, *want)
 
 
-#: model -> the modes of checkpointing whose cells are compiled: mostly on tp2, where there are two processes to compile.
+#: model -> the modes of checkpointing whose cells are compiled: mostly on tp2, where there are two processes to
+#: compile.
 _COMPILED = {
     "llama": ("none",),
     "llama_tied": ("selective",),

@@ -40,7 +40,8 @@ def sequence_gradients(
     own_checkpointing: dict[str, Any] | None = None,
     frozen: str = "",
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
-    """Loss and gradients of one step with sequence parallelism; one micro-batch of each length, backwards after all forwards.
+    """Loss and gradients of one step with sequence parallelism; one micro-batch of each length, backwards after all
+    forwards.
 
     Parameters whose name contains `frozen` do not train.
     """
@@ -200,7 +201,9 @@ def gradients_of_dropped_layers(model: torch.nn.Module, backward: Any = torch.Te
 
 
 def dropped_layers() -> tuple[dict[Any, Any], str]:
-    """:func:`gradients_of_dropped_layers` under sequence parallelism, and what is said where the last layer is the end of it."""
+    """:func:`gradients_of_dropped_layers` under sequence parallelism, and what is said where the last layer is the end
+    of it.
+    """
     config = AutoParallelismConfig(tp_size=2, sequence_parallel=True, audit="off")
     accelerator = Accelerator(parallelism_config=config)
     model = opt()

@@ -1,4 +1,6 @@
-"""Context parallelism: loss and gradients of one process, through Accelerate's documented loop and the stock Trainer."""
+"""Context parallelism: loss and gradients of one process, through Accelerate's documented loop and the stock
+Trainer.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hf_automodel_parallel.context_parallel import attention
 from hf_automodel_parallel.context_parallel.attention import mark
 from hf_automodel_parallel.context_parallel.layout import Layout
 from hf_automodel_parallel.context_parallel.models import check_model
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from parity.jobs import SEQUENCE, batches_for, build, data_rank, five_steps_trainer, trainable
 from parity.jobs import _Rows as Rows
 from parity.random_jobs import recorded_masks, replayed_masks
@@ -36,7 +38,9 @@ def in_context(accelerator, batch, **options):
 
 
 def gradients(name, sizes, adapter, dp_size, overrides=None, **options):
-    """Loss and gradients of one step of Accelerate's loop; labels of some prompts are ignored, so parts have other numbers."""
+    """Loss and gradients of one step of Accelerate's loop; labels of some prompts are ignored, so parts have other
+    numbers.
+    """
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, **options))
     model = build(name, adapter, **(overrides or {}))
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
@@ -214,7 +218,9 @@ def gradients_and_masks(checkpointing):
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_dropout_masks_differ_along_the_sequence_alone(checkpointing):
-    """Replayed in one process: equal on tp ranks where activations are replicated, others on each part of a sequence."""
+    """Replayed in one process: equal on tp ranks where activations are replicated, others on each part of a
+    sequence.
+    """
     answers = run_distributed(4, gradients_and_masks, checkpointing)
     reference = build("llama", DROPOUT).train()
     (batch,) = batches_for(reference, 1, ragged=True)
@@ -240,7 +246,9 @@ def whole_sequence(first, second):
 
 
 def misuses():
-    """Each mistake raises on all four ranks, also one that only the second data-parallel rank makes; then all goes on."""
+    """Each mistake raises on all four ranks, also one that only the second data-parallel rank makes; then all goes
+    on.
+    """
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(cp_size=2, dp_shard_size=2))
     model = build("llama")
     good = batches_for(model, 1)[0]
@@ -327,7 +335,10 @@ UNSUITABLE = {
     "eager": (lambda: build("llama", attn_implementation="eager"), "attn_implementation='sdpa'"),
     "router loss": (lambda: build("mixtral_aux"), "output_router_logits"),
     "mamba": (lambda: from_config("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=2), "attention impl"),
-    "no sdpa": (lambda: from_config("bloom", vocab_size=64, hidden_size=16, n_layer=2, n_head=2), "class does not have. Use cp"),
+    "no sdpa": (
+        lambda: from_config("bloom", vocab_size=64, hidden_size=16, n_layer=2, n_head=2),
+        "class does not have. Use cp",
+    ),
     "hybrid": (lambda: from_config("lfm2", **TINY, layer_types=["full_attention", "conv"]), "type conv"),
     "dynamic rope": (
         lambda: build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -358,16 +369,16 @@ def test_models_that_mix_positions_otherwise_are_refused(name):
     make, message = UNSUITABLE[name]
     model = make()
     with pytest.raises(UnsupportedError, match=message):
-        check_model(model, dissect(model), size=2)
+        check_model(model, find_structure(model), size=2)
 
 
 def test_what_the_loss_of_a_model_has_to_know():
     model = build("llama")
-    assert check_model(model, dissect(model), 2).no_loss == ""
+    assert check_model(model, find_structure(model), 2).no_loss == ""
     model.loss_function = lambda logits, labels, **kwargs: logits.sum()
-    assert "takes no shift_labels and no num_items_in_batch" in check_model(model, dissect(model), 2).no_loss
+    assert "takes no shift_labels and no num_items_in_batch" in check_model(model, find_structure(model), 2).no_loss
     model.forward = lambda input_ids, attention_mask=None, position_ids=None: None
-    assert "does not compute the loss" in check_model(model, dissect(model), 2).no_loss
+    assert "does not compute the loss" in check_model(model, find_structure(model), 2).no_loss
 
 
 def test_the_mark_cannot_be_mistaken_for_a_mask():
@@ -385,7 +396,9 @@ def test_an_attention_that_the_mark_does_not_reach(monkeypatch):
     module.config = build("llama").config
     attention.install([module], attention.Place(Layout(0, 2), None))
     query = torch.randn(1, 2, 4, 8)
-    with pytest.raises(UnsupportedError, match="Identity.* makes a mask of its own.*cp_size=1.*model that prepare returned"):
+    with pytest.raises(
+        UnsupportedError, match="Identity.* makes a mask of its own.*cp_size=1.*model that prepare returned"
+    ):
         attention.attention(module, query, query, query, torch.zeros(1, 1, 4, 4))
 
 

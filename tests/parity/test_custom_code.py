@@ -1,4 +1,6 @@
-"""Code that comes with a model (``trust_remote_code=True``): its plan is used, else a proven one, else it is refused."""
+"""Code that comes with a model (``trust_remote_code=True``): its plan is used, else a proven one, else it is
+refused.
+"""
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal

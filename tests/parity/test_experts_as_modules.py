@@ -165,7 +165,7 @@ def test_a_loop_without_accelerator(routes):
 
 def reductions() -> list[int]:
     """How often a model whose parameters all have gradients reads who used what."""
-    from hf_automodel_parallel.fsdp import unused_gradients as fsdp_used
+    from hf_automodel_parallel.fsdp import unused_gradients as unused_gradients
 
     reads = []
     original = torch.Tensor.tolist
@@ -178,7 +178,7 @@ def reductions() -> list[int]:
         accelerator.backward(model(**batch, use_cache=False).loss)
     finally:
         torch.Tensor.tolist = original  # type: ignore[method-assign]
-    assert isinstance(model, FSDPModule) and not any(isinstance(m, fsdp_used.Used) for m in model.modules())
+    assert isinstance(model, FSDPModule) and not any(isinstance(m, unused_gradients.Used) for m in model.modules())
     return reads
 
 

@@ -93,7 +93,9 @@ def test_defect_17_a_float32_parameter_owned_by_a_bfloat16_module():
 
 
 def _check_bfloat16(family: str) -> None:
-    """Without tensor parallelism nothing rounds in another order, so one process in the same dtypes is the reference."""
+    """Without tensor parallelism nothing rounds in another order, so one process in the same dtypes is the
+    reference.
+    """
     arguments = {"dtype": torch.bfloat16}
     world, sizes, dp_size = MESHES["fsdp2"]
     loss, gradients, seen = run_distributed(world, parallelized, family, sizes, dp_size, arguments, policy=None)[0]

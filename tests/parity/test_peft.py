@@ -61,7 +61,15 @@ CELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def encoder_decoder() -> torch.nn.Module:
     """A T5, whose encoder and decoder look up in one table."""
-    sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
+    sizes = {
+        "vocab_size": 128,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_heads": 4,
+        "num_layers": 1,
+        "dropout_rate": 0.0,
+    }
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     randomize(model)
     return model
@@ -141,7 +149,9 @@ def test_lora_options(mesh):
 @pytest.mark.both_ends
 def test_lora_options_on_both_axes():
     check_cells("tp2_fsdp2", ["pissa", "dora on the head", "lora_bias", "tokens tied", "target_parameters", "alora"])
-    check_cells("tp2_fsdp2", ["dora packed in three", "lora_bias packed in three", "saved and tied", "tokens of an encoder"])
+    check_cells(
+        "tp2_fsdp2", ["dora packed in three", "lora_bias packed in three", "saved and tied", "tokens of an encoder"]
+    )
 
 
 #: label -> (options, word of the message)

@@ -26,7 +26,9 @@ from parity.test_gradients import LORA, MESHES
 
 
 def decayed(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A Llama MLP whose input is scaled by a parameter of the module's own, in its own dtype, as in gated delta nets."""
+    """A Llama MLP whose input is scaled by a parameter of the module's own, in its own dtype, as in gated delta
+    nets.
+    """
     self.seen = (self.A_log.dtype, self.gate_proj.weight.dtype)
     x = (x * torch.exp(-self.A_log)).to(x.dtype)
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -57,7 +59,9 @@ def step(
     unfreeze: bool = False,
     **config: Any,
 ) -> tuple[float, dict[str, torch.Tensor | None], list[tuple[torch.dtype, torch.dtype]], list[Any]]:
-    """Loss, gradients, dtypes that the MLPs saw in flight, and the buffers' dtypes, of one step and one under no_sync."""
+    """Loss, gradients, dtypes that the MLPs saw in flight, and the buffers' dtypes, of one step and one under
+    no_sync.
+    """
     accelerator = Accelerator(
         parallelism_config=AutoParallelismConfig(**sizes, **config),
         mixed_precision=precision,
@@ -127,7 +131,9 @@ def test_tied_ends_and_everything_trainable_beside_adapters():
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_float32_among_bfloat16(precision, adapter):
-    """What is float32 computes in float32; gradients have the dtype of the stored parameters, and bfloat16's accuracy."""
+    """What is float32 computes in float32; gradients have the dtype of the stored parameters, and bfloat16's
+    accuracy.
+    """
     world, sizes, dp_size = MESHES["tp2_fsdp2"]
     arguments = (torch.float32, torch.bfloat16, adapter)
     loss, gradients, seen, stored = run_distributed(world, step, sizes, dp_size, arguments, precision=precision)[0]

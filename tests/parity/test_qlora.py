@@ -99,7 +99,8 @@ def test_training_equals_one_process(mesh, disturb, checkpoint):
             assert_gradients_equal(seen[2 * step][1], want)
             optimizer.step()
             optimizer.zero_grad()
-            # In train mode: in eval mode bitsandbytes computes in bfloat16 on some CPUs, and converts the weights for good.
+            # In train mode: in eval mode bitsandbytes computes in bfloat16 on some CPUs, and converts the weights for
+            # good.
             with torch.no_grad():
                 loss = torch.stack([reference(**batch).loss for batch in batches]).mean()
             assert_losses_equal(seen[2 * step + 1][0], loss.item())

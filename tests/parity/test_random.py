@@ -93,7 +93,9 @@ def test_masks_and_gradients(cell):
 
 
 def test_compile_refuses_dropout_on_sharded_activations():
-    """Inside of a graph the random state cannot be switched; attention dropout would draw equal masks on all tp ranks."""
+    """Inside of a graph the random state cannot be switched; attention dropout would draw equal masks on all tp
+    ranks.
+    """
     expect_error(
         2,
         first_gradients,

@@ -1,4 +1,6 @@
-"""Sequence parallelism equals one process: lengths that tp does not divide, all kinds of blocks, checkpoints and compilation."""
+"""Sequence parallelism equals one process: lengths that tp does not divide, all kinds of blocks, checkpoints and
+compilation.
+"""
 
 import re
 from typing import Any
@@ -35,7 +37,11 @@ from parity.test_gradients import LORA, MESHES
 from parity.test_random import assembled, shapes_of
 
 #: Models of the adapters' matrix that the one of sequence parallelism does not have.
-MORE_MODELS = [("llama_odd_vocab", "tp2_fsdp2", None), ("mixtral_aux", "tp4", None), ("qwen3_moe_aux", "tp2_fsdp2", LORA)]
+MORE_MODELS = [
+    ("llama_odd_vocab", "tp2_fsdp2", None),
+    ("mixtral_aux", "tp4", None),
+    ("qwen3_moe_aux", "tp2_fsdp2", LORA),
+]
 
 
 def check(
@@ -66,7 +72,9 @@ def check(
 
 @pytest.mark.parametrize("cell", CI_CELLS, ids=str)
 def test_cells_of_the_matrix(cell):
-    """Odd lengths; eager ones with two forwards of different lengths before one backward, so that recomputations know theirs."""
+    """Odd lengths; eager ones with two forwards of different lengths before one backward, so that recomputations know
+    theirs.
+    """
     verdict = run_cell(cell, "aot_eager")
     assert not verdict.problems, verdict
 
@@ -115,7 +123,9 @@ def test_gathering_again_says_where_it_cannot():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("path, tokens", [("model.layers.1", 6), ("model.layers.0.mlp", 6), ("model.layers.0.mlp.up_proj", 12)])
+@pytest.mark.parametrize(
+    "path, tokens", [("model.layers.1", 6), ("model.layers.0.mlp", 6), ("model.layers.0.mlp.up_proj", 12)]
+)
 def test_a_hook_that_sees_a_share_is_told_so(path, tokens, when):
     """Once, on the first rank. Inside of a block it sees the whole sequence."""
     for rank, (said, lengths) in enumerate(run_distributed(2, hooked, path, when)):
@@ -135,7 +145,9 @@ def test_both_supported_transformers_versions(mode):
     sizes, more = ({}, OWN_REENTRANT) if mode == "own-reentrant" else CHECKPOINTS[mode]
     build("llama")  # loads the part of transformers that is asked
     if mode.startswith("own") and checkpoints_around_calls():
-        with pytest.raises(DistributedFailure, match="needs transformers 5.23 or later.*activation_checkpointing='full'"):
+        with pytest.raises(
+            DistributedFailure, match="needs transformers 5.23 or later.*activation_checkpointing='full'"
+        ):
             check("llama", "tp2", LORA, sizes, lengths=(15, 10), **more)
         return
     check("llama", "tp2", LORA, sizes, lengths=(15, 10), **more)
@@ -179,7 +191,8 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
     )
 
 
-# ---- what is not a training forward ------------------------------------------------------------------------------------
+# ---- what is not a training forward
+# ------------------------------------------------------------------------------------
 
 
 def test_outputs_are_whole():
@@ -235,7 +248,9 @@ def test_blocks_that_change_their_input_in_place(model, sizes):
 
 def test_a_write_in_place_that_was_not_foreseen_is_refused_by_the_compiler():
     """Eagerly it is seen when it happens."""
-    message = r"sequence_parallel=True with compile: a block changes its input in place.*Change a copy.*or leave out compile"
+    message = (
+        r"sequence_parallel=True with compile: a block changes its input in place.*Change a copy.*or leave out compile"
+    )
     compiled = {"compile": "aot_eager"}  # the time is the compiler's
     expect_error(2, written_gradients, "llama", compiled, SecretlyWritingMLP, match=message, within=120.0)
     want_loss, want = written_gradients("llama", None, SecretlyWritingMLP)
@@ -244,14 +259,17 @@ def test_a_write_in_place_that_was_not_foreseen_is_refused_by_the_compiler():
     assert_gradients_equal(gradients, want)
 
 
-# ---- dropout -----------------------------------------------------------------------------------------------------------
+# ---- dropout
+# -----------------------------------------------------------------------------------------------------------
 
 RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
 def test_masks(mode):
-    """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat them."""
+    """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat
+    them.
+    """
     sizes, more = CHECKPOINTS[mode]
     own = {"hf_checkpointing": more["own_checkpointing"]} if more else {}
     adapter = {**LORA, "lora_dropout": 0.25}

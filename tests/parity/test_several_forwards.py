@@ -1,4 +1,6 @@
-"""Several forwards before one backward, of which each is differentiated at another place (distillation, contrastive losses)."""
+"""Several forwards before one backward, of which each is differentiated at another place (distillation, contrastive
+losses).
+"""
 
 from typing import Any
 
@@ -16,7 +18,9 @@ from parity.test_gradients import MESHES
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Hidden states of a first forward, the last one behind the final norm; some logits of a second; the loss of a third."""
+    """Hidden states of a first forward, the last one behind the final norm; some logits of a second; the loss of a
+    third.
+    """
     states = model(input_ids=batch["input_ids"], output_hidden_states=True, use_cache=False).hidden_states
     logits = model(input_ids=batch["input_ids"], logits_to_keep=3, use_cache=False).logits
     return sum(h.square().mean() for h in states) + logits.square().mean() + model(**batch, use_cache=False).loss

@@ -15,7 +15,7 @@ from harness.pool import expect_error, run_distributed
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.plan.analysis.skipped_layers import skipped_without_images
 from parity.jobs import data_rank, trainable
 from parity.vision_language import IMAGE
@@ -119,8 +119,8 @@ def test_layers_as_units_need_images_on_all_ranks():
 
 def test_the_layers_that_text_alone_skips_are_found():
     model = cross_attending()
-    anatomy = dissect(model)
-    assert skipped_without_images(model, anatomy.main_layers) == [model.model.language_model.layers[1]]
+    structure = find_structure(model)
+    assert skipped_without_images(model, structure.main_layers) == [model.model.language_model.layers[1]]
 
 
 # ---- LayerDrop ------------------------------------------------------------------------------------------------------
@@ -147,7 +147,8 @@ def dropping(kind: str, probability: float = 0.5) -> nn.Module:
         else:
             config = transformers.Wav2Vec2Config(
                 vocab_size=128, hidden_size=64, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4,
-                layerdrop=probability, mask_time_prob=0.0, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+                layerdrop=probability, mask_time_prob=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+                activation_dropout=0.0,
                 feat_proj_dropout=0.0, final_dropout=0.0, conv_dim=(16, 16), conv_stride=(10, 4), conv_kernel=(10, 4),
                 num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
             )  # fmt: skip

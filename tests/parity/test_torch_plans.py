@@ -1,4 +1,6 @@
-"""Plans written as torch styles: on this package's engine at parity, with adapters, labels and FSDP2; and on torch's own."""
+"""Plans written as torch styles: on this package's engine at parity, with adapters, labels and FSDP2; and on torch's
+own.
+"""
 
 import pytest
 import torch
@@ -71,7 +73,9 @@ def test_gradients_equal_one_process(cell):
 
 
 def on_torchs_engine(cells):
-    """Loss, gradients and number of sharded parameters of each (model, sequence_parallel), by ``parallelize_module`` alone."""
+    """Loss, gradients and number of sharded parameters of each (model, sequence_parallel), by ``parallelize_module``
+    alone.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     results = []
     for name, sequence_parallel in cells:

@@ -10,7 +10,7 @@ from harness.pool import expect_error, run_distributed
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.core.model_structure import dissect
+from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.errors import ConfigError, UnsupportedError
 from hf_automodel_parallel.fsdp.encoder_placement import placement
 from hf_automodel_parallel.fsdp.options import ShardingOptions
@@ -76,7 +76,7 @@ def test_layers_as_units_need_images_on_all_ranks():
 
 
 def asked(model: nn.Module, towers: str | None, layer_classes: list[str] | None = None) -> str | None:
-    return placement(model, dissect(model, layer_classes), ShardingOptions(towers=towers), layer_classes)
+    return placement(model, find_structure(model, layer_classes), ShardingOptions(towers=towers), layer_classes)
 
 
 def test_placements_that_the_model_does_not_have():
@@ -95,7 +95,7 @@ def test_sequence_parallelism_where_images_enter_between_the_layers():
     model = build("qwen3_vl")
     spec = resolve(model, select_plan(model), 2)
     with pytest.raises(UnsupportedError, match="language_model .Qwen3VLTextModel. takes deepstack_visual_embeds"):
-        derive(model, spec, dissect(model).layers)
+        derive(model, spec, find_structure(model).layers)
 
 
 # ---- what is found -----------------------------------------------------------------------------------------------
@@ -104,16 +104,16 @@ def test_sequence_parallelism_where_images_enter_between_the_layers():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_of_both_towers_and_the_plan_of_the_language_part(name):
     model = trained_as(name, "lora_all")
-    anatomy, spec = dissect(model), resolve(model, select_plan(model), 2)
-    assert len(anatomy.towers) == 1 and len(anatomy.tower_layers) == 2 and len(anatomy.main_layers) == 2
+    structure, spec = find_structure(model), resolve(model, select_plan(model), 2)
+    assert len(structure.towers) == 1 and len(structure.tower_layers) == 2 and len(structure.main_layers) == 2
     names = {module: key for key, module in model.named_modules()}
-    main = [names[layer] for layer in anatomy.main_layers]
+    main = [names[layer] for layer in structure.main_layers]
     sharded = {key for key in spec.modules if key.startswith(tuple(f"{layer}." for layer in main))}
-    in_tower = any(key.startswith(f"{names[anatomy.towers[0]]}.") for key in spec.modules)
+    in_tower = any(key.startswith(f"{names[structure.towers[0]]}.") for key in spec.modules)
     assert sharded and in_tower == bool(model.config.vision_config.base_model_tp_plan)  # Llama4 has one for its tower
     assert {key.split(".")[-1] for key in sharded} >= {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
-    assert [key.endswith("lm_head") for key in map(names.get, anatomy.head)] == [False, True]
-    assert names[anatomy.head[0]].startswith(names[anatomy.embedding].removesuffix("embed_tokens"))
+    assert [key.endswith("lm_head") for key in map(names.get, structure.head)] == [False, True]
+    assert names[structure.head[0]].startswith(names[structure.embedding].removesuffix("embed_tokens"))
 
 
 # ---- what it costs, and what is left whole -----------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Parameters of which a part of the gradient is whole on every rank: penalties in the loss, modules used once more elsewhere."""
+"""Parameters of which a part of the gradient is whole on every rank: penalties in the loss, modules used once more
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def late_adapter_on_the_tail() -> None:
 
 
 def test_an_adapter_that_comes_late_around_the_last_module_on_shares_is_refused():
-    expect_error(2, late_adapter_on_the_tail, match=r"model\.norm gathers the sequence itself.*before the model is sharded")
+    expect_error(
+        2, late_adapter_on_the_tail, match=r"model\.norm gathers the sequence itself.*before the model is sharded"
+    )
 
 
 def outside(model: Model, batch: dict[str, torch.Tensor]) -> torch.Tensor:

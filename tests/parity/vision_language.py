@@ -1,7 +1,7 @@
 """Tiny vision-language models, batches with images in them, and what the ranks do with both.
 
-A composite config is built from small text and vision parts; images are random tensors in the shape that the model's own
-processor would make, so nothing is read from a hub.
+A composite config is built from small text and vision parts; images are random tensors in the shape that the model's
+own processor would make, so nothing is read from a hub.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ def trained_as(name: str, how: str, **overrides: Any) -> nn.Module:
     """The model of ``name`` as somebody would train it.
 
     Args:
-        how: "full"; "frozen" (all but the vision tower is trained); "lora" (adapters on the language part alone) or "lora_all"
-            (on every linear layer of both towers).
+        how: "full"; "frozen" (all but the vision tower is trained); "lora" (adapters on the language part alone) or
+            "lora_all" (on every linear layer of both towers).
     """
     model = build(name, **overrides)
     if how == "frozen":
@@ -370,8 +370,8 @@ def saved_and_counted(name: str, sizes: dict[str, Any], how: str) -> tuple[list[
     """Backwards of a batch with images at the first data-parallel rank alone, and of one without images.
 
     Returns:
-        Names of the parameters that FSDP2 does not shard, whether the whole state dict equals the original one (on the first
-        rank), and the number of all-reduces of each backward.
+        Names of the parameters that FSDP2 does not shard, whether the whole state dict equals the original one (on the
+        first rank), and the number of all-reduces of each backward.
     """
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
     model = trained_as(name, how)

@@ -1,7 +1,7 @@
 """One type of model on its ranks: loss and every gradient against one process, full, with LoRA, and sequence-parallel.
 
-The functions here run on the ranks of a pool. Rank 0 also computes what one process computes and judges, so that no gradient
-has to be sent anywhere.
+The functions here run on the ranks of a pool. Rank 0 also computes what one process computes and judges, so that no
+gradient has to be sent anywhere.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from sweep.tiny import build, vocabulary
 
 SEQUENCE, ROWS = 16, 2
 
-#: A gradient that is off by at most this many bounds in float32 is computed again in float64. If it is within the bound there,
-#: rounding was the cause (a long sum in another order). Some kernels compute in float32 whatever they are given; there rounding
-#: was the cause if one process is off by half as much when its weights change in their last bit. Else the cell is wrong.
+#: A gradient that is off by at most this many bounds in float32 is computed again in float64. If it is within the bound
+#: there, rounding was the cause (a long sum in another order). Some kernels compute in float32 whatever they are given;
+#: there rounding was the cause if one process is off by half as much when its weights change in their last bit. Else
+#: the cell is wrong.
 ROUNDING = 10.0
 
 #: Name -> (world size, sizes, micro-batches).
@@ -149,7 +150,9 @@ def _isolated(case: str, mesh: str, kind: str) -> Outcome:
 
 
 def _last_bits(case: str, mesh: str, kind: str) -> float:
-    """How far gradients of one process move, in bounds, when each weight moves by at most one unit in its last place."""
+    """How far gradients of one process move, in bounds, when each weight moves by at most one unit in its last
+    place.
+    """
     answer = [0.0]
     if dist.get_rank() == 0:
         batches = batches_for(build_kind(case, kind), MESHES[mesh][2])
@@ -189,7 +192,9 @@ def _run(case: str, mesh: str, kind: str, dtype: torch.dtype) -> Outcome:
     try:
         model = build_kind(case, kind, dtype)
     except Exception as error:
-        return Outcome(case, mesh, kind, "one process", detail=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        return Outcome(
+            case, mesh, kind, "one process", detail=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        )
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     about: dict[str, Any] = {"model_type": case, "mesh": mesh, "kind": kind, "class_name": type(inner).__name__}
     want: tuple[float, dict[str, torch.Tensor | None]] | None = None

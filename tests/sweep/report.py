@@ -28,7 +28,8 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         f"The cells took {seconds / 60:.0f} minutes.",
         "",
         f"{len(cases)} types and variants, of which {len(runnable)} run in one process with a tiny configuration; "
-        f"{len(planned)} of these get a tensor-parallel plan ({', '.join(f'{s}: {n}' for s, n in sorted(sources.items()))}).",
+        f"{len(planned)} of these get a tensor-parallel plan "
+        f"({', '.join(f'{s}: {n}' for s, n in sorted(sources.items()))}).",
         "",
         "| | parity | refused in `prepare` | fails later | **wrong** |",
         "|---|---|---|---|---|",
@@ -41,11 +42,15 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
             lines.append(f"| {kind}, {mesh} | {numbers} |")
     lines += [
         "",
-        "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same model in",
-        "one process, at equal random weights. The number is the worst gradient's error in units of its bound. A number over 1",
-        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when all is computed in float64, or no more than",
-        "twice what gradients of one process move when its weights move in their last bit. LoRA is on all linear layers,",
-        "and on fused experts where PEFT's \"all-linear\" knows them (`init_lora_weights=False`);",
+        "A cell compares loss (1e-6) and every gradient (1e-5 of its own norm + 1e-8 of the norm of all) with the same "
+        "model in",
+        "one process, at equal random weights. The number is the worst gradient's error in units of its bound. A "
+        "number over 1",
+        f"was rounding: at most {ROUNDING:g} bounds, and within the bound when all is computed in float64, or no more "
+        "than",
+        "twice what gradients of one process move when its weights move in their last bit. LoRA is on all linear "
+        "layers,",
+        'and on fused experts where PEFT\'s "all-linear" knows them (`init_lora_weights=False`);',
         "sp is sequence parallelism with full fine-tuning.",
         "",
         "| type | class | plan | " + " | ".join(f"{k}, {m}" for k, m in columns) + " |",
@@ -61,9 +66,12 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         "",
         "## Mixtures of experts",
         "",
-        "Every rank holds 1 / tp of the bytes of every expert. A layer costs two all-reduces on the tp axis in forward (for its",
-        "attention and experts) and three in backward (attention, and the experts' hidden states and routing weights), as",
-        "`tests/test_moe.py` counts for Mixtral and Qwen3-MoE. How a fused weight is cut is tried on a miniature of the experts.",
+        "Every rank holds 1 / tp of the bytes of every expert. A layer costs two all-reduces on the tp axis in forward "
+        "(for its",
+        "attention and experts) and three in backward (attention, and the experts' hidden states and routing weights), "
+        "as",
+        "`tests/test_moe.py` counts for Mixtral and Qwen3-MoE. How a fused weight is cut is tried on a miniature of "
+        "the experts.",
         "Expert parallelism (whole experts dealt out over ranks) is refused by name.",
     ]
     lines += ["", "## What is not at parity, and why", ""]
@@ -74,9 +82,17 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
                 places = reasons.setdefault((f"{case}, {o.kind}: {o.status}", _escaped(o.detail)), [])
                 places.append(o.mesh)
     lines += [f"* **{what}** ({', '.join(meshes)}): {detail}" for (what, detail), meshes in reasons.items()]
-    lines += ["", "## Types that are refused under tensor parallelism", "", "Without a plan: give a `tp_plan`, or use FSDP2.", ""]
+    lines += [
+        "",
+        "## Types that are refused under tensor parallelism",
+        "",
+        "Without a plan: give a `tp_plan`, or use FSDP2.",
+        "",
+    ]
     for case in sorted(set(runnable) - set(planned)):
-        lines.append(f"* {case}: {_escaped(next((o.detail for o in runnable[case] if o.status == 'refused'), 'not tried'))}")
+        lines.append(
+            f"* {case}: {_escaped(next((o.detail for o in runnable[case] if o.status == 'refused'), 'not tried'))}"
+        )
     lines.append("")
     lines += ["## Types that do not run in one process with a tiny configuration", ""]
     for case, rows in sorted(cases.items()):

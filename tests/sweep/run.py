@@ -1,7 +1,7 @@
 """``python -m sweep.run`` (from tests/): every causal-LM type against one process, written to docs/architectures.md.
 
-Results are kept as JSON lines beside the report's build folder, so that an interrupted sweep goes on where it was; ``--fresh``
-begins anew. Exits 1 if a gradient is wrong. ``make sweep`` runs it.
+Results are kept as JSON lines beside the report's build folder, so that an interrupted sweep goes on where it was;
+``--fresh`` begins anew. Exits 1 if a gradient is wrong. ``make sweep`` runs it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,13 @@ def main(
         results.unlink(missing_ok=True)
     key = versions()
     known = read_results(results, key)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     lock = threading.Lock()
     with Progress(*columns, console=console) as progress, results.open("a") as log:
         task = progress.add_task("", total=len(cases) * len(meshes))

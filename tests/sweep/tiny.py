@@ -1,8 +1,8 @@
 """A tiny, consistent configuration and a random model for every causal-LM type of the installed transformers.
 
-The configuration is the type's own default with its sizes shrunk: a table of patterns says what a field of that name counts
-(:data:`SIZES`). Lists with one entry per layer are cut to as few layers as show every kind of layer. What a type demands
-beyond that is in a short table of exceptions (:data:`EXCEPTIONS`), each with its reason.
+The configuration is the type's own default with its sizes shrunk: a table of patterns says what a field of that name
+counts (:data:`SIZES`). Lists with one entry per layer are cut to as few layers as show every kind of layer. What a type
+demands beyond that is in a short table of exceptions (:data:`EXCEPTIONS`), each with its reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 128, 64, 128, 4, 2, 16
 LAYERS = 2
 
-#: First pattern that matches the whole name of a positive integer field -> its value. A function gets the default value.
+#: First pattern that matches the whole name of a positive integer field -> its value. A function gets the default
+#: value.
 SIZES: list[tuple[str, Any]] = [
     (r"(pad|unk)_token_id|pad_id", 0),
     (r"bos_token_id|decoder_start_token_id|boi_token_id|cls_token_id", 1),
@@ -40,7 +41,10 @@ SIZES: list[tuple[str, Any]] = [
     (r"no_rope_layer_interval", 2),
     # layers
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers", 0),
-    (r"num_hidden_layers|n_layers?|num_(decoder_|encoder_)?layers|(decoder|encoder)_layers|num_layers_per_stack", LAYERS),
+    (
+        r"num_hidden_layers|n_layers?|num_(decoder_|encoder_)?layers|(decoder|encoder)_layers|num_layers_per_stack",
+        LAYERS,
+    ),
     # heads
     (r"(swa_|global_)?num_key_value_heads|num_(global_)?key_value_heads|num_kv_heads|num_query_groups", KV_HEADS),
     (r"(swa_)?num_(decoder_|encoder_)?attention_heads|n_heads?|(decoder_|encoder_)?attention_heads|num_heads", HEADS),
@@ -52,10 +56,16 @@ SIZES: list[tuple[str, Any]] = [
     (r"linear_((key|value)_)?head_dim|attention_head_size|query_pre_attn_scalar", HEAD_DIM),
     (r".*lora_rank|laurel_rank|gated_norm_rank|adapter_rank|hc_lowrank|loop_gate_rank|.*_lowrank", HEAD_DIM),
     # widths
-    (r"(shared_|moe_|dense_)*.*intermediate_size(_mlp)?|.*ffn_dim|(expert_)?ffn_hidden_size|n_inner|dim_ff|dff", INTERMEDIATE),
+    (
+        r"(shared_|moe_|dense_)*.*intermediate_size(_mlp)?|.*ffn_dim|(expert_)?ffn_hidden_size|n_inner|dim_ff|dff",
+        INTERMEDIATE,
+    ),
     (r"hidden_size_per_layer_input|router_hidden_size|ple_embed_dim", HEAD_DIM),
     (r"feed_forward_size", INTERMEDIATE),
-    (r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|word_embed_proj_dim|emb_dim|lru_width|backbone_hidden_size", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|word_embed_proj_dim|emb_dim|lru_width|backbone_hidden_size",
+        HIDDEN,
+    ),
     (r"attention_hidden_size", 2 * HIDDEN),
     (r"attention_head_dim", 2 * HIDDEN // HEADS),
     # states
@@ -194,7 +204,9 @@ def _fewer_layers(fields: dict[str, Any], values: dict[str, Any], layers: int) -
 
 
 def build(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A model of ``model_type`` in float32 on the CPU, with random parameters without zeros; equal for equal arguments."""
+    """A model of ``model_type`` in float32 on the CPU, with random parameters without zeros; equal for equal
+    arguments.
+    """
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -218,5 +230,7 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Number of token ids that a batch may hold."""
     embedding = model.get_input_embeddings()
     rows = COMMON["vocab_size"] if embedding is None else int(embedding.weight.shape[0])
-    known = getattr(model.config.get_text_config(), "vocab_size", None)  # the table may have rows that are no tokens (prompts)
+    known = getattr(
+        model.config.get_text_config(), "vocab_size", None
+    )  # the table may have rows that are no tokens (prompts)
     return min(rows, known) if isinstance(known, int) else rows

@@ -1,6 +1,7 @@
 """NVIDIA's megatron-fsdp as the data-parallel engine under our tensor parallelism.
 
-Light to import: the package ``megatron_fsdp`` is loaded when it is first needed, or when :data:`HAVE_MEGATRON_FSDP` is read.
+Light to import: the package ``megatron_fsdp`` is loaded when it is first needed, or when :data:`HAVE_MEGATRON_FSDP` is
+read.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,6 @@
-"""``Accelerator.prepare`` with ``backend="megatron_fsdp"``: the strategy, and answers that Accelerate expects from FSDP2."""
+"""``Accelerator.prepare`` with ``backend="megatron_fsdp"``: the strategy, and answers that Accelerate expects from
+FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from .strategy import MegatronFsdpStrategy
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+
 def megatron_strategy(
     accelerator: Accelerator, config: AutoParallelismConfig, usual: ParallelizationStrategy
 ) -> MegatronFsdpStrategy:
@@ -36,14 +39,14 @@ def megatron_strategy(
     """
     if type(usual) is not DefaultParallelizationStrategy:
         raise UnsupportedError(
-            f"backend='megatron_fsdp': this model is parallelised by {type(usual).__name__}, which is written for FSDP2. Use "
-            f"backend='fsdp2'."
+            f"backend='megatron_fsdp': this model is parallelised by {type(usual).__name__}, which is written for "
+            f"FSDP2. Use backend='fsdp2'."
         )
     options = MegatronOptions.from_mapping(config.megatron_fsdp)
     if accelerator.state.fsdp_plugin.reshard_after_forward is False and options.zero_dp_strategy == 3:
         raise ConfigError(
-            "fsdp_plugin.reshard_after_forward=False keeps parameters gathered, zero_dp_strategy=3 of megatron_fsdp frees them. "
-            "Use megatron_fsdp={'zero_dp_strategy': 2}, or leave reshard_after_forward out."
+            "fsdp_plugin.reshard_after_forward=False keeps parameters gathered, zero_dp_strategy=3 of megatron_fsdp "
+            "frees them. Use megatron_fsdp={'zero_dp_strategy': 2}, or leave reshard_after_forward out."
         )
     names = config.device_mesh.mesh_dim_names or ()  # type: ignore[union-attr]
     return MegatronFsdpStrategy(options, "dp_shard", "tp" if "tp" in names else None)

@@ -10,7 +10,8 @@ from torch import nn
 from ...core.module_names import unwrapped
 from ...errors import UnsupportedError
 
-#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in buffers.
+#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in
+#: buffers.
 _CHANGING = (
     "add_adapter",
     "add_weighted_adapter",
@@ -27,7 +28,9 @@ _CHANGING = (
 
 
 def refuse_changes(model: nn.Module) -> None:
-    """Let operations that change parameters of ``model``, or which of them are trained, say that they cannot be done."""
+    """Let operations that change parameters of ``model``, or which of them are trained, say that they cannot be
+    done.
+    """
     inner, _ = unwrapped(model)
     for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
         for name in _CHANGING:
@@ -38,8 +41,8 @@ def refuse_changes(model: nn.Module) -> None:
 def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
-            f"{name}() on a model that megatron-fsdp manages: it holds parameters and gradients in buffers made for those that "
-            f"were there when it was sharded. Do it before, or use backend='fsdp2'."
+            f"{name}() on a model that megatron-fsdp manages: it holds parameters and gradients in buffers made for "
+            f"those that were there when it was sharded. Do it before, or use backend='fsdp2'."
         )
 
     return refuse

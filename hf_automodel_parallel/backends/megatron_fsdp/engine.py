@@ -8,13 +8,14 @@ ours (and the reference's)       0.5 and 0.6
 ``init_fsdp_with_meta_device``   ``init_model_with_meta_device``
 ``preserve_fp32_weights``        ``MixedPrecisionPolicy.main_params_dtype`` (None: the parameters themselves)
 ``grad_reduce_in_fp32``          ``MixedPrecisionPolicy.main_grads_dtype`` and ``grad_comm_dtype``
-``check_for_nan_in_grad``        ``report_nan_in_param_grad``, which raises on one rank while the others go on; used only
-                                 where there is no optimizer, whose step checks on all ranks
+``check_for_nan_in_grad``        ``report_nan_in_param_grad``, which raises on one rank while the others go on; used
+                                 only where there is no optimizer, whose step checks on all ranks
 ``megatron_fsdp_unit_modules``   ``fsdp_unit_modules``
 the rest                         unchanged
 ===============================  ===============================================================================
 
-0.5 calls ``module.forward`` where 0.6 calls ``module``, so that hooks of the root would not run; see :class:`.sharding.AtRest`.
+0.5 calls ``module.forward`` where 0.6 calls ``module``, so that hooks of the root would not run; see
+:class:`.sharding.AtRest`.
 """
 
 from __future__ import annotations
@@ -111,20 +112,22 @@ def translate(options: MegatronOptions, units: list[type[nn.Module]], has_optimi
     unknown = sorted(arguments.keys() - known.keys())
     if unknown:
         raise UnsupportedError(
-            f"megatron-fsdp {package.__version__} has no argument {', '.join(unknown)}. Install a version of 0.5 or 0.6: "
-            f"{_INSTALL}."
+            f"megatron-fsdp {package.__version__} has no argument {', '.join(unknown)}. Install a version of 0.5 or "
+            f"0.6: {_INSTALL}."
         )
     return arguments
 
 
 def check_device() -> None:
-    """Raise :class:`UnsupportedError` where there are no CUDA streams, which megatron-fsdp works on whatever the device."""
+    """Raise :class:`UnsupportedError` where there are no CUDA streams, which megatron-fsdp works on whatever the
+    device.
+    """
     try:
         torch.cuda.Stream()
     except (AssertionError, RuntimeError) as error:
         raise UnsupportedError(
-            f"megatron-fsdp needs CUDA, which this process has not ({str(error).splitlines()[0]}). Use backend='fsdp2', which "
-            f"runs on CPUs too."
+            f"megatron-fsdp needs CUDA, which this process has not ({str(error).splitlines()[0]}). Use "
+            f"backend='fsdp2', which runs on CPUs too."
         ) from error
 
 
@@ -134,7 +137,8 @@ def check_device() -> None:
 def show_raw(wrapper: Any) -> None:
     """Put the parameters to compute with into the module tree.
 
-    ``MegatronFSDP.forward`` does it; a forward that does not come through there (``generate``, PEFT's inner model) needs it too.
+    ``MegatronFSDP.forward`` does it; a forward that does not come through there (``generate``, PEFT's inner model)
+    needs it too.
     """
     compat.show_raw_parameters(wrapper)
 
@@ -150,8 +154,8 @@ def show_sharded(wrapper: Any) -> None:
 def start_backward(wrapper: Any) -> None:
     """Tell megatron-fsdp that a backward begins; only the first call of each backward has an effect.
 
-    It notices by itself if the root or its last submodule returns a tensor with a gradient, but not if the root returns a
-    ``ModelOutput`` and the loss avoids that submodule; then no gradient would ever reach the optimizer.
+    It notices by itself if the root or its last submodule returns a tensor with a gradient, but not if the root returns
+    a ``ModelOutput`` and the loss avoids that submodule; then no gradient would ever reach the optimizer.
     """
     wrapper.pre_backward(skip_backward_hook=False)
 
@@ -162,10 +166,12 @@ def sharded_parameters(wrapper: Any) -> dict[str, nn.Parameter]:
 
 
 def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
-    """Let parameters and gradients that are replicated over tp say so, on the same ``mesh`` (..., shard, tp) as the others.
+    """Let parameters and gradients that are replicated over tp say so, on the same ``mesh`` (..., shard, tp) as the
+    others.
 
-    megatron-fsdp describes them on the data-parallel axes alone. Whoever sees gradients on two meshes (the Trainer's clipping)
-    adds up norms mesh by mesh with torch's functions, which fail on uneven shards; and nobody could compare the copies.
+    megatron-fsdp describes them on the data-parallel axes alone. Whoever sees gradients on two meshes (the Trainer's
+    clipping) adds up norms mesh by mesh with torch's functions, which fail on uneven shards; and nobody could compare
+    the copies.
     """
     buffer = wrapper.param_and_grad_buffer
     for name, parameter in buffer.optimizer_named_parameters:
@@ -188,10 +194,11 @@ def install_values(wrapper: Any) -> None:
 
 
 def wrap_optimizer(optimizer: torch.optim.Optimizer, for_dcp: bool) -> None:
-    """Let ``step`` and ``zero_grad`` of ``optimizer``, which holds sharded parameters, do megatron-fsdp's part too, in place.
+    """Let ``step`` and ``zero_grad`` of ``optimizer``, which holds sharded parameters, do megatron-fsdp's part too, in
+    place.
 
-    ``fully_shard_optimizer`` steps once with gradients of zero, to have the state made. AdamW would decay the weights in it and
-    count it, so it does not take place here: the state is made in the first real step.
+    ``fully_shard_optimizer`` steps once with gradients of zero, to have the state made. AdamW would decay the weights
+    in it and count it, so it does not take place here: the state is made in the first real step.
     """
     package = load()
     with _without_step(optimizer), _filled_group_first(optimizer):

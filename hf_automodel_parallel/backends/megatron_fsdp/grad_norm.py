@@ -1,8 +1,8 @@
 """Norm and clipping of gradients that live in shards, each element counted once, in whatever dtype they are.
 
-torch's own function stacks the norms of DTensors, which fails where they live on different meshes (tensor-parallel parameters on
-two axes, replicated ones on one), and knows only DTensor's even shards. Here each rank takes the norm of what it holds, and the
-sums go over exactly those axes over which a parameter is sharded.
+torch's own function stacks the norms of DTensors, which fails where they live on different meshes (tensor-parallel
+parameters on two axes, replicated ones on one), and knows only DTensor's even shards. Here each rank takes the norm of
+what it holds, and the sums go over exactly those axes over which a parameter is sharded.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
     """The norm of all gradients of ``parameters`` together, as one process would compute it.
 
     Args:
-        parameters: plain tensors (equal on all ranks) or DTensors on axes of ``mesh``; their gradients may be None on ranks
-            that hold no part of them.
-        mesh: the mesh, whose axes all ranks reduce over in the same order. A parameter that is replicated over an axis counts
-            once, not once for each of its ranks.
+        parameters: plain tensors (equal on all ranks) or DTensors on axes of ``mesh``; their gradients may be None on
+            ranks that hold no part of them.
+        mesh: the mesh, whose axes all ranks reduce over in the same order. A parameter that is replicated over an axis
+            counts once, not once for each of its ranks.
         norm_type: 1, 2, ... or infinity.
 
     Returns:
@@ -77,7 +77,8 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
 def clip_(
     parameters: Iterable[torch.Tensor], mesh: DeviceMesh, max_norm: float, norm_type: float = 2.0
 ) -> torch.Tensor:
-    """Scale the gradients of ``parameters`` so that their norm is at most ``max_norm``; the gradients themselves, not a copy.
+    """Scale the gradients of ``parameters`` so that their norm is at most ``max_norm``; the gradients themselves, not a
+    copy.
 
     Arguments and result are those of :func:`total_norm`: the norm before clipping.
     """

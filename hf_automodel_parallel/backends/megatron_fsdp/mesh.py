@@ -1,4 +1,6 @@
-"""The mesh that megatron-fsdp gets: one axis to shard over, one for tp, perhaps one of replicas. Nothing is left unreduced."""
+"""The mesh that megatron-fsdp gets: one axis to shard over, one for tp, perhaps one of replicas. Nothing is left
+unreduced.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,8 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
         tp_dim: axis of tensor parallelism, None if there is none.
 
     Returns:
-        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it covers
+        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it
+        covers
         them: each of them saw a part of the sequence. A ``dp_replicate`` axis makes replicas (HSDP).
 
     Raises:
@@ -106,8 +109,9 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
     left = [name for name in names if name not in (*covered, tp_dim, replicas, *INDEPENDENT) and sizes[name] > 1]
     if left:
         raise ConfigError(
-            f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither dp_shard_dim={dp_shard_dim!r} "
-            f"nor tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or use a mesh without it."
+            f"the device mesh has an axis {left[0]!r} of {sizes[left[0]]} ranks that is neither "
+            f"dp_shard_dim={dp_shard_dim!r} nor tp_dim={tp_dim!r}: gradients would not be reduced over it. Name it, or "
+            "use a mesh without it."
         )
     return Axes(tuple(name for name in covered if sizes[name] > 1) or covered[:1], tp_dim, replicas)
 

@@ -14,7 +14,8 @@ _STEPS = 3
 def check_elementwise(
     optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]], shapes: dict[str, torch.Size]
 ) -> None:
-    """Raise unless every optimizer computes on two parts of a parameter what it computes on the whole one. Not collective.
+    """Raise unless every optimizer computes on two parts of a parameter what it computes on the whole one. Not
+    collective.
 
     Args:
         optimizers: the user's.
@@ -52,7 +53,7 @@ def _check_one(optimizer: torch.optim.Optimizer, kinds: list[list[int]]) -> None
         update = (expected.detach() - value).norm().item()
         if not (expected.detach() - result).norm().item() <= TOLERANCE * update + 1e-6 * value.norm().item():
             raise UnsupportedError(
-                f"{type(optimizer).__name__} needs a statistic over whole parameters, which megatron-fsdp cuts at any row. Use "
-                f"an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...), or backend='fsdp2'. If you know better, "
-                f"set check_optimizer=False."
+                f"{type(optimizer).__name__} needs a statistic over whole parameters, which megatron-fsdp cuts at any "
+                f"row. Use an element-wise optimizer (AdamW, SGD, Adagrad, RMSprop, Lion, ...), or backend='fsdp2'. If "
+                f"you know better, set check_optimizer=False."
             )

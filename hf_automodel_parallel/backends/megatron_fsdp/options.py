@@ -1,4 +1,6 @@
-"""What a user can ask of megatron-fsdp, checked before anything is sharded. Needs neither the package nor a process group."""
+"""What a user can ask of megatron-fsdp, checked before anything is sharded. Needs neither the package nor a process
+group.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,12 @@ class MegatronOptions:
     """Behaviour of megatron-fsdp; names and defaults are those of ``megatron_fsdp_strategy_parallelize``.
 
     Args:
-        megatron_fsdp_unit_modules: classes whose instances are gathered and freed together: class objects, import paths or
-            bare class names. None: the classes of the model's repeated layers (``_no_split_modules``), or the model as one unit
-            if it has none.
-        zero_dp_strategy: what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer's state, 2 also gradients,
-            3 also parameters (or megatron-fsdp's names for them, "no_shard", "optim", "optim_grads", "optim_grads_params").
+        megatron_fsdp_unit_modules: classes whose instances are gathered and freed together: class objects, import paths
+            or bare class names. None: the classes of the model's repeated layers (``_no_split_modules``), or the model
+            as one unit if it has none.
+        zero_dp_strategy: what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer's state, 2 also
+            gradients, 3 also parameters (or megatron-fsdp's names for them, "no_shard", "optim", "optim_grads",
+            "optim_grads_params").
         init_fsdp_with_meta_device: the model is on the meta device; each module is initialised by its own
             ``reset_parameters`` when its shards are made.
         grad_reduce_in_fp32: reduce and keep gradients in float32 whatever the dtype of the parameters.
@@ -38,7 +41,8 @@ class MegatronOptions:
         check_for_nan_in_grad: before each optimizer step, raise on all ranks if a gradient is not finite.
         average_in_collective: average in the collective instead of scaling before it (NCCL only).
         disable_bucketing: one bucket for all parameters outside of the units.
-        calculate_per_token_loss: sum gradients over the ranks instead of averaging them; the loss is normalised elsewhere.
+        calculate_per_token_loss: sum gradients over the ranks instead of averaging them; the loss is normalised
+        elsewhere.
         keep_fp8_transpose_cache: keep the transposed copies of float8 weights between forward and backward.
         nccl_ub: communicate from registered user buffers (NCCL only).
         fsdp_double_buffer: gather into two fixed buffers instead of allocating.
@@ -81,12 +85,14 @@ class MegatronOptions:
         ):
             if not getattr(self, name) and self.zero_dp_strategy in strategies:
                 raise UnsupportedError(
-                    f"{name}=False with zero_dp_strategy={self.zero_dp_strategy}: where {what}, megatron-fsdp always overlaps "
-                    f"and would ignore it. Leave {name} out, or use zero_dp_strategy={min(strategies) - 1} or less."
+                    f"{name}=False with zero_dp_strategy={self.zero_dp_strategy}: where {what}, megatron-fsdp always "
+                    f"overlaps and would ignore it. Leave {name} out, or use zero_dp_strategy={min(strategies) - 1} or "
+                    "less."
                 )
         if self.calculate_per_token_loss and self.average_in_collective:
             raise UnsupportedError(
-                "calculate_per_token_loss=True sums gradients and average_in_collective=True averages them. Use one of the two."
+                "calculate_per_token_loss=True sums gradients and average_in_collective=True averages them. Use one of "
+                "the two."
             )
 
     def _check_strategy(self) -> None:
@@ -104,8 +110,8 @@ class MegatronOptions:
         items = (given,) if isinstance(given, (str, type)) else given
         if not isinstance(items, (list, tuple)) or not items or not all(map(_names_a_class, items)):
             raise ConfigError(
-                f"megatron_fsdp_unit_modules={given!r}: give a list of classes, of their import paths or of their names, or "
-                f"None for the repeated layers of the model."
+                f"megatron_fsdp_unit_modules={given!r}: give a list of classes, of their import paths or of their "
+                f"names, or None for the repeated layers of the model."
             )
         object.__setattr__(self, "megatron_fsdp_unit_modules", tuple(items))
 

@@ -1,4 +1,6 @@
-"""Wrap a model, tensor parallel or not, with megatron-fsdp; what is at rest outside of a forward and backward is sharded."""
+"""Wrap a model, tensor parallel or not, with megatron-fsdp; what is at rest outside of a forward and backward is
+sharded.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ class MegatronModel:
         options: what was asked for.
         places: which rows of each parameter this rank holds.
         tensor_parallel: what tensor parallelism left behind, None without it.
-        states: makes its state dicts whole (:class:`.state.WholeStates`), None where megatron-fsdp's own are wanted.
+        states: makes its state dicts whole (:class:`.state.FullStates`), None where megatron-fsdp's own are wanted.
     """
 
     model: nn.Module
@@ -70,7 +72,9 @@ class MegatronModel:
         self.depth += 1
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Let the backward begin with megatron-fsdp's preparations; without a backward, go back to the sharded parameters."""
+        """Let the backward begin with megatron-fsdp's preparations; without a backward, go back to the sharded
+        parameters.
+        """
         self.depth -= 1
         if self.depth > 0:
             return
@@ -78,16 +82,18 @@ class MegatronModel:
         if not waiting:
             engine.show_sharded(self.wrapper)
         for tensor in waiting:
-            # megatron-fsdp returns views. `loss *= n`, as the Trainer has it, bypasses hooks of a view, not those of its base.
+            # megatron-fsdp returns views. `loss *= n`, as the Trainer has it, bypasses hooks of a view, not those of
+            # its base.
             source = compat.base_of(tensor)
             source.register_hook(self._begin_backward)
 
     def _begin_backward(self, _: torch.Tensor) -> None:
-        """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they are.
+        """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they
+        are.
 
-        ``optimizer.zero_grad()`` clears them, ``model.zero_grad()``, which the Trainer calls, and ``p.grad = None`` do not, and
-        the next backward would add to what the last step has used. Between micro-batches that are not reduced there are no
-        gradients yet, only buffers.
+        ``optimizer.zero_grad()`` clears them, ``model.zero_grad()``, which the Trainer calls, and ``p.grad = None`` do
+        not, and the next backward would add to what the last step has used. Between micro-batches that are not reduced
+        there are no gradients yet, only buffers.
         """
         if not self.began:
             self.began = True
@@ -151,8 +157,8 @@ class MegatronModel:
         dist.all_gather_object(everyone, bad)
         names = sorted({name for some in everyone for name in some})
         raise NonFiniteGradientError(
-            f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the learning "
-            f"rate or look at the data; check_for_nan_in_grad=False steps nevertheless."
+            f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the "
+            f"learning rate or look at the data; check_for_nan_in_grad=False steps nevertheless."
         )
 
     # ---- optimizers and state ----------------------------------------------------------------------------------------
@@ -219,9 +225,9 @@ def shard_with_megatron(
 ) -> MegatronModel:
     """Wrap ``model`` with megatron-fsdp, in place.
 
-    A tensor-parallel parameter is a DTensor on the tp axis. megatron-fsdp keeps it so in flight (with the gathered data inside),
-    which the regions of :mod:`..tensor_parallel.in_flight` then make local as under FSDP2; at rest it becomes a DTensor on both
-    axes.
+    A tensor-parallel parameter is a DTensor on the tp axis. megatron-fsdp keeps it so in flight (with the gathered data
+    inside), which the regions of :mod:`..tensor_parallel.in_flight` then make local as under FSDP2; at rest it becomes
+    a DTensor on both axes.
 
     Args:
         model: on one device, or on meta with ``init_fsdp_with_meta_device``.
@@ -246,8 +252,8 @@ def shard_with_megatron(
         device_mesh=layout.mesh,
         dp_shard_dim=layout.shard,
         tp_dim=layout.tp,
-        # It treats everything under a module "experts" as expert parallel, on a mesh that it expects here; ours are sharded
-        # like the rest.
+        # It treats everything under a module "experts" as expert parallel, on a mesh that it expects here; ours are
+        # sharded like the rest.
         expt_device_mesh=layout.mesh,
         device=device,
         **hybrid,

@@ -1,8 +1,8 @@
 """Whole tensors from megatron-fsdp's shards, and shards from whole tensors.
 
-megatron-fsdp cuts a flat buffer of many parameters into equal parts, at rows. A parameter may lie on one rank, on several, or end
-in the middle of one. Its DTensors say ``Shard(0)``, but ``full_tensor()`` assumes DTensor's even cut and gives something else. So
-the rows of each rank are written down here, once, when the model is sharded.
+megatron-fsdp cuts a flat buffer of many parameters into equal parts, at rows. A parameter may lie on one rank, on
+several, or end in the middle of one. Its DTensors say ``Shard(0)``, but ``full_tensor()`` assumes DTensor's even cut
+and gives something else. So the rows of each rank are written down here, once, when the model is sharded.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Places:
         }
 
     def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the tensor ``whole``, which has the shape of the parameter ``name``; a view where it can be one."""
+        """This rank's part of the tensor ``whole``, which has the shape of the parameter ``name``; a view where it can
+        be one.
+        """
         place = self.by_name[name]
         return local_slice(whole, place.spec, self.tp_rank, self.tp_size).narrow(0, place.start, place.rows)
 
@@ -94,7 +96,8 @@ class Places:
 
         Args:
             name: of the parameter.
-            tensor: this rank's part of it, of its gradient or of a state of the same shape; None for a part without rows.
+            tensor: this rank's part of it, of its gradient or of a state of the same shape; None for a part without
+            rows.
             dtype: of the result, the parameter's if None; ranks without rows do not know it.
 
         Returns:
@@ -124,7 +127,3 @@ class Places:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of ``tensor``."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _rows(local: torch.Tensor, shape: torch.Size) -> int:
-    return local.shape[0] if local.numel() else 0

@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...core.mesh import MeshAxes
-from ...core.ranks import agreement
+from ...core.ranks import raise_on_all_ranks
 from ...core.sharding_spec import PLAN_SOURCES
 from ...fsdp.options import on_device
 from ...optim.handoff import check_optimizers
 from ...peft.late_adapters import adding
 from ...peft.operations import manage_adapters
-from ...strategies.context import GivenPlan, Job
+from ...strategies.context import GivenPlan, ParallelizeContext
 from .options import MegatronOptions
 from .sharding import managed_by_megatron
 from .strategy import MegatronFsdpStrategy
@@ -43,29 +43,33 @@ def megatron_fsdp_strategy_parallelize(
     dp_shard_dim: str = "dp",
     tp_dim: str = "tp",
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Apply tensor parallelism, then megatron-fsdp, to ``model`` and, if given, ``optimizer``. Every rank calls it alike.
+    """Apply tensor parallelism, then megatron-fsdp, to ``model`` and, if given, ``optimizer``. Every rank calls it
+    alike.
 
     Args:
         model: a Hugging Face model, plain or PEFT-wrapped, the same on every rank.
-        device_mesh: named axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``; those of a
-            ``dp_replicate`` axis hold copies (HSDP).
+        device_mesh: named axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``; those
+            of a ``dp_replicate`` axis hold copies (HSDP).
         optimizer: keeps its groups and settings and gets the sharded parameters.
-        tp_shard_plan: a plan in any form that ``AutoParallelismConfig(tp_plan=...)`` takes. None: one is selected as everywhere,
-            the model's own first; with tp ranks there is always one, or an error.
+        tp_shard_plan: a plan in any form that ``AutoParallelismConfig(tp_plan=...)`` takes. None: one is selected as
+            everywhere, the model's own first; with tp ranks there is always one, or an error.
         dp_shard_dim: axis to shard over (a flattened one such as ``dp_cp`` too).
         tp_dim: axis of tensor parallelism.
-        megatron_fsdp_unit_modules, zero_dp_strategy, init_fsdp_with_meta_device, grad_reduce_in_fp32, preserve_fp32_weights,
-        overlap_grad_reduce, overlap_param_gather, check_for_nan_in_grad, average_in_collective, disable_bucketing,
-        calculate_per_token_loss, keep_fp8_transpose_cache, nccl_ub, fsdp_double_buffer: see :class:`.options.MegatronOptions`.
+        megatron_fsdp_unit_modules, zero_dp_strategy, init_fsdp_with_meta_device, grad_reduce_in_fp32,
+        preserve_fp32_weights, overlap_grad_reduce, overlap_param_gather, check_for_nan_in_grad, average_in_collective,
+        disable_bucketing, calculate_per_token_loss, keep_fp8_transpose_cache, nccl_ub, fsdp_double_buffer: see
+        :class:`.options.MegatronOptions`.
 
     Returns:
-        ``(model, optimizer)``. The model is the ``MegatronFSDP`` around the given one; with one data-parallel rank it is the
-        given one, with a warning and without megatron-fsdp, as in the reference. The optimizer is the given one, or None.
+        ``(model, optimizer)``. The model is the ``MegatronFSDP`` around the given one; with one data-parallel rank it
+        is the given one, with a warning and without megatron-fsdp, as in the reference. The optimizer is the given one,
+        or None.
 
     Raises:
-        AutoParallelError: on all ranks, before anything is changed: an option, axis, class or plan that cannot be honoured.
+        AutoParallelError: on all ranks, before anything is changed: an option, axis, class or plan that cannot be
+            honoured.
     """
-    with agreement("megatron_fsdp_strategy_parallelize"):
+    with raise_on_all_ranks("megatron_fsdp_strategy_parallelize"):
         options = MegatronOptions(
             megatron_fsdp_unit_modules=megatron_fsdp_unit_modules,  # type: ignore[arg-type]
             zero_dp_strategy=zero_dp_strategy,
@@ -83,7 +87,7 @@ def megatron_fsdp_strategy_parallelize(
             fsdp_double_buffer=fsdp_double_buffer,
         )
         strategy = MegatronFsdpStrategy(options, dp_shard_dim, tp_dim, optimizer is not None)
-        job = Job(
+        context = ParallelizeContext(
             model=model,
             mesh=device_mesh,
             device=on_device(device_mesh.device_type),
@@ -92,19 +96,19 @@ def megatron_fsdp_strategy_parallelize(
             plan_order=PLAN_SOURCES,
             sums_after_backward=True,
         )
-        strategy.plan(job)
+        strategy.plan(context)
         names = check_optimizers(model, [optimizer])[0] if optimizer is not None else []
     before = dict(model.named_parameters())
-    strategy.compare_ranks(job)
-    strategy.carry_out(job)
+    strategy.compare_ranks(context)
+    strategy.carry_out(context)
     if optimizer is not None:
-        strategy.switch_optimizer(job, optimizer, names, before)
-    managed = managed_by_megatron(job.model)
+        strategy.switch_optimizer(context, optimizer, names, before)
+    managed = managed_by_megatron(context.model)
     if managed is None:  # one data-parallel rank, so FSDP2 has it
         manage_adapters(
             model,
-            job.tensor_parallel,
+            context.tensor_parallel,
             on_unload=lambda plain: None,
-            add=lambda original: adding(model, job, original, done=lambda: None),
+            add=lambda original: adding(model, context, original, done=lambda: None),
         )
-    return (job.model if managed is None else managed.wrapper), optimizer
+    return (context.model if managed is None else managed.wrapper), optimizer

@@ -1,8 +1,9 @@
-"""State dicts of a model and of its optimizers under megatron-fsdp: whole tensors, so that everybody can save and load them.
+"""State dicts of a model and of its optimizers under megatron-fsdp: whole tensors, so that everybody can save and load
+them.
 
-Accelerate's and the Trainer's checkpoints ask the model and the optimizer for their state dicts on all ranks, and gather DTensors
-with ``full_tensor()``, which does not know megatron-fsdp's uneven shards. So here they get whole tensors, and hand whole tensors
-back. Checkpoints are the same files as with every other backend and mesh.
+Accelerate's and the Trainer's checkpoints ask the model and the optimizer for their state dicts on all ranks, and
+gather DTensors with ``full_tensor()``, which does not know megatron-fsdp's uneven shards. So here they get whole
+tensors, and hand whole tensors back. Checkpoints are the same files as with every other backend and mesh.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from .sharding import MegatronModel
 from .shards import local_part
 
 
-class WholeStates:
-    """Makes the state dicts of one model and its optimizers whole. To call ``state_dict()`` is collective over all ranks."""
+class FullStates:
+    """Makes the state dicts of one model and its optimizers whole. To call ``state_dict()`` is collective over all
+    ranks.
+    """
 
     def __init__(self, managed: MegatronModel) -> None:
         self.managed = managed
@@ -66,8 +69,8 @@ class WholeStates:
             value = state.get(f"{prefix}{name}")
             if isinstance(value, DTensor):
                 raise UnsupportedError(
-                    "loading DTensors into a model that megatron-fsdp manages: its shards are uneven, theirs are not. Load whole "
-                    "tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state() or "
+                    "loading DTensors into a model that megatron-fsdp manages: its shards are uneven, theirs are not. "
+                    "Load whole tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state() or "
                     "Trainer.train(resume_from_checkpoint=...)."
                 )
             if isinstance(value, torch.Tensor):
@@ -75,9 +78,11 @@ class WholeStates:
 
     @contextmanager
     def shown_whole(self) -> Iterator[None]:
-        """Show whole plain parameters until ``model.load_state_dict()`` has run; what it writes is kept, each rank its part.
+        """Show whole plain parameters until ``model.load_state_dict()`` has run; what it writes is kept, each rank its
+        part.
 
-        For code that distributes what it loads by the parameters that it finds, and cuts those of DTensors evenly. Collective.
+        For code that distributes what it loads by the parameters that it finds, and cuts those of DTensors evenly.
+        Collective.
         """
         engine.show_sharded(self.managed.wrapper)
         self.whole = {
@@ -109,7 +114,9 @@ class WholeStates:
             self.managed.model.get_submodule(path)._parameters[key] = parameters[first]
 
     def _home(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` on the CPU, where whole models fit, unless the process group could not broadcast it from there again."""
+        """``tensor`` on the CPU, where whole models fit, unless the process group could not broadcast it from there
+        again.
+        """
         return tensor.cpu() if "gloo" in dist.get_backend_config() else tensor
 
     # ---- optimizers ------------------------------------------------------------------------------------------------

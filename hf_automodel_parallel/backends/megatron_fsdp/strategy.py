@@ -8,25 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...core.model_structure import dissect
+from ...core.model_structure import find_structure
 from ...errors import ConfigError, UnsupportedError, not_available_yet
 from ...fsdp.quantized import quantization_method
 from ...peft.operations import check_trainable_as_shards
-from ...plan.analysis.cross_module_reads import outside_reads, refuse_outside_reads
+from ...plan.analysis.cross_module_reads import cross_module_reads, refuse_cross_module_reads
 from ...plan.layer_kinds import check_peft_method
 from ...plan.resolve import resolve
 from ...plan.select import select_plan
 from ...plan.torch_styles import check_sequence_layouts
 from ...plan.validate import validate
 from ...strategies.base import refuse_sharded
-from ...strategies.context import Job
+from ...strategies.context import ParallelizeContext
 from ...strategies.default import DefaultParallelizationStrategy, refuse_fused_loss
 from . import engine
 from .changes import refuse_changes
 from .mesh import find_axes
 from .options import MegatronOptions
 from .sharding import MegatronModel, managed_by_megatron, shard_with_megatron
-from .state import WholeStates
+from .state import FullStates
 from .tensor_parallel import check_local, make_local
 from .units import unit_classes
 
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 class MegatronFsdpStrategy(DefaultParallelizationStrategy):
     """Tensor parallelism as everywhere, then megatron-fsdp.
 
-    With one data-parallel rank there is nothing for megatron-fsdp to do; FSDP2 on an axis of one rank takes its place, as it does
-    in the default strategy.
+    With one data-parallel rank there is nothing for megatron-fsdp to do; FSDP2 on an axis of one rank takes its place,
+    as it does in the default strategy.
 
     Args:
         options: behaviour of megatron-fsdp.
@@ -58,135 +58,139 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
 
     # ---- deciding --------------------------------------------------------------------------------------------------
 
-    def plan(self, job: Job) -> None:
+    def plan(self, context: ParallelizeContext) -> None:
         """Like the default strategy's, with what megatron-fsdp can do."""
         engine.load()
-        self.refuse_options_of_fsdp2(job)
-        self.axes = find_axes(job.mesh, self.shard, self.tp)
-        if self.axes.data_size(job.mesh) == 1 and not job.sums_after_backward:
+        self.refuse_options_of_fsdp2(context)
+        self.axes = find_axes(context.mesh, self.shard, self.tp)
+        if self.axes.data_size(context.mesh) == 1 and not context.sums_after_backward:
             raise ConfigError(
-                "backend='megatron_fsdp' with one data-parallel rank: there is nothing for it to shard. Use backend='fsdp2', or "
-                "more processes than tp_size."
+                "backend='megatron_fsdp' with one data-parallel rank: there is nothing for it to shard. Use "
+                "backend='fsdp2', or more processes than tp_size."
             )
-        if self.axes.data_size(job.mesh) > 1:
+        if self.axes.data_size(context.mesh) > 1:
             engine.check_device()
-        self.check_model(job)
-        job.anatomy = dissect(job.model, job.layer_classes)
-        self.units = unit_classes(job.model, self.options.megatron_fsdp_unit_modules or job.layer_classes)
-        if job.tp_mesh is not None:
-            self.select_tensor_parallel(job)
-            refuse_outside_reads(job.spec, outside_reads(job.model, job.anatomy.layers))  # type: ignore[arg-type]
+        self.check_model(context)
+        context.structure = find_structure(context.model, context.layer_classes)
+        self.units = unit_classes(context.model, self.options.megatron_fsdp_unit_modules or context.layer_classes)
+        if context.tp_mesh is not None:
+            self.select_tensor_parallel(context)
+            refuse_cross_module_reads(context.spec, cross_module_reads(context.model, context.structure.layers))  # type: ignore[arg-type]
 
-    def refuse_options_of_fsdp2(self, job: Job) -> None:
+    def refuse_options_of_fsdp2(self, context: ParallelizeContext) -> None:
         """Refuse what the user asked of FSDP2 and megatron-fsdp does not have."""
         asked = {
-            "cpu_offload": "CPU" in type(job.options.offload_policy).__name__,
-            "ignored_modules": bool(job.options.ignored_parameters),
-            "min_num_params": job.options.minimum_unit_size is not None,
-            "activation_checkpointing_offload": job.offload_activations,
-            "sequence_parallel": job.sequence_parallel,
-            "async_tensor_parallel": job.async_tensor_parallel,
-            "loss_parallel": job.loss_parallel is True,
-            "loss_chunk_size": job.loss_chunk_size is not None,
-            "cp_size": job.cp_mesh is not None,
-            "state_dict_type=SHARDED_STATE_DICT": job.sharded_checkpoints,
-            "init_fsdp_with_meta_device": self.options.init_fsdp_with_meta_device and not job.sums_after_backward,
-            "mixed_precision='fp16'": job.options.mp_policy.param_dtype is torch.float16,
+            "cpu_offload": "CPU" in type(context.options.offload_policy).__name__,
+            "ignored_modules": bool(context.options.ignored_parameters),
+            "min_num_params": context.options.minimum_unit_size is not None,
+            "activation_checkpointing_offload": context.offload_activations,
+            "sequence_parallel": context.sequence_parallel,
+            "async_tensor_parallel": context.async_tensor_parallel,
+            "loss_parallel": context.loss_parallel is True,
+            "loss_chunk_size": context.loss_chunk_size is not None,
+            "cp_size": context.cp_mesh is not None,
+            "state_dict_type=SHARDED_STATE_DICT": context.sharded_checkpoints,
+            "init_fsdp_with_meta_device": self.options.init_fsdp_with_meta_device and not context.sums_after_backward,
+            "mixed_precision='fp16'": context.options.mp_policy.param_dtype is torch.float16,
         }
         for name, given in asked.items():
             if given:
                 raise UnsupportedError(
                     f"{name} cannot be combined with backend='megatron_fsdp'. Leave it out, or use backend='fsdp2'."
                 )
-        if job.compile_options is not None:
+        if context.compile_options is not None:
             raise not_available_yet(
                 "compile",
                 True,
                 "megatron-fsdp's hooks would break the graph of each layer; use backend='fsdp2', or compile=False.",
             )
 
-    def check_model(self, job: Job) -> None:
+    def check_model(self, context: ParallelizeContext) -> None:
         """Refuse models that cannot be sharded from here."""
-        refuse_sharded(job.model)
-        check_trainable_as_shards(job.model)
-        if quantization_method(job.model) is not None:
+        refuse_sharded(context.model)
+        check_trainable_as_shards(context.model)
+        if quantization_method(context.model) is not None:
             raise UnsupportedError(
-                "megatron-fsdp has no place for quantised weights: it takes their bytes for float8. Use backend='fsdp2', or the "
-                "model without quantization_config."
+                "megatron-fsdp has no place for quantised weights: it takes their bytes for float8. Use "
+                "backend='fsdp2', or the model without quantization_config."
             )
-        scalars = [name for name, p in job.model.named_parameters() if p.ndim == 0]
+        scalars = [name for name, p in context.model.named_parameters() if p.ndim == 0]
         if scalars:
             raise UnsupportedError(
                 f"{', '.join(scalars[:4])}: parameters without dimensions cannot be sharded. Give them the shape (1,)."
             )
-        if job.tp_mesh is not None:
-            refuse_fused_loss(job.model)
-        if job.pending is not None and job.pending.values:
+        if context.tp_mesh is not None:
+            refuse_fused_loss(context.model)
+        if context.pending is not None and context.pending.values:
             raise UnsupportedError(
-                "a model of hf_automodel_parallel.from_pretrained is read into FSDP2's shards; megatron-fsdp fills its own "
-                "buffers. Use backend='fsdp2', or load the model with its own class's from_pretrained."
+                "a model of hf_automodel_parallel.from_pretrained is read into FSDP2's shards; megatron-fsdp fills its "
+                "own buffers. Use backend='fsdp2', or load the model with its own class's from_pretrained."
             )
-        meta = [name for name, p in job.model.named_parameters() if p.device.type == "meta"]
-        if meta and not (self.options.init_fsdp_with_meta_device or job.load_on_rank_zero):
+        meta = [name for name, p in context.model.named_parameters() if p.device.type == "meta"]
+        if meta and not (self.options.init_fsdp_with_meta_device or context.load_on_rank_zero):
             raise UnsupportedError(
-                f"{len(meta)} parameters have no values ({meta[0]}, ...): the model is on the meta device. Load it on the CPU, "
-                f"or use init_fsdp_with_meta_device=True if its modules can initialise themselves."
+                f"{len(meta)} parameters have no values ({meta[0]}, ...): the model is on the meta device. Load it on "
+                f"the CPU, or use init_fsdp_with_meta_device=True if its modules can initialise themselves."
             )
         if meta and self.options.init_fsdp_with_meta_device:
-            _check_resettable(job.model, job.tp_mesh is not None)
+            _check_resettable(context.model, context.tp_mesh is not None)
 
-    def select_tensor_parallel(self, job: Job) -> None:
+    def select_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Choose the plan and resolve it on the model; styles that need DTensors in flight are refused."""
-        check_peft_method(job.model)
-        size = job.tp_mesh.size()  # type: ignore[union-attr]
+        check_peft_method(context.model)
+        size = context.tp_mesh.size()  # type: ignore[union-attr]
         # Derived plans have been compared under FSDP2 alone; the refusal names the sources that were asked.
-        order = tuple(source for source in job.plan_order if source != "derived")
-        job.plan = select_plan(job.model, job.tp_plan, order, size)
-        check_sequence_layouts(job.plan, job.sequence_parallel)
-        job.spec = resolve(job.model, job.plan, size)
-        check_local(job.spec)
-        validate(job.model, job.spec, size)
+        order = tuple(source for source in context.plan_order if source != "derived")
+        context.plan = select_plan(context.model, context.tp_plan, order, size)
+        check_sequence_layouts(context.plan, context.sequence_parallel)
+        context.spec = resolve(context.model, context.plan, size)
+        check_local(context.spec)
+        validate(context.model, context.spec, size)
 
     # ---- carrying out ----------------------------------------------------------------------------------------------
 
-    def apply_data_parallel(self, job: Job) -> None:
+    def apply_data_parallel(self, context: ParallelizeContext) -> None:
         """Wrap with megatron-fsdp; or, with one data-parallel rank, with FSDP2."""
-        if self.axes.data_size(job.mesh) == 1:
+        if self.axes.data_size(context.mesh) == 1:
             if dist.get_rank() == 0:
                 logger.warning("there is one data-parallel rank, so megatron-fsdp is not used")
-            super().apply_data_parallel(job)
+            super().apply_data_parallel(context)
             return
         shapes = {
-            name: parameter.shape for name, parameter in job.model.named_parameters()
+            name: parameter.shape for name, parameter in context.model.named_parameters()
         }  # of DTensors: the whole ones
-        if job.spec is not None:
-            make_local(job.model, job.spec)
-            job.tensor_parallel.local = True  # type: ignore[union-attr]
+        if context.spec is not None:
+            make_local(context.model, context.spec)
+            context.tensor_parallel.local = True  # type: ignore[union-attr]
         managed = shard_with_megatron(
-            job.model,
-            self.axes.layout(job.mesh),
+            context.model,
+            self.axes.layout(context.mesh),
             self.options,
             self.units,
-            job.spec,
+            context.spec,
             shapes,
-            job.device,
+            context.device,
             self.has_optimizer,
-            job.tensor_parallel,
-            job.options.mp_policy.param_dtype,
+            context.tensor_parallel,
+            context.options.mp_policy.param_dtype,
         )
-        refuse_changes(job.model)
-        if not job.sums_after_backward:  # with an Accelerator, which saves by state dicts
-            managed.states = WholeStates(managed)
+        refuse_changes(context.model)
+        if not context.sums_after_backward:  # with an Accelerator, which saves by state dicts
+            managed.states = FullStates(managed)
 
     def switch_optimizer(
-        self, job: Job, optimizer: torch.optim.Optimizer, names: list[list[str]], before: dict[str, nn.Parameter]
+        self,
+        context: ParallelizeContext,
+        optimizer: torch.optim.Optimizer,
+        names: list[list[str]],
+        before: dict[str, nn.Parameter],
     ) -> None:
         """Let ``optimizer`` work on megatron-fsdp's shards, and do megatron-fsdp's part in each step."""
-        managed: MegatronModel | None = managed_by_megatron(job.model)
+        managed: MegatronModel | None = managed_by_megatron(context.model)
         if managed is None:
-            super().switch_optimizer(job, optimizer, names, before)
+            super().switch_optimizer(context, optimizer, names, before)
             return
-        managed.adopt(optimizer, names, before, for_dcp=job.sums_after_backward)
+        managed.adopt(optimizer, names, before, for_dcp=context.sums_after_backward)
         if managed.states is not None:
             managed.states.of_optimizer(optimizer)
 
@@ -194,8 +198,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
 def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
     if tensor_parallel:
         raise UnsupportedError(
-            "init_fsdp_with_meta_device=True with tensor parallelism: each rank would initialise its shard on its own, and "
-            "replicated parameters differently. Build the model on the CPU, or use tp=1."
+            "init_fsdp_with_meta_device=True with tensor parallelism: each rank would initialise its shard on its own, "
+            "and replicated parameters differently. Build the model on the CPU, or use tp=1."
         )
     unable = [
         f"{name or type(module).__name__} ({type(module).__name__})"
@@ -205,6 +209,6 @@ def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
     ]
     if unable:
         raise UnsupportedError(
-            f"init_fsdp_with_meta_device=True: {len(unable)} modules have no reset_parameters() to initialise themselves with: "
-            f"{', '.join(unable[:4])}. Add the method, or build the model on the CPU."
+            f"init_fsdp_with_meta_device=True: {len(unable)} modules have no reset_parameters() to initialise "
+            f"themselves with: {', '.join(unable[:4])}. Add the method, or build the model on the CPU."
         )

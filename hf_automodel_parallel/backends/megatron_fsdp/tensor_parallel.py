@@ -1,7 +1,8 @@
 """Tensor-parallel parameters in the form that megatron-fsdp can shard.
 
-megatron-fsdp reads a DTensor's *global* shape where it means the local one: a weight that is sharded on dimension 1 gets rows of
-the wrong length, and its own check fails. Local tensors with Megatron-Core's three attributes are its other, well used, way.
+megatron-fsdp reads a DTensor's *global* shape where it means the local one: a weight that is sharded on dimension 1
+gets rows of the wrong length, and its own check fails. Local tensors with Megatron-Core's three attributes are its
+other, well used, way.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def check_local(spec: ShardingSpec) -> None:
     for name, module in spec.modules.items():
         if module.foreign is not None:
             raise UnsupportedError(
-                f"the tensor-parallel style {type(module.foreign).__name__} of {name!r} cannot be combined with megatron-fsdp, "
-                f"which gathers local tensors: it computes with DTensors. Use a style name such as 'colwise' or 'rowwise' (or a "
-                f"style of torch's that means the same), or leave tp_shard_plan out."
+                f"the tensor-parallel style {type(module.foreign).__name__} of {name!r} cannot be combined with "
+                f"megatron-fsdp, which gathers local tensors: it computes with DTensors. Use a style name such as "
+                f"'colwise' or 'rowwise' (or a style of torch's that means the same), or leave tp_shard_plan out."
             )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ...core.model_structure import dissect
+from ...core.model_structure import find_structure
 from ...errors import ConfigError, UnsupportedError
 from ...fsdp.shard import separable
 
@@ -25,7 +25,7 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
         UnsupportedError: a unit would contain another one, or a parameter that is also used outside of it.
     """
     if given is None:
-        layers = dissect(model).layers
+        layers = find_structure(model).layers
         whole = {id(layer) for layer in separable(model, layers)}
         shared = {type(layer) for layer in layers if id(layer) not in whole}
         classes = [cls for cls in dict.fromkeys(map(type, layers)) if cls not in shared]
@@ -36,15 +36,15 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
         inner = next((m for m in unit.modules() if m is not unit and isinstance(m, tuple(classes))), None)
         if inner is not None:
             raise UnsupportedError(
-                f"megatron_fsdp_unit_modules: {type(unit).__name__} contains {type(inner).__name__}; megatron-fsdp would free "
-                f"the inner one while the outer one needs it. Name one of the two."
+                f"megatron_fsdp_unit_modules: {type(unit).__name__} contains {type(inner).__name__}; megatron-fsdp "
+                f"would free the inner one while the outer one needs it. Name one of the two."
             )
     whole = {id(unit) for unit in separable(model, units)}
     for unit in units:
         if id(unit) not in whole and unit is not model and any(True for _ in unit.parameters()):
             raise UnsupportedError(
-                f"megatron_fsdp_unit_modules: a {type(unit).__name__} shares a parameter with modules outside of it, which "
-                f"megatron-fsdp would free under them. Leave it out, or untie the parameter."
+                f"megatron_fsdp_unit_modules: a {type(unit).__name__} shares a parameter with modules outside of it, "
+                f"which megatron-fsdp would free under them. Leave it out, or untie the parameter."
             )
     return classes
 

@@ -25,12 +25,12 @@ _GETTERS = frozenset(["get_input_embeddings", "get_output_embeddings"])
 _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".split())
 
 
-def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
+def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Followed are chains of attributes (and ``get_input_embeddings()``) that begin with ``self``, ``super()`` or a local name for
-    such a chain, in ``forward`` and in the methods that it calls, also of other modules. What cannot be read (a forward without
-    source) is taken for harmless.
+    Followed are chains of attributes (and ``get_input_embeddings()``) that begin with ``self``, ``super()`` or a local
+    name for such a chain, in ``forward`` and in the methods that it calls, also of other modules. What cannot be read
+    (a forward without source) is taken for harmless.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -56,7 +56,7 @@ def outside_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[s
     return found
 
 
-def check_outside_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
+def check_cross_module_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
     """Raise :class:`UnsupportedError` for a parameter of which the gradient would be neither whole nor a summand."""
     for module, names in reads.items():
         for name in names:
@@ -64,21 +64,21 @@ def check_outside_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None
             plain = parameter.dim is not None and parameter.blocks == 1 and not parameter.partial_gradient
             if parameter != REPLICATED and not plain:
                 raise UnsupportedError(
-                    f"the forward of {module or 'the model'} reads the parameter {name}, which belongs to another module and is "
-                    f"planned as {parameter}: its gradient would be neither whole nor a summand. Leave it out of the tp_plan, or "
-                    f"use tp_size=1."
+                    f"the forward of {module or 'the model'} reads the parameter {name}, which belongs to another "
+                    f"module and is planned as {parameter}: its gradient would be neither whole nor a summand. Leave "
+                    f"it out of the tp_plan, or use tp_size=1."
                 )
 
 
-def refuse_outside_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
+def refuse_cross_module_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
     """Raise :class:`UnsupportedError` if what other modules read is sharded, where nobody shows them the whole."""
     for module, names in reads.items():
         for name in names:
             if spec.parameters.get(name, REPLICATED) != REPLICATED:
                 raise UnsupportedError(
                     f"the forward of {module or 'the model'} reads the parameter {name} of another module, which the "
-                    f"tensor-parallel plan shards. With backend='megatron_fsdp' that is not supported: use backend='fsdp2', or "
-                    f"tp_size=1."
+                    f"tensor-parallel plan shards. With backend='megatron_fsdp' that is not supported: use "
+                    f"backend='fsdp2', or tp_size=1."
                 )
 
 
@@ -117,7 +117,9 @@ def _definitions(module: nn.Module, method: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _chains(function: Any) -> frozenset[tuple[str, ...]]:
-    """The longest chains of attributes of ``self`` or ``super()`` (also under a local name) in ``function``, without these."""
+    """The longest chains of attributes of ``self`` or ``super()`` (also under a local name) in ``function``, without
+    these.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

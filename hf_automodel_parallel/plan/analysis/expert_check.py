@@ -1,7 +1,8 @@
 """Fused experts tried on a miniature: do the shares of the ranks add up to what one process computes?
 
-Whether the gate and the up projection of a fused weight lie one after the other or interleaved is known to the forward of the
-experts alone, and plans get it wrong. So the forward of a small copy is run, whole and on the shares of each rank.
+Whether the gate and the up projection of a fused weight lie one after the other or interleaved is known to the forward
+of the experts alone, and plans get it wrong. So the forward of a small copy is run, whole and on the shares of each
+rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.shard_layout import share_of
+from ...core.shard_layout import shard_of
 from ...core.sharding_spec import Input, Output, ParameterSpec, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import is_parameter_adapter
@@ -47,7 +48,9 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
         module = model.get_submodule(path)
         keys = [key for key, parameter in module._parameters.items() if parameter is not None]
         own = {key: spec.parameters.get(f"{path}.{key}", ParameterSpec()) for key in keys}
-        if not any(s.dim is not None for s in own.values()) or any(True for c in module.children() for _ in c.parameters()):
+        if not any(s.dim is not None for s in own.values()) or any(
+            True for c in module.children() for _ in c.parameters()
+        ):
             continue
         shapes = tuple((key, tuple(module._parameters[key].shape), own[key]) for key in own)  # type: ignore[union-attr]
         kind = (type(module), shapes)
@@ -64,9 +67,9 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
         if blocks is None or (changed and strict):
             hint = "".join(f" {key} is {'packed' if n > 1 else 'not packed'}." for key, n in changed.items())
             raise PlanError(
-                f"the tensor-parallel plan cuts the weights of {name} ({type(module).__name__}) so that the shares of {tp_size} "
-                f"ranks do not add up to the whole.{hint} Correct the entries (colwise or packed_colwise), or leave them and "
-                f"'moe_tp_experts' out."
+                f"the tensor-parallel plan cuts the weights of {name} ({type(module).__name__}) so that the shares of "
+                f"{tp_size} ranks do not add up to the whole.{hint} Correct the entries (colwise or packed_colwise), "
+                f"or leave them and 'moe_tp_experts' out."
             )
         for key, n in changed.items():
             _set_blocks(model, spec, path, key, n)
@@ -106,7 +109,7 @@ def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: i
         total = torch.zeros_like(whole)
         try:
             for rank in range(tp_size):
-                shares = {k: share_of(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()}
+                shares = {k: shard_of(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()}
                 total = total + _run(small, shares, arguments)
         except Exception:  # shapes that do not fit: another cut
             continue

@@ -1,8 +1,9 @@
 """Linear layers with a forward of their own, tried on a small copy: do the shares of the ranks add up to the whole?
 
-A subclass of ``nn.Linear`` may do anything in its forward. What it does to each output feature (column-wise) or to a sum over
-input features (row-wise) alone may be sharded; a scale over the whole weight (BitNet), a norm of the input of a row-wise layer or
-an activation at its end may not, although the shapes fit. So its forward is run, whole and on the shares of each rank.
+A subclass of ``nn.Linear`` may do anything in its forward. What it does to each output feature (column-wise) or to a
+sum over input features (row-wise) alone may be sharded; a scale over the whole weight (BitNet), a norm of the input of
+a row-wise layer or an activation at its end may not, although the shapes fit. So its forward is run, whole and on the
+shares of each rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ... import compat
-from ...core.shard_layout import share_of
+from ...core.shard_layout import shard_of
 from ...core.sharding_spec import REPLICATED, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import Matrix, as_matrix
@@ -25,7 +26,8 @@ _FEATURES, _TOKENS = 4, 5  # features per rank
 
 
 def faulty_linears(model: nn.Module, spec: ShardingSpec, tp_size: int, inside: set[str]) -> dict[str, str]:
-    """Sharded linear layers with a forward of their own that does not compute the same on shares: name -> what is wrong.
+    """Sharded linear layers with a forward of their own that does not compute the same on shares: name -> what is
+    wrong.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta; only read.
@@ -45,7 +47,9 @@ def faulty_linears(model: nn.Module, spec: ShardingSpec, tp_size: int, inside: s
         kind = (type(module), vars(module).get("forward"), place, tuple(matrix.weight.shape), _plain_state(module))
         if kind not in known:
             try:
-                known[kind] = "" if _adds_up(matrix, spec, name, tp_size) else "does not compute the same on the shares of ranks"
+                known[kind] = (
+                    "" if _adds_up(matrix, spec, name, tp_size) else "does not compute the same on the shares of ranks"
+                )
             except CannotRun as error:
                 known[kind] = f"cannot be tried on a small copy ({error})"
         trouble = known[kind]
@@ -57,8 +61,11 @@ def faulty_linears(model: nn.Module, spec: ShardingSpec, tp_size: int, inside: s
     return faults
 
 
-def leave_ends_whole(model: nn.Module, spec: ShardingSpec, faults: dict[str, str], inside: set[str], strict: bool) -> None:
-    """Take faulty layers that stand outside of the repeated layers, and what is tied to them, out of the plan, in place.
+def leave_ends_whole(
+    model: nn.Module, spec: ShardingSpec, faults: dict[str, str], inside: set[str], strict: bool
+) -> None:
+    """Take faulty layers that stand outside of the repeated layers, and what is tied to them, out of the plan, in
+    place.
 
     Args:
         model: the model.
@@ -78,7 +85,8 @@ def leave_ends_whole(model: nn.Module, spec: ShardingSpec, faults: dict[str, str
             continue
         if strict:
             raise PlanError(
-                f"the tensor-parallel plan is wrong for {fault}: {reason}. Leave its entry out of the tp_plan, or use tp_size=1."
+                f"the tensor-parallel plan is wrong for {fault}: {reason}. Leave its entry out of the tp_plan, or use "
+                "tp_size=1."
             )
         weight = model.get_submodule(fault).weight
         for owner in {name.rpartition(".")[0] for name in names[id(weight)]}:
@@ -90,12 +98,14 @@ def leave_ends_whole(model: nn.Module, spec: ShardingSpec, faults: dict[str, str
 
 
 def refuse_what_is_left(spec: ShardingSpec, faults: dict[str, str]) -> None:
-    """Raise :class:`PlanError` for faulty layers that are still sharded, because nobody could look into the layer around them."""
+    """Raise :class:`PlanError` for faulty layers that are still sharded, because nobody could look into the layer
+    around them.
+    """
     for name, reason in faults.items():
         if f"{name}.weight" in spec.parameters:
             raise PlanError(
-                f"the tensor-parallel plan is wrong for {name}: {reason}. Give a tp_plan without it and its pair, or use "
-                f"tp_size=1."
+                f"the tensor-parallel plan is wrong for {name}: {reason}. Give a tp_plan without it and its pair, or "
+                f"use tp_size=1."
             )
 
 
@@ -127,19 +137,19 @@ def _adds_up(matrix: Matrix, spec: ShardingSpec, name: str, tp_size: int) -> boo
         raise CannotRun(first_line(error)) from error
     results = []
     for rank in range(tp_size):
-        shares = {key: share_of(value, places[key], rank, tp_size) for key, value in values.items()}
+        shares = {key: shard_of(value, places[key], rank, tp_size) for key, value in values.items()}
         cut = replace(place, dim=-1)
-        own = share_of(weights, cut, rank, tp_size) if columns else weights
+        own = shard_of(weights, cut, rank, tp_size) if columns else weights
         if not columns and "bias" in shares and rank:
             shares["bias"] = torch.zeros_like(shares["bias"])  # added once
-        given = x if columns else share_of(x, replace(cut, blocks=1), rank, tp_size)
+        given = x if columns else shard_of(x, replace(cut, blocks=1), rank, tp_size)
         try:
             results.append(_run(module, matrix, shares, given, own))
         except Exception:
             return False
     outputs, inputs = [r[0] for r in results], [r[1] for r in results]
     if columns:
-        same = all(map(is_close, outputs, (share_of(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
+        same = all(map(is_close, outputs, (shard_of(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
         same = same and is_close(sum(inputs), whole[1])
     else:
         same = is_close(sum(outputs), whole[0]) and is_close(torch.cat(inputs, -1), whole[1])
@@ -148,7 +158,7 @@ def _adds_up(matrix: Matrix, spec: ShardingSpec, name: str, tp_size: int) -> boo
         if places[key].dim is None and not (key == "bias" and not columns):
             same = same and is_close(sum(own_gradients), gradient)
         elif places[key].dim is not None:
-            expected = (share_of(gradient, places[key], rank, tp_size) for rank in range(tp_size))
+            expected = (shard_of(gradient, places[key], rank, tp_size) for rank in range(tp_size))
             same = same and all(map(is_close, own_gradients, expected))
     return same
 

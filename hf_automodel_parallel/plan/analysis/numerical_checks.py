@@ -1,4 +1,6 @@
-"""What trials on small copies have in common: is the whole the sum, or the parts, of what ranks compute on their shares?"""
+"""What trials on small copies have in common: is the whole the sum, or the parts, of what ranks compute on their
+shares?
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Which values are equal on all ranks of a tp group, and which differ? Seen from the operators that a forward runs.
 
-The rules are those of ``shard_map`` in JAX (varying manual axes): what is computed from something that differs between the
-ranks differs, until a collective makes it equal. A replicated parameter that meets a differing value gets a different summand
-of its gradient on each rank; a replicated *activation* may meet one only through a boundary that sums its gradient.
+The rules are those of ``shard_map`` in JAX (varying manual axes): what is computed from something that differs between
+the ranks differs, until a collective makes it equal. A replicated parameter that meets a differing value gets a
+different summand of its gradient on each rank; a replicated *activation* may meet one only through a boundary that sums
+its gradient.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ FEATURES = Value(varying=True, features=True)
 #: Operators that combine entries along a dimension: (argument that says which, default of all dimensions).
 _ALONG = ("dim", "normalized_shape", "axis")
 _COMBINES = frozenset(
-    "sum mean var var_mean std std_mean amax amin max min argmax argmin norm linalg_vector_norm logsumexp prod softmax _softmax "
+    "sum mean var var_mean std std_mean amax amin max min argmax argmin norm linalg_vector_norm logsumexp prod softmax "
+    "_softmax "
     "log_softmax _log_softmax cumsum cumprod sort topk kthvalue median native_layer_norm _fused_rms_norm".split()
 )
 _KEEPS_PLACES = frozenset("clone _to_copy detach alias copy_ native_dropout".split())
@@ -52,17 +54,17 @@ class WrongPlan(Exception):
     """What the ranks compute is not what one process computes."""
 
 
-class OutOfSight(Exception):
+class NotTraceable(Exception):
     """Something runs whose boundaries cannot be seen, so that nothing is known of what it computes."""
 
 
-class VarianceTrace(compat.TorchDispatchMode):
+class ReplicationTrace(compat.TorchDispatchMode):
     """Follows :class:`Value` through operators.
 
     Args:
         parameters: what is known, by ids of tensors.
-        whole: ids of sharded parameters in their whole shape. A forward that somebody replaced by a function of the original
-            module reads them, and runs past the boundaries.
+        whole: ids of sharded parameters in their whole shape. A forward that somebody replaced by a function of the
+            original module reads them, and runs past the boundaries.
 
     Attributes:
         partial: names of replicated parameters that meet differing values.
@@ -109,7 +111,7 @@ class VarianceTrace(compat.TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.whole and any(id(x) in self.whole for x in compat.tree_leaves((args, kwargs))):
-            raise OutOfSight("a replaced forward reads the weights of the original module")
+            raise NotTraceable("a replaced forward reads the weights of the original module")
         result = func(*args, **kwargs)
         outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
         inputs = [x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -124,7 +126,16 @@ class VarianceTrace(compat.TorchDispatchMode):
             self._check_features(name, func, args, kwargs, shares)
             kept = torch.Tag.pointwise in func.tags or name in _KEEPS_PLACES
             value = FEATURES if kept and value == VARYING else value
-        if name in ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty"):
+        if name in (
+            "detach",
+            "zeros_like",
+            "ones_like",
+            "empty_like",
+            "full_like",
+            "new_zeros",
+            "new_ones",
+            "new_empty",
+        ):
             value = CONSTANT if name != "detach" or not value.varying else VARYING
         for x in outputs:
             own = value if x.is_floating_point() or x.is_complex() else Value(varying=value.varying)
@@ -143,8 +154,8 @@ class VarianceTrace(compat.TorchDispatchMode):
         if any(v.varying for v in values):
             if any(v.data for v in values):
                 raise WrongPlan(
-                    f"{func} combines an activation that all ranks share with one that differs between them, so the gradient "
-                    f"of the first would be a summand on each rank"
+                    f"{func} combines an activation that all ranks share with one that differs between them, so the "
+                    f"gradient of the first would be a summand on each rank"
                 )
             for name in parameters:
                 self.partial.setdefault(name, self.place)

@@ -1,9 +1,9 @@
 """Does a resolved plan compute what one process computes? One forward of the layers of one rank, without values.
 
-Parameters have the shapes of one rank and the boundaries are crossed as the plan says. Three things come to light before
-anything is sharded: a shape that does not fit (half of a pair of projections), a replicated parameter between sharded
-projections, whose gradient then is a summand on each rank (head norms, activation scalars, attention sinks: the spec is completed
-with them), and activations that are mixed where a boundary is missing (refused by name).
+Parameters have the shapes of one rank and the boundaries are crossed as the plan says. Three things come to light
+before anything is sharded: a shape that does not fit (half of a pair of projections), a replicated parameter between
+sharded projections, whose gradient then is a summand on each rank (head norms, activation scalars, attention sinks: the
+spec is completed with them), and activations that are mixed where a boundary is missing (refused by name).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ..layer_kinds import as_matrix
 from ..patterns import layer_pattern
 from .expert_check import try_experts
 from .linear_check import faulty_linears, leave_ends_whole, refuse_what_is_left
-from .replication import EQUAL, FEATURES, VARYING, OutOfSight, Value, VarianceTrace, WrongPlan
-from .stack_runner import SequenceProbe
+from .replication import EQUAL, FEATURES, VARYING, NotTraceable, ReplicationTrace, Value, WrongPlan
+from .stack_runner import StackRunner
 
 _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
 
@@ -33,8 +33,9 @@ _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for wha
 def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_size: int, strict: bool) -> None:
     """Check a resolved plan by a run of one rank's layers without values, and complete it, in place.
 
-    Replicated parameters that meet values which differ between the ranks get a partial gradient. Where a plan that nobody
-    wrote for this model fails, the part of the layer is left whole on every rank, which is always right, and a note says so.
+    Replicated parameters that meet values which differ between the ranks get a partial gradient. Where a plan that
+    nobody wrote for this model fails, the part of the layer is left whole on every rank, which is always right, and a
+    note says so.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
@@ -44,7 +45,8 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         strict: the plan is the user's own, so a fault in it is an error.
 
     Raises:
-        PlanError: the layers cannot run on the shares of one rank, or would compute something else; the message names the module.
+        PlanError: the layers cannot run on the shares of one rank, or would compute something else; the message names
+            the module.
     """
     try_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
@@ -53,7 +55,7 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
     leave_ends_whole(model, spec, faults, inside, strict)
     try:
         stack, stack_layers = _runner(model, spec, layers, names)
-        probe = VarianceProbe(model, spec, stack, stack_layers, names)
+        probe = ReplicationCheck(model, spec, stack, stack_layers, names)
         probe.tp_size, probe.strict, probe.faults = tp_size, strict, faults
         probe.look()
     except UnsupportedError as error:  # of the machinery that runs a stack: nothing is known of the plan then
@@ -77,7 +79,9 @@ def _runner(
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
-        if not all(name.startswith(f"{path}.") or not path for name in wanted) or not compat.has_implemented_forward(module):
+        if not all(name.startswith(f"{path}.") or not path for name in wanted) or not compat.has_implemented_forward(
+            module
+        ):
             continue
         if {"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters):
             inside = [layer for layer in layers if not path or names[layer].startswith(f"{path}.")]
@@ -85,7 +89,7 @@ def _runner(
     raise UnsupportedError("no module around the layers takes input_ids or inputs_embeds")
 
 
-def _add(model: nn.Module, spec: ShardingSpec, probe: VarianceProbe) -> None:
+def _add(model: nn.Module, spec: ShardingSpec, probe: ReplicationCheck) -> None:
     places: dict[int, list[str]] = {}
     ids: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -103,18 +107,23 @@ def _add(model: nn.Module, spec: ShardingSpec, probe: VarianceProbe) -> None:
         if name in probe.variance.complete:
             raise PlanError(
                 f"the parameter {name} is used by {place}, where the ranks differ, and by "
-                f"{probe.variance.complete[name]}, where they do not, so its gradient is neither whole nor a summand. {_REMEDY}"
+                f"{probe.variance.complete[name]}, where they do not, so its gradient is neither whole nor a summand. "
+                f"{_REMEDY}"
             )
         for other in places[ids[name]]:
             spec.parameters[other] = PARTIAL
         short = plan_name(name, unwrapped(model)[1])
         pattern = layer_pattern(short)
         found[pattern] = found.get(pattern, 0) + 1
-    spec.rows += [(p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()]
+    spec.rows += [
+        (p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()
+    ]
 
 
-class VarianceProbe(SequenceProbe):
-    """The same run of a stack as for sequence parallelism, of which it takes the machinery, with the shapes of one rank."""
+class ReplicationCheck(StackRunner):
+    """The same run of a stack as for sequence parallelism, of which it takes the machinery, with the shapes of one
+    rank.
+    """
 
     tp_size = 1
     strict = True
@@ -139,7 +148,7 @@ class VarianceProbe(SequenceProbe):
         }
         originals = {id(p): name for name, p in self.model.named_parameters()}
         whole = frozenset(key for key, name in originals.items() if self._is_sharded(name))
-        self.variance = VarianceTrace(known, whole)
+        self.variance = ReplicationTrace(known, whole)
         self.path: list[str] = []
         try:
             with torch.enable_grad(), compat.quiet_fake_tensors():
@@ -256,15 +265,17 @@ class VarianceProbe(SequenceProbe):
         module = type(self.model.get_submodule(place)).__name__
         if isinstance(error, WrongPlan):
             return f"the tensor-parallel plan is wrong for {place} ({module}): {error}"
-        if isinstance(error, OutOfSight) or self._whole(name, arguments) is None:
+        if isinstance(error, NotTraceable) or self._whole(name, arguments) is None:
             return None
         return (
-            f"the tensor-parallel plan does not fit {place} ({module}): with the shapes of one of {self.tp_size} ranks it fails "
-            f"with {type(error).__name__}: {first_line(error)}"
+            f"the tensor-parallel plan does not fit {place} ({module}): with the shapes of one of {self.tp_size} ranks "
+            f"it fails with {type(error).__name__}: {first_line(error)}"
         )
 
     def _open(self, place: str, error: Exception) -> bool:
-        """Where a module sums its output over the ranks, all that it reads has to cross a boundary; plans forget that."""
+        """Where a module sums its output over the ranks, all that it reads has to cross a boundary; plans forget
+        that.
+        """
         boundary = self.spec.modules.get(place)
         if not isinstance(error, WrongPlan) or boundary is None or place in self.opened:
             return False
@@ -357,7 +368,7 @@ class VarianceProbe(SequenceProbe):
         if boundary is None:
             output = forward(*args, **kwargs)
         elif boundary.foreign is not None:
-            raise OutOfSight(f"{name} runs on an engine of torch's")
+            raise NotTraceable(f"{name} runs on an engine of torch's")
         else:
             output = self._crossed(name, boundary, forward, args, kwargs)
         self.path.pop()  # left where it is by an exception
@@ -395,7 +406,9 @@ class VarianceProbe(SequenceProbe):
         if boundary.output not in (Output.REDUCE, Output.GATHER):
             return output
         if boundary.output is Output.REDUCE and boundary.input is not Input.MASK and not trace.value(first).varying:
-            raise WrongPlan(f"its output is the same on all {self.tp_size} ranks, and summed over them it counts that many times")
+            raise WrongPlan(
+                f"its output is the same on all {self.tp_size} ranks, and summed over them it counts that many times"
+            )
         factor = self.tp_size if boundary.output is Output.GATHER else 1
         fresh = torch.empty((*first.shape[:-1], first.shape[-1] * factor), dtype=first.dtype)
         fresh = trace.mark(fresh, EQUAL)

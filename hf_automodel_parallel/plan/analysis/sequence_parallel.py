@@ -2,10 +2,10 @@
 
 The layers are run once without values (:mod:`token_trace`). What that run shows decides, not a name:
 
-* A called module of a layer with something sharded inside is a *block* and works on the whole sequence; so does a module that
-  does not treat each token apart (a replicated mixer). Everything else of the layer works on shares.
-* A row-wise layer of a block gives out shares if what follows it in the block keeps tokens apart, else the block splits its
-  output. Experts, whose output is a flat list of tokens, and routers stay as they are under tensor parallelism.
+* A called module of a layer with something sharded inside is a *block* and works on the whole sequence; so does a
+  module that does not treat each token apart (a replicated mixer). Everything else of the layer works on shares.
+* A row-wise layer of a block gives out shares if what follows it in the block keeps tokens apart, else the block splits
+  its output. Experts, whose output is a flat list of tokens, and routers stay as they are under tensor parallelism.
 * A replicated parameter that works on shares gets a summand of its gradient on each rank.
 
 A layer that combines tokens outside of all blocks is refused by name.
@@ -24,7 +24,7 @@ from ... import compat
 from ...core.module_names import plan_name, unwrapped
 from ...core.sharding_spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
-from .stack_runner import REMEDY, Found, SequenceProbe
+from .stack_runner import REMEDY, Found, StackRunner
 
 _SOURCE = "derived: sequence parallelism"
 
@@ -42,20 +42,20 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
     """
     names = {module: name for name, module in model.named_modules()}
     stack, stack_layers = _stack(model, spec, layers, names)
-    found = SequenceProbe(model, spec, stack, stack_layers, names).run()
+    found = StackRunner(model, spec, stack, stack_layers, names).run()
     _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
     for name, reason in found.reasons.items():
         if name in found.blocks:
             spec.notes.append(f"{name} gets and returns the whole sequence, then split ({reason}).")
-    on_shares = _parameters_on_shares(model, spec, found)
+    on_sequence_shards = _parameters_on_sequence_shards(model, spec, found)
     for name in found.scatters:
         module = replace(spec.modules[name], output=Output.SCATTER_SEQUENCE)
         spec.modules[name] = module
         if module.deferred_bias is not None:
-            on_shares.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
-    for name in on_shares:
+            on_sequence_shards.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
+    for name in on_sequence_shards:
         spec.parameters[name] = ON_SHARES
-    owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_shares}
+    owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_sequence_shards}
     spec.sequence = SequenceSpec(
         names[stack],
         tuple(names[layer] for layer in stack_layers),
@@ -78,7 +78,9 @@ def _wrapper(model: nn.Module, path: str) -> str:
 
 
 def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
-    """Give parameters ``names``, added to a model with the spec ``old``, their places in its newly resolved spec, in place."""
+    """Give parameters ``names``, added to a model with the spec ``old``, their places in its newly resolved spec, in
+    place.
+    """
     if old.sequence is None:
         return
     new.sequence = old.sequence
@@ -104,8 +106,9 @@ def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
 def recomputes_anyway(what: str) -> ConfigError:
     """The error for checkpoints that gather again by themselves."""
     return ConfigError(
-        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again anyway, "
-        f"and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes with it."
+        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again "
+        "anyway, and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes "
+        "with it."
     )
 
 
@@ -117,7 +120,8 @@ def _stack(
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"sequence_parallel=True: {type(inner).__name__} is an encoder with a decoder, which is not available. {REMEDY}"
+            f"sequence_parallel=True: {type(inner).__name__} is an encoder with a decoder, which is not available. "
+            f"{REMEDY}"
         )
     groups: dict[str, list[nn.Module]] = {}
     for layer in layers:
@@ -131,8 +135,8 @@ def _stack(
 
     if not groups:
         raise UnsupportedError(
-            f"sequence_parallel=True: the plan shards nothing inside of the layers of {type(inner).__name__}, so there is "
-            f"nothing to gather a sequence for. {REMEDY}"
+            f"sequence_parallel=True: the plan shards nothing inside of the layers of {type(inner).__name__}, so there "
+            f"is nothing to gather a sequence for. {REMEDY}"
         )
     container = max(groups, key=weight)
     strangers = [m for m in model.get_submodule(container).children() if m not in layers]
@@ -149,8 +153,9 @@ def _stack(
     between = _lists_of_tensors(stack)
     if between:
         raise UnsupportedError(
-            f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of tensors with "
-            f"one for each of some layers. What it does with them between the layers expects whole sequences there. {REMEDY}"
+            f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of "
+            "tensors with one for each of some layers. What it does with them between the layers expects whole "
+            f"sequences there. {REMEDY}"
         )
     return stack, every
 
@@ -158,7 +163,9 @@ def _stack(
 def _check_one_layer_each(
     model: nn.Module, names_with_boundaries: Iterable[str], layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> None:
-    """Raise for a block, or a layer with a boundary, that several layers share: it knows one of their lengths and memories."""
+    """Raise for a block, or a layer with a boundary, that several layers share: it knows one of their lengths and
+    memories.
+    """
     around: dict[nn.Module, list[nn.Module]] = {}
     for layer in layers:
         for module in layer.modules():
@@ -182,7 +189,7 @@ def _lists_of_tensors(stack: nn.Module) -> list[str]:
     ]
 
 
-def _parameters_on_shares(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:
+def _parameters_on_sequence_shards(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:
     """Names of the replicated parameters that work on shares, each under all of its names."""
     places: dict[int, list[str]] = {}
     by_name: dict[str, int] = {}

@@ -1,4 +1,6 @@
-"""Layers of the language part that a forward of text alone skips: those that attend to images, seen by a run without values."""
+"""Layers of the language part that a forward of text alone skips: those that attend to images, seen by a run without
+values.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch import nn
 from ... import compat
 from ...core.sharding_spec import ShardingSpec
 from ...errors import first_line
-from .stack_runner import SequenceProbe
+from .stack_runner import StackRunner
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def _stack(model: nn.Module, wanted: list[str]) -> nn.Module | None:
     return None
 
 
-class _Calls(SequenceProbe):
+class _Calls(StackRunner):
     """The same run of a stack as for sequence parallelism; its layers only note that they were called."""
 
     def names_called(self) -> set[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from ... import compat
 from ...core.sharding_spec import Input, Output, SequenceBlock, ShardingSpec
 from ...errors import UnsupportedError, first_line
-from .token_locality import FEATURES, TokensMeet, TokenTrace
+from .token_locality import FEATURES, TokenLocalityTrace, TokensMix
 
 _BATCH = 2
 
@@ -52,8 +52,9 @@ class _TailFails(Exception):
     """What follows the last layer cannot work on shares."""
 
 
-class SequenceProbe:
-    """One forward of the stack in which layers see shares; between the layers the model's own code runs on real numbers.
+class StackRunner:
+    """One forward of the stack in which layers see shares; between the layers the model's own code runs on real
+    numbers.
 
     Real, because that code may look at them (masks, rotary embeddings of long contexts). Its activations are zeros.
 
@@ -95,7 +96,7 @@ class SequenceProbe:
         self.found = Found(tail=tail or "")
         self.fake = compat.fake_tensor_mode()
         stack = self._skeleton()
-        self.trace = TokenTrace(self.share, self.whole, self.parameters)
+        self.trace = TokenLocalityTrace(self.share, self.whole, self.parameters)
         self.path: list[str] = []
         self.last: torch.Tensor | None = None  # what the layer before returned
         self.left = list(self.layer_names)
@@ -108,12 +109,13 @@ class SequenceProbe:
             if tail is None and not self.left:  # something after the layers wants whole sequences
                 raise _TailFails from error
             raise UnsupportedError(
-                f"sequence_parallel=True: {self.prefix or 'the model'} ({type(self.stack).__name__}) cannot be understood: "
-                f"{first_line(error)}. {REMEDY}"
+                f"sequence_parallel=True: {self.prefix or 'the model'} ({type(self.stack).__name__}) cannot be "
+                f"understood: {first_line(error)}. {REMEDY}"
             ) from error
         if self.left:
             raise UnsupportedError(
-                f"sequence_parallel=True: {self.left[0]} is not called in a forward of {type(self.stack).__name__}. {REMEDY}"
+                f"sequence_parallel=True: {self.left[0]} is not called in a forward of {type(self.stack).__name__}. "
+                f"{REMEDY}"
             )
         if not self.found.tail:
             raise _TailFails
@@ -133,7 +135,8 @@ class SequenceProbe:
                 memo[id(parameter)] = empty
                 # Under both ids: a forward that somebody replaced by a function reads the parameters of the original.
                 self.parameters[id(empty)] = self.parameters[id(parameter)] = name
-        # Parameters are known by their ids. One that a copy does not hold any more must not leave its id to another tensor.
+        # Parameters are known by their ids. One that a copy does not hold any more must not leave its id to another
+        # tensor.
         self.keep.append(memo)
         for buffer in self.model.buffers():
             if buffer.device.type == "meta":
@@ -144,8 +147,8 @@ class SequenceProbe:
             stack = copy.deepcopy(self.stack, memo)
         except Exception as error:
             raise UnsupportedError(
-                f"sequence_parallel=True: {self.prefix} ({type(self.stack).__name__}) cannot be copied to look at its layers: "
-                f"{first_line(error)}. {REMEDY}"
+                f"sequence_parallel=True: {self.prefix} ({type(self.stack).__name__}) cannot be copied to look at its "
+                f"layers: {first_line(error)}. {REMEDY}"
             ) from error
         stack.train()
         config = getattr(stack, "config", None)
@@ -207,18 +210,18 @@ class SequenceProbe:
 
     def _beside(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            on_shares = (
+            on_sequence_shards = (
                 self.last is not None and not self.left and any(x is self.last for x in (*args, *kwargs.values()))
             )
             args, kwargs = self._to_fake((args, kwargs))
-            if not on_shares or self.found.tail:
+            if not on_sequence_shards or self.found.tail:
                 with self.fake:
                     return self._to_real(forward(*args, **kwargs))
             try:
                 with self.fake, self.trace:
                     output = forward(*args, **kwargs)
                     if not isinstance(output, torch.Tensor) or not self._has_tokens(output, self.share):
-                        raise TokensMeet("it returns no share")
+                        raise TokensMix("it returns no share")
                     output = self._resized(output, self.whole)
             except Exception as error:
                 raise _TailFails from error
@@ -238,12 +241,13 @@ class SequenceProbe:
             if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or not self._has_tokens(hidden, expected):
                 shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
                 raise UnsupportedError(
-                    f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is no hidden state of shape "
-                    f"(batch, length, width), but {shape}. {REMEDY}"
+                    f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is no hidden state of "
+                    f"shape (batch, length, width), but {shape}. {REMEDY}"
                 )
             if not first and hidden is not self.last:
                 raise UnsupportedError(
-                    f"sequence_parallel=True: {type(self.stack).__name__} changes the hidden states before {name}. {REMEDY}"
+                    f"sequence_parallel=True: {type(self.stack).__name__} changes the hidden states before {name}. "
+                    f"{REMEDY}"
                 )
             output = self._try_layer(name, kind, forward, hidden, args, kwargs)
             self.left.pop(0)
@@ -282,8 +286,8 @@ class SequenceProbe:
                     where = self.path[-1] if self.path else name
                     module = self.model.get_submodule(where)
                     raise UnsupportedError(
-                        f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a share of the sequence: "
-                        f"{first_line(error)}. {REMEDY}"
+                        f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a share of the "
+                        f"sequence: {first_line(error)}. {REMEDY}"
                     ) from error
         for block, choice in choices.items():
             self.known[kind, block.removeprefix(f"{name}.")] = choice
@@ -308,10 +312,10 @@ class SequenceProbe:
     def _check_output(self, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, torch.Tensor) or first.ndim != 3 or not self._has_tokens(first, self.share):
-            raise TokensMeet("its output is no share of the hidden states")
+            raise TokensMix("its output is no share of the hidden states")
         others = [x for x in (output[1:] if isinstance(output, tuple) else ()) if isinstance(x, torch.Tensor)]
         if any(self.trace.is_share(x) for x in others):
-            raise TokensMeet("it returns other activations of a share beside the hidden states")
+            raise TokensMix("it returns other activations of a share beside the hidden states")
 
     # ---- modules inside of a layer -----------------------------------------------------------------------------------
 
@@ -339,7 +343,7 @@ class SequenceProbe:
         gathers = bool(shares)
         if gathers:
             if len(shares) > 1 or given[0] is not shares[0] or not self._has_tokens(shares[0], self.share):
-                raise TokensMeet("it takes more of a share, or another shape of it, than one hidden state")
+                raise TokensMix("it takes more of a share, or another shape of it, than one hidden state")
             self.trace.refuse_outdated(shares)
             whole = self._resized(shares[0], self.whole)
             before = compat.version_of(whole)
@@ -351,7 +355,7 @@ class SequenceProbe:
         first = output[0] if isinstance(output, tuple) and output else output
         others = [x for x in (output[1:] if isinstance(output, tuple) else ()) if isinstance(x, torch.Tensor)]
         if not isinstance(first, torch.Tensor) or any(self.trace.is_share(x) for x in others):
-            raise TokensMeet("it returns something else than a hidden state first, or more than one share")
+            raise TokensMix("it returns something else than a hidden state first, or more than one share")
         splits = self._has_tokens(first, self.whole) and FEATURES not in self.trace.labels_of(first)
         if splits:
             share = self._resized(first, self.share)
@@ -402,7 +406,7 @@ class SequenceProbe:
 class _Watched:
     """The forward of a module inside of a layer."""
 
-    def __init__(self, probe: SequenceProbe, name: str, forward: Callable[..., Any]) -> None:
+    def __init__(self, probe: StackRunner, name: str, forward: Callable[..., Any]) -> None:
         self.probe, self.name, self.forward = probe, name, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

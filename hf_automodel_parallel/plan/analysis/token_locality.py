@@ -1,8 +1,8 @@
 """Does code treat each token apart from the others? Seen from the operators that it runs, without values.
 
-Lengths mark activations: the share of a sequence and the whole sequence get lengths that divide no dimension of the model, so
-a dimension that such a length divides runs over tokens. Every operator on a share has to be one that keeps tokens apart; what
-is not known to do so counts as not doing so. Everything is allowed on the whole sequence.
+Lengths mark activations: the share of a sequence and the whole sequence get lengths that divide no dimension of the
+model, so a dimension that such a length divides runs over tokens. Every operator on a share has to be one that keeps
+tokens apart; what is not known to do so counts as not doing so. Everything is allowed on the whole sequence.
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from ... import compat
 FEATURES = "\0features"
 
 _KEEPS_ALL = frozenset(
-    "clone _to_copy detach alias lift_fresh copy_ fill_ zero_ masked_fill where native_dropout bernoulli bernoulli_ uniform_ "
-    "normal_ rand_like randn_like empty_like zeros_like ones_like full_like new_empty new_zeros new_ones new_full "
+    "clone _to_copy detach alias lift_fresh copy_ fill_ zero_ masked_fill where native_dropout bernoulli bernoulli_ "
+    "uniform_ normal_ rand_like randn_like empty_like zeros_like ones_like full_like new_empty new_zeros new_ones "
+    "new_full "
     "embedding constant_pad_nd bernoulli.p _unsafe_view view reshape split_with_sizes_copy".split()
 )
 _REDUCES = frozenset(
-    "sum mean amax amin var var_mean std std_mean linalg_vector_norm norm logsumexp any all max min argmax argmin prod".split()
+    (
+        "sum mean amax amin var var_mean std std_mean linalg_vector_norm "
+        "norm logsumexp any all max min argmax argmin prod"
+    ).split()
 )
 _ALONG_ONE = frozenset(
-    "_softmax _log_softmax softmax log_softmax cumsum cumprod sort topk glu cat stack gather scatter index_select".split()
+    (
+        "_softmax _log_softmax softmax log_softmax cumsum cumprod sort topk glu cat stack gather scatter index_select"
+    ).split()
 )
 #: operator -> position of the factor whose last dimension is summed over.
 _CONTRACTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "mv": 0, "linear": 0}
 _NORMALIZES = frozenset("native_layer_norm _fused_rms_norm _fused_layer_norm".split())
 
 
-class TokensMeet(Exception):
+class TokensMix(Exception):
     """An operator on shares of a sequence that is not known to keep tokens apart."""
 
 
-class TokenTrace(compat.TorchDispatchMode):
+class TokenLocalityTrace(compat.TorchDispatchMode):
     """Watches operators, and which parameters work on shares and which on whole sequences.
 
     Args:
@@ -76,11 +82,11 @@ class TokenTrace(compat.TorchDispatchMode):
         """Raise if one of ``inputs`` should hold what a block has written into the whole sequence.
 
         Raises:
-            TokensMeet: it does not.
+            TokensMix: it does not.
         """
         places = {_storage(x) for x in self.outdated}
         if places and any(_storage(x) in places for x in inputs):
-            raise TokensMeet("a block has changed in place what is read here once more")
+            raise TokensMix("a block has changed in place what is read here once more")
 
     @staticmethod
     def _dims(x: torch.Tensor, length: int) -> list[int]:
@@ -91,20 +97,20 @@ class TokenTrace(compat.TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = [x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        on_shares = any(self.is_share(x) for x in inputs)
+        on_sequence_shards = any(self.is_share(x) for x in inputs)
         on_whole = any(self.is_whole(x) for x in inputs)
-        if on_shares and on_whole:
-            raise TokensMeet(f"{func} combines a share of the sequence with the whole sequence")
+        if on_sequence_shards and on_whole:
+            raise TokensMix(f"{func} combines a share of the sequence with the whole sequence")
         self.refuse_outdated(inputs)
         result = func(*args, **kwargs)
         outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if on_shares and outputs:  # without outputs: a question about shape, dtype or device
+        if on_sequence_shards and outputs:  # without outputs: a question about shape, dtype or device
             self._check(func, args, kwargs, inputs, outputs)
-        on_whole = on_whole or (not on_shares and any(self.is_whole(x) for x in outputs))
+        on_whole = on_whole or (not on_sequence_shards and any(self.is_whole(x) for x in outputs))
         labels = frozenset().union(*(self.labels_of(x) for x in inputs))
-        if on_shares or on_whole:
+        if on_sequence_shards or on_whole:
             for name in labels - {FEATURES}:
-                self.used.setdefault(name, set()).add("share" if on_shares else "whole")
+                self.used.setdefault(name, set()).add("share" if on_sequence_shards else "whole")
             labels &= {FEATURES}
         for x in outputs:
             if labels - self.labels_of(x):
@@ -130,11 +136,11 @@ class TokenTrace(compat.TorchDispatchMode):
             shape = _argument(func, "normalized_shape", args, kwargs)
             summed = [(args[0], -1 - i) for i in range(len(shape))]
         elif not (torch.Tag.pointwise in func.tags or func.is_view or name in _KEEPS_ALL or name in _REDUCES):
-            raise TokensMeet(f"{func} on a share of the sequence is not known to treat each token apart")
+            raise TokensMix(f"{func} on a share of the sequence is not known to treat each token apart")
         if any(x.shape[dim] % self.share == 0 for x, dim in summed):
-            raise TokensMeet(f"{func} combines tokens of a share of the sequence")
+            raise TokensMix(f"{func} combines tokens of a share of the sequence")
         if any(len(self._dims(x, self.share)) != 1 for x in outputs):
-            raise TokensMeet(f"{func} on a share of the sequence drops, combines or pairs tokens")
+            raise TokensMix(f"{func} on a share of the sequence drops, combines or pairs tokens")
 
 
 def _storage(x: torch.Tensor) -> int:
@@ -145,4 +151,4 @@ def _argument(func: Any, wanted: str, args: tuple[Any, ...], kwargs: dict[str, A
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == wanted:
             return kwargs.get(wanted, args[position] if position < len(args) else argument.default_value)
-    raise TokensMeet(f"{func} does not say along which dimension it works")
+    raise TokensMix(f"{func} does not say along which dimension it works")

@@ -1,8 +1,8 @@
 """The plans written for model families: which class gets which kind of plan, at which place in the model.
 
-The families and their order of preference are those of NVIDIA NeMo AutoModel's ``PARALLELIZE_FUNCTIONS``; what is written
-here is our own. An entry of a plan there that leaves a parameter with a partial gradient (``q_norm``, ``k_norm``) or hands
-sharded logits to the model's loss has no counterpart here.
+The families and their order of preference are those of NVIDIA NeMo AutoModel's ``PARALLELIZE_FUNCTIONS``; what is
+written here is our own. An entry of a plan there that leaves a parameter with a partial gradient (``q_norm``,
+``k_norm``) or hands sharded logits to the model's loss has no counterpart here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _ATTENTION = {
     "layers.*.self_attn.v_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
 }
-# A norm of one head's features has the same weight for all heads, and each rank has only some of the heads, so its gradient is
-# a sum over the ranks. Entries of this style are in a plan only where the model has such norms.
+# A norm of one head's features has the same weight for all heads, and each rank has only some of the heads, so its
+# gradient is a sum over the ranks. Entries of this style are in a plan only where the model has such norms.
 _SUMMED = "replicated_with_grad_allreduce"
 _EMBEDDING = {"embed_tokens": "embedding_rowwise"}
 
@@ -54,8 +54,8 @@ KINDS: dict[str, dict[str, str]] = {
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
     },
-    # Queries, keys and values in one matrix are blocks of different sizes, so attention works on all heads; gate and up are
-    # two equal blocks.
+    # Queries, keys and values in one matrix are blocks of different sizes, so attention works on all heads; gate and up
+    # are two equal blocks.
     "phi3": {
         **_EMBEDDING,
         "layers.*.self_attn.qkv_proj": "rowwise_split_input",
@@ -130,7 +130,8 @@ class Family:
 
 _IN_VLM = "model.language_model"
 
-#: class name -> its family. Found through the bases of a class, so that a wrapped clone or a subclass gets the same plan.
+#: class name -> its family. Found through the bases of a class, so that a wrapped clone or a subclass gets the same
+#: plan.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
     "Qwen2ForCausalLM": Family("llama"),
@@ -153,7 +154,8 @@ LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME = "llama_nemotron_super_tp_plan"
 
 
 def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
-    """The plan called :data:`LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME`: DeciLM's for models of type nemotron-nas, else Llama's.
+    """The plan called :data:`LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME`: DeciLM's for models of type nemotron-nas, else
+    Llama's.
 
     Raises:
         PlanError: the plan does not fit ``model``.
@@ -165,6 +167,6 @@ def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
         return FAMILIES["DeciLMForCausalLM" if deci else "LlamaForCausalLM"](model)
     except PlanError as error:
         raise PlanError(
-            f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: {error}. Leave tp_plan out "
-            f"for the plan of the model's own class, or give one for its layers."
+            f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: {error}. Leave "
+            f"tp_plan out for the plan of the model's own class, or give one for its layers."
         ) from error

@@ -1,4 +1,6 @@
-"""The plan that a Hugging Face model brings along: ``_tp_plan`` of classes and instances, ``base_model_tp_plan`` of configs."""
+"""The plan that a Hugging Face model brings along: ``_tp_plan`` of classes and instances, ``base_model_tp_plan`` of
+configs.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
         config_plan = getattr(config, "base_model_tp_plan", None)
         if config_plan and getattr(module, "base_model", None) is module:
             add(prefix, dict(config_plan), f"{type(config).__name__}.base_model_tp_plan")
-    # An instance repeats what classes and configs say; only what differs there was set by somebody. The outermost model is
-    # the one that users hold, so its entries come last.
+    # An instance repeats what classes and configs say; only what differs there was set by somebody. The outermost model
+    # is the one that users hold, so its entries come last.
     declared = {pattern: entry.style for pattern, entry in entries.items()}
     for name, module in reversed(list(model.named_modules())):
         prefix = f"{name}." if name else ""

@@ -8,8 +8,8 @@ from torch import nn
 def nemotron_h(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
     """The plan of ``NemotronHForCausalLM``, of transformers or of the checkpoint's own code.
 
-    Embedding, head, MLPs, experts with their shared expert, and attention by heads. Mamba mixers stay whole: their input
-    projection packs five parts of different sizes. So does attention that counts its heads itself.
+    Embedding, head, MLPs, experts with their shared expert, and attention by heads. Mamba mixers stay whole: their
+    input projection packs five parts of different sizes. So does attention that counts its heads itself.
 
     Args:
         model: the model, unwrapped. Its layers are at ``model.layers`` or ``backbone.layers``.

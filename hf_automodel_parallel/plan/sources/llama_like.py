@@ -35,7 +35,9 @@ _HEAD_NORMS = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
 
 
 def _prefix(model: nn.Module) -> str:
-    """Where the layers are: beside the input embedding, which is inside of the language part of a vision-language model."""
+    """Where the layers are: beside the input embedding, which is inside of the language part of a vision-language
+    model.
+    """
     embedding = compat.input_embedding_module(model)
     name = next((name for name, module in model.named_modules() if module is embedding), "")
     return name.removesuffix("embed_tokens") if name.endswith(".embed_tokens") else "model."
@@ -60,9 +62,9 @@ def _head_norms(model: nn.Module, prefix: str) -> dict[str, PlanEntry]:
 def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
     """The default plan for ``model`` (unwrapped), if it can be seen to be right there.
 
-    Between a column-wise and a row-wise projection every rank works on its own features. A parameter in that place that no
-    entry names (a head norm, attention sinks, a bias of scores) would be wrong or have a partial gradient; a plan that does
-    not know it cannot be trusted, so it is not used.
+    Between a column-wise and a row-wise projection every rank works on its own features. A parameter in that place that
+    no entry names (a head norm, attention sinks, a bias of scores) would be wrong or have a partial gradient; a plan
+    that does not know it cannot be trusted, so it is not used.
 
     Returns:
         The entries that match something, and None; or no entries and the reason.
@@ -92,8 +94,8 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
 def doubts(model: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
     """Why ``entries`` cannot be seen to be right on ``model`` (unwrapped), or None.
 
-    A block is a module with a projection whose features stay sharded. It must have both halves of the pair, and no parameter
-    in it may be unknown to the plan.
+    A block is a module with a projection whose features stay sharded. It must have both halves of the pair, and no
+    parameter in it may be unknown to the plan.
     """
     blocks = _blocks(model, entries)
     if not blocks:

@@ -1,9 +1,9 @@
 """Plans of the video transformers of diffusers, which bring none of their own.
 
-Attention is sharded by heads: queries, keys and values column-wise, the projection behind them row-wise. What lies between
-(the norms of queries and keys, the count of heads) follows from the module tree and is completed by
-:mod:`hf_automodel_parallel.strategies.families.video`. Modulations, six vectors per sample, are sharded for their memory
-and gathered. The patch embedding and the output projection are small and stay whole.
+Attention is sharded by heads: queries, keys and values column-wise, the projection behind them row-wise. What lies
+between (the norms of queries and keys, the count of heads) follows from the module tree and is completed by
+:mod:`hf_automodel_parallel.strategies.families.video`. Modulations, six vectors per sample, are sharded for their
+memory and gathered. The patch embedding and the output projection are small and stay whole.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...activation_checkpointing import checkpoint_module, is_checkpointed
 from ...core.module_names import unwrapped
-from ..context import Job
+from ..context import ParallelizeContext
 from .family import FamilyParallelizationStrategy
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,12 @@ _CLASS = "BagelForUnifiedMultimodal"
 class BagelParallelizationStrategy(FamilyParallelizationStrategy):
     """``BagelForUnifiedMultimodal``: the layers of both towers are the FSDP2 units and the checkpoints."""
 
-    def plan(self, job: Job) -> None:
+    def plan(self, context: ParallelizeContext) -> None:
         """Decide as for every model, with the layers of both towers."""
-        super().plan(job)
-        layers = bagel_layers(unwrapped(job.model)[0])
-        if layers and job.layer_classes is None:
-            job.anatomy = dataclasses.replace(job.anatomy, layers=layers)  # type: ignore[type-var]
+        super().plan(context)
+        layers = bagel_layers(unwrapped(context.model)[0])
+        if layers and context.layer_classes is None:
+            context.structure = dataclasses.replace(context.structure, layers=layers)  # type: ignore[type-var]
 
 
 def bagel_layers(model: nn.Module) -> list[nn.Module]:
@@ -55,7 +55,8 @@ def apply_bagel_full_layer_activation_checkpointing(model: nn.Module) -> bool:
         model: any model; one whose class, or a base of it, is not ``BagelForUnifiedMultimodal`` is left alone.
 
     Returns:
-        True if the model has such layers, which now are checkpointed; False means that the caller has to find other ones.
+        True if the model has such layers, which now are checkpointed; False means that the caller has to find other
+        ones.
     """
     inner, _ = unwrapped(model)
     if _CLASS not in {cls.__name__ for cls in type(inner).__mro__}:

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..context import Job
+from ..context import ParallelizeContext
 from .family import FamilyParallelizationStrategy
 
 
 class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
-    """``DeepseekV4ForCausalLM``: experts, embedding and head sharded over tp, attention whole, as transformers' own plan says.
+    """``DeepseekV4ForCausalLM``: experts, embedding and head sharded over tp, attention whole, as transformers' own
+    plan says.
 
-    Hyper-connections, attention sinks, compressors with their indexers and the head compute in float32 if they are stored so,
-    under a bfloat16 policy and under autocast.
+    Hyper-connections, attention sinks, compressors with their indexers and the head compute in float32 if they are
+    stored so, under a bfloat16 policy and under autocast.
     """
 
     mixes_tokens = "its compressors pool windows of keys and values, from which an indexer selects"
@@ -29,13 +30,17 @@ class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
         """As :meth:`DefaultParallelizationStrategy.parallelize`, with the reference API's order of arguments."""
         return super().parallelize(model, device_mesh, dp_shard_cp_mesh_name=dp_shard_cp_mesh_name, **kwargs)
 
-    def finish_layers(self, job: Job) -> None:
+    def finish_layers(self, context: ParallelizeContext) -> None:
         """Regions and checkpoints, around modules that stay in their own dtype."""
-        for name, module in job.model.named_modules():
+        for name, module in context.model.named_modules():
             own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-            if own and job.options.own_dtype.issuperset(own) and not set(self.keeps_dtype).isdisjoint(name.split(".")):
+            if (
+                own
+                and context.options.own_dtype.issuperset(own)
+                and not set(self.keeps_dtype).isdisjoint(name.split("."))
+            ):
                 module.forward = InOwnDtype(module, name.rpartition(".")[2] == "lm_head").__call__  # type: ignore[method-assign]
-        super().finish_layers(job)
+        super().finish_layers(context)
 
 
 class InOwnDtype:

@@ -26,7 +26,8 @@ def nemotronh_decoder_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Modul
     """The decoder blocks of a Nemotron-H model, in order, and what holds them.
 
     Args:
-        model: a ``NemotronHForCausalLM``, plain or PEFT-wrapped, with its layers at ``backbone.layers`` or ``model.layers``.
+        model: a ``NemotronHForCausalLM``, plain or PEFT-wrapped, with its layers at ``backbone.layers`` or
+            ``model.layers``.
 
     Returns:
         ``(container, blocks)``: an ``nn.ModuleList``, or an ``nn.ModuleDict`` whose values are the blocks.
@@ -39,7 +40,7 @@ def nemotronh_decoder_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Modul
     container = getattr(base, "layers", None)
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
         raise UnsupportedError(
-            f"{type(inner).__name__} has no layers at backbone.layers or model.layers, where a Nemotron-H model has them; "
-            f"give a NemotronHForCausalLM."
+            f"{type(inner).__name__} has no layers at backbone.layers or model.layers, where a Nemotron-H model has "
+            f"them; give a NemotronHForCausalLM."
         )
     return container, list(container.values() if isinstance(container, nn.ModuleDict) else container)

@@ -13,8 +13,9 @@ from .family import FamilyParallelizationStrategy
 class Qwen3_5ParallelizationStrategy(FamilyParallelizationStrategy):
     """``Qwen3_5ForCausalLM`` and ``Qwen3_5ForConditionalGeneration``.
 
-    Parameters of two dtypes in a layer (``A_log`` beside the projections) are two FSDP2 groups that are gathered together
-    (:mod:`hf_automodel_parallel.fsdp.dtype_groups`), as in every model, so nothing is exchanged for the time of sharding.
+    Parameters of two dtypes in a layer (``A_log`` beside the projections) are two FSDP2 groups that are gathered
+    together (:mod:`hf_automodel_parallel.fsdp.dtype_groups`), as in every model, so nothing is exchanged for the time
+    of sharding.
     """
 
     mixes_tokens = "its gated delta nets carry a state along the sequence"

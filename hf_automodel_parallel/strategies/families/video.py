@@ -1,4 +1,6 @@
-"""Transformers of diffusers whose attention is sharded by heads, although it counts the heads itself and norms across them."""
+"""Transformers of diffusers whose attention is sharded by heads, although it counts the heads itself and norms across
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...core.sharding_spec import PARTIAL, Output, ParameterSpec, ShardingSpec
 from ...errors import PlanError, UnsupportedError
 from ...tensor_parallel.collectives import copy_to_tp, reduce_from_tp
-from ..context import Job
+from ..context import ParallelizeContext
 from .family import FamilyParallelizationStrategy
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -27,29 +29,31 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
         "its blocks scale and shift by vectors of each sample, and attend to a second sequence of another length"
     )
 
-    def plan(self, job: Job) -> None:
-        """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one process."""
-        job.options.cast_between_layers = False
-        super().plan(job)
+    def plan(self, context: ParallelizeContext) -> None:
+        """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one
+        process.
+        """
+        context.options.cast_between_layers = False
+        super().plan(context)
 
-    def select_tensor_parallel(self, job: Job) -> None:
+    def select_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Choose and resolve the plan, and complete it at the attentions that it shards by heads."""
-        super().select_tensor_parallel(job)
-        size, spec = job.tp_mesh.size(), job.spec  # type: ignore[union-attr]
-        for name, attention in head_sharded_attentions(job.model, spec):  # type: ignore[arg-type]
+        super().select_tensor_parallel(context)
+        size, spec = context.tp_mesh.size(), context.spec  # type: ignore[union-attr]
+        for name, attention in head_sharded_attentions(context.model, spec):  # type: ignore[arg-type]
             _check_attention(name, attention, spec, size)  # type: ignore[arg-type]
             for norm_name, norm in _norms(attention):
                 spec.parameters |= _norm_parameters(f"{name}.{norm_name}", norm, attention)  # type: ignore[union-attr]
 
-    def apply_tensor_parallel(self, job: Job) -> None:
+    def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Shard, and let the sharded attentions work on the heads of this rank."""
-        attentions = list(head_sharded_attentions(job.model, job.spec))  # type: ignore[arg-type]
+        attentions = list(head_sharded_attentions(context.model, context.spec))  # type: ignore[arg-type]
         for name, attention in attentions:
             for norm_name, norm in _norms(attention):
-                if job.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
-                    norm.forward = NormOverRanks(norm, job.tp_mesh).__call__  # type: ignore[method-assign,arg-type]
-            attention.heads //= job.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
-        super().apply_tensor_parallel(job)
+                if context.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
+                    norm.forward = NormOverRanks(norm, context.tp_mesh).__call__  # type: ignore[method-assign,arg-type]
+            attention.heads //= context.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
+        super().apply_tensor_parallel(context)
 
 
 def head_sharded_attentions(model: nn.Module, spec: ShardingSpec) -> Iterator[tuple[str, nn.Module]]:
@@ -68,13 +72,13 @@ def _check_attention(name: str, attention: nn.Module, spec: ShardingSpec, size: 
     """Raise unless each rank gets whole heads of all projections."""
     if attention.heads % size:  # type: ignore[operator]
         raise PlanError(
-            f"num_attention_heads={attention.heads} does not divide by tp_size={size}: {name} needs a whole number of heads on "
-            f"each rank. Choose a tp_size that divides it, or leave {name} out of the tp_plan."
+            f"num_attention_heads={attention.heads} does not divide by tp_size={size}: {name} needs a whole number of "
+            f"heads on each rank. Choose a tp_size that divides it, or leave {name} out of the tp_plan."
         )
     if getattr(attention, "fused_projections", False):
         raise UnsupportedError(
-            f"{name} has fused projections, which tensor parallelism cannot shard by heads. Call unfuse_qkv_projections() first, "
-            f"or use tp_size=1."
+            f"{name} has fused projections, which tensor parallelism cannot shard by heads. Call "
+            f"unfuse_qkv_projections() first, or use tp_size=1."
         )
     present = [p for p in _PROJECTIONS if isinstance(getattr(attention, p, None), nn.Module)]
     whole = [p for p in present if not _is_sharded(spec, name, p)]
@@ -104,16 +108,16 @@ def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[s
     if isinstance(norm, nn.RMSNorm) and shapes == {"weight": (width,)}:
         return {f"{name}.weight": ParameterSpec(0)}
     raise UnsupportedError(
-        f"{name} is a {type(norm).__name__} over {shapes}, neither a norm of each head nor an nn.RMSNorm across all of them, so "
-        f"its attention cannot be sharded by heads. Give a tp_plan without this attention."
+        f"{name} is a {type(norm).__name__} over {shapes}, neither a norm of each head nor an nn.RMSNorm across all of "
+        f"them, so its attention cannot be sharded by heads. Give a tp_plan without this attention."
     )
 
 
 class NormOverRanks:
     """The forward of an ``nn.RMSNorm`` over the last dimension, of which each rank holds a slice.
 
-    One all-reduce of a number per token forward, one backward: every rank's features depend on the sum, so its gradient is a
-    sum over the ranks as well.
+    One all-reduce of a number per token forward, one backward: every rank's features depend on the sum, so its gradient
+    is a sum over the ranks as well.
 
     Args:
         norm: the norm; while it runs its weight is this rank's slice.

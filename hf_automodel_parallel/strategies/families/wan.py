@@ -10,26 +10,26 @@ from torch import nn
 
 from ...core.module_names import unwrapped
 from ...fsdp.dtype_groups import wider_parameters
-from ..context import Job
+from ..context import ParallelizeContext
 from .video import VideoParallelizationStrategy
 
 
 class WanParallelizationStrategy(VideoParallelizationStrategy):
     """``WanTransformer3DModel``: blocks, condition embedders and attention sharded by heads; each block one FSDP2 unit.
 
-    What diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation tables, norms) stays
-    in float32 under a bfloat16 policy, and so do the timesteps.
+    What diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation tables,
+    norms) stays in float32 under a bfloat16 policy, and so do the timesteps.
     """
 
-    def own_dtype(self, job: Job) -> frozenset[str]:
+    def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
         """The parameters that the class lists as kept in float32."""
-        listed = getattr(unwrapped(job.model)[0], "_keep_in_fp32_modules", None) or ()
-        return frozenset(wider_parameters(job.model, job.options.mp_policy.param_dtype, listed))
+        listed = getattr(unwrapped(context.model)[0], "_keep_in_fp32_modules", None) or ()
+        return frozenset(wider_parameters(context.model, context.options.mp_policy.param_dtype, listed))
 
-    def finish_layers(self, job: Job) -> None:
+    def finish_layers(self, context: ParallelizeContext) -> None:
         """As for every model; then the timesteps are led around the policy's cast of inputs."""
-        super().finish_layers(job)
-        keep_timestep(job.model)
+        super().finish_layers(context)
+        keep_timestep(context.model)
 
 
 def keep_timestep(model: nn.Module) -> None:

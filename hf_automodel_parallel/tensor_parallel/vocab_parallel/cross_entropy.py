@@ -1,10 +1,10 @@
 """Cross entropy and its relatives on logits whose vocabulary is spread over the tp axis.
 
-No rank ever holds a whole row. What a row needs of the other ranks are three numbers (its maximum, the sum of its exponentials,
-the logit of its target), and its gradient needs nothing more: softmax minus one-hot of the own slice of the vocabulary
-(Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053, section 3). Rows are processed in chunks, so that float32 logits exist
-for one chunk only, and softmax is computed again in backward instead of being kept (the idea of Liger's chunked loss, Hsu et
-al., 2024, arXiv:2410.10989).
+No rank ever holds a whole row. What a row needs of the other ranks are three numbers (its maximum, the sum of its
+exponentials, the logit of its target), and its gradient needs nothing more: softmax minus one-hot of the own slice of
+the vocabulary (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053, section 3). Rows are processed in chunks, so that
+float32 logits exist for one chunk only, and softmax is computed again in backward instead of being kept (the idea of
+Liger's chunked loss, Hsu et al., 2024, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _own(index: torch.Tensor, width: int, vocabulary: Vocabulary) -> tuple[torch
 
 
 class _RowStatistics(torch.autograd.Function):
-    """(rows, width) -> log of the sum of exponentials, logit of the target, sum of the logits: each (rows,), replicated."""
+    """(rows, width) -> log of the sum of exponentials, logit of the target, sum of the logits: each (rows,),
+    replicated.
+    """
 
     @staticmethod
     def forward(
@@ -133,7 +135,9 @@ class _Select(torch.autograd.Function):
 
 
 def _check_bounds(index: torch.Tensor, classes: int) -> None:
-    """Let torch complain about a class that does not exist, as it does in one process: at once on CPU, else asynchronously."""
+    """Let torch complain about a class that does not exist, as it does in one process: at once on CPU, else
+    asynchronously.
+    """
     if index.device.type == "cpu":
         wrong = index[(index < 0) | (index >= classes)]
         if wrong.numel():
@@ -185,7 +189,8 @@ def cross_entropy(
 ) -> torch.Tensor:
     """:func:`torch.nn.functional.cross_entropy` with class indices; two small all-reduces forward, none backward.
 
-    The first takes the maxima of the rows, the second the sums (exponentials, target, and the logits where smoothing wants them).
+    The first takes the maxima of the rows, the second the sums (exponentials, target, and the logits where smoothing
+    wants them).
 
     Args:
         logits: (rows, V / size), this rank's slice, of any floating dtype.

@@ -1,8 +1,8 @@
 """What :class:`ShardedLogits` can do without its whole values: one table of torch's functions.
 
-A handler is called with the function and its arguments and returns its result, or ``NotImplemented`` where these arguments need
-whole values. Functions without a handler always do (:func:`on_whole`). Functions over the vocabulary stand in
-:mod:`.sharded_losses`.
+A handler is called with the function and its arguments and returns its result, or ``NotImplemented`` where these
+arguments need whole values. Functions without a handler always do (:func:`on_whole`). Functions over the vocabulary
+stand in :mod:`.sharded_losses`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _WITH_NUMBERS = {
     "_grad",
 }
 _METHODS = (
-    "size dim numel nelement ndimension element_size is_floating_point is_complex is_signed is_conj is_neg is_inference "
-    "get_device stride storage_offset is_same_size __len__ is_tensor is_shared is_pinned has_names"
+    "size dim numel nelement ndimension element_size is_floating_point is_complex is_signed is_conj is_neg "
+    "is_inference get_device stride storage_offset is_same_size __len__ is_tensor is_shared is_pinned has_names"
 ).split()
 METADATA.update(
     _getter(name)
@@ -63,7 +63,10 @@ def _register_hook(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     logits, hook = args
     if not logits.requires_grad:
         return NotImplemented  # torch's own complaint
-    v, dtype = logits.vocabulary, logits.dtype  # not the logits: their graph, which holds the hook, would never be freed
+    v, dtype = (
+        logits.vocabulary,
+        logits.dtype,
+    )  # not the logits: their graph, which holds the hook, would never be freed
 
     def on_slice(gradient: torch.Tensor) -> torch.Tensor | None:
         changed = hook(ShardedLogits(gradient, v, dtype))
@@ -162,10 +165,14 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ShardedLog
 
 
 @handles(
-    *"mul multiply div divide true_divide floor_divide remainder fmod add sub subtract rsub neg negative abs absolute".split(),
-    *"tanh sigmoid exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square pow reciprocal sin cos erf relu clamp clip".split(),
-    *"clamp_min clamp_max maximum minimum nan_to_num masked_fill where sign round floor ceil trunc clone lerp addcmul".split(),
-    *"isnan isinf isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor softplus logsigmoid silu".split(),
+    *"mul multiply div divide true_divide floor_divide remainder fmod".split(),
+    *"add sub subtract rsub neg negative abs absolute".split(),
+    *"tanh sigmoid exp exp2 expm1 log log1p log2 log10 sqrt".split(),
+    *"rsqrt square pow reciprocal sin cos erf relu clamp clip".split(),
+    *"clamp_min clamp_max maximum minimum nan_to_num masked_fill where".split(),
+    *"sign round floor ceil trunc clone lerp addcmul".split(),
+    *"isnan isinf isfinite eq ne lt le gt".split(),
+    *"ge logical_and logical_or logical_not logical_xor softplus logsigmoid silu".split(),
     *"gelu hardtanh leaky_relu".split(),
     *"__rsub__ __rdiv__ __rtruediv__ __rpow__ __rmul__ __radd__ __eq__ __ne__ __pow__ __pos__ positive".split(),
     *"bool int long",
@@ -196,7 +203,8 @@ def _new(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @handles(
-    *"mul_ multiply_ div_ divide_ true_divide_ add_ sub_ subtract_ neg_ abs_ tanh_ sigmoid_ exp_ log_ sqrt_ pow_ clamp_".split(),
+    *"mul_ multiply_ div_ divide_ true_divide_ add_ sub_ subtract_".split(),
+    *"neg_ abs_ tanh_ sigmoid_ exp_ log_ sqrt_ pow_ clamp_".split(),
     *"clip_ clamp_min_ clamp_max_ nan_to_num_ masked_fill_ fill_ zero_ copy_".split(),
 )
 def _elementwise_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -313,7 +321,9 @@ def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @handles("view_as", "reshape_as")
 def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of modules)."""
+    """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of
+    modules).
+    """
     logits = args[0]
     other = args[1] if len(args) > 1 else kwargs.get("other")
     if not isinstance(logits, ShardedLogits) or other is None:

@@ -1,13 +1,15 @@
-"""``ShardedLogits``: what the output projection returns under loss parallelism: a tensor that stays sharded while it can.
+"""``ShardedLogits``: what the output projection returns under loss parallelism: a tensor that stays sharded while it
+can.
 
-To whoever looks at it, it is the whole logits: shape, dtype, device, gradient function. Inside it holds this rank's slice of the
-vocabulary. Functions that act on each number or on leading dimensions alone run on the slice; cross entropy and its relatives
-run vocabulary-parallel (:mod:`.loss`); *everything else* gathers the slices, once, and gets a plain tensor. So a model's own
-scaling, soft-capping and loss, whatever they are, need no replacement, and whoever wants whole logits has them.
+To whoever looks at it, it is the whole logits: shape, dtype, device, gradient function. Inside it holds this rank's
+slice of the vocabulary. Functions that act on each number or on leading dimensions alone run on the slice; cross
+entropy and its relatives run vocabulary-parallel (:mod:`.loss`); *everything else* gathers the slices, once, and gets a
+plain tensor. So a model's own scaling, soft-capping and loss, whatever they are, need no replacement, and whoever wants
+whole logits has them.
 
-The table is in :mod:`.sharded_functions` and :mod:`.sharded_losses`; it works through ``__torch_function__``, so autograd records
-operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) meets a wrapper that is part
-of the same graph.
+The table is in :mod:`.sharded_functions` and :mod:`.sharded_losses`; it works through ``__torch_function__``, so
+autograd records operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) meets
+a wrapper that is part of the same graph.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from .cross_entropy import Vocabulary
 class ShardedLogits(torch.Tensor):
     """Logits (..., V) of which this rank holds the slice (..., V / size); made by :func:`shard_logits`.
 
-    Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing says what it is
-    and reads nothing. Changes in place reach the slice, and with it all views that were taken of it.
+    Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing says
+    what it is and reads nothing. Changes in place reach the slice, and with it all views that were taken of it.
 
-    An upcast (``logits.float()``, as losses begin) is noted and done where the numbers are used, so that the loss can do it chunk
-    by chunk; ``dtype`` then differs from the dtype of the slice.
+    An upcast (``logits.float()``, as losses begin) is noted and done where the numbers are used, so that the loss can
+    do it chunk by chunk; ``dtype`` then differs from the dtype of the slice.
     """
 
     vocabulary: Vocabulary
@@ -68,8 +70,9 @@ class ShardedLogits(torch.Tensor):
             self.replace(self._whole)  # somebody has written into a view of the whole logits
         if self.is_upcast and (compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))):
             raise UnsupportedError(
-                "the logits were modified in place after this copy or view of them in another dtype was taken; do not modify "
-                "them in place (logits = logits / temperature instead of logits.div_(temperature)), or set loss_parallel=False."
+                "the logits were modified in place after this copy or view of them in another dtype was taken; do not "
+                "modify them in place (logits = logits / temperature instead of logits.div_(temperature)), or set "
+                "loss_parallel=False."
             )
         if torch.is_grad_enabled() and self.requires_grad and not self._slice.requires_grad:
             # The result of somebody's autograd function, which has recorded the wrapper alone.
@@ -102,7 +105,9 @@ class ShardedLogits(torch.Tensor):
         return self.stored()
 
     def written(self) -> None:
-        """The slice has changed in place: let the gathered copy go, and the wrapper's place in the autograd graph follow."""
+        """The slice has changed in place: let the gathered copy go, and the wrapper's place in the autograd graph
+        follow.
+        """
         self._whole = None
         if torch.is_grad_enabled() and self._slice.requires_grad:
             with compat.without_torch_function():
@@ -161,8 +166,8 @@ class ShardedLogits(torch.Tensor):
     def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         v = self.vocabulary
         return (
-            f"ShardedLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}: slice {v.rank} of {v.size} "
-            f"is here; any calculation gives plain tensors)"
+            f"ShardedLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}: slice {v.rank} of "
+            f"{v.size} is here; any calculation gives plain tensors)"
         )
 
 
@@ -230,7 +235,9 @@ def shard_logits(part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype 
 
 
 class KeepSharded:
-    """Hook of a column-wise output projection: while gradients are recorded its output stays sharded and looks whole."""
+    """Hook of a column-wise output projection: while gradients are recorded its output stays sharded and looks
+    whole.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -238,10 +245,11 @@ class KeepSharded:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         v = self.vocabulary
-        if not torch.is_grad_enabled():  # evaluation reads logits, often on one rank alone, which must not be a collective
+        if (
+            not torch.is_grad_enabled()
+        ):  # evaluation reads logits, often on one rank alone, which must not be a collective
             return map_tensor(output, lambda x: gather_from_tp(x, v.group, v.rank, v.size))
         return map_tensor(output, lambda x: shard_logits(x, v))
-
 
 
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -268,7 +276,9 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def with_whole(value: Any) -> Any:
-    """``value`` (arguments, nested in tuples, lists and dicts) with whole plain tensors in the place of sharded logits."""
+    """``value`` (arguments, nested in tuples, lists and dicts) with whole plain tensors in the place of sharded
+    logits.
+    """
     if isinstance(value, ShardedLogits):
         return value.whole()
     if isinstance(value, (tuple, list)):
@@ -284,7 +294,8 @@ _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments as handlers read them: the tensor first, wherever a function takes it by name, and torch's own names.
+    """The arguments as handlers read them: the tensor first, wherever a function takes it by name, and torch's own
+    names.
 
     New objects where something is moved: whole values are computed with the arguments as they came.
     """

@@ -1,4 +1,6 @@
-"""A model as `trust_remote_code=True` loads it: one class with a tensor-parallel plan, one without, one that nobody can try."""
+"""A model as `trust_remote_code=True` loads it: one class with a tensor-parallel plan, one without, one that nobody can
+try.
+"""
 
 from torch import nn
 from transformers import PreTrainedModel
