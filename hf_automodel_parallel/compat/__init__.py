@@ -1,8 +1,8 @@
 """The room for private names of torch, transformers, accelerate and peft.
 
-Each name stands in one table with the reason for its use; ``tests/test_compat.py`` fails when one of them disappears,
-or when a private name is used that is not in the table. No other module imports one; the attributes of their objects
-that others read are in the table too. Everything else in the package uses public API.
+Each name stands in one table with the reason for its use; ``tests/unit/compat/test_private_names.py`` fails when one of
+them disappears, or when a private name is used that is not in the table. No other module imports one; the attributes of
+their objects that others read are in the table too. Everything else in the package uses public API.
 
 Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
 """

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from parity.jobs import _Rows, batches_for, build
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from harness.training import _Rows, batches_for, build
 from hf_automodel_parallel import AutoParallelismConfig
 
 RANK = int(os.environ.get("RANK", "0"))

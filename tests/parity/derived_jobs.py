@@ -9,11 +9,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import full_grads
 from harness.models import make_batches
+from harness.training import data_rank, trainable
 from peft import LoraConfig, get_peft_model
 from sweep.tiny import build, vocabulary
 
 from hf_automodel_parallel import AutoParallelismConfig
-from parity.jobs import data_rank, trainable
 
 
 def built(model_type: str, adapter: bool, **overrides: Any) -> torch.nn.Module:

@@ -10,11 +10,11 @@ import transformers
 from accelerate import Accelerator
 from harness.compare import full_grads
 from harness.models import COMMON, randomize
+from harness.training import data_rank, trainable
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from hf_automodel_parallel import AutoParallelismConfig
-from parity.jobs import data_rank, trainable
 
 LABELS = 3
 _DECODER = COMMON | {"intermediate_size": 128, "num_key_value_heads": 2, "pad_token_id": 0, "classifier_dropout": 0.0}

@@ -13,9 +13,9 @@ from typing import Any
 
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
+from harness.training import build
 
 from parity.cells import Verdict, judge
-from parity.jobs import build
 from parity.sequence_jobs import ODD, batches_of, sequence_gradients
 from parity.test_gradients import LORA, MESHES
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import full_grads
 from harness.models import COMMON, make_batches, randomize
+from harness.training import build, data_rank, trainable
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import UnsupportedError
-from parity.jobs import build, data_rank, trainable
 
 #: A length that neither 2 nor 4 divides.
 ODD = 15

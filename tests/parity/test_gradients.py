@@ -4,8 +4,7 @@ import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-
-from parity.jobs import batches_for, build, first_gradients
+from harness.training import batches_for, build, first_gradients
 
 #: mesh name -> (world size, size fields, number of data-parallel ranks)
 MESHES = {

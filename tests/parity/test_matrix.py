@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from harness.dropout import replay_dropout
+from harness.training import build
 
 from parity import cells
 from parity.cells import AXES, CI_CELLS, Cell, adapter_options, all_cells, judge, run_cell, uncovered
-from parity.jobs import build
 
 CELL = Cell("llama", "lora", 0.1, "tp2", "none", False)
 

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
 from harness.models import lora
 from harness.pool import expect_error, run_distributed
+from harness.training import batches_for, build, data_rank, trainable
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
-from parity.jobs import batches_for, build, data_rank, trainable
 from parity.test_gradients import LORA, MESHES
 
 

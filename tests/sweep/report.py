@@ -70,8 +70,8 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         "(for its",
         "attention and experts) and three in backward (attention, and the experts' hidden states and routing weights), "
         "as",
-        "`tests/test_moe.py` counts for Mixtral and Qwen3-MoE. How a fused weight is cut is tried on a miniature of "
-        "the experts.",
+        "`tests/ranks/tensor_parallel/test_experts.py` counts for Mixtral and Qwen3-MoE. "
+        "How a fused weight is cut is tried on a miniature of the experts.",
         "Expert parallelism (whole experts dealt out over ranks) is refused by name.",
     ]
     lines += ["", "## What is not at parity, and why", ""]

@@ -1,0 +1,291 @@
+"""megatron-fsdp under our tensor parallelism: its real code on gloo, with stand-ins for CUDA's streams in the jobs
+alone.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import pytest
+import torch
+from end_to_end.test_import import in_fresh_interpreter
+from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.oracle import loss_and_grads, train_steps
+from harness.pool import run_distributed
+from harness.training import batches_for, build
+
+import ranks.megatron_fsdp.jobs as jobs
+from hf_automodel_parallel import AutoParallelismConfig, ConfigError, UnsupportedError
+from hf_automodel_parallel.backends import megatron_fsdp as megatron
+from hf_automodel_parallel.backends.megatron_fsdp import engine
+from hf_automodel_parallel.backends.megatron_fsdp.optimizer_check import check_elementwise
+from hf_automodel_parallel.backends.megatron_fsdp.options import MegatronOptions
+from hf_automodel_parallel.backends.megatron_fsdp.units import unit_classes
+
+DP2, TP2 = (2, 1), (1, 2)
+LORA = {"target_modules": "all-linear"}
+
+
+def assert_like_one_process(
+    result: dict[str, Any],
+    name: str,
+    data: int,
+    adapter: dict[str, Any] | None = None,
+    count: int = 2,
+    accumulation: int = 1,
+    groups: bool = False,
+) -> None:
+    """Gradients of the first step, then losses, norms and values of `count` steps of AdamW, against the same model
+    alone.
+    """
+    first = [batches_for(build(name, adapter), data * accumulation, rows=8, seed=10)]
+    _, gradients = loss_and_grads(build(name, adapter), first[0])
+    wanted = {n: g for n, g in gradients.items() if g is not None}
+    # loss_and_grads averages over micro-batches
+    assert_gradients_equal(result["gradients"], wanted)
+    model = build(name, adapter)
+    batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(count)]
+    history = train(model, batches, groups)
+    assert_losses_equal(result["losses"], [entry["loss"] for entry in history])
+    assert_losses_equal(result["norms"], [entry["grad_norm"] for entry in history], rtol=1e-5)
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(result["values"][key], value, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def train(model: torch.nn.Module, batches: list[list[dict]], groups: bool) -> list[dict[str, float]]:
+    optimizer = torch.optim.AdamW(jobs.parameter_groups(model, groups), lr=1e-3, weight_decay=0.1, eps=1e-3)
+    history = []
+    for step in batches:
+        total = 0.0
+        for batch in step:
+            loss = model(**batch).loss / len(step)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({"loss": total, "grad_norm": norm.item()})
+    return history
+
+
+@pytest.mark.parametrize("strategy", [3, 2, 1, 0])
+def test_data_parallel(strategy):
+    """Two parameter groups: their learning rates and weight decays survive."""
+    for result in run_distributed(2, jobs.steps, "llama", DP2, groups=True, zero_dp_strategy=strategy):
+        assert_like_one_process(result, "llama", 2, groups=True)
+
+
+def test_tensor_parallel_alone_is_returned_unwrapped():
+    for result in run_distributed(2, jobs.unwrapped_steps, "qwen3"):
+        assert_gradients_equal(result["gradients"], result["wanted"])
+        assert result["class"] == "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "options"),
+    [
+        ("qwen3", None, {}),
+        ("llama_tied", LORA, {"zero_dp_strategy": 1}),
+        ("phi3", None, {"zero_dp_strategy": 2}),
+    ],
+)
+def test_tensor_and_data_parallel(name, adapter, options):
+    """q_norm and k_norm, whose gradients are partial; tied ends with LoRA; packed projections."""
+    for result in run_distributed(4, jobs.steps, name, (2, 2), adapter=adapter, **options):
+        assert_like_one_process(result, name, 2, adapter)
+
+
+def assert_accelerate_like_one_process(results, name, data, adapter=None, accumulation=1):
+    model = build(name, adapter)
+    batches = [batches_for(model, data * accumulation, rows=8, seed=10 + step) for step in range(2)]
+    history = train(model, batches, groups=True)
+    for result in results:
+        assert_losses_equal(result["losses"][:2], [entry["loss"] for entry in history])
+        assert_losses_equal(result["norms"][:2], [entry["grad_norm"] for entry in history], rtol=1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(results[0]["values"][key], value, rtol=1e-4, atol=2e-5, msg=key)
+    assert results[1]["values"] == {}
+
+
+def test_accelerate_loop_with_a_saved_and_loaded_state(tmp_path):
+    results = run_distributed(2, jobs.accelerate_steps, "llama_tied", {"dp_shard_size": 2}, directory=str(tmp_path))
+    assert results[0]["class"] == "LlamaForCausalLM"
+    assert all(result["again"] for result in results)
+    assert_accelerate_like_one_process(results, "llama_tied", 2)
+
+
+def test_accelerate_with_tensor_parallelism_lora_checkpoints_and_accumulation():
+    """Strategy 1 keeps gradients whole, which must not be reduced twice. Every MLP of the two layers runs twice per
+    batch.
+    """
+    arguments = {"accumulation": 2, "activation_checkpointing": "full", "megatron_fsdp": {"zero_dp_strategy": 1}}
+    results = run_distributed(
+        4, jobs.accelerate_steps, "qwen3", {"tp_size": 2, "dp_shard_size": 2}, adapter=LORA, **arguments
+    )
+    assert {result["calls"] for result in results} == {8}
+    assert_accelerate_like_one_process(results, "qwen3", 2, LORA, accumulation=2)
+
+
+def test_accelerate_with_replicas_and_experts():
+    """HSDP; megatron-fsdp takes modules called experts for expert parallel."""
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
+    results = run_distributed(4, jobs.accelerate_steps, "mixtral", sizes, data=4, accumulation=2)
+    assert_accelerate_like_one_process(results, "mixtral", 4, accumulation=2)
+
+
+def test_trainer_trains_clips_and_saves(tmp_path):
+    results = run_distributed(4, jobs.trainer_steps, "llama", None, str(tmp_path), save_strategy="steps", save_steps=5)
+    model = build("llama")
+    steps = [batches_for(model, 1, 8, 10 + step) for step in range(5)]
+    history = train_steps(model, steps, max_grad_norm=1.0, combine="tokens")
+    for result in results:
+        assert [entry["loss"] for entry in result["history"]] == pytest.approx([h["loss"] for h in history], rel=1e-4)
+        assert [e["grad_norm"] for e in result["history"]] == pytest.approx([h["grad_norm"] for h in history], rel=1e-4)
+    checkpoint = tmp_path / "checkpoint-5"
+    assert {"model.safetensors", "optimizer.bin", "pytorch_model_fsdp.bin"} <= {f.name for f in checkpoint.iterdir()}
+    saved = type(model).from_pretrained(checkpoint).state_dict()
+    start = build("llama").state_dict()
+    for key, value in model.state_dict().items():  # AdamW turns rounding of gradients near zero into steps
+        assert (saved[key] - value).norm() <= 1e-2 * (value - start[key]).norm(), key
+
+
+def test_defect_14_clipping_scales_bfloat16_gradients_and_counts_replicated_parameters_once():
+    for result in run_distributed(2, jobs.norms_of_mixed_gradients):
+        assert result["before"] == pytest.approx((16 + 8) ** 0.5)  # 2 x 8 elements in shards, 8 in copies
+        assert result["after"] == pytest.approx(1.0, rel=1e-2)
+        assert result["largest"] == 1.0
+        assert result["dtypes"] == {torch.bfloat16}
+    for before, after, dtypes in run_distributed(2, jobs.bfloat16_clip):
+        assert before > 0.5 and after == pytest.approx(0.1, rel=1e-2) and dtypes == "torch.bfloat16"
+
+
+def test_defect_15_default_units_are_the_layers_and_misspelt_ones_are_refused():
+    model = build("llama", LORA)
+    assert [cls.__name__ for cls in unit_classes(model, None)] == ["LlamaDecoderLayer"]
+    path = "transformers.models.llama.modeling_llama.LlamaDecoderLayer"
+    for given in (path, "LlamaDecoderLayer", type(model.base_model.model.model.layers[0])):
+        assert unit_classes(model, (given,)) == unit_classes(model, None)
+    assert unit_classes(torch.nn.Linear(2, 2), None) == [torch.nn.Linear]
+    with pytest.raises(ConfigError, match="LlamaDecoderLayr.*did you mean LlamaDecoderLayer"):
+        unit_classes(model, (path.removesuffix("er") + "r",))
+
+
+def test_defect_15_ranks_of_a_cp_axis_reduce_too():
+    """The mesh of the reference: (dp, cp, tp), and dp_shard_dim says dp. Each rank has other data."""
+    for result in run_distributed(2, jobs.steps, "llama", (1, 2, 1), ("dp", "cp", "tp")):
+        assert_like_one_process(result, "llama", 2)
+
+
+def test_defect_15_activation_checkpointing_is_applied():
+    sizes, mode = {"dp_shard_size": 2}, {"activation_checkpointing": "submodule"}
+    results = run_distributed(2, jobs.accelerate_steps, "llama", sizes, **mode)
+    assert {result["calls"] for result in results} == {4}
+    assert_accelerate_like_one_process(results, "llama", 2)
+
+
+def test_refusals_are_the_same_on_all_ranks():
+    parts = [
+        "LlamaDecoderLayr",
+        "megatron_fsdp_unit_modules=[]",
+        "LlamaDecoderLayer contains LlamaMLP",
+        "zero_dp_strategy=4",
+        "overlap_grad_reduce=False with zero_dp_strategy=3",
+        "overlap_param_gather=False with zero_dp_strategy=3",
+        "nccl_ub='yes'",
+        "init_fsdp_with_meta_device=True with zero_dp_strategy=0",
+        "calculate_per_token_loss=True",
+        "dp_shard_dim='data'",
+        "tp_dim='tensor'",
+        "both 'dp'",
+        "style Own",
+        "up_prj",
+        "GPT2",
+    ]
+    for messages in run_distributed(2, jobs.refusals):
+        for part, message in zip(parts, messages, strict=True):
+            assert part in message
+
+
+def test_every_option_reaches_an_argument_of_the_installed_version():
+    import inspect
+
+    import megatron_fsdp
+
+    known = inspect.signature(megatron_fsdp.fully_shard_model).parameters
+    plain = engine.translate(MegatronOptions(), [torch.nn.Linear], True)
+    assert plain.keys() <= known.keys()
+    assert plain["mixed_precision_policy"] == megatron_fsdp.MixedPrecisionPolicy(main_params_dtype=None)
+    changed: dict[str, Any] = {
+        "megatron_fsdp_unit_modules": (torch.nn.Embedding,),
+        "zero_dp_strategy": "optim",
+        **{f.name: not f.default for f in dataclasses.fields(MegatronOptions) if isinstance(f.default, bool)},
+        "average_in_collective": False,
+    }
+    effects = {}
+    for name, value in changed.items():
+        options = MegatronOptions(
+            **({"zero_dp_strategy": 1, name: value} if name != "zero_dp_strategy" else {name: value})
+        )
+        units = list(options.megatron_fsdp_unit_modules or [torch.nn.Linear])
+        base = engine.translate(
+            MegatronOptions(zero_dp_strategy=1 if name != "zero_dp_strategy" else 3), [torch.nn.Linear], False
+        )
+        result = engine.translate(options, units, False)
+        effects[name] = [key for key in base if base[key] != result[key]]
+    assert [len(keys) for name, keys in effects.items() if name != "average_in_collective"] == [1] * (len(changed) - 1)
+    assert effects["preserve_fp32_weights"] == effects["grad_reduce_in_fp32"] == ["mixed_precision_policy"]
+    assert effects["check_for_nan_in_grad"] == ["report_nan_in_param_grad"]
+    assert effects["init_fsdp_with_meta_device"] == ["init_model_with_meta_device"]
+
+
+def test_import_is_lazy_and_changes_no_log_level():
+    found = in_fresh_interpreter(
+        """
+        import json, logging, sys
+        import hf_automodel_parallel.backends.megatron_fsdp as ours
+        import hf_automodel_parallel.backends.megatron_fsdp.strategy
+        before = "megatron_fsdp" in sys.modules
+        have = ours.HAVE_MEGATRON_FSDP
+        levels = [logging.getLogger(n).level for n in ("megatron_fsdp", "hf_automodel_parallel", "")]
+        print(json.dumps([before, have, levels]))
+        """
+    )
+    assert found == [False, True, [0, 0, 30]]
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron_fsdp", None)
+    assert megatron.HAVE_MEGATRON_FSDP is False
+    with pytest.raises(ConfigError, match=r"megatron-fsdp.*pip install 'hf-automodel-parallel\[megatron\]'"):
+        engine.load()
+
+
+def test_other_versions_are_refused(monkeypatch):
+    import megatron_fsdp
+
+    for version in ("0.4.0", "0.7.0"):
+        monkeypatch.setattr(megatron_fsdp, "__version__", version)
+        with pytest.raises(UnsupportedError, match=f"megatron-fsdp {version} is installed"):
+            engine.load()
+
+
+def test_config():
+    config = AutoParallelismConfig.parse({"backend": "megatron_fsdp", "megatron_fsdp": {"zero_dp_strategy": 2}})
+    assert AutoParallelismConfig.from_dict(config.to_dict()).megatron_fsdp == {"zero_dp_strategy": 2}
+    with pytest.raises(ConfigError, match="'zero_dp_strategie'.*did you mean 'zero_dp_strategy'"):
+        AutoParallelismConfig(backend="megatron_fsdp", megatron_fsdp={"zero_dp_strategie": 2})
+    with pytest.raises(ConfigError, match="did you mean 'megatron_fsdp'"):
+        AutoParallelismConfig(backend="megatron-fsdp")
+    with pytest.raises(ConfigError, match="has a meaning with backend='megatron_fsdp' alone"):
+        AutoParallelismConfig(megatron_fsdp={})
+    with pytest.raises(ConfigError, match="forward_prefetch=3 is an option of FSDP2"):
+        AutoParallelismConfig(backend="megatron_fsdp", forward_prefetch=3)
+
+
+def test_optimizers_that_are_not_elementwise_are_refused():
+    names, shapes = [[["a", "b"]]], {"a": torch.Size((8, 8)), "b": torch.Size((8,))}
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes.values()]
+    for optimizer in (torch.optim.AdamW(parameters), torch.optim.SGD(parameters, momentum=0.9)):
+        check_elementwise([optimizer], names, shapes)
+    with pytest.raises(UnsupportedError, match="Muon needs a statistic over whole parameters"):
+        check_elementwise([torch.optim.Muon(parameters[:1])], [[["a"]]], shapes)

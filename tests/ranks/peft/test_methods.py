@@ -1,0 +1,166 @@
+"""Every tuner that PEFT has: at parity with one process, or refused by name. None is trained wrong in silence."""
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.pool import run_distributed
+from harness.training import batches_for, build, data_rank, trainable
+from parity.test_gradients import MESHES
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
+
+TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
+
+#: PEFT type -> (config class, options)
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LORA": ("LoraConfig", {**TARGETS, "r": 4}),
+    "ADALORA": ("AdaLoraConfig", {**TARGETS, "init_r": 4, "target_r": 2, "total_step": 10}),
+    "ADAPTION_PROMPT": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}),
+    "BEFT": ("BeftConfig", {"target_modules": ["v_proj"]}),
+    "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 4}),
+    "C3A": ("C3AConfig", {**TARGETS, "block_size": 16}),
+    "CARTRIDGE": ("CartridgeConfig", {"num_virtual_tokens": 4}),
+    "CPT": ("CPTConfig", {"cpt_token_ids": [1, 2, 3], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 2]}),
+    "DEFT": ("DeftConfig", {**TARGETS, "r": 4}),
+    "DELORA": ("DeloraConfig", {**TARGETS, "r": 4}),
+    "FOURIERFT": ("FourierFTConfig", {**TARGETS, "n_frequency": 20}),
+    "FROD": ("FrodConfig", {**TARGETS, "progressbar": False}),
+    "GLORA": ("GloraConfig", {**TARGETS, "r": 4}),
+    "GRALORA": ("GraloraConfig", {**TARGETS, "r": 4}),
+    "HIRA": ("HiraConfig", {**TARGETS, "r": 4}),
+    "HRA": ("HRAConfig", {**TARGETS, "r": 4}),
+    "IA3": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "LILY": ("LilyConfig", {**TARGETS, "r": 4}),
+    "LN_TUNING": ("LNTuningConfig", {}),
+    "LOHA": ("LoHaConfig", {**TARGETS, "r": 4}),
+    "LOKR": ("LoKrConfig", {**TARGETS, "r": 4}),
+    "MISS": ("MissConfig", {**TARGETS, "r": 4}),
+    "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 4}),
+    "SHIRA": ("ShiraConfig", {**TARGETS, "r": 4}),
+    "PROMPT_TUNING": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+    "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 4, "num_tasks": 2}),
+    "OSF": ("OSFConfig", TARGETS),
+    "P_TUNING": ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 16}),
+    "PEANUT": ("PeanutConfig", {**TARGETS, "r": 4}),
+    "POLY": ("PolyConfig", {**TARGETS, "r": 4, "n_tasks": 2, "n_skills": 2}),
+    "PREFIX_TUNING": ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
+    "PSOFT": ("PsoftConfig", {**TARGETS, "r": 4}),
+    "PVERA": ("PveraConfig", {**TARGETS, "r": 4}),
+    "RANDLORA": ("RandLoraConfig", {**TARGETS, "r": 4}),
+    "ROAD": ("RoadConfig", {**TARGETS, "group_size": 16}),
+    "SHADOW": ("ShadowConfig", {"target_modules": r".*\.layers\.\d+$", "shadow_dropout": 0.0}),
+    "SUPERTUNING": ("SupertuningConfig", TARGETS),
+    "TINYLORA": ("TinyLoraConfig", {**TARGETS, "u": 8}),
+    "TRAINABLE_TOKENS": ("TrainableTokensConfig", {"token_indices": [1, 5, 7]}),
+    "UNILORA": ("UniLoraConfig", {**TARGETS, "theta_d_length": 32}),
+    "VBLORA": ("VBLoRAConfig", {**TARGETS, "num_vectors": 8, "vector_length": 16}),
+    "VERA": ("VeraConfig", {**TARGETS, "r": 4}),
+    "WAVEFT": ("WaveFTConfig", {**TARGETS, "n_frequency": 32}),
+}
+
+
+def adapted(method: str) -> torch.nn.Module:
+    """A Llama with the method on it, its trainable parameters off their (often zero) initial values."""
+    name, options = METHODS[method]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = getattr(peft, name)(task_type="CAUSAL_LM", **options)
+        model = peft.get_peft_model(build("llama"), config)
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
+
+
+def extra_inputs(method: str, rows: int) -> dict[str, torch.Tensor]:
+    """Which task each row belongs to, for the methods that ask for it."""
+    asks = method in ("POLY", "MULTITASK_PROMPT_TUNING")
+    return {"task_ids": torch.arange(rows) % 2} if asks else {}
+
+
+def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: str) -> torch.Tensor:
+    """The loss; methods that draw random numbers draw the same in every forward of this size."""
+    torch.manual_seed(7)
+    return model(**batch, **extra_inputs(method, len(batch["input_ids"]))).loss
+
+
+def sweep(sizes: dict[str, int], dp_size: int, methods: list[str]) -> dict[str, Any]:
+    """Method -> (loss, gradients), or the message with which it is refused."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    results: dict[str, Any] = {}
+    for method in methods:
+        model = adapted(method)
+        batches = batches_for(model, dp_size)
+        try:
+            model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model)))
+        except UnsupportedError as error:
+            results[method] = str(error)
+            continue
+        loss = loss_of(model, batches[data_rank(accelerator)], method)
+        accelerator.backward(loss)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        results[method] = (total.item() / dist.get_world_size(), full_grads(model))
+        accelerator.free_memory()
+    return results
+
+
+#: What each mesh refuses, besides what tensor parallelism does not know: word of the message.
+REFUSED_EVERYWHERE = {
+    "ADALORA": "penalty on the weights",
+    "OSF": "have gradient hooks",
+    "CPT": "have gradient hooks",
+}
+WITH_TENSOR_PARALLELISM = (
+    "LORA",
+    "IA3",
+    "LN_TUNING",
+    "TRAINABLE_TOKENS",
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+)
+#: They need what a test of parallelism should not bring along: scikit-learn; saved adapters to mix.
+NOT_TRIED = {"ADAMSS", "XLORA"}
+
+
+def test_every_method_of_peft_is_in_the_table():
+    known = {str(kind.value) for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    assert known == METHODS.keys() | NOT_TRIED, "a new method of PEFT: add it here and see what becomes of it"
+
+
+@pytest.mark.parametrize("mesh, part", [("fsdp2", 0), ("fsdp2", 1), ("fsdp2", 2), ("tp2", 0), ("tp2_fsdp2", 0)])
+def test_parity_or_refusal_by_name(mesh, part):
+    world, sizes, dp_size = MESHES[mesh]
+    methods = list(METHODS)[part::3] if mesh == "fsdp2" else list(METHODS)
+    if mesh == "tp2_fsdp2":
+        methods = list(WITH_TENSOR_PARALLELISM)
+    results = run_distributed(world, sweep, sizes, dp_size, methods)[0]
+    problems = []
+    for method, result in results.items():
+        if method in REFUSED_EVERYWHERE or (mesh != "fsdp2" and method not in WITH_TENSOR_PARALLELISM):
+            word = REFUSED_EVERYWHERE.get(
+                method, f"is PEFT's {method}, which is not available under tensor parallelism"
+            )
+            if not isinstance(result, str) or word not in result:
+                problems.append(f"{method} is not refused by name: {result}")
+            continue
+        if isinstance(result, str):
+            problems.append(f"{method}: {result}")
+            continue
+        reference = adapted(method)
+        losses = [loss_of(reference, batch, method) for batch in batches_for(reference, dp_size)]
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        try:
+            assert_losses_equal(result[0], loss.item())
+            assert_gradients_equal(result[1], {n: p.grad for n, p in reference.named_parameters()})
+        except AssertionError as error:
+            problems.append(f"{method}: {error}")
+    assert not problems, "\n".join(problems)

@@ -1,0 +1,115 @@
+"""Dropout under parallelism: equal masks where activations are replicated, different ones where they are sharded."""
+
+import pytest
+import torch
+from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.dropout_jobs import gradients_and_masks, replayed_masks
+from harness.oracle import loss_and_grads
+from harness.pool import expect_error, run_distributed
+from harness.training import batches_for, build, first_gradients
+from parity.test_gradients import MESHES
+
+from hf_automodel_parallel.tensor_parallel.dropout_rng import draws_random_numbers
+
+LORA = {"target_modules": "all-linear", "lora_dropout": 0.25}
+ATTENTION = {"attn_implementation": "eager", "attention_dropout": 0.25}
+RESIDUAL = {**ATTENTION, "resid_pdrop": 0.25}
+
+
+def assembled(ranks: list[list[torch.Tensor]], whole: list[tuple[int, ...]]) -> tuple[list[torch.Tensor], int, int]:
+    """The masks of one tp group as one process would draw them, and how many were replicated and sharded."""
+    masks, replicated, sharded = [], 0, 0
+    assert len({len(masks) for masks in ranks}) == 1
+    for parts, shape in zip(zip(*ranks, strict=True), whole, strict=True):
+        if tuple(parts[0].shape) == shape:
+            assert all(torch.equal(parts[0], part) for part in parts), f"{shape}: replicated, but different masks"
+            masks.append(parts[0])
+            replicated += 1
+        else:
+            assert not any(torch.equal(parts[0], part) for part in parts[1:]), f"{shape}: sharded, but equal masks"
+            dim = next(d for d in range(len(shape)) if parts[0].shape[d] != shape[d])
+            masks.append(torch.cat(parts, dim))
+            assert tuple(masks[-1].shape) == shape
+            sharded += 1
+    return masks, replicated, sharded
+
+
+def shapes_of(model, batch) -> list[tuple[int, ...]]:
+    """Shapes of what the dropouts of one process see, in the order of the calls."""
+    from harness.dropout_jobs import recorded_masks
+
+    with recorded_masks() as masks, torch.no_grad():
+        model(**batch)
+    return [tuple(mask.shape) for mask in masks]
+
+
+CELLS = {
+    "attention": ("llama", "tp2", None, ATTENTION, {}, {}),
+    "attention-tp4": ("llama", "tp4", None, {**ATTENTION, "num_key_value_heads": 4}, {}, {}),
+    "lora": ("llama", "tp2", LORA, {}, {}, {}),
+    "both": ("llama", "tp2_fsdp2", LORA, ATTENTION, {}, {}),
+    "both-moe": ("qwen3_moe", "tp2", {**LORA, "target_modules": ["q_proj", "o_proj"]}, ATTENTION, {}, {}),
+    "both-full": ("llama", "tp2_fsdp2", LORA, ATTENTION, {"activation_checkpointing": "full"}, {}),
+    "both-submodule": ("llama", "tp2", LORA, ATTENTION, {"activation_checkpointing": "submodule"}, {}),
+    "both-selective": ("llama", "tp2", LORA, ATTENTION, {"activation_checkpointing": "selective"}, {}),
+    "both-own-checkpoints": ("llama", "tp2", LORA, ATTENTION, {}, {"hf_checkpointing": {"use_reentrant": False}}),
+    "both-own-reentrant": ("llama", "tp2", LORA, ATTENTION, {}, {"hf_checkpointing": {"use_reentrant": True}}),
+    "seeded-after-prepare": ("llama", "tp2", LORA, ATTENTION, {}, {"seed_after": True}),
+    "dora": ("llama", "tp2", {**LORA, "use_dora": True}, {}, {}, {}),
+    "residual": ("phi3", "tp2", LORA, RESIDUAL, {}, {}),
+    "residual-selective": ("phi3", "tp2", LORA, RESIDUAL, {"activation_checkpointing": "selective"}, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        # transformers 5.17 checkpoints at another place
+        pytest.param(cell, marks=pytest.mark.both_ends if name in ("both", "both-own-reentrant") else ())
+        for name, cell in CELLS.items()
+    ],
+    ids=CELLS.keys(),
+)
+def test_masks_and_gradients(cell):
+    """Per-rank seeds; the gradients are those of one process with the very masks that the ranks drew."""
+    model, mesh, adapter, overrides, options, more = cell
+    world, sizes, dp_size = MESHES[mesh]
+    loss, gradients, masks = run_distributed(
+        world, gradients_and_masks, model, {**sizes, **options}, adapter, overrides, dp_size, **more
+    )[0]
+    reference = build(model, adapter, **overrides).train()
+    batches = batches_for(reference, dp_size)
+    whole = shapes_of(reference, batches[0])
+    tp = sizes.get("tp_size", 1)
+    in_order: list[torch.Tensor] = []
+    for group in range(dp_size):
+        drawn, replicated, sharded = assembled(masks[group * tp : (group + 1) * tp], whole)
+        assert sharded and (replicated or (model == "llama" and adapter is None)), (replicated, sharded)
+        in_order += drawn
+    with replayed_masks(in_order):
+        want_loss, want = loss_and_grads(reference, batches)
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(gradients, want)
+
+
+def test_compile_refuses_dropout_on_sharded_activations():
+    """Inside of a graph the random state cannot be switched; attention dropout would draw equal masks on all tp
+    ranks.
+    """
+    expect_error(
+        2,
+        first_gradients,
+        "llama",
+        {"tp_size": 2, "compile": "aot_eager"},
+        overrides=ATTENTION,
+        match="self_attn .* has attention_dropout=0.25",
+    )
+
+
+@pytest.mark.parametrize("name, draws", [("router_jitter_noise", True), ("drop_path", True), ("width", False)])
+def test_what_counts_as_drawing(name, draws):
+    """Only models that draw are synchronised once more at their first training forward."""
+    model = build("llama")
+    assert not draws_random_numbers(model)
+    setattr(model.model.layers[0].mlp, name, 0.1)
+    assert draws_random_numbers(model) == draws
