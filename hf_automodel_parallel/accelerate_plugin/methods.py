@@ -32,6 +32,7 @@ from ..context_parallel.buffers import sharded_buffers
 from ..core.mesh import MeshAxes
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
+from ..export.gathering import file_dtypes, keep_file_dtypes
 from ..fsdp.shard import fsdp_units, sharded_parameters, upcast_trainable, without_units_inside
 from ..loading.fill import PendingValues
 from ..optim.handoff import check_optimizers, parameter_names, raw_optimizer, replace_parameters
@@ -257,7 +258,7 @@ def _shard(
         strategy.switch_optimizer(context, optimizer, groups, before)
     model = context.model
     record = PreparedModel(context, config, strategy, trainable=bool(raw), trainable_names=trainable_names)
-    record.stored_dtypes = {name: dtypes[name] for name in upcast}
+    keep_file_dtypes(model, {name: dtypes[name] for name in upcast})
     remember(model, record)
     for optimizer in raw:
         _attach(optimizer, record)
@@ -295,15 +296,14 @@ def _after_unload(plain: nn.Module, record: PreparedModel) -> None:
     left.
     """
     kept = {id(p): n for n, p in plain.named_parameters()}
+    dtypes = file_dtypes(record.context.model)
     dtypes = {
-        kept[id(p)]: record.stored_dtypes[name]
+        kept[id(p)]: dtypes[name]
         for name, p in record.context.model.named_parameters()
-        if name in record.stored_dtypes and id(p) in kept
+        if name in dtypes and id(p) in kept
     }
-    unloaded = PreparedModel(
-        record.context, record.config, record.strategy, trainable=False, unloaded=True, stored_dtypes=dtypes
-    )
-    remember(plain, unloaded)
+    keep_file_dtypes(plain, dtypes)
+    remember(plain, PreparedModel(record.context, record.config, record.strategy, trainable=False, unloaded=True))
     _watch(plain, record.context)
 
 

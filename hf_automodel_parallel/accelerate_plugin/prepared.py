@@ -32,7 +32,6 @@ class PreparedModel:
         handed_over_late: it was prepared for evaluation first, and got an optimizer later.
         audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
         names: of the parameters it had when it was prepared.
-        stored_dtypes: of the parameters that are float32 only while they are trained: what they were, and are in files.
         unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
     """
 
@@ -44,7 +43,6 @@ class PreparedModel:
     handed_over_late: bool = False
     audit: Audit | None = None
     names: set[str] = field(default_factory=set)
-    stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     unloaded: bool = False
 
 

@@ -13,18 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from .. import compat
-from ..backends.megatron_fsdp.accelerate import whole_state
-from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..core.rendezvous import meet
 from ..errors import ConfigError, UnsupportedError
 from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapter
 from ..export.files import completed_at_end
-from ..export.gathering import Fetch, ShardedState
+from ..export.gathering import Fetch, ShardedState, file_dtypes
 from ..export.pretrained import cast, shapes_of, write_configs, write_pretrained
 from .prepared import prepared
 
@@ -48,26 +45,6 @@ class Streamed(dict):  # type: ignore[type-arg]
         self.fetch: Fetch | None = None
         self.weights = weights
         self.used = False
-
-
-def sharded_state(model: nn.Module, writes: bool) -> ShardedState:
-    """The shards of ``model``, collective.
-
-    What megatron-fsdp manages has uneven shards; of that it is the whole weights, on a rank that ``writes``.
-    """
-    managed = managed_by_megatron(model)
-    return ShardedState(model, None if managed is None else whole_state(managed, keep=writes))
-
-
-def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Dtypes that one process would save, of the parameters that are kept in float32 while they are trained."""
-    record = prepared(model)
-    if record is None or not record.stored_dtypes:
-        return {}
-    of_parameter = {id(p): record.stored_dtypes[n] for n, p in model.named_parameters() if n in record.stored_dtypes}
-    return {
-        name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter
-    }
 
 
 # ---- save_pretrained -------------------------------------------------------------------------------------------------
@@ -111,7 +88,7 @@ def _save_pretrained(
         return None
     name = f"{type(model).__name__}.save_pretrained()"
     writers = meet(name, {k: str(v) for k, v in options.items()}, main)
-    shards = sharded_state(model, dist.get_rank() in writers)
+    shards = ShardedState(model, dist.get_rank() in writers)
     for writer in writers:
         written = shards.led_by(writer, lambda fetch: _write(model, directory, options, shards, fetch))
         if push and written is not None and writer == writers[0]:
@@ -253,7 +230,7 @@ def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[st
 def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``model.push_to_hub``, called by all ranks: rank 0 does it, and the others help with its ``save_pretrained``."""
     meet(f"{type(model).__name__}.push_to_hub()", {})
-    shards = sharded_state(model, dist.get_rank() == 0)
+    shards = ShardedState(model, dist.get_rank() == 0)
 
     def push(fetch: Fetch) -> Any:
         def save(directory: Any, *positional: Any, **options: Any) -> None:
@@ -298,7 +275,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         in_checkpoint = _internal_call and output_dir is not None
         if not in_checkpoint:  # whose ranks have met already
             meet(f"{type(trainer).__name__}.save_model()", {})
-        shards = sharded_state(model, trainer.args.should_save)
+        shards = ShardedState(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
 
         def get_state_dict(model: nn.Module, unwrap: bool = True) -> Streamed:
@@ -366,7 +343,7 @@ def save_model(
         raise ConfigError(f"save_model({str(save_directory)!r}): this is a file; give a directory.")
     details = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
     (writer,) = meet("Accelerator.save_model()", details)
-    shards = sharded_state(model, dist.get_rank() == writer)
+    shards = ShardedState(model, dist.get_rank() == writer)
 
     def work(fetch: Fetch) -> None:
         shapes = shapes_of(shards.tensors, file_dtypes(model))

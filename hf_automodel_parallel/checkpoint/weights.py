@@ -96,7 +96,7 @@ class SafetensorsWeights:
         else:
             raise ExportError(f"{folder} has neither {single.name} nor {index.name}; other formats are not read.")
         self._open: dict[str, Any] = {}
-        self.shapes = {}
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         for file in files:
             if Path(file).name != file:
                 raise ExportError(f"{index} names {file!r}, which is outside of its directory. It was not read.")
@@ -105,19 +105,13 @@ class SafetensorsWeights:
             except Exception as error:
                 raise ExportError(f"cannot read {folder / file}: {error}.") from error
             for name in handle.keys():
-                part = handle.get_slice(name)
+                mapped = handle.get_slice(name)[...]  # a view of the mapped file: its pages are not read
                 self._open[name] = handle
-                self.shapes[name] = (torch.Size(part.get_shape()), _dtype(part.get_dtype()))
+                self.shapes[name] = (mapped.shape, mapped.dtype)
 
     def fetch(self, name: str) -> torch.Tensor:
         """The tensor ``name``."""
         return self._open[name].get_tensor(name)
-
-
-def _dtype(name: str) -> torch.dtype:
-    from ..export.safetensors_writer import DTYPE_NAMES
-
-    return {text: dtype for dtype, text in DTYPE_NAMES.items()}[name]
 
 
 Weights = ShardedWeights | FullWeights | SafetensorsWeights

@@ -25,21 +25,42 @@ _DONE, _FAILED = -1, -2
 Fetch = Callable[[str], torch.Tensor]
 T = TypeVar("T")
 
+#: Attribute of a model: dtype in files by parameter name.
+_FILE_DTYPES = "_automodel_parallel_file_dtypes"
+
+
+def keep_file_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Remember that the parameters in ``dtypes``, float32 while they are trained, have another dtype in files."""
+    model.__dict__[_FILE_DTYPES] = dict(dtypes)
+
+
+def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Dtypes in files, of all names (tied ones, too) of the parameters whose dtype in files is another one."""
+    kept = model.__dict__.get(_FILE_DTYPES)
+    if not kept:
+        return {}
+    of_parameter = {id(p): kept[name] for name, p in model.named_parameters() if name in kept}
+    return {
+        name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter
+    }
+
 
 class ShardedState:
     """The state dict of a sharded model, the same names in the same order on all ranks.
 
     Args:
-        model: sharded; its units are resharded.
-        whole: a gathered state dict instead, for an engine whose shards are no DTensors; only the writing rank needs
-            it.
+        model: sharded; its FSDP units are resharded.
+        writes: this rank may be a writer. Other ranks keep only their shards, and nothing of a state dict that is full
+            already (megatron-fsdp gathers in ``state_dict()``, because its uneven shards are not DTensors).
     """
 
-    def __init__(self, model: nn.Module, whole: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(self, model: nn.Module, writes: bool) -> None:
         for unit in fsdp_units(model):
             unit.reshard()
-        state = model.state_dict() if whole is None else whole
+        state = model.state_dict()
         self.tensors = {name: value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        if not any(isinstance(value, DTensor) for value in self.tensors.values()):
+            self.tensors = {name: value.cpu() for name, value in self.tensors.items()} if writes else {}
         self._names = list(self.tensors)
         self._device = communication_device()
         self._index = {name: index for index, name in enumerate(self._names)}

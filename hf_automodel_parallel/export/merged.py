@@ -17,9 +17,11 @@ from torch import nn
 
 from .. import compat
 from ..core.module_names import unwrapped
+from ..core.rendezvous import meet
 from ..errors import ConfigError, UnsupportedError
-from .gathering import Fetch
-from .pretrained import Progress, Shapes, write_pretrained
+from .files import completed_at_end
+from .gathering import Fetch, ShardedState, file_dtypes
+from .pretrained import Progress, Shapes, shapes_of, write_pretrained
 
 
 def save_merged(
@@ -44,11 +46,6 @@ def save_merged(
         UnsupportedError: adapters or base weights that cannot be merged layer by layer.
         ExportError: on the other ranks, if the writing rank failed; or a rank did not come.
     """
-    from ..accelerate_plugin.saving import file_dtypes, sharded_state
-    from ..core.rendezvous import meet
-    from .files import completed_at_end
-    from .pretrained import shapes_of
-
     if not compat.is_peft_model(model):
         raise ConfigError(f"save_merged() needs a PeftModel; this is a {type(model).__name__}: use save_pretrained().")
     merging = Merging(model, adapters)
@@ -65,7 +62,7 @@ def save_merged(
         return
     details = {"adapters": adapters, "max_shard_size": max_shard_size, "variant": variant}
     (writer,) = meet("save_merged()", details)
-    shards = sharded_state(model, torch.distributed.get_rank() == writer)
+    shards = ShardedState(model, torch.distributed.get_rank() == writer)
     shards.led_by(writer, lambda fetch: write(fetch, shards.tensors))
 
 
