@@ -1,4 +1,4 @@
-# make demo, make test: everything from a fresh clone, the set-up included. No GPU needed.
+# make check, make test, make demo: everything from a fresh clone, the set-up included. No GPU needed.
 #
 #   VENV=path        another virtual environment (made if it does not exist; default .venv)
 #   PYTHON=python    the interpreter that makes it (default python3.11, else python3)
@@ -52,9 +52,25 @@ demo: $(STAMP) ## train a small Llama on four CPU processes (tp 2 x FSDP2 2), fu
 	@CUDA_VISIBLE_DEVICES= $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu_fsdp2_tp2.yaml \
 		-m hf_automodel_parallel.launch examples/finetune_text.py --output-dir $(DEMO_OUT)
 
+.PHONY: check
+check: $(STAMP) ## the unit tests: no process group, under two minutes
+	@echo "[test] pytest, unit tests"
+	@$(VENV)/bin/$(PYTEST) tests/unit $(PYTEST_ARGS)
+
 .PHONY: test
-test: lint ## ruff, mypy, all tests, then the tests at the oldest supported transformers
-	@echo "[test] pytest"
+test: lint ## lint, the unit tests, and rank tests of every feature on every mesh (under ten minutes)
+	@echo "[test] pytest, unit and core tests"
+	@$(VENV)/bin/$(PYTEST) -m "unit or core" $(PYTEST_ARGS)
+
+.PHONY: test-rest
+test-rest: $(STAMP) ## what make test leaves out, then the tests at the oldest supported transformers
+	@echo "[test] pytest, all other tests"
+	@$(VENV)/bin/$(PYTEST) -m "not (unit or core)" $(PYTEST_ARGS)
+	@$(MAKE) test-517
+
+.PHONY: test-all
+test-all: lint ## lint, all tests, then the tests at the oldest supported transformers
+	@echo "[test] pytest, all tests"
 	@$(VENV)/bin/$(PYTEST) $(PYTEST_ARGS)
 	@$(MAKE) test-517
 

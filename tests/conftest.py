@@ -1,5 +1,6 @@
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,29 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from harness.pool import close_pools
+
+UNIT = Path(__file__).parent / "unit"
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests in ``unit/`` and the cases that ``core_cases`` names.
+
+    A name that no case has is an error, so that a renamed case does not leave ``make test`` in silence.
+    """
+    named: dict[tuple[str, str], bool] = {}
+    for item in items:
+        if UNIT in item.path.parents:
+            item.add_marker("unit")
+        case = item.callspec.id if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ""
+        function = item.nodeid.split("[")[0]
+        for marker in item.iter_markers("core_cases"):
+            if case in marker.args:
+                item.add_marker("core")
+            named |= {(function, name): named.get((function, name), False) or name == case for name in marker.args}
+    unknown = [f"{function}[{name}]" for (function, name), found in named.items() if not found]
+    if unknown and not any("[" in argument for argument in config.args):
+        raise pytest.UsageError(f"core_cases names cases that do not exist: {', '.join(unknown)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

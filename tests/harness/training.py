@@ -1,4 +1,7 @@
-"""What the ranks run in the parity tests. Every function here is sent to the worker pool by name."""
+"""Training steps that the ranks run: first gradients, five steps of an Accelerate loop, five of the Trainer.
+
+Every function here is sent to the worker pool by name.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from harness.models import build_model, lora, make_batches
 from hf_automodel_parallel import AutoParallelismConfig
 
 SEQUENCE = 16
+LORA = {"target_modules": "all-linear"}
 
 
 def build(name: str, adapter: dict[str, Any] | None = None, **overrides: Any) -> torch.nn.Module:

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import full_grads, gradient_error
 from harness.dropout import Masks, observe_dropout, observed_masks, replay_dropout
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 from harness.training import batches_for, build, data_rank, trainable
 
 from hf_automodel_parallel import AutoParallelismConfig
-from parity.test_gradients import MESHES
 
 LOSS_BOUND = 1e-6
 

@@ -30,6 +30,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 import typer
+from harness.meshes import MESHES
 from harness.pool import DistributedFailure, close_pools
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,7 +38,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parity import cells as adapters
 from parity import sequence_cells as sequence
 from parity.cells import Verdict
-from parity.test_gradients import MESHES
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))

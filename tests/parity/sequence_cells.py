@@ -11,13 +11,13 @@ import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import build
+from harness.training import LORA, build
 
 from parity.cells import Verdict, judge
 from parity.sequence_jobs import ODD, batches_of, sequence_gradients
-from parity.test_gradients import LORA, MESHES
 
 AXES: dict[str, tuple[Any, ...]] = {
     "model": (

@@ -1,8 +1,9 @@
 """Adapter methods at parity: DoRA, biases of row-wise layers, rank patterns, layers_to_transform, several adapters."""
 
 import pytest
+from harness.training import LORA
 
-from parity.test_gradients import LORA, check
+from parity.test_gradients import check
 
 DORA = {**LORA, "use_dora": True}
 BIASES = {"attention_bias": True, "mlp_bias": True}

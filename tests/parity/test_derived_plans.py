@@ -2,11 +2,11 @@
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
 from parity.derived_jobs import batches, built, derived_gradients
-from parity.test_gradients import MESHES
 
 #: (type, mesh, with LoRA, fields of its config)
 CELLS = [

@@ -2,20 +2,10 @@
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import batches_for, build, first_gradients
-
-#: mesh name -> (world size, size fields, number of data-parallel ranks)
-MESHES = {
-    "tp2": (2, {"tp_size": 2}, 1),
-    "fsdp2": (2, {"dp_shard_size": 2}, 2),
-    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
-    "hsdp": (4, {"dp_replicate_size": 2, "dp_shard_size": 2}, 4),
-    "tp4": (4, {"tp_size": 4}, 1),
-    "tp2_hsdp": (8, {"tp_size": 2, "dp_replicate_size": 2, "dp_shard_size": 2}, 4),
-    "ddp_like": (2, {"dp_replicate_size": 2, "dp_shard_size": 1}, 2),
-}
+from harness.training import LORA, batches_for, build, first_gradients
 
 MODELS = [
     "llama",
@@ -29,7 +19,6 @@ MODELS = [
     "qwen3_moe",
     "qwen3_moe_aux",
 ]
-LORA = {"target_modules": "all-linear"}
 LORA_ENDS = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
 
 CELLS = [(model, "tp2_fsdp2", adapter) for model in MODELS for adapter in (None, LORA)]

@@ -2,12 +2,12 @@
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.planned_models import adapted, build_family, family_batches, family_gradients
 from harness.pool import run_distributed
 
 from hf_automodel_parallel.plan.sources.families import FAMILIES
-from parity.test_gradients import MESHES
 
 FULL, LORA, FULL_WITH_IMAGES, LORA_WITH_IMAGES = (False, False), (True, False), (False, True), (True, True)
 

@@ -2,11 +2,11 @@
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
 from parity.head_jobs import batches_of, build, head_gradients
-from parity.test_gradients import MESHES
 
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 REWARD, MASKED = f"{SEQUENCE}:reward", "AutoModelForMaskedLM"

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
+from harness.meshes import MESHES
 from harness.models import lora
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank, trainable
+from harness.training import LORA, batches_for, build, data_rank, trainable
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
-from parity.test_gradients import LORA, MESHES
 
 
 def penalty(model: nn.Module) -> Any:

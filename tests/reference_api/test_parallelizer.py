@@ -13,8 +13,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal, full_gr
 from harness.models import build_model
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, trainable
-from parity.test_gradients import LORA
+from harness.training import LORA, batches_for, build, trainable
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

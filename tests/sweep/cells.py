@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from harness.compare import full_grads
+from harness.meshes import MESHES as ALL_MESHES
 from harness.models import lora, make_batches
 from harness.oracle import loss_and_grads
 from parity.cells import judge
@@ -34,11 +35,7 @@ SEQUENCE, ROWS = 16, 2
 ROUNDING = 10.0
 
 #: Name -> (world size, sizes, micro-batches).
-MESHES: dict[str, tuple[int, dict[str, int], int]] = {
-    "tp2": (2, {"tp_size": 2}, 1),
-    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
-    "fsdp2": (2, {"dp_shard_size": 2}, 2),
-}
+MESHES = {name: ALL_MESHES[name] for name in ("tp2", "tp2_fsdp2", "fsdp2")}
 
 #: Name -> (with LoRA, further fields of the config).
 KINDS: dict[str, tuple[bool, dict[str, Any]]] = {

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters, normalize_name
+from harness.meshes import MESHES, each_mesh, run_on_mesh
 from harness.models import build_model, make_batches
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank, trainable
+from harness.training import LORA, batches_for, build, data_rank, trainable
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -36,20 +37,6 @@ from transformers import (
 from hf_automodel_parallel import AutoParallelismConfig
 
 #: name -> (world size, size fields, number of data-parallel ranks)
-MESHES: dict[str, tuple[int, dict[str, int], int]] = {
-    "tp2": (2, {"tp_size": 2}, 1),
-    "fsdp2": (2, {"dp_shard_size": 2}, 2),
-    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
-}
-LORA = {"target_modules": "all-linear"}
-
-each_mesh = pytest.mark.parametrize("mesh", MESHES)
-
-
-def on(mesh: str, job: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-    """Run ``job(sizes, dp_size, ...)`` on all ranks of ``mesh``."""
-    world, sizes, dp_size = MESHES[mesh]
-    return run_distributed(world, job, sizes, dp_size, *args, **kwargs)
 
 
 def make_accelerator(sizes: dict[str, int], **options: Any) -> Accelerator:
@@ -134,7 +121,7 @@ def rates_by_hand(dp_size: int) -> dict[str, list[float]]:
 def test_scheduler_advances_once_per_data_parallel_rank(mesh):
     """Stock steps once per *process*; the ranks of a tp group share one batch, so it would run tp times too fast."""
     want = rates_by_hand(MESHES[mesh][2])
-    for got in on(mesh, measured_rates):
+    for got in run_on_mesh(mesh, measured_rates):
         for name, rates in want.items():
             assert got[name] == pytest.approx(rates), name
 
@@ -183,7 +170,7 @@ def gathered(sizes: dict[str, int], dp_size: int) -> dict[str, list[Any]]:
 def test_gather_for_metrics_returns_each_sample_once(mesh):
     """Gathered over all processes, each sample would come once per tp rank, and the cut at the end be wrong."""
     numbers = list(range(SAMPLES))
-    for seen in on(mesh, gathered):
+    for seen in run_on_mesh(mesh, gathered):
         assert seen["tensor"] == seen["dict"] == seen["tensors_as_objects"] == numbers
         assert seen["matrix"] == [[i, i**2] for i in numbers]
         assert seen["nested"] == [(i, [i, i**2], i) for i in numbers]
@@ -276,7 +263,7 @@ def gradients_by_way(sizes: dict[str, int], dp_size: int, name: str, adapter: An
 
 @functools.cache
 def ways_of(model: str, mesh: str) -> dict[str, dict]:
-    return on(mesh, gradients_by_way, *WAYS_MODELS[model])[0]
+    return run_on_mesh(mesh, gradients_by_way, *WAYS_MODELS[model])[0]
 
 
 @functools.cache
@@ -466,7 +453,7 @@ def parameters_after_steps(
 
 @functools.cache
 def optimizer_results(mesh: str) -> dict[str, Any]:
-    return on(mesh, parameters_after_steps, list(OPTIMIZERS))[0]
+    return run_on_mesh(mesh, parameters_after_steps, list(OPTIMIZERS))[0]
 
 
 @functools.cache
@@ -518,7 +505,7 @@ def evaluate_only(sizes: dict[str, int], dp_size: int) -> float:
 def test_model_prepared_alone_evaluates_as_one_process(mesh):
     reference = build("llama_tied")
     want, _ = loss_and_grads(reference, batches_for(reference, MESHES[mesh][2]))
-    for loss in on(mesh, evaluate_only):
+    for loss in run_on_mesh(mesh, evaluate_only):
         assert_losses_equal(loss, want)
 
 
@@ -550,7 +537,7 @@ def unwrapped(sizes: dict[str, int], dp_size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_unwrap_model_and_get_state_dict(mesh):
-    results = on(mesh, unwrapped)
+    results = run_on_mesh(mesh, unwrapped)
     assert all(r["same_object"] and r["classes"] for r in results)
     assert_same_tensors(results[0]["state_dict"], results[0]["parameters"], rtol=0, atol=0)
     assert_same_tensors(
@@ -571,7 +558,7 @@ def forget(sizes: dict[str, int], dp_size: int) -> bool:
 
 def test_a_prepared_model_can_be_freed():
     """A script that trains one model after the other must not keep all of them."""
-    assert on("tp2", forget) == [True, True]
+    assert run_on_mesh("tp2", forget) == [True, True]
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -607,7 +594,7 @@ def shuffled(sizes: dict[str, int], dp_size: int) -> list[int]:
 @pytest.mark.parametrize("job", [streamed, shuffled], ids=["iterable", "shuffled"])
 @each_mesh
 def test_ranks_of_a_tp_group_read_the_same_data_and_the_others_the_rest(mesh, job):
-    by_rank = on(mesh, job)
+    by_rank = run_on_mesh(mesh, job)
     _, sizes, dp_size = MESHES[mesh]
     groups = by_rank[:: sizes.get("tp_size", 1)]
     assert by_rank == [data for data in groups for _ in range(sizes.get("tp_size", 1))]
@@ -658,8 +645,8 @@ def train_and_save(
 )
 def test_save_state_and_load_state_continue_exactly(name, adapter, kind, tmp_path):
     """Every bit (same mesh)."""
-    saved = on("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), False)
-    resumed = on("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), True)
+    saved = run_on_mesh("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), False)
+    resumed = run_on_mesh("tp2_fsdp2", train_and_save, name, adapter, kind, str(tmp_path), True)
     for (want_history, want), (history, parameters) in zip(saved, resumed, strict=True):
         assert history == want_history
         assert_same_tensors(parameters, want, rtol=0, atol=0)
@@ -686,7 +673,7 @@ def write_after_evaluation(sizes: dict[str, int], dp_size: int) -> list[float]:
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_parameters_written_after_an_evaluation_are_used(mesh):
     """An averaged or clamped model: FSDP2 leaves the last units gathered after a forward without gradients."""
-    for before, after, want in on(mesh, write_after_evaluation):
+    for before, after, want in run_on_mesh(mesh, write_after_evaluation):
         assert after == pytest.approx(want, rel=1e-6) and after != pytest.approx(before, rel=1e-3)
 
 
@@ -766,7 +753,7 @@ def life_of_a_trainer(sizes: dict[str, int], dp_size: int, adapter: Any, directo
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_evaluate_predict_train_twice_and_with_a_second_trainer(mesh, adapter, tmp_path):
     """In this order: the model is then prepared before there is an optimizer, and again by each `train()`."""
-    results = on(mesh, life_of_a_trainer, adapter, str(tmp_path))
+    results = run_on_mesh(mesh, life_of_a_trainer, adapter, str(tmp_path))
     reference = build("qwen3", adapter)
     train, evaluation, prediction = Rows(8, 128, 40), Rows(EVALUATION_ROWS, 128, 41), Rows(PREDICTION_ROWS, 128, 42)
     with torch.no_grad():
@@ -829,7 +816,7 @@ SAVED = [
 )
 def test_saved_model_is_that_of_one_process(name, adapter, tmp_path):
     """`Trainer.save_model` writes what plain `from_pretrained` loads, every tensor identical to the trained one."""
-    want = on("tp2_fsdp2", train_and_save_model, name, adapter, str(tmp_path))[0]
+    want = run_on_mesh("tp2_fsdp2", train_and_save_model, name, adapter, str(tmp_path))[0]
     if adapter is None:
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -879,7 +866,7 @@ def test_bf16_mixed_precision_keeps_trainable_parameters_in_float32(mesh, adapte
     reference = build("qwen3", adapter)
     steps = [batches_for(reference, MESHES[mesh][2], seed=10 + step) for step in range(2)]
     want = [step["loss"] for step in train_steps(reference, steps, lr=1e-2, max_grad_norm=1.0)]
-    for result in on(mesh, train_in_bf16, dtype, adapter):
+    for result in run_on_mesh(mesh, train_in_bf16, dtype, adapter):
         assert result["trainable"] == result["gradients"] == result["state"] == {torch.float32}
         assert result["frozen"] == (set() if adapter is None else {dtype})
         assert_losses_equal(result["losses"], want, rtol=2e-2)
@@ -932,7 +919,7 @@ def checkpointed_gradients(
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_gradient_checkpointing_of_the_trainer(mesh, name, adapter, reentrant, tmp_path):
     """The recomputed forward enters the same regions, and partial gradients are still summed once."""
-    loss, gradients, forwards = on(mesh, checkpointed_gradients, name, adapter, reentrant, str(tmp_path))[0]
+    loss, gradients, forwards = run_on_mesh(mesh, checkpointed_gradients, name, adapter, reentrant, str(tmp_path))[0]
     reference = build(name, adapter)
     want_loss, want = loss_and_grads(reference, [Rows(4, 128, seed=40).batch()])
     assert forwards == 2

@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
+from harness.meshes import MESHES
 from harness.models import LORA_7, build_model
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import expect_error, run_distributed
@@ -27,11 +28,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from hf_automodel_parallel import AutoParallelismConfig
 
 #: name -> (world size, size fields, number of data-parallel ranks)
-MESHES: dict[str, tuple[int, dict[str, int], int]] = {
-    "tp2": (2, {"tp_size": 2}, 1),
-    "fsdp2": (2, {"dp_shard_size": 2}, 2),
-    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
-}
 
 
 def check_first_step(model: str, mesh: str, adapter: dict[str, Any]) -> dict[str, torch.Tensor | None]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from harness.meshes import MESHES
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank, trainable
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, batches_for, build, data_rank, trainable
 
 from hf_automodel_parallel import AutoParallelismConfig
 

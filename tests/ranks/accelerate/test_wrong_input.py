@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin
 from harness.compare import assert_gradients_equal, full_grads
+from harness.meshes import MESHES, each_mesh
 from harness.models import build_model, lora, make_batches
 from harness.pool import expect_error, run_distributed
 from peft import OFTConfig, PromptTuningConfig, get_peft_model
@@ -26,9 +27,6 @@ from hf_automodel_parallel import AutoParallelismConfig
 
 TP2 = {"tp_size": 2}
 FSDP2 = {"dp_shard_size": 2}
-#: mesh name -> (world size, size fields)
-MESHES = {"tp2": (2, TP2), "fsdp2": (2, FSDP2), "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2})}
-each_mesh = pytest.mark.parametrize("mesh", MESHES)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -219,7 +217,7 @@ def with_plugin(sizes: dict, options: dict[str, Any], own_checkpointing: bool = 
 
 @each_mesh
 def test_fsdp_version_1(mesh):
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     expect_error(world, with_plugin, sizes, {"fsdp_version": 1}, match=r"fsdp_version=1.*Set fsdp_version=2")
 
 
@@ -297,7 +295,7 @@ def with_dispatched_batches(sizes: dict) -> list[int]:
 
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_dispatched_batches_under_tensor_parallelism(mesh):
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     expect_error(
         world,
         with_dispatched_batches,
@@ -328,14 +326,14 @@ def test_dispatched_batches_under_fsdp2_alone_stay_as_they_are():
 )
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_plan_that_cannot_be_used(mesh, tp_plan, message):
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     expect_error(world, call_prepare, {**sizes, "tp_plan": tp_plan}, match=message)
 
 
 @pytest.mark.parametrize("adapter", [None, {}], ids=["full", "lora"])
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_heads_that_do_not_divide(mesh, adapter):
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     message = r"num_key_value_heads=3 does not divide by tp_size=2"
     expect_error(world, call_prepare, sizes, "llama_odd_heads", adapter=adapter, match=message)
 
@@ -420,7 +418,7 @@ def with_optimizer(sizes: dict, kind: str) -> None:
 )
 def test_optimizer_that_does_not_fit_the_model(mesh, kind, message):
     """A parameter that no optimizer has would collect gradients and never change."""
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     expect_error(world, with_optimizer, sizes, kind, match=message)
 
 
@@ -448,7 +446,7 @@ def train_without_optimizer(sizes: dict, adapter: Any, mode: str) -> float:
 @pytest.mark.parametrize("adapter", [None, {}], ids=["full", "lora"])
 def test_training_a_model_that_was_prepared_alone(mesh, adapter):
     """Its optimizer would hold the old parameters, and the training do nothing."""
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     expect_error(
         world, train_without_optimizer, sizes, adapter, "train", match=r"prepared without an optimizer, for evaluation"
     )
@@ -515,7 +513,7 @@ def another_model_on_one_rank(sizes: dict, rank: int, kind: str) -> None:
 @pytest.mark.parametrize("mesh, rank", [("tp2", 1), ("fsdp2", 0), ("tp2_fsdp2", 3)])
 def test_another_model_on_one_rank(mesh, rank, kind):
     """Whatever differs, all ranks say so before the first collective that would wait for ever or mix up two models."""
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     message = r"not the same on all ranks: ranks \["
     if kind == "heads" and "tp" in mesh:
         message = r"num_key_value_heads=3"
@@ -540,7 +538,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_adapter_that_tensor_parallelism_does_not_know(mesh, adapter):
     """By name and with the way out; sharded as if it were LoRA it would be wrong in silence."""
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     values, message = UNSUPPORTED[adapter]
     expect_error(world, call_prepare, sizes, adapter=values, match=message)
 
@@ -567,7 +565,7 @@ def one_step(sizes: dict, adapter: Any, dp_size: int) -> dict[str, Any]:
 )
 def test_adapter_that_works(mesh, adapter):
     """The message sends people to FSDP2 alone; there the same adapters have to be right."""
-    world, sizes = MESHES[mesh]
+    world, sizes, _ = MESHES[mesh]
     values = UNSUPPORTED[adapter][0] if adapter in UNSUPPORTED else adapter
     dp_size = 2 if mesh == "fsdp2" else 1
     result = run_distributed(world, one_step, sizes, values, dp_size)[0]

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank, trainable
-from parity.test_gradients import LORA
+from harness.training import LORA, batches_for, build, data_rank, trainable
 from peft import LoraConfig
 from torch import nn
 

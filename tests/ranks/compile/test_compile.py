@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from harness.collectives import count_collectives_profiler
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.models import LORA_7, make_batches
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import batches_for, build, data_rank, trainable
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, batches_for, build, data_rank, trainable
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.compile import compile_layers

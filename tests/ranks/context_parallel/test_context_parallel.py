@@ -8,9 +8,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
 from harness.dropout_jobs import recorded_masks, replayed_masks
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import run_distributed
-from harness.training import SEQUENCE, batches_for, build, data_rank, five_steps_trainer, trainable
+from harness.training import LORA, SEQUENCE, batches_for, build, data_rank, five_steps_trainer, trainable
 from harness.training import _Rows as Rows
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
@@ -21,8 +22,6 @@ from hf_automodel_parallel.context_parallel.models import check_model
 from hf_automodel_parallel.core.model_structure import find_structure
 from ranks.tensor_parallel.test_dropout import assembled, shapes_of
 from ranks.trainer.test_training import assert_same_history
-
-LORA = {"target_modules": "all-linear"}
 
 
 def with_shifted_labels(batch):
@@ -54,14 +53,6 @@ def gradients(name, sizes, adapter, dp_size, overrides=None, **options):
     dist.all_reduce(total)
     return total.item() / dist.get_world_size(), loss.item(), full_grads(model)
 
-
-MESHES = {
-    "cp2": (2, {"cp_size": 2}, 1),
-    "cp2_tp2": (4, {"cp_size": 2, "tp_size": 2}, 1),
-    "cp2_fsdp2": (4, {"cp_size": 2, "dp_shard_size": 2}, 2),
-    "cp2_replicas": (4, {"cp_size": 2, "dp_replicate_size": 2}, 2),
-    "cp4": (4, {"cp_size": 4}, 1),
-}
 
 CELLS = [
     ("llama", "cp2_tp2", None, {}),

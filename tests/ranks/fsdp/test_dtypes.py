@@ -14,10 +14,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import batches_for, build, data_rank, trainable
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, batches_for, build, data_rank, trainable
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.pool import expect_error, run_distributed
 from harness.vision_language import FAMILIES, build, first_gradients, one_process, saved_and_counted, trained_as
-from parity.test_gradients import MESHES
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig

@@ -12,7 +12,7 @@ from end_to_end.test_import import in_fresh_interpreter
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import run_distributed
-from harness.training import batches_for, build
+from harness.training import LORA, batches_for, build
 
 import ranks.megatron_fsdp.jobs as jobs
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, UnsupportedError
@@ -23,7 +23,6 @@ from hf_automodel_parallel.backends.megatron_fsdp.options import MegatronOptions
 from hf_automodel_parallel.backends.megatron_fsdp.units import unit_classes
 
 DP2, TP2 = (2, 1), (1, 2)
-LORA = {"target_modules": "all-linear"}
 
 
 def assert_like_one_process(

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_losses_equal, full_parameters
+from harness.meshes import MESHES
 from harness.pool import expect_error, run_distributed
-from harness.training import _Rows, batches_for, build, data_rank, trainable
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, _Rows, batches_for, build, data_rank, trainable
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError

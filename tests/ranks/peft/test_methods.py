@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import batches_for, build, data_rank, trainable
-from parity.test_gradients import MESHES
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError

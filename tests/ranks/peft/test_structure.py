@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, full_parameters
+from harness.meshes import MESHES
 from harness.models import build_model
 from harness.pool import run_distributed
 from harness.training import batches_for, data_rank
-from parity.test_gradients import MESHES
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -4,9 +4,9 @@ refused.
 
 import pytest
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import DistributedFailure, run_distributed
-from parity.test_gradients import MESHES
 from transformers import AutoModelForCausalLM
 
 from hf_automodel_parallel.plan.select import select_plan

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.models import build_model
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import batches_for, build, first_gradients
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, batches_for, build, first_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

@@ -9,9 +9,10 @@ import pytest
 import torch
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.dropout_jobs import gradients_and_masks, replayed_masks
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import DistributedFailure, expect_error, run_distributed
-from harness.training import batches_for, build
+from harness.training import LORA, batches_for, build
 from parity.sequence_cells import CHECKPOINTS, CI_CELLS, run_cell, uncovered
 from parity.sequence_jobs import (
     ODD,
@@ -31,7 +32,6 @@ from parity.sequence_jobs import (
     sequence_gradients,
     written_gradients,
 )
-from parity.test_gradients import LORA, MESHES
 
 from hf_automodel_parallel.compat import checkpoints_around_calls
 from ranks.tensor_parallel.test_dropout import assembled, shapes_of

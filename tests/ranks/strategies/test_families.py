@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.pool import expect_error, run_distributed
-from parity.test_gradients import MESHES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard

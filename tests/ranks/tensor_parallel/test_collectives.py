@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from harness.collectives import CollectiveCounter, CollectiveCounts
+from harness.meshes import MESHES
 from harness.models import LORA_7
 from harness.pool import run_distributed
 from harness.training import batches_for, build, data_rank, trainable
@@ -23,13 +24,6 @@ MODELS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "llama_full": ("llama", None),
     "llama_lora": ("llama", LORA),
     "qwen3_full": ("qwen3", None),
-}
-
-#: name -> (world size, size fields, number of data-parallel ranks)
-MESHES: dict[str, tuple[int, dict[str, int], int]] = {
-    "tp2": (2, {"tp_size": 2}, 1),
-    "fsdp2": (2, {"dp_shard_size": 2}, 2),
-    "tp2_fsdp2": (4, {"tp_size": 2, "dp_shard_size": 2}, 2),
 }
 
 Counts = dict[str, Counter]

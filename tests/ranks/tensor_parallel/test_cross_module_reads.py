@@ -5,9 +5,9 @@ gradients.
 import pytest
 import torch
 from harness.compare import assert_gradients_equal, assert_losses_equal
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from parity.test_gradients import MESHES
 from sweep.tiny import build
 from transformers import LlamaForCausalLM
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.dropout_jobs import gradients_and_masks, replayed_masks
+from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
 from harness.training import batches_for, build, first_gradients
-from parity.test_gradients import MESHES
 
 from hf_automodel_parallel.tensor_parallel.dropout_rng import draws_random_numbers
 

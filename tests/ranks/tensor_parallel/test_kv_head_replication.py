@@ -4,11 +4,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_parameters
+from harness.meshes import MESHES
 from harness.models import MODELS
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import run_distributed
 from harness.training import batches_for, build, first_gradients, trainable
-from parity.test_gradients import MESHES
 from torch.distributed.tensor import Replicate
 
 from hf_automodel_parallel import AutoParallelismConfig

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import build, data_rank, trainable
 from parity.sequence_jobs import batches_of
-from parity.test_gradients import MESHES
 
 from hf_automodel_parallel import AutoParallelismConfig
 

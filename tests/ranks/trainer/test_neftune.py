@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import _Rows, batches_for, build, data_rank, trainable
-from parity.test_gradients import MESHES
 from transformers.integrations.neftune import activate_neftune
 
 from hf_automodel_parallel import AutoParallelismConfig

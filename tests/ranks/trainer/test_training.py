@@ -1,10 +1,10 @@
 """Five optimizer steps through the stock Trainer and a plain Accelerate loop follow one process (DESIGN: promise 1)."""
 
 import pytest
+from harness.meshes import MESHES
 from harness.oracle import train_steps
 from harness.pool import run_distributed
-from harness.training import batches_for, build, five_steps_accelerate, five_steps_trainer
-from parity.test_gradients import LORA, MESHES
+from harness.training import LORA, batches_for, build, five_steps_accelerate, five_steps_trainer
 
 #: DESIGN section 9. AdamW amplifies rounding, so the norms of later steps are compared less tightly than gradients.
 LOSS, NORM = 1e-6, 1e-5
