@@ -8,6 +8,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -469,3 +471,34 @@ def test_there_are_shipped_configs():
 def test_runpy_is_what_runs_the_script():
     """The launcher's module form must be importable under the name that its help prints."""
     assert runpy.run_module("hf_automodel_parallel.launch", run_name="not_main")["main"] is main
+
+
+WRONG_SIZE_SCRIPT = """
+import torch
+from accelerate import Accelerator
+from hf_automodel_parallel import AutoParallelismConfig
+
+accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=3))
+print("not reached")
+"""
+
+
+def test_wrong_size_ends_the_launched_script(tmp_path):
+    """The whole way: a shell sees a failure soon, and the message is in what the processes printed."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(WRONG_SIZE_SCRIPT))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, output
+    assert "ConfigError: the sizes of the mesh axes (tp_size=3) multiply to 3, but there are 2 processes." in output
+    assert "not reached" not in output
+    assert time.monotonic() - start < 60, output

@@ -90,6 +90,14 @@ def assert_losses_equal(got: float | Sequence[float], want: float | Sequence[flo
         raise AssertionError(f"losses differ by more than {rtol:g}\nstep got expected relative error\n{table}")
 
 
+def assert_bitwise_equal(by_rank: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Asserts that every rank reports the same tensors, to the last bit."""
+    for rank, tensors in enumerate(by_rank):
+        assert tensors.keys() == by_rank[0].keys()
+        different = [name for name, tensor in tensors.items() if not torch.equal(tensor, by_rank[0][name])]
+        assert not different, f"rank {rank} differs from rank 0 in {len(different)} tensors: {different[:4]}"
+
+
 def full_grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
     """The whole gradients as plain tensors; a collective, to be called on all ranks of the model."""
     return {

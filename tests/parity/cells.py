@@ -166,6 +166,11 @@ def run_cell(cell: Cell, backend: str, timeout: float = 240.0) -> Verdict:
     return Verdict(verdict.loss, verdict.in_bounds, verdict.relative, verdict.worst, tuple(problems), recomputed)
 
 
+def assert_holds(cell: Cell) -> None:
+    verdict = run_cell(cell, "aot_eager")
+    assert not verdict.problems, verdict
+
+
 def recomputes_adapters(cell: Cell) -> bool:
     """True if the recomputation of the checkpoint contains the adapters (checked, so that the masks' equality says
     something).

@@ -442,3 +442,30 @@ def frozen_before_its_optimizer() -> int:
 @pytest.mark.parametrize("job", [alternating, frozen_before_its_optimizer], ids=lambda job: job.__name__)
 def test_no_false_alarm_for_what_is_frozen_on_purpose(job):
     assert run_distributed(2, job) == [1, 1]
+
+
+def test_an_overflow_does_not_use_up_the_audit():
+    assert run_distributed(2, audit_of_an_overflow) == [[False, True]] * 2
+
+
+def audit_of_an_overflow() -> list[bool]:
+    from hf_automodel_parallel.accelerate_plugin.prepared import prepared
+
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.0))
+    audited = []
+    for factor in (float("inf"), 1.0):
+        accelerator.backward(model(**batches_for(model, 1)[0]).loss)
+        if factor != 1.0:
+            for parameter in model.parameters():
+                parameter.grad.mul_(factor)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.param_groups[0]["params"] = []  # the hook looks at the model; the values must survive
+        optimizer.step()
+        if factor != 1.0:
+            optimizer.param_groups[0]["params"] = parameters
+        optimizer.zero_grad()
+        audit = prepared(model).audit
+        audited.append(audit is not None and audit.done > 0)
+    return audited

@@ -19,10 +19,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from harness.models import build_model, lora
 from harness.pool import run_distributed
-from harness.training import build, trainable
+from harness.training import batches_for, build, data_rank, trainable
+from safetensors.torch import load_file
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import AutoParallelError, ConfigError, ExportError
+from ranks.accelerate.jobs import prepared_llama
 
 HEAD = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"]}
 EMBEDDING = {"target_modules": ["embed_tokens", "down_proj"], "r": 4}
@@ -226,7 +228,7 @@ def train_and_save(state_dict_type: str, adapter: Any, directory: str) -> None:
 
 @pytest.mark.parametrize("adapter", [None, HEAD], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_gap_12_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, kind, adapter):
+def test_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, kind, adapter):
     """Stock: nothing is written with SHARDED_STATE_DICT, silently. A sharded checkpoint gets its configs beside the
     shards.
     """
@@ -271,7 +273,7 @@ def one_rank_alone(directory: str) -> list[str]:
     return messages
 
 
-def test_gap_12_saving_on_the_main_process_alone_ends_in_seconds(tmp_path):
+def test_saving_on_the_main_process_alone_ends_in_seconds(tmp_path):
     """Stock: the others hang. Afterwards the ranks meet again, though one has been called twice more than the other."""
     messages, others = run_distributed(2, one_rank_alone, str(tmp_path / "x"))
     assert len(messages) == 2 and others == []
@@ -512,3 +514,50 @@ def test_a_recording_fetches_each_input_once_and_frees_it():
     assert all(torch.equal(r, e) for r, e in zip(results, [*(p.t() for p in value.chunk(2, dim=1)), value[0] + 1]))
     assert fetched == ["a", "b"] and not recording._values
     assert recording.leaves_of(parts[0]) == ["a"]
+
+
+def save_by_the_documented_recipe(directory: str) -> None:
+    accelerator, model = prepared_llama(tp_size=2)
+    state_dict = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(
+        directory,
+        state_dict=state_dict,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+    )
+
+
+def test_save_pretrained_with_the_gathered_state_dict(tmp_path):
+    """As Accelerate's documentation does; without a state dict: test_export.py."""
+    from transformers import LlamaForCausalLM
+
+    run_distributed(2, save_by_the_documented_recipe, str(tmp_path))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in build("llama").state_dict().items())
+
+
+def save_adapters_by_the_documented_recipe(sizes: dict[str, int], directory: str) -> dict[str, torch.Tensor]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    dp_size = accelerator.num_processes // sizes.get("tp_size", 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    accelerator.backward(model(**batches_for(model, dp_size)[data_rank(accelerator)], use_cache=False).loss)
+    optimizer.step()
+    state = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(
+        directory, is_main_process=accelerator.is_main_process, save_function=accelerator.save, state_dict=state
+    )
+    accelerator.wait_for_everyone()
+    return {name: p.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_modules_to_save_with_the_documented_save_recipe(tmp_path: Path):
+    """Stock: every rank but the first dies with a KeyError."""
+    trained = run_distributed(2, save_adapters_by_the_documented_recipe, {"dp_shard_size": 2}, str(tmp_path))[0]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    expected = {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): value for name, value in trained.items()
+    }
+    assert saved.keys() == expected.keys()
+    for name, value in saved.items():
+        assert torch.equal(value, expected[name]), name

@@ -414,3 +414,33 @@ def test_schedule_free_in_the_trainer(tmp_path):
 def test_optimizers_of_training_arguments_are_refused(choice, name, tmp_path):
     sizes = {"dp_shard_size": 2}
     expect_error(2, trainer_losses, str(tmp_path), choice, sizes, match=f"{name} does not work on sharded parameters")
+
+
+def two_steps(sizes: dict[str, int], dp_size: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The change of each trainable parameter in two AdamW steps, all parameters in one group."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    adapter = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["norm", "lm_head"]}
+    model = build("llama", adapter)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    batches = batches_for(model, dp_size)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-2, **options))
+    for _ in range(2):
+        accelerator.backward(model(**batches[data_rank(accelerator)], use_cache=False).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p - before[n] for n, p in full_parameters(model).items() if n in before}
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_fused_and_foreach_adamw(mesh):
+    """Stock: DTensors and plain tensors in one group crash both; here every parameter is a DTensor."""
+    world, sizes, dp_size = MESHES[mesh]
+    loop, fused, foreach = (
+        run_distributed(world, two_steps, sizes, dp_size, options)[0]
+        for options in ({"foreach": False}, {"fused": True}, {"foreach": True})
+    )
+    assert any("norm" in name for name in loop) and any("lora_A" in name for name in loop)
+    for name, change in loop.items():
+        assert change.abs().max() > 1e-3, f"{name} has not moved"
+        torch.testing.assert_close(fused[name], change, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(foreach[name], change, rtol=1e-4, atol=1e-6)

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
 from harness.meshes import MESHES
-from harness.pool import run_distributed
+from harness.models import build_model
+from harness.pool import expect_error, run_distributed
 from harness.training import batches_for, build, data_rank, trainable
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
+from ranks.accelerate.jobs import adapt, batch, call_prepare, prepare
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
 
@@ -164,3 +166,55 @@ def test_parity_or_refusal_by_name(mesh, part):
         except AssertionError as error:
             problems.append(f"{method}: {error}")
     assert not problems, "\n".join(problems)
+
+
+UNSUPPORTED = {
+    "dora_embedding": (
+        {"use_dora": True, "target_modules": ["embed_tokens"]},
+        r"embed_tokens uses the LoRA variant DoraEmbedding.*tp_size=1",
+    ),
+    "oft": ("oft", r"is PEFT's OFT, which is not available under tensor parallelism.*tp_size=1"),
+}
+
+
+@pytest.mark.parametrize("adapter", UNSUPPORTED)
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_adapter_that_tensor_parallelism_does_not_know(mesh, adapter):
+    """By name and with the way out; sharded as if it were LoRA it would be wrong in silence."""
+    world, sizes, _ = MESHES[mesh]
+    values, message = UNSUPPORTED[adapter]
+    expect_error(world, call_prepare, sizes, adapter=values, match=message)
+
+
+def one_step(sizes: dict, adapter: Any, dp_size: int) -> dict[str, Any]:
+    """Gradients of a first step, and whether every trainable parameter changed in it."""
+    accelerator, model, optimizer = prepare(sizes, adapter=adapter)
+    rows = batch(rows=2 * dp_size)
+    mine = dist.get_rank() % dp_size
+    loss = model(**{key: value[2 * mine : 2 * mine + 2] for key, value in rows.items()}).loss
+    accelerator.backward(loss)
+    gradients = full_grads(model)
+    before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.step()
+    changed = {
+        name: not torch.equal(before[name], p.full_tensor()) for name, p in model.named_parameters() if name in before
+    }
+    return {"gradients": gradients, "changed": changed}
+
+
+@pytest.mark.parametrize(
+    "mesh, adapter",
+    [*(("fsdp2", name) for name in (*UNSUPPORTED, "dora", "prompt")), ("tp2", "dora"), ("tp2", "prompt")],
+)
+def test_adapter_that_works(mesh, adapter):
+    """The message sends people to FSDP2 alone; there the same adapters have to be right."""
+    world, sizes, _ = MESHES[mesh]
+    values = UNSUPPORTED[adapter][0] if adapter in UNSUPPORTED else adapter
+    dp_size = 2 if mesh == "fsdp2" else 1
+    result = run_distributed(world, one_step, sizes, values, dp_size)[0]
+    reference = adapt(build_model("llama"), values)
+    rows = batch(rows=2 * dp_size)
+    for part in range(dp_size):
+        (reference(**{k: v[2 * part : 2 * part + 2] for k, v in rows.items()}).loss / dp_size).backward()
+    assert_gradients_equal(result["gradients"], {name: p.grad for name, p in reference.named_parameters()})
+    assert result["changed"] and all(result["changed"].values()), result["changed"]

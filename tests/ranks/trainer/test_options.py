@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from harness.compare import full_parameters
 from harness.pool import expect_error, run_distributed
-from harness.training import build
+from harness.training import _Rows, batches_for, build
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -272,3 +272,29 @@ REFUSED = {
 def test_refused_by_name_on_all_ranks(name, tmp_path):
     options, match = REFUSED[name]
     expect_error(4, refused, options, str(tmp_path), match=match)
+
+
+def smoothed_loss(output_dir: str, distributed: bool) -> float:
+    from transformers import Trainer, TrainingArguments
+
+    model = build("llama")
+    args = TrainingArguments(
+        output_dir=output_dir,
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        max_steps=1,
+        logging_steps=1,
+        label_smoothing_factor=0.1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        parallelism_config=AutoParallelismConfig(tp_size=2) if distributed else None,
+    )
+    trainer = Trainer(model, args, train_dataset=_Rows(batches_for(model, 1)))
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_label_smoothing_shifts_labels(tmp_path):
+    got = run_distributed(2, smoothed_loss, str(tmp_path), True)[0]
+    assert got == pytest.approx(smoothed_loss(str(tmp_path), False), rel=1e-6)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from harness.models import LORA_7, MODELS
+from harness.models import LORA_7, MODELS, lora
 from peft import LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel
@@ -1070,3 +1070,16 @@ def test_attention_that_counts_its_heads_itself_gets_no_default_plan():
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(PlanError, match=r"layers\.0\.self_attn counts its heads itself \(num_heads\)"):
         select_plan(model)
+
+
+def test_experts_that_nothing_shards_are_refused():
+    """A copy made by modules_to_save has no entries for its weights; summing whole experts would count them tp
+    times.
+    """
+    from hf_automodel_parallel.plan.resolve import resolve
+    from hf_automodel_parallel.plan.select import select_plan
+
+    with torch.device("meta"):
+        model = lora(build("mixtral"), target_modules=["q_proj"], modules_to_save=["experts"])
+    with pytest.raises(UnsupportedError, match="moe_tp_experts.*shards none of its weights"):
+        resolve(model, select_plan(model), 2)
