@@ -124,3 +124,9 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 
 def _norm(tensor: torch.Tensor) -> float:
     return tensor.double().norm().item()
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, msg=lambda m, n=name: f"{n}: {m}", **tolerance)

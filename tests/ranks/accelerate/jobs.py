@@ -9,6 +9,7 @@ from harness.models import build_model, lora, make_batches
 from harness.training import build, trainable
 from peft import OFTConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from hf_automodel_parallel import AutoParallelismConfig
 
@@ -66,3 +67,16 @@ def prepared_llama(**sizes: int) -> tuple[Accelerator, Any]:
     model = build("llama")
     model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
     return accelerator, model
+
+
+def make_accelerator(sizes: dict[str, int], **options: Any) -> Accelerator:
+    return Accelerator(parallelism_config=AutoParallelismConfig(**sizes), **options)
+
+
+CYCLE = 7  # not a multiple of the ranks, and fewer than what they would advance
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, one_cycle: bool) -> Any:
+    if one_cycle:
+        return OneCycleLR(optimizer, max_lr=1.0, total_steps=CYCLE)
+    return LambdaLR(optimizer, lambda n: 1.0 - n / 100)

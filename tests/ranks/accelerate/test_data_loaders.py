@@ -1,15 +1,20 @@
 """Data loaders on every mesh: the ranks of a tp group read the same batches, the others the rest."""
 
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from harness.meshes import MESHES
+from harness.meshes import MESHES, each_mesh, run_on_mesh
 from harness.pool import expect_error, run_distributed
+from harness.training import build
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_automodel_parallel import AutoParallelismConfig
-from ranks.accelerate.jobs import FSDP2
+from ranks.accelerate.jobs import FSDP2, make_accelerator
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -43,3 +48,87 @@ def test_dispatched_batches_under_tensor_parallelism(mesh):
 def test_dispatched_batches_under_fsdp2_alone_stay_as_they_are():
     first, second = run_distributed(2, with_dispatched_batches, FSDP2)
     assert sorted(first + second) == list(range(8))
+
+
+SAMPLES = 11  # batches of two: neither they nor the ranks divide it
+
+
+class Samples(Dataset):
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"id": torch.tensor(index), "row": torch.tensor([index, index**2])}
+
+
+def gathered(sizes: dict[str, int], dp_size: int) -> dict[str, list[Any]]:
+    accelerator = make_accelerator(sizes)
+    loader = accelerator.prepare(DataLoader(Samples(), batch_size=2))
+    seen: dict[str, list[Any]] = {
+        kind: [] for kind in ("tensor", "matrix", "dict", "nested", "objects", "dicts", "tensors_as_objects")
+    }
+    for batch in loader:
+        ids, rows = batch["id"], batch["row"]
+        seen["tensor"] += accelerator.gather_for_metrics(ids).tolist()
+        seen["matrix"] += accelerator.gather_for_metrics(rows).tolist()
+        seen["dict"] += accelerator.gather_for_metrics(batch)["id"].tolist()
+        assert accelerator.gather_for_metrics(rows[:0]).shape == (0, 2), "an empty batch"
+        first, (second, third) = accelerator.gather_for_metrics((ids, [rows, {"again": ids}]))
+        seen["nested"] += list(zip(first.tolist(), second.tolist(), third["again"].tolist(), strict=True))
+        seen["objects"] += accelerator.gather_for_metrics([f"sample {i}" for i in ids.tolist()])
+        seen["dicts"] += accelerator.gather_for_metrics([{"id": i} for i in ids.tolist()])
+        ragged = [torch.arange(i) for i in ids.tolist()]  # cannot be concatenated: what the option is for
+        seen["tensors_as_objects"] += [len(t) for t in accelerator.gather_for_metrics(ragged, use_gather_object=True)]
+    return seen
+
+
+@each_mesh
+def test_gather_for_metrics_returns_each_sample_once(mesh):
+    """Gathered over all processes, each sample would come once per tp rank, and the cut at the end be wrong."""
+    numbers = list(range(SAMPLES))
+    for seen in run_on_mesh(mesh, gathered):
+        assert seen["tensor"] == seen["dict"] == seen["tensors_as_objects"] == numbers
+        assert seen["matrix"] == [[i, i**2] for i in numbers]
+        assert seen["nested"] == [(i, [i, i**2], i) for i in numbers]
+        assert seen["objects"] == [f"sample {i}" for i in numbers]
+        assert seen["dicts"] == [{"id": i} for i in numbers]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(16))
+
+
+def streamed(sizes: dict[str, int], dp_size: int) -> list[int]:
+    accelerator = make_accelerator(sizes)
+    model = build("llama", num_hidden_layers=1)
+    _, _, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(Stream(), batch_size=2)
+    )
+    return [i for batch in loader for i in batch.tolist()]
+
+
+def shuffled(sizes: dict[str, int], dp_size: int) -> list[int]:
+    """As in a script that seeds each rank differently, after prepare."""
+    accelerator = make_accelerator(sizes)
+    model = build("llama", num_hidden_layers=1)
+    _, _, loader = accelerator.prepare(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        DataLoader(list(range(16)), batch_size=2, shuffle=True),
+    )
+    torch.manual_seed(dist.get_rank())
+    return [i for _ in range(2) for batch in loader for i in batch.tolist()]
+
+
+@pytest.mark.parametrize("job", [streamed, shuffled], ids=["iterable", "shuffled"])
+@each_mesh
+def test_ranks_of_a_tp_group_read_the_same_data_and_the_others_the_rest(mesh, job):
+    by_rank = run_on_mesh(mesh, job)
+    _, sizes, dp_size = MESHES[mesh]
+    groups = by_rank[:: sizes.get("tp_size", 1)]
+    assert by_rank == [data for data in groups for _ in range(sizes.get("tp_size", 1))]
+    epochs = 2 if job is shuffled else 1
+    for epoch in range(epochs):
+        size = len(groups[0]) // epochs
+        assert sorted(i for data in groups for i in data[epoch * size : (epoch + 1) * size]) == list(range(16))

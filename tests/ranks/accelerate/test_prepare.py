@@ -1,8 +1,10 @@
 """``Accelerator.prepare``: what it shards, which models and optimizers it takes, and what it refuses on every rank."""
 
+import gc
 import logging
 import re
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -11,17 +13,27 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from harness.compare import assert_gradients_equal, full_grads
-from harness.meshes import MESHES, each_mesh
+from harness.compare import (
+    assert_gradients_equal,
+    assert_losses_equal,
+    assert_same_tensors,
+    full_grads,
+    full_parameters,
+)
+from harness.meshes import MESHES, each_mesh, run_on_mesh
 from harness.models import LORA_7, build_model, lora
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank, trainable
+from harness.training import LORA, batches_for, build, data_rank, trainable
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers import (
+    LlamaForCausalLM,
+)
 
 from hf_automodel_parallel import AutoParallelismConfig
-from ranks.accelerate.jobs import TP2, adapt, batch, prepared_llama, sgd
+from ranks.accelerate.jobs import TP2, adapt, batch, make_accelerator, prepared_llama, sgd
 
 
 def two_models() -> None:
@@ -331,3 +343,99 @@ def test_natively_sharded_model_is_refused_by_the_trainer(tmp_path):
         match=r"already sharded by transformers' DistributedConfig",
         within=60,
     )
+
+
+def evaluate_only(sizes: dict[str, int], dp_size: int) -> float:
+    accelerator = make_accelerator(sizes)
+    model = build("llama_tied")
+    batches = batches_for(model, dp_size)
+    model = accelerator.prepare(model)
+    model.eval()
+    with torch.no_grad():
+        loss = model(**batches[data_rank(accelerator)], use_cache=False).loss
+    return accelerator.gather_for_metrics(loss).mean().item()
+
+
+@each_mesh
+def test_model_prepared_alone_evaluates_as_one_process(mesh):
+    reference = build("llama_tied")
+    want, _ = loss_and_grads(reference, batches_for(reference, MESHES[mesh][2]))
+    for loss in run_on_mesh(mesh, evaluate_only):
+        assert_losses_equal(loss, want)
+
+
+def train_what_was_prepared_alone(sizes: dict[str, int], dp_size: int) -> None:
+    accelerator = make_accelerator(sizes)
+    model = accelerator.prepare(build("llama"))
+    model.train()
+    model(**batches_for(model, 1)[0], use_cache=False)
+
+
+def test_training_a_model_prepared_alone_is_refused():
+    expect_error(2, train_what_was_prepared_alone, {"tp_size": 2}, 1, match="prepared without an optimizer")
+
+
+def unwrapped(sizes: dict[str, int], dp_size: int) -> dict[str, Any]:
+    accelerator = make_accelerator(sizes)
+    plain, adapted = build("llama"), build("llama", LORA)
+    prepared, _ = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    inner = accelerator.unwrap_model(prepared)
+    prepared_adapted, _ = accelerator.prepare(adapted, torch.optim.SGD(trainable(adapted), lr=0.1))
+    inner_adapted = accelerator.unwrap_model(prepared_adapted)
+    return {
+        "same_object": inner is plain and inner_adapted is adapted,
+        "classes": isinstance(inner, LlamaForCausalLM) and isinstance(inner_adapted, PeftModel),
+        "state_dict": accelerator.get_state_dict(prepared),
+        "parameters": full_parameters(prepared),
+    }
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_unwrap_model_and_get_state_dict(mesh):
+    results = run_on_mesh(mesh, unwrapped)
+    assert all(r["same_object"] and r["classes"] for r in results)
+    assert_same_tensors(results[0]["state_dict"], results[0]["parameters"], rtol=0, atol=0)
+    assert_same_tensors(
+        results[0]["parameters"], {n: p.detach() for n, p in build("llama").named_parameters()}, rtol=0, atol=0
+    )
+
+
+def forget(sizes: dict[str, int], dp_size: int) -> bool:
+    accelerator = make_accelerator(sizes)
+    model = build("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    known = weakref.ref(model)
+    accelerator.free_memory()
+    del model, optimizer
+    gc.collect()
+    return known() is None
+
+
+def test_a_prepared_model_can_be_freed():
+    """A script that trains one model after the other must not keep all of them."""
+    assert run_on_mesh("tp2", forget) == [True, True]
+
+
+def write_after_evaluation(sizes: dict[str, int], dp_size: int) -> list[float]:
+    """Losses of an evaluation, of one after all parameters were halved in place, and of one process's halved model."""
+    accelerator = make_accelerator(sizes)
+    model = build("llama")
+    batch = batches_for(model, 1)[0]
+    halved = build("llama")
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+        want = halved(**batch).loss.item()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.no_grad():
+        before = model(**batch).loss.item()
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        return [before, model(**batch).loss.item(), want]
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
+def test_parameters_written_after_an_evaluation_are_used(mesh):
+    """An averaged or clamped model: FSDP2 leaves the last units gathered after a forward without gradients."""
+    for before, after, want in run_on_mesh(mesh, write_after_evaluation):
+        assert after == pytest.approx(want, rel=1e-6) and after != pytest.approx(before, rel=1e-3)

@@ -16,15 +16,29 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from harness.compare import (
+    assert_same_tensors,
+    full_parameters,
+)
+from harness.meshes import run_on_mesh
 from harness.models import build_model, lora
 from harness.pool import run_distributed
-from harness.training import batches_for, build, data_rank, trainable
+from harness.training import LORA, batches_for, build, data_rank, trainable
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import AutoParallelError, ConfigError, ExportError
 from ranks.accelerate.jobs import prepared_llama
+from ranks.trainer.jobs import InOrder, Rows, arguments
 
 HEAD = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"]}
 EMBEDDING = {"target_modules": ["embed_tokens", "down_proj"], "r": 4}
@@ -205,7 +219,6 @@ def test_adapters_without_a_peft_model(tmp_path):
 
 
 def train_and_save(state_dict_type: str, adapter: Any, directory: str) -> None:
-    from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=f"{directory}/run",
@@ -232,7 +245,6 @@ def test_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, kind, a
     """Stock: nothing is written with SHARDED_STATE_DICT, silently. A sharded checkpoint gets its configs beside the
     shards.
     """
-    from transformers import Trainer, TrainingArguments
 
     run_distributed(2, train_and_save, kind, adapter, str(tmp_path / "found"))
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=[])
@@ -529,7 +541,6 @@ def save_by_the_documented_recipe(directory: str) -> None:
 
 def test_save_pretrained_with_the_gathered_state_dict(tmp_path):
     """As Accelerate's documentation does; without a state dict: test_export.py."""
-    from transformers import LlamaForCausalLM
 
     run_distributed(2, save_by_the_documented_recipe, str(tmp_path))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
@@ -561,3 +572,44 @@ def test_modules_to_save_with_the_documented_save_recipe(tmp_path: Path):
     assert saved.keys() == expected.keys()
     for name, value in saved.items():
         assert torch.equal(value, expected[name]), name
+
+
+def train_and_save_model(
+    sizes: dict[str, int], dp_size: int, name: str, adapter: Any, directory: str
+) -> dict[str, torch.Tensor]:
+    model = build(name, adapter)
+    rows = Rows(8, model.config.vocab_size, seed=40)
+    trainer = InOrder(model, arguments(directory, sizes, dp_size), train_dataset=rows)
+    trainer.train()
+    trainer.save_model(directory)
+    dist.barrier()
+    return full_parameters(trainer.model)
+
+
+SAVED = [
+    ("llama_odd_vocab", None),
+    ("llama_tied", None),
+    ("phi3", None),
+    ("mixtral", None),
+    ("llama_odd_vocab", {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}),
+    ("mixtral", LORA),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+]
+
+
+@pytest.mark.parametrize(
+    "name, adapter", SAVED, ids=lambda v: "full" if v is None else "lora" if isinstance(v, dict) else v
+)
+def test_saved_model_is_that_of_one_process(name, adapter, tmp_path):
+    """`Trainer.save_model` writes what plain `from_pretrained` loads, every tensor identical to the trained one."""
+    want = run_on_mesh("tp2_fsdp2", train_and_save_model, name, adapter, str(tmp_path))[0]
+    if adapter is None:
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    else:
+        assert not list(Path(tmp_path).glob("model*.safetensors")), "the base model was saved beside the adapter"
+        loaded = PeftModel.from_pretrained(build_model(name), tmp_path)
+    assert_same_tensors({n: p.detach() for n, p in loaded.named_parameters()}, want, rtol=0, atol=0)
+    start = build(name, adapter)
+    moved = [n for n, p in start.named_parameters() if p.requires_grad and torch.equal(p, want[n])]
+    assert not moved, f"not trained: {moved}"
