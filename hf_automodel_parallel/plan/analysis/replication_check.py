@@ -1,14 +1,14 @@
-"""Does a resolved plan compute what one process computes? One forward of the layers of one rank, without values.
+"""Does a resolved plan compute what one process computes? One forward of one rank's layers on fake tensors.
 
-Parameters have the shapes of one rank and the boundaries are crossed as the plan says. Three things come to light
-before anything is sharded: a shape that does not fit (half of a pair of projections), a replicated parameter between
-sharded projections, whose gradient then is a summand on each rank (head norms, activation scalars, attention sinks: the
-spec is completed with them), and activations that are mixed where a boundary is missing (refused by name).
+Parameters have the shapes of one rank, and activations pass the TP input and output hooks of the plan. Three things are
+found before anything is sharded: a shape that does not fit (half of a pair of projections); a replicated parameter
+between sharded projections, whose gradient is ``Partial`` (head norms, activation scalars, attention sinks: the spec is
+completed with them); and an invariant activation that is combined with a varying one where an input hook is missing
+(refused by name).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,18 +24,18 @@ from ..layer_kinds import as_matrix
 from ..patterns import layer_pattern
 from .expert_check import try_experts
 from .linear_check import faulty_linears, leave_ends_whole, refuse_what_is_left
-from .replication import EQUAL, FEATURES, VARYING, NotTraceable, ReplicationTrace, Value, WrongPlan
-from .stack_runner import StackRunner
+from .operator_trace import tensors_in
+from .replication import FEATURES, INVARIANT, VARYING, NotTraceable, ReplicationTrace, Value, WrongPlan
+from .stack_runner import StackRunner, first_tensor, smallest_stack
 
 _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
 
 
 def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_size: int, strict: bool) -> None:
-    """Check a resolved plan by a run of one rank's layers without values, and complete it, in place.
+    """Check a resolved plan by a run of one rank's layers on fake tensors, and complete it, in place.
 
-    Replicated parameters that meet values which differ between the ranks get a partial gradient. Where a plan that
-    nobody wrote for this model fails, the part of the layer is left whole on every rank, which is always right, and a
-    note says so.
+    Replicated parameters that are combined with varying values get a partial gradient. Where a plan that is not the
+    user's own fails, that part of the layer is replicated on every rank, which is always right, and a note says so.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
@@ -45,8 +45,8 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         strict: the plan is the user's own, so a fault in it is an error.
 
     Raises:
-        PlanError: the layers cannot run on the shares of one rank, or would compute something else; the message names
-            the module.
+        PlanError: the layers cannot run with the shapes of one rank, or would compute something else; the message
+            names the module.
     """
     try_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
@@ -54,46 +54,39 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
     faults = faulty_linears(model, spec, tp_size, inside)
     leave_ends_whole(model, spec, faults, inside, strict)
     try:
-        stack, stack_layers = _runner(model, spec, layers, names)
-        probe = ReplicationCheck(model, spec, stack, stack_layers, names)
-        probe.tp_size, probe.strict, probe.faults = tp_size, strict, faults
-        probe.look()
-    except UnsupportedError as error:  # of the machinery that runs a stack: nothing is known of the plan then
+        stack, stack_layers = _stack(model, spec, layers, names)
+        check = ReplicationCheck(model, spec, stack, stack_layers, names, tp_size, strict, faults)
+        check.run()
+    except UnsupportedError as error:  # the stack cannot be run: nothing is known of the plan then
         spec.notes.append(f"not run without values beforehand ({first_line(error)}).")
         refuse_what_is_left(spec, faults)
         return
     refuse_what_is_left(spec, faults)
-    spec.notes.extend(dict.fromkeys(probe.notes))
-    _add(model, spec, probe)
+    spec.notes.extend(dict.fromkeys(check.notes))
+    _add(model, spec, check.trace)
 
 
-def _runner(
+def _stack(
     model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """The smallest module that can be called with token ids and runs all layers with something sharded inside."""
+    """The smallest module that can be called with tokens and runs all layers with something sharded, and its layers."""
     sharded = [*spec.modules, *(name for name, p in spec.parameters.items() if p.dim is not None)]
     wanted = [names[layer] for layer in layers if any(s.startswith(f"{names[layer]}.") for s in sharded)]
     if not wanted:
         raise UnsupportedError("nothing is sharded inside of the layers")
-    path = wanted[0]
-    while path:
-        path = path.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if not all(name.startswith(f"{path}.") or not path for name in wanted) or not compat.has_implemented_forward(
-            module
-        ):
-            continue
-        if {"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters):
-            inside = [layer for layer in layers if not path or names[layer].startswith(f"{path}.")]
-            return module, inside
-    raise UnsupportedError("no module around the layers takes input_ids or inputs_embeds")
+    stack = smallest_stack(model, wanted)
+    if stack is None:
+        raise UnsupportedError("no module around the layers takes input_ids or inputs_embeds")
+    prefix = names[stack]
+    return stack, [layer for layer in layers if not prefix or names[layer].startswith(f"{prefix}.")]
 
 
-def _add(model: nn.Module, spec: ShardingSpec, probe: ReplicationCheck) -> None:
-    places: dict[int, list[str]] = {}
+def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
+    """Give the replicated parameters that were combined with varying values a partial gradient in ``spec``."""
+    names: dict[int, list[str]] = {}
     ids: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(name)
         ids[name] = id(parameter)
     deferred = {
         ".".join(part for part in (name, module.deferred_bias, "bias") if part)
@@ -101,229 +94,275 @@ def _add(model: nn.Module, spec: ShardingSpec, probe: ReplicationCheck) -> None:
         if module.deferred_bias is not None
     }
     found: dict[str, int] = {}
-    for name, place in probe.variance.partial.items():
+    for name, module_name in trace.partial.items():
         if name in deferred or spec.parameters.get(name, REPLICATED) != REPLICATED:
             continue
-        if name in probe.variance.complete:
+        if name in trace.complete:
             raise PlanError(
-                f"the parameter {name} is used by {place}, where the ranks differ, and by "
-                f"{probe.variance.complete[name]}, where they do not, so its gradient is neither whole nor a summand. "
+                f"the parameter {name} is used by {module_name}, where the ranks differ, and by "
+                f"{trace.complete[name]}, where they do not, so its gradient is neither whole nor a summand. "
                 f"{_REMEDY}"
             )
-        for other in places[ids[name]]:
-            spec.parameters[other] = PARTIAL
-        short = plan_name(name, unwrapped(model)[1])
-        pattern = layer_pattern(short)
+        for tied in names[ids[name]]:
+            spec.parameters[tied] = PARTIAL
+        pattern = layer_pattern(plan_name(name, unwrapped(model)[1]))
         found[pattern] = found.get(pattern, 0) + 1
     spec.rows += [
         (p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()
     ]
 
 
-class ReplicationCheck(StackRunner):
-    """The same run of a stack as for sequence parallelism, of which it takes the machinery, with the shapes of one
-    rank.
+class ReplicationCheck:
+    """One forward of one rank's layers.
+
+    Args:
+        model: the model; it is only read.
+        spec: its resolved plan; corrected in place.
+        stack: the module whose forward runs the layers.
+        layers: the layers in forward order.
+        names: module -> its name in ``model``.
+        tp_size: number of ranks on the tp axis.
+        strict: the plan is the user's own, so a fault in it is an error.
+        faults: linear layer -> why its forward may not be sharded.
+
+    Attributes:
+        trace: what the forward showed.
+        notes: corrections of the plan, and what could not be checked.
     """
 
-    tp_size = 1
-    strict = True
-    whole_shapes = False
-    faults: Mapping[str, str] = {}
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ShardingSpec,
+        stack: nn.Module,
+        layers: list[nn.Module],
+        names: dict[nn.Module, str],
+        tp_size: int,
+        strict: bool,
+        faults: Mapping[str, str],
+    ) -> None:
+        self.model, self.spec, self.names = model, spec, names
+        self.stack, self.layers = stack, layers
+        self.tp_size, self.strict, self.faults = tp_size, strict, faults
+        self.notes: list[str] = []
+        self.copies_inputs: set[str] = set()  # modules whose inputs all got a copy to TP here, see _copy_inputs
+        self.path: list[str] = []  # names of the running layer and of the modules in it
+        self.unsharded: StackRunner | None = None  # made when a layer fails, see _unsharded_output
 
-    def look(self) -> None:
-        """Run the stack; what it showed is in :attr:`variance` and :attr:`notes`.
+        self.runner = StackRunner(
+            model,
+            stack,
+            layers,
+            names,
+            on_layer=self._layer,
+            on_module=self._called,
+            on_beside=self._beside,
+            shape=self._local_shape,
+        )
+        for name, counts in spec.head_counts.items():
+            if name.startswith(self.runner.prefix):
+                module = self.runner.submodule(name)
+                for attribute, count in counts.items():
+                    setattr(module, attribute, count)
+        known = {
+            key: VARYING if self._is_sharded(name) else Value(parameters=frozenset([name]))
+            for key, name in self.runner.parameters.items()
+        }
+        originals = frozenset(id(p) for name, p in model.named_parameters() if self._is_sharded(name))
+        self.trace = ReplicationTrace(known, originals)
+
+    def run(self) -> None:
+        """Run the stack, correcting the plan where that is possible.
 
         Raises:
             PlanError: the plan is wrong, see :func:`complete`.
             UnsupportedError: the stack could not be run at all.
         """
-        self.notes: list[str] = []
-        self.opened: set[str] = set()  # modules that sum their output, and now the gradients of their inputs, too
-        self.fake = compat.fake_tensor_mode()
-        self.whole_layers: nn.Module | None = None
-        stack = self.stack_copy = self._skeleton()
-        known = {
-            key: Value(varying=True) if self._is_sharded(name) else Value(parameters=frozenset([name]))
-            for key, name in self.parameters.items()
-        }
-        originals = {id(p): name for name, p in self.model.named_parameters()}
-        whole = frozenset(key for key, name in originals.items() if self._is_sharded(name))
-        self.variance = ReplicationTrace(known, whole)
-        self.path: list[str] = []
         try:
-            with torch.enable_grad(), compat.quiet_fake_tensors():
-                stack(**self._inputs(stack))
+            # Gradients are on between the layers, so that `requires_grad` shows which activations depend on the input.
+            with torch.enable_grad():
+                self.runner.run()
         except PlanError:
             raise
         except Exception as error:
-            raise UnsupportedError(f"{self.prefix or 'the model'}: {first_line(error)}") from error
+            raise UnsupportedError(f"{self.runner.prefix or 'the model'}: {first_line(error)}") from error
 
     def _is_sharded(self, name: str) -> bool:
         spec = self.spec.parameters.get(name, REPLICATED)
         return spec.dim is not None or spec.part_dim is not None
 
-    def _shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    def _local_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
         spec = self.spec.parameters.get(name, REPLICATED)
         dim, parts = (spec.dim, self.tp_size) if spec.part_dim is None else (spec.part_dim, spec.parts)
-        inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # elsewhere nothing is followed
-        if dim is not None and inside and not self.whole_shapes:
+        inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # the rest is not traced
+        if dim is not None and inside:
             shape[dim] //= parts
         return tuple(shape)
 
-    def _skeleton(self) -> nn.Module:
-        stack = super()._skeleton()
-        for name, counts in self.spec.head_counts.items():
-            if not self.whole_shapes and name.startswith(self.prefix):
-                module = stack.get_submodule(name.removeprefix(self.prefix).lstrip("."))
-                for attribute, count in counts.items():
-                    setattr(module, attribute, count)
-        return stack
-
-    # ---- between the layers, where the model's own code runs on real zeros -------------------------------------------
+    # ---- between the layers, where the stack's own code runs on real zeros -------------------------------------------
 
     def _to_real(self, value: Any) -> Any:
         def real(x: torch.Tensor) -> torch.Tensor:
-            flows = x.is_floating_point() and (self.variance.value(x).data or self.variance.value(x).varying)
+            known = self.trace.value(x)
+            flows = x.is_floating_point() and (known.data or known.varying)
             zero = torch.zeros(x.shape, dtype=x.dtype, requires_grad=flows)
-            zero = zero.clone() if flows else zero  # code between the layers may change it in place
-            if self.variance.value(x).varying:
-                self.variance.mark(zero, VARYING)
-            return zero
+            zero = zero.clone() if flows else zero  # not a leaf, because the stack's code may change it in place
+            return self.trace.mark(zero, VARYING) if known.varying else zero
 
         return compat.tree_map_only(torch.Tensor, real, value)
 
-    def _to_fake(self, value: Any, known: Any = None, instead: Any = None) -> Any:
+    def _to_fake(self, value: Any) -> Any:
         made: dict[int, torch.Tensor] = {}  # one object stays one object
 
         def fake(x: torch.Tensor) -> torch.Tensor:
             if id(x) not in made:
-                made[id(x)] = self.fake.from_tensor(x.detach())
-                if self.variance.value(x).varying:
-                    self.variance.mark(made[id(x)], VARYING)
+                made[id(x)] = self.runner.fake.from_tensor(x.detach())
+                if self.trace.value(x).varying:
+                    self.trace.mark(made[id(x)], VARYING)
                 elif x.requires_grad:
-                    self.variance.mark(made[id(x)], EQUAL)
+                    self.trace.mark(made[id(x)], INVARIANT)
             return made[id(x)]
 
         return compat.tree_map_only(torch.Tensor, fake, value)
 
-    def _beside(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self._to_fake((args, kwargs))
-            with torch.no_grad(), self.fake:
-                output = forward(*args, **kwargs)
-            for x in compat.tree_leaves(output):
-                if isinstance(x, torch.Tensor) and x.is_floating_point():
-                    self.variance.mark(x, EQUAL)
-            return self._to_real(output)
+    def _beside(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = self._to_fake((args, kwargs))
+        with torch.no_grad(), self.runner.fake:
+            output = forward(*args, **kwargs)
+        for x in tensors_in(output):
+            if x.is_floating_point():
+                self.trace.mark(x, INVARIANT)
+        return self._to_real(output)
 
-        return run
+    # ---- layers ------------------------------------------------------------------------------------------------------
 
-    # ---- the layers --------------------------------------------------------------------------------------------------
-
-    def _layer(self, name: str, kind: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            while True:
-                fake_args, fake_kwargs = self._to_fake((args, kwargs))
-                if self.whole_shapes:
-                    return forward(*fake_args, **fake_kwargs)
-                before = dict(self.variance.partial), dict(self.variance.complete)
-                self.path, self.variance.place = [name], name
-                try:
-                    with torch.no_grad(), self.fake, self.variance:
-                        output = forward(*fake_args, **fake_kwargs)
-                    first = output[0] if isinstance(output, (tuple, list)) and output else output
-                    if isinstance(first, torch.Tensor) and self.variance.value(first).varying:
-                        raise WrongPlan("its output differs between the ranks, because nothing sums or gathers it")
+    def _layer(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        trace = self.trace
+        while True:
+            fake_args, fake_kwargs = self._to_fake((args, kwargs))
+            before = dict(trace.partial), dict(trace.complete)
+            self.path, trace.module = [name], name
+            try:
+                with torch.no_grad(), self.runner.fake, trace:
+                    output = forward(*fake_args, **fake_kwargs)
+                first = output[0] if isinstance(output, (tuple, list)) and output else output
+                if isinstance(first, torch.Tensor) and trace.value(first).varying:
+                    raise WrongPlan("its output differs between the ranks, because nothing sums or gathers it")
+                break
+            except Exception as error:
+                trace.partial, trace.complete = before
+                if not self._corrected(name, error, (args, kwargs)):
+                    output = trace.mark(tensors_in(self._to_fake((args, kwargs)))[0], INVARIANT)
                     break
-                except Exception as error:
-                    self.variance.partial, self.variance.complete = before
-                    reason = self._fault(name, self.path[-1], error, (args, kwargs))
-                    if reason is None:
-                        self.notes.append(
-                            f"{name} ({kind.__name__}) was not run without values beforehand: {first_line(error)}."
-                        )
-                        tensors = compat.tree_leaves(self._to_fake((args, kwargs)))
-                        output = self.variance.mark(next(x for x in tensors if isinstance(x, torch.Tensor)), EQUAL)
-                        break
-                    if self._open(self.path[-1], error):
-                        continue
-                    block = None if self.strict else self._block_around(self.path[-1], name)
-                    if block is None:
-                        raise PlanError(f"{reason}. {_REMEDY}") from error
-                    self._leave_whole(block, reason)
-            for key, value in kwargs.items():  # what a layer leaves for later ones
-                if isinstance(value, dict):
-                    new = {k: v for k, v in fake_kwargs[key].items() if k not in value}
-                    value.update(self._to_real(new))
-            return self._to_real(output)
+        for key, value in kwargs.items():  # dicts that a layer fills for later ones
+            if isinstance(value, dict):
+                value.update(self._to_real({k: v for k, v in fake_kwargs[key].items() if k not in value}))
+        return self._to_real(output)
 
-        return run
+    def _corrected(self, layer: str, error: Exception, arguments: Any) -> bool:
+        """After a failure: correct the plan, or return False if it is this check that cannot run the layer.
 
-    def _fault(self, name: str, place: str, error: Exception, arguments: Any) -> str | None:
-        """What is wrong with the plan after a failure, None if it is the probe that cannot run this layer."""
+        Raises:
+            PlanError: the plan is wrong, and is the user's own or cannot be corrected.
+        """
+        place = self.path[-1]
+        reason = self._fault(layer, place, error, arguments)
+        if reason is None:
+            kind = type(self.model.get_submodule(layer)).__name__
+            self.notes.append(f"{layer} ({kind}) was not run without values beforehand: {first_line(error)}.")
+            return False
+        if isinstance(error, WrongPlan) and self._copy_inputs(place):
+            return True
+        block = None if self.strict else self._block_around(place, layer)
+        if block is None:
+            raise PlanError(f"{reason}. {_REMEDY}") from error
+        self._leave_replicated(block, reason)
+        return True
+
+    def _fault(self, layer: str, place: str, error: Exception, arguments: Any) -> str | None:
+        """What is wrong with the plan after a failure, None if it is this check that cannot run the layer."""
         module = type(self.model.get_submodule(place)).__name__
         if isinstance(error, WrongPlan):
             return f"the tensor-parallel plan is wrong for {place} ({module}): {error}"
-        if isinstance(error, NotTraceable) or self._whole(name, arguments) is None:
+        if isinstance(error, NotTraceable) or not self._runs_unsharded(layer, arguments):
             return None
         return (
             f"the tensor-parallel plan does not fit {place} ({module}): with the shapes of one of {self.tp_size} ranks "
             f"it fails with {type(error).__name__}: {first_line(error)}"
         )
 
-    def _open(self, place: str, error: Exception) -> bool:
-        """Where a module sums its output over the ranks, all that it reads has to cross a boundary; plans forget
-        that.
-        """
-        boundary = self.spec.modules.get(place)
-        if not isinstance(error, WrongPlan) or boundary is None or place in self.opened:
+    def _copy_inputs(self, place: str) -> bool:
+        """Add the copy to TP of all inputs that a module with a reduced output needs, and plans forget."""
+        hooks = self.spec.modules.get(place)
+        if hooks is None or place in self.copies_inputs:
             return False
-        if boundary.output is not Output.REDUCE or boundary.input is not Input.NONE:
+        if hooks.output is not Output.REDUCE or hooks.input is not Input.NONE:
             return False
         module = self.model.get_submodule(place)
         inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
         if as_matrix(module, place) is not None or not inside or not all(map(self._is_sharded, inside)):
-            return False  # what is whole in there would count once per rank
-        self.spec.modules[place] = replace(boundary, input=Input.COPY_ALL)
-        self.opened.add(place)
+            return False  # the contribution of a replicated parameter in there would count once per rank
+        self.spec.modules[place] = replace(hooks, input=Input.COPY_ALL)
+        self.copies_inputs.add(place)
         self.notes.append(f"{place}: the gradients of all its inputs are summed over the ranks, as its output is.")
         return True
 
-    # ---- parts of layers that stay whole -----------------------------------------------------------------------------
+    def _runs_unsharded(self, layer: str, arguments: Any) -> bool:
+        """True if the layer runs with unsharded parameters and without TP hooks."""
+        if self.unsharded is None:
+            self.unsharded = StackRunner(
+                self.model,
+                self.stack,
+                self.layers,
+                self.names,
+                on_layer=lambda name, forward, args, kwargs: forward(*args, **kwargs),
+                on_module=self._called_unsharded,
+                fake=self.runner.fake,
+            )
+        try:
+            with torch.no_grad(), self.runner.fake:
+                args, kwargs = self._to_fake(arguments)
+                return self.unsharded.submodule(layer)(*args, **kwargs) is not None
+        except Exception:
+            return False
 
-    def _planned_below(self, block: str) -> list[str]:
-        sharded = [name for name, p in self.spec.parameters.items() if p != REPLICATED]
-        return [n for n in (*self.spec.modules, *sharded) if n == block or n.startswith(f"{block}.")]
+    def _called_unsharded(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        hooks = self.spec.modules.get(name)
+        if hooks is not None and hooks.input is Input.COPY_ALL:
+            return _expert_output(args, kwargs)
+        return forward(*args, **kwargs)
+
+    # ---- parts of layers that are taken out of the plan --------------------------------------------------------------
 
     def _block_around(self, place: str, layer: str) -> str | None:
         """The smallest part of the layer around ``place`` of which the plan shards something."""
+        planned = [*self.spec.modules, *(name for name, p in self.spec.parameters.items() if p != REPLICATED)]
         block = place
         if block != layer and as_matrix(self.model.get_submodule(block), block) is not None:
             block = block.rpartition(".")[0]  # one of a pair
-        while not self._planned_below(block):
+        while not any(_is_within(name, block) for name in planned):
             if block == layer:
                 return None
             block = block.rpartition(".")[0]
         return block
 
-    def _leave_whole(self, block: str, reason: str) -> None:
-        """Take everything below ``block`` out of the plan, and give its modules their whole parameters here."""
+    def _leave_replicated(self, block: str, reason: str) -> None:
+        """Take everything in ``block`` out of the plan, and give the copy its unsharded parameters."""
         for table in (self.spec.modules, self.spec.parameters, self.spec.head_counts):
-            for name in [n for n in table if n == block or n.startswith(f"{block}.")]:
+            for name in [name for name in table if _is_within(name, block)]:
                 del table[name]  # type: ignore[attr-defined]
         self.spec.summed_norms = [n for n in self.spec.summed_norms if not n.startswith(f"{block}.")]
-        relative = block.removeprefix(self.prefix).lstrip(".")
-        ours, theirs = self.stack_copy.get_submodule(relative), self.model.get_submodule(block)
-        for path, module in theirs.named_modules():
-            copied = ours.get_submodule(path)
+        copied_block = self.runner.submodule(block)
+        for path, module in self.model.get_submodule(block).named_modules():
+            copied = copied_block.get_submodule(path)
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    with self.fake:
-                        whole = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
-                    copied._parameters[key] = whole
-                    full = ".".join(part for part in (block, path, key) if part)
-                    self.variance.mark(whole, Value(parameters=frozenset([full])))
+                    with self.runner.fake:
+                        fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+                    copied._parameters[key] = fake
+                    name = ".".join(part for part in (block, path, key) if part)
+                    self.trace.mark(fake, Value(parameters=frozenset([name])))
             for key, value in vars(module).items():
                 if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
@@ -331,89 +370,73 @@ class ReplicationCheck(StackRunner):
         self.notes.append(f"{block} is left whole on every rank: {reason}.")
         self.spec.rows.append((pattern, "left whole", 1, "Replicate", "derived: run without values"))
 
-    def _whole(self, name: str, arguments: Any) -> Any:
-        """What the layer returns with whole parameters and no boundaries; None if it fails then, too."""
-        if self.whole_layers is None:
-            parameters, self.whole_shapes = self.parameters, True
-            self.whole_layers = self._skeleton()
-            self.parameters = parameters
-        relative = name.removeprefix(self.prefix).lstrip(".")
-        self.whole_shapes = True
-        try:
-            with torch.no_grad(), self.fake:
-                args, kwargs = self._to_fake(arguments)
-                return self.whole_layers.get_submodule(relative)(*args, **kwargs)
-        except Exception:
-            return None
-        finally:
-            self.whole_shapes = False
-
     # ---- modules inside of a layer -----------------------------------------------------------------------------------
 
-    def called(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module inside of a layer is called."""
-        boundary = self.spec.modules.get(name)
-        if self.whole_shapes:
-            if boundary is not None and boundary.input is Input.COPY_ALL:
-                return self._experts(args, kwargs)
-            return forward(*args, **kwargs)
+    def _called(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.path.append(name)
-        self.variance.place = name
-        if name in self.faults and f"{name}.weight" in self.spec.parameters:  # else it has been left whole
+        self.trace.module = name
+        if name in self.faults and f"{name}.weight" in self.spec.parameters:  # else it was taken out of the plan
             raise WrongPlan(self.faults[name])
         for key, (dim, _) in self.spec.head_arguments.get(name, {}).items():
             if isinstance(kwargs.get(key), torch.Tensor):
                 own = kwargs[key].narrow(dim, 0, kwargs[key].shape[dim] // self.tp_size)
-                kwargs = {**kwargs, key: self.variance.mark(own, VARYING)}
-        if boundary is None:
+                kwargs = {**kwargs, key: self.trace.mark(own, VARYING)}
+        hooks = self.spec.modules.get(name)
+        if hooks is None:
             output = forward(*args, **kwargs)
-        elif boundary.foreign is not None:
+        elif hooks.foreign is not None:
             raise NotTraceable(f"{name} runs on an engine of torch's")
         else:
-            output = self._crossed(name, boundary, forward, args, kwargs)
-        self.path.pop()  # left where it is by an exception
-        self.variance.place = self.path[-1]
+            output = self._through_hooks(name, hooks, forward, args, kwargs)
+        self.path.pop()  # not after an exception, where the path names the module that failed
+        self.trace.module = self.path[-1]
         return output
 
-    def _experts(self, args: Any, kwargs: Any) -> torch.Tensor:
-        """Experts choose tokens by their values; as many come out as go in."""
-        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        return torch.empty(first.shape, dtype=first.dtype)
-
-    def _crossed(self, name: str, boundary: ModuleSpec, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        trace = self.variance
-        if boundary.input is Input.COPY_ALL:
-            self._check_equal([x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)])
-            if name not in self.opened:  # their miniature has been tried
-                return trace.mark(self._experts(args, kwargs), EQUAL)
+    def _through_hooks(self, name: str, hooks: ModuleSpec, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module with its TP input and output hooks."""
+        trace = self.trace
+        if hooks.input is Input.COPY_ALL:
+            self._check_invariant(tensors_in((args, kwargs)))
+            if name not in self.copies_inputs:  # fused experts, which expert_check has run with values
+                return trace.mark(_expert_output(args, kwargs), INVARIANT)
             args, kwargs = compat.tree_map_only(
-                torch.Tensor, lambda x: trace.copied(x) if x.is_floating_point() else x, (args, kwargs)
+                torch.Tensor, lambda x: trace.copied_to_tp(x) if x.is_floating_point() else x, (args, kwargs)
             )
-        if boundary.input in (Input.COPY, Input.SPLIT):
+        if hooks.input in (Input.COPY, Input.SPLIT):
             key: Any = 0 if args else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
             x = args[0] if args else kwargs[key]
-            self._check_equal([x])
-            copied = trace.copied(x)
-            if boundary.input is Input.SPLIT:
+            self._check_invariant([x])
+            copied = trace.copied_to_tp(x)
+            if hooks.input is Input.SPLIT:
                 copied = trace.mark(copied[..., : copied.shape[-1] // self.tp_size], VARYING)
             args, kwargs = ((copied, *args[1:]), kwargs) if args else (args, {**kwargs, key: copied})
         output = forward(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
-        if boundary.output is Output.NONE and boundary.input is Input.COPY:
+        if hooks.output is Output.NONE and hooks.input is Input.COPY:
             trace.mark(first, FEATURES)
-        if boundary.output is Output.COPY_TAIL:
-            return trace.mark(first, replace(VARYING, tail=boundary.tail))
-        if boundary.output not in (Output.REDUCE, Output.GATHER):
+        if hooks.output is Output.COPY_TAIL:
+            return trace.mark(first, replace(VARYING, tail=hooks.tail))
+        if hooks.output not in (Output.REDUCE, Output.GATHER):
             return output
-        if boundary.output is Output.REDUCE and boundary.input is not Input.MASK and not trace.value(first).varying:
+        if hooks.output is Output.REDUCE and hooks.input is not Input.MASK and not trace.value(first).varying:
             raise WrongPlan(
                 f"its output is the same on all {self.tp_size} ranks, and summed over them it counts that many times"
             )
-        factor = self.tp_size if boundary.output is Output.GATHER else 1
+        factor = self.tp_size if hooks.output is Output.GATHER else 1
         fresh = torch.empty((*first.shape[:-1], first.shape[-1] * factor), dtype=first.dtype)
-        fresh = trace.mark(fresh, EQUAL)
+        fresh = trace.mark(fresh, INVARIANT)
         return (fresh, *output[1:]) if isinstance(output, tuple) else fresh
 
-    def _check_equal(self, tensors: list[torch.Tensor]) -> None:
-        if any(self.variance.value(x).varying and x.is_floating_point() for x in tensors):
+    def _check_invariant(self, tensors: list[torch.Tensor]) -> None:
+        if any(self.trace.value(x).varying and x.is_floating_point() for x in tensors):
             raise WrongPlan("its input differs between the ranks, but its boundary takes it for equal on all")
+
+
+def _is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _expert_output(args: Any, kwargs: Any) -> torch.Tensor:
+    """What fused experts return; they choose tokens by values, which there are none of."""
+    first = first_tensor(args, kwargs)
+    return torch.empty(first.shape, dtype=first.dtype)

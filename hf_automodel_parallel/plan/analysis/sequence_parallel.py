@@ -24,7 +24,7 @@ from ... import compat
 from ...core.module_names import plan_name, unwrapped
 from ...core.sharding_spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
-from .stack_runner import REMEDY, Found, StackRunner
+from .sequence_check import REMEDY, Found, SequenceCheck
 
 _SOURCE = "derived: sequence parallelism"
 
@@ -42,7 +42,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
     """
     names = {module: name for name, module in model.named_modules()}
     stack, stack_layers = _stack(model, spec, layers, names)
-    found = StackRunner(model, spec, stack, stack_layers, names).run()
+    found = SequenceCheck(model, spec, stack, stack_layers, names).run()
     _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
     for name, reason in found.reasons.items():
         if name in found.blocks:
@@ -198,7 +198,7 @@ def _parameters_on_sequence_shards(model: nn.Module, spec: ShardingSpec, found: 
         by_name[name] = id(parameter)
     result: set[str] = set()
     for name, territories in found.used.items():
-        if "share" not in territories:
+        if "shard" not in territories:
             continue
         if len(territories) > 1 or spec.parameters.get(name, REPLICATED).dim is not None:
             how = "both on shares and on the whole of a sequence" if len(territories) > 1 else "sharded and on shares"

@@ -1,8 +1,8 @@
-"""Does code treat each token apart from the others? Seen from the operators that it runs, without values.
+"""Does code treat each token apart from the others? Decided from the operators that it runs on fake tensors.
 
-Lengths mark activations: the share of a sequence and the whole sequence get lengths that divide no dimension of the
-model, so a dimension that such a length divides runs over tokens. Every operator on a share has to be one that keeps
-tokens apart; what is not known to do so counts as not doing so. Everything is allowed on the whole sequence.
+Lengths mark activations: a sequence shard and the full sequence get lengths that divide no dimension of the model, so a
+dimension that such a length divides runs over tokens. Every operator on a sequence shard has to keep tokens apart; one
+that is not known to do so is taken for one that does not. On the full sequence every operator is allowed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from ... import compat
+from .operator_trace import OperatorTrace, argument_of, operator_name, storage_id, tensors_in
 
-#: Label of activations whose features are spread over the ranks.
+#: Label of activations whose features are sharded over the ranks.
 FEATURES = "\0features"
 
 _KEEPS_ALL = frozenset(
@@ -41,51 +40,52 @@ _NORMALIZES = frozenset("native_layer_norm _fused_rms_norm _fused_layer_norm".sp
 
 
 class TokensMix(Exception):
-    """An operator on shares of a sequence that is not known to keep tokens apart."""
+    """An operator on sequence shards that is not known to keep tokens apart."""
 
 
-class TokenLocalityTrace(compat.TorchDispatchMode):
-    """Watches operators, and which parameters work on shares and which on whole sequences.
+class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
+    """Checks operators, and records which parameters are applied to sequence shards and which to full sequences.
 
     Args:
-        share: length that marks shares.
-        whole: length that marks whole sequences.
+        shard: length that marks sequence shards.
+        full: length that marks full sequences.
         parameters: id of a parameter -> its name.
+
+    Attributes:
+        used: parameter name -> "shard" and / or "full", what it was applied to.
+        outdated: sequence shards whose full sequence has been changed in place.
     """
 
-    def __init__(self, share: int, whole: int, parameters: dict[int, str]) -> None:
-        super().__init__()
-        self.share, self.whole = share, whole
-        self.labels: dict[int, frozenset[str]] = {key: frozenset([name]) for key, name in parameters.items()}
+    def __init__(self, shard: int, full: int, parameters: dict[int, str]) -> None:
+        super().__init__({key: frozenset([name]) for key, name in parameters.items()})
+        self.shard, self.full = shard, full
         self.used: dict[str, set[str]] = {}
-        self.outdated: list[torch.Tensor] = []  # shares of what has been changed in place where it was whole
-        self._alive: list[torch.Tensor] = []  # ids are unique among living objects only
+        self.outdated: list[torch.Tensor] = []
 
-    def is_share(self, x: torch.Tensor) -> bool:
-        """True if a dimension of ``x`` runs over the tokens of a share."""
-        return bool(self._dims(x, self.share))
+    def is_shard(self, x: torch.Tensor) -> bool:
+        """True if a dimension of ``x`` runs over the tokens of a sequence shard."""
+        return bool(self._dims(x, self.shard))
 
-    def is_whole(self, x: torch.Tensor) -> bool:
-        """True if a dimension of ``x`` runs over the tokens of a whole sequence."""
-        return bool(self._dims(x, self.whole))
+    def is_full(self, x: torch.Tensor) -> bool:
+        """True if a dimension of ``x`` runs over the tokens of a full sequence."""
+        return bool(self._dims(x, self.full))
 
     def label(self, x: torch.Tensor, labels: Iterable[str]) -> None:
-        """Attach ``labels`` to ``x``; what is computed from it inherits them."""
-        self.labels[id(x)] = self.labels_of(x) | frozenset(labels)
-        self._alive.append(x)
+        """Attach ``labels`` to ``x``; tensors that are computed from it inherit them."""
+        self.note(x, self.labels_of(x) | frozenset(labels))
 
     def labels_of(self, x: torch.Tensor) -> frozenset[str]:
         """The labels of ``x``."""
-        return self.labels.get(id(x), frozenset())
+        return self.facts.get(id(x), frozenset())
 
     def refuse_outdated(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Raise if one of ``inputs`` should hold what a block has written into the whole sequence.
+        """Raise if one of ``inputs`` lacks what a block has written into the full sequence.
 
         Raises:
-            TokensMix: it does not.
+            TokensMix: it does.
         """
-        places = {_storage(x) for x in self.outdated}
-        if places and any(_storage(x) in places for x in inputs):
+        outdated = {storage_id(x) for x in self.outdated}
+        if outdated and any(storage_id(x) in outdated for x in inputs):
             raise TokensMix("a block has changed in place what is read here once more")
 
     @staticmethod
@@ -96,21 +96,21 @@ class TokenLocalityTrace(compat.TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [x for x in compat.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        on_sequence_shards = any(self.is_share(x) for x in inputs)
-        on_whole = any(self.is_whole(x) for x in inputs)
-        if on_sequence_shards and on_whole:
+        inputs = tensors_in((args, kwargs))
+        on_shards = any(self.is_shard(x) for x in inputs)
+        on_full = any(self.is_full(x) for x in inputs)
+        if on_shards and on_full:
             raise TokensMix(f"{func} combines a share of the sequence with the whole sequence")
         self.refuse_outdated(inputs)
         result = func(*args, **kwargs)
-        outputs = [x for x in compat.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if on_sequence_shards and outputs:  # without outputs: a question about shape, dtype or device
+        outputs = tensors_in(result)
+        if on_shards and outputs:  # without outputs: a question about shape, dtype or device
             self._check(func, args, kwargs, inputs, outputs)
-        on_whole = on_whole or (not on_sequence_shards and any(self.is_whole(x) for x in outputs))
+        on_full = on_full or (not on_shards and any(self.is_full(x) for x in outputs))
         labels = frozenset().union(*(self.labels_of(x) for x in inputs))
-        if on_sequence_shards or on_whole:
+        if on_shards or on_full:
             for name in labels - {FEATURES}:
-                self.used.setdefault(name, set()).add("share" if on_sequence_shards else "whole")
+                self.used.setdefault(name, set()).add("shard" if on_shards else "full")
             labels &= {FEATURES}
         for x in outputs:
             if labels - self.labels_of(x):
@@ -125,30 +125,21 @@ class TokenLocalityTrace(compat.TorchDispatchMode):
         inputs: list[torch.Tensor],
         outputs: list[torch.Tensor],
     ) -> None:
-        name = func.name().removeprefix("aten::").partition(".")[0]
+        name = operator_name(func)
         summed: list[tuple[torch.Tensor, int]] = []  # (tensor, dimension) that the operator combines entries along
         if name in _CONTRACTS:
             summed = [(args[_CONTRACTS[name]], -1)]
         elif name in _ALONG_ONE:
-            dim = _argument(func, "dim", args, kwargs)
+            dim = argument_of(func, "dim", args, kwargs)
+            if dim is None:
+                raise TokensMix(f"{func} does not say along which dimension it works")
             summed = [(x, dim) for x in inputs if x.ndim]
         elif name in _NORMALIZES:
-            shape = _argument(func, "normalized_shape", args, kwargs)
+            shape = argument_of(func, "normalized_shape", args, kwargs)
             summed = [(args[0], -1 - i) for i in range(len(shape))]
         elif not (torch.Tag.pointwise in func.tags or func.is_view or name in _KEEPS_ALL or name in _REDUCES):
             raise TokensMix(f"{func} on a share of the sequence is not known to treat each token apart")
-        if any(x.shape[dim] % self.share == 0 for x, dim in summed):
+        if any(x.shape[dim] % self.shard == 0 for x, dim in summed):
             raise TokensMix(f"{func} combines tokens of a share of the sequence")
-        if any(len(self._dims(x, self.share)) != 1 for x in outputs):
+        if any(len(self._dims(x, self.shard)) != 1 for x in outputs):
             raise TokensMix(f"{func} on a share of the sequence drops, combines or pairs tokens")
-
-
-def _storage(x: torch.Tensor) -> int:
-    return StorageWeakRef(x.untyped_storage()).cdata
-
-
-def _argument(func: Any, wanted: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == wanted:
-            return kwargs.get(wanted, args[position] if position < len(args) else argument.default_value)
-    raise TokensMix(f"{func} does not say along which dimension it works")

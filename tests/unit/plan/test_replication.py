@@ -11,7 +11,14 @@ from sweep.tiny import build
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
-from hf_automodel_parallel.plan.analysis.replication import EQUAL, FEATURES, VARYING, ReplicationTrace, Value, WrongPlan
+from hf_automodel_parallel.plan.analysis.replication import (
+    FEATURES,
+    INVARIANT,
+    VARYING,
+    ReplicationTrace,
+    Value,
+    WrongPlan,
+)
 from hf_automodel_parallel.plan.analysis.replication_check import ReplicationCheck, complete
 from hf_automodel_parallel.plan.expert_parallel import refuse_expert_parallel
 from hf_automodel_parallel.plan.resolve import resolve
@@ -146,16 +153,16 @@ def test_expert_parallelism_of_transformers_is_refused_by_name(wanted):
 def test_rules():
     weight, x, own = torch.ones(4), torch.ones(3, 4), torch.ones(3, 4)
     trace = ReplicationTrace({id(weight): Value(parameters=frozenset(["w"]))})
-    trace.mark(x, EQUAL)
+    trace.mark(x, INVARIANT)
     trace.mark(own, VARYING)
     with trace:
         doubled = weight * 2
         assert trace.value(doubled).parameters == {"w"}
-        assert trace.value(x * doubled) == EQUAL and "w" in trace.complete and not trace.partial
+        assert trace.value(x * doubled) == INVARIANT and "w" in trace.complete and not trace.partial
         assert trace.value(own + doubled) == VARYING and "w" in trace.partial
         with pytest.raises(WrongPlan, match="all ranks share"):
             x * own
-        assert trace.value(trace.copied(x) * own) == VARYING
+        assert trace.value(trace.copied_to_tp(x) * own) == VARYING
         target = torch.zeros(3, 4)
         target[:, :2].copy_(own[:, :2])  # through a view
         assert trace.value(target).varying
@@ -167,8 +174,8 @@ def test_a_tail_that_differs_is_told_from_the_rest():
     trace.mark(x, Value(varying=True, tail=4))
     with trace:
         latent, rotary = torch.split(x, [6, 4], dim=-1)
-        assert (trace.value(latent), trace.value(rotary)) == (EQUAL, VARYING)
-        assert trace.value(x[..., :6]) == EQUAL
+        assert (trace.value(latent), trace.value(rotary)) == (INVARIANT, VARYING)
+        assert trace.value(x[..., :6]) == INVARIANT
 
 
 def test_shares_of_features_are_not_combined():
@@ -199,14 +206,14 @@ def test_memory_that_was_freed_is_forgotten():
 def test_what_is_known_by_an_id_stays_alive(monkeypatch):
     """Doge's attention and MLP are left whole, which takes the copies of their parameters out of the miniature."""
     alive = []
-    look = ReplicationCheck.look
+    run = ReplicationCheck.run
 
-    def watched(probe):
-        look(probe)
+    def watched(check):
+        run(check)
         living = {id(found) for found in gc.get_objects()}
-        alive.append([key in living for key in probe.variance.values])
+        alive.append([key in living for key in check.trace.facts])
 
-    monkeypatch.setattr(ReplicationCheck, "look", watched)
+    monkeypatch.setattr(ReplicationCheck, "run", watched)
     spec = completed(build("doge"))
     assert any("left whole" in note for note in spec.notes)
     assert alive and all(map(all, alive))

@@ -1,0 +1,314 @@
+"""Can the layers of a stack work on sequence shards? One forward on fake tensors, in which each part is tried.
+
+The layers get sequence shards instead of full sequences, and every operator on them has to keep tokens apart
+(:mod:`token_locality`). A part of a layer that fails is made a block: its input is all-gathered along the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import compat
+from ...core.sharding_spec import Input, Output, SequenceBlock, ShardingSpec
+from ...errors import UnsupportedError, first_line
+from .stack_runner import BATCH, StackRunner, first_tensor
+from .token_locality import FEATURES, TokenLocalityTrace, TokensMix
+
+REMEDY = "Use sequence_parallel=False; tensor parallelism alone computes the same."
+
+
+@dataclass
+class Found:
+    """What the forward showed.
+
+    Attributes:
+        blocks: parts of layers that work on the full sequence, and how they are entered and left.
+        scatters: row-wise layers whose output is reduce-scattered along the sequence.
+        used: parameter name -> "shard" and / or "full", what it was applied to.
+        tail: the last module that works on sequence shards.
+        reasons: module -> why it does not work on sequence shards, where that was tried.
+    """
+
+    blocks: dict[str, SequenceBlock] = field(default_factory=dict)
+    scatters: list[str] = field(default_factory=list)
+    used: dict[str, set[str]] = field(default_factory=dict)
+    tail: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class _TailFails(Exception):
+    """The code after the last layer cannot work on sequence shards."""
+
+
+class SequenceCheck:
+    """One forward of a stack whose layers get sequence shards.
+
+    Args:
+        model: the model; it is only read.
+        spec: its resolved tensor-parallel plan.
+        stack: the module whose forward runs the layers.
+        layers: the layers in forward order.
+        names: module -> its name in ``model``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ShardingSpec,
+        stack: nn.Module,
+        layers: list[nn.Module],
+        names: dict[nn.Module, str],
+    ) -> None:
+        self.model, self.spec, self.names = model, spec, names
+        self.stack, self.layers = stack, layers
+        # Class of a layer, block in it -> True if its row-wise layers reduce-scatter: what worked in earlier layers.
+        self.known: dict[tuple[type, str], bool] = {}
+
+    def run(self) -> Found:
+        """Run the stack.
+
+        Raises:
+            UnsupportedError: naming the module that works neither on sequence shards nor as a block.
+        """
+        try:
+            return self._run(tail="")
+        except _TailFails:
+            return self._run(tail=self.names[self.layers[-1]])
+
+    def _run(self, tail: str) -> Found:
+        self.found = Found(tail=tail)
+        try:
+            self.runner = StackRunner(
+                self.model,
+                self.stack,
+                self.layers,
+                self.names,
+                on_layer=self._layer,
+                on_module=self._called,
+                on_beside=self._beside,
+            )
+        except UnsupportedError as error:
+            raise UnsupportedError(f"sequence_parallel=True: {error} {REMEDY}") from error
+        self.shard, self.full = self.runner.shard_length, self.runner.length
+        self.trace = TokenLocalityTrace(self.shard, self.full, self.runner.parameters)
+        self.path: list[str] = []  # names of the modules inside of a layer that are running
+        self.last: torch.Tensor | None = None  # output of the previous layer
+        self.left = list(self.runner.layer_names)
+        try:
+            with torch.no_grad():
+                self.runner.run()
+        except (UnsupportedError, _TailFails):
+            raise
+        except Exception as error:
+            if not tail and not self.left:  # something after the layers needs full sequences
+                raise _TailFails from error
+            raise UnsupportedError(
+                f"sequence_parallel=True: {self.runner.prefix or 'the model'} ({type(self.stack).__name__}) cannot be "
+                f"understood: {first_line(error)}. {REMEDY}"
+            ) from error
+        if self.left:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {self.left[0]} is not called in a forward of {type(self.stack).__name__}. "
+                f"{REMEDY}"
+            )
+        if not self.found.tail:
+            raise _TailFails
+        self.found.used = self.trace.used
+        return self.found
+
+    # ---- modules beside the layers -----------------------------------------------------------------------------------
+
+    def _beside(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module after the last layer (a norm) works on sequence shards, too, if it can."""
+        after_layers = self.last is not None and not self.left
+        if self.found.tail or not (after_layers and any(x is self.last for x in (*args, *kwargs.values()))):
+            return self.runner.run_beside(name, forward, args, kwargs)
+        args, kwargs = self.runner.to_fake((args, kwargs))
+        try:
+            with self.runner.fake, self.trace:
+                output = forward(*args, **kwargs)
+                if not isinstance(output, torch.Tensor) or not _has_tokens(output, self.shard):
+                    raise TokensMix("it returns no share")
+                output = _resized(output, self.full)
+        except Exception as error:
+            raise _TailFails from error
+        self.found.tail = name
+        return self.runner.to_real(output)
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+
+    def _layer(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        kind = type(self.model.get_submodule(name))
+        if not self.left or self.left[0] != name:
+            what = "more than once" if name not in self.left else f"before {self.left[0]}"
+            raise UnsupportedError(f"sequence_parallel=True: the layer {name} is called {what}. {REMEDY}")
+        hidden = args[0] if args else next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None)
+        first = self.last is None
+        expected = self.full if first else self.shard
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or not _has_tokens(hidden, expected):
+            shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise UnsupportedError(
+                f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is no hidden state of "
+                f"shape (batch, length, width), but {shape}. {REMEDY}"
+            )
+        if not first and hidden is not self.last:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {type(self.stack).__name__} changes the hidden states before {name}. {REMEDY}"
+            )
+        output = self._try_layer(name, kind, forward, hidden, args, kwargs)
+        self.left.pop(0)
+        if self.found.tail == name:
+            output = compat.tree_map_only(
+                torch.Tensor, lambda x: _resized(x, self.full) if self.trace.is_shard(x) else x, output
+            )
+        output = self.runner.to_real(output)
+        self.last = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def _try_layer(
+        self, name: str, kind: type, forward: Callable[..., Any], hidden: torch.Tensor, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a layer, changing how its blocks are treated until it works."""
+        fake = self.runner.fake
+        #: block -> True if its row-wise layers reduce-scatter
+        self.choices = {f"{name}.{part}": scatters for (k, part), scatters in self.known.items() if k is kind}
+        while True:
+            self.path, self.trace.outdated = [], []
+            self.blocks: dict[str, SequenceBlock] = {}
+            self.scatters: list[str] = []
+            used = {parameter: set(where) for parameter, where in self.trace.used.items()}
+            shard = fake.from_tensor(hidden)
+            try:
+                with fake, self.trace:
+                    shard = shard if self.trace.is_shard(shard) else _resized(shard, self.shard)
+                    given = compat.tree_map_only(
+                        torch.Tensor, lambda x, own=shard: own if x is hidden else fake.from_tensor(x), (args, kwargs)
+                    )
+                    output = forward(*given[0], **given[1])
+                self._check_output(output)
+                break
+            except Exception as error:
+                self.trace.used = used
+                self.found.reasons[self.path[0] if self.path else name] = first_line(error)
+                if not self._adapt():
+                    where = self.path[-1] if self.path else name
+                    module = self.model.get_submodule(where)
+                    raise UnsupportedError(
+                        f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a share of the "
+                        f"sequence: {first_line(error)}. {REMEDY}"
+                    ) from error
+        for block, scatters in self.choices.items():
+            self.known[kind, block.removeprefix(f"{name}.")] = scatters
+        self.found.blocks |= self.blocks
+        self.found.scatters += self.scatters
+        return output
+
+    def _adapt(self) -> bool:
+        """After a failure: change the choices to the next ones to try, or return False."""
+        if self.path:
+            part = self.path[0]
+            if self.choices.get(part) is False:
+                return False
+            # A part that does not keep tokens apart becomes a block; of a block, the output is split at its end.
+            self.choices[part] = False
+            return True
+        scattering = [block for block, scatters in self.choices.items() if scatters]
+        self.choices |= dict.fromkeys(scattering, False)
+        return bool(scattering)
+
+    def _check_output(self, output: Any) -> None:
+        first, others = _first_and_others(output)
+        if not isinstance(first, torch.Tensor) or first.ndim != 3 or not _has_tokens(first, self.shard):
+            raise TokensMix("its output is no share of the hidden states")
+        if any(self.trace.is_shard(x) for x in others):
+            raise TokensMix("it returns other activations of a share beside the hidden states")
+
+    # ---- modules inside of a layer -----------------------------------------------------------------------------------
+
+    def _called(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        outermost = not self.path
+        self.path.append(name)
+        if outermost and (name in self.choices or self._holds_sharded(name)):
+            output = self._block(name, forward, args, kwargs)
+        else:
+            output = self._module(name, forward, args, kwargs)
+        self.path.pop()  # not after an exception, where the path names the module that failed
+        return output
+
+    def _holds_sharded(self, name: str) -> bool:
+        sharded = (*self.spec.modules, *(p for p, s in self.spec.parameters.items() if s.dim is not None))
+        return name in self.spec.modules or any(other.startswith(f"{name}.") for other in sharded)
+
+    def _block(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a block on the full sequence, and split its output, if it is one hidden state for each token."""
+        self.choices.setdefault(name, True)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        shards = [x for x in given if self.trace.is_shard(x)]
+        gathers = bool(shards)
+        if gathers:
+            if len(shards) > 1 or given[0] is not shards[0] or not _has_tokens(shards[0], self.shard):
+                raise TokensMix("it takes more of a share, or another shape of it, than one hidden state")
+            self.trace.refuse_outdated(shards)
+            full = _resized(shards[0], self.full)
+            before = compat.version_of(full)
+            args, kwargs = compat.tree_map_only(torch.Tensor, lambda x: full if x is shards[0] else x, (args, kwargs))
+        output = self._module(name, forward, args, kwargs)
+        writes = gathers and compat.version_of(full) != before
+        if writes:  # into what was gathered; the shard that the layer goes on with does not have it
+            self.trace.outdated.append(shards[0])
+        first, others = _first_and_others(output)
+        if not isinstance(first, torch.Tensor) or any(self.trace.is_shard(x) for x in others):
+            raise TokensMix("it returns something else than a hidden state first, or more than one share")
+        splits = _has_tokens(first, self.full) and FEATURES not in self.trace.labels_of(first)
+        if splits:
+            output = _with_first(output, _resized(first, self.shard))
+        self.blocks[name] = SequenceBlock(gathers, splits, writes)
+        return output
+
+    def _module(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module, with the shapes and labels that its TP hooks make."""
+        hooks = self.spec.modules.get(name)
+        if hooks is None or hooks.foreign is not None:
+            return forward(*args, **kwargs)
+        if hooks.input is Input.COPY_ALL:  # experts choose tokens by values, which there are none of
+            return torch.empty_like(first_tensor(args, kwargs))
+        output = forward(*args, **kwargs)
+        first, _ = _first_and_others(output)
+        if hooks.output is Output.NONE and hooks.input is not Input.SCALE:
+            self.trace.label(first, [FEATURES])
+            return output
+        if hooks.output not in (Output.REDUCE, Output.GATHER):
+            return output
+        fresh = torch.empty(first.shape, dtype=first.dtype)
+        reduces = hooks.output is Output.REDUCE and first.ndim > 2 and _has_tokens(first, self.full)
+        if reduces and self.choices[self.path[0]]:
+            fresh = _resized(first, self.shard)
+            self.scatters.append(name)
+        return _with_first(output, fresh)
+
+
+def _first_and_others(output: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The first of several outputs, or the only one, and the tensors among the others."""
+    if not isinstance(output, tuple) or not output:
+        return output, []
+    return output[0], [x for x in output[1:] if isinstance(x, torch.Tensor)]
+
+
+def _with_first(output: Any, first: torch.Tensor) -> Any:
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+def _has_tokens(x: torch.Tensor, length: int) -> bool:
+    """True if ``x`` is an activation of ``length`` tokens: (batch, length, ...) or, flat, (batch * length, width)."""
+    return x.shape[0] == BATCH * length if x.ndim == 2 else x.ndim > 2 and x.shape[1] == length
+
+
+def _resized(x: torch.Tensor, length: int) -> torch.Tensor:
+    """An activation like ``x`` of ``length`` tokens; made from nothing, so that no operator on ``x`` is seen."""
+    shape = (BATCH * length, x.shape[1]) if x.ndim == 2 else (x.shape[0], length, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype)  # on the CPU, where everything runs
