@@ -48,7 +48,7 @@ def operator_name(func: Any) -> str:
 
 
 def argument_of(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value of the argument ``name`` in a call of an operator: as given, or its default; None without such an argument."""
+    """The argument ``name`` of a call of an operator, as given or its default; None if the operator has none."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == name:
             return kwargs.get(name, args[position] if position < len(args) else argument.default_value)

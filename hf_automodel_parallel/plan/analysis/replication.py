@@ -45,8 +45,9 @@ FEATURES = Value(varying=True, features=True)
 _ALONG = ("dim", "normalized_shape", "axis")
 #: Operators that combine entries along a dimension.
 _COMBINES = frozenset(
-    "sum mean var var_mean std std_mean amax amin max min argmax argmin norm linalg_vector_norm logsumexp prod softmax "
-    "_softmax log_softmax _log_softmax cumsum cumprod sort topk kthvalue median native_layer_norm _fused_rms_norm".split()
+    "sum mean var var_mean std std_mean amax amin max min argmax argmin norm linalg_vector_norm logsumexp prod "
+    "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk kthvalue median native_layer_norm "
+    "_fused_rms_norm".split()
 )
 #: Operators, beside pointwise ones, whose output has the features of their input where these were.
 _KEEPS_FEATURES = frozenset("clone _to_copy detach alias copy_ native_dropout".split())

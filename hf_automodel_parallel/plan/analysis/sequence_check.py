@@ -186,10 +186,8 @@ class SequenceCheck:
             try:
                 with fake, self.trace:
                     shard = shard if self.trace.is_shard(shard) else _resized(shard, self.shard)
-                    given = compat.tree_map_only(
-                        torch.Tensor, lambda x, own=shard: own if x is hidden else fake.from_tensor(x), (args, kwargs)
-                    )
-                    output = forward(*given[0], **given[1])
+                    fake_args, fake_kwargs = self._to_fake((args, kwargs), hidden, shard)
+                    output = forward(*fake_args, **fake_kwargs)
                 self._check_output(output)
                 break
             except Exception as error:
@@ -207,6 +205,11 @@ class SequenceCheck:
         self.found.blocks |= self.blocks
         self.found.scatters += self.scatters
         return output
+
+    def _to_fake(self, value: Any, hidden: torch.Tensor, shard: torch.Tensor) -> Any:
+        """``value`` with a fake tensor for each tensor, ``shard`` for the hidden states."""
+        fake = self.runner.fake.from_tensor
+        return compat.tree_map_only(torch.Tensor, lambda x: shard if x is hidden else fake(x), value)
 
     def _adapt(self) -> bool:
         """After a failure: change the choices to the next ones to try, or return False."""
