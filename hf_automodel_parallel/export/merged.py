@@ -6,8 +6,7 @@ PEFT's own ``merge`` runs on each layer, with whole tensors in the places of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from torch import nn
 from .. import compat
 from ..core.module_names import unwrapped
 from ..core.rendezvous import meet
+from ..core.swap import swapped_parameters
 from ..errors import ConfigError, UnsupportedError
+from ..tensor_parallel.dora import unsharded_weight_norm
 from .files import completed_at_end
 from .gathering import Fetch, ShardedState, file_dtypes
 from .pretrained import Progress, Shapes, shapes_of, write_pretrained
@@ -233,42 +234,19 @@ class Merging:
     @torch.no_grad()
     def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
         merged_before = [list(tuner.merged_adapters) for tuner in layer.tuners]
-        # DoRA's norm as a sum over ranks: here it sees whole rows.
-        methods = [
-            (m, m.__dict__.pop("get_weight_norm")) for m in layer.outer.modules() if "get_weight_norm" in m.__dict__
-        ]
+        saved = set(layer.outer.state_dict())
+
+        def full(name: str, old: torch.Tensor) -> torch.Tensor | None:
+            if name not in saved:  # a buffer that is not persistent
+                return None
+            value = fetch(layer.path + name).clone()  # PEFT merges in place
+            return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+
         try:
-            with _with_values(layer.outer, layer.path, fetch):
+            with unsharded_weight_norm(layer.outer), swapped_parameters(layer.outer, full, buffers=True):
                 for tuner in layer.tuners:
                     type(tuner).merge(tuner, adapter_names=self.adapters)
                 return {layer.base_path + n: v.detach() for n, v in layer.base.state_dict().items()}
         finally:
             for tuner, before in zip(layer.tuners, merged_before, strict=True):
                 tuner.merged_adapters = before
-            for owner, method in methods:
-                owner.__dict__["get_weight_norm"] = method
-
-
-@contextmanager
-def _with_values(module: nn.Module, path: str, fetch: Fetch) -> Iterator[None]:
-    """Show whole values in the places of the parameters and buffers below ``module``, and take them away again."""
-    places: list[tuple[dict[str, Any], str, Any]] = []
-    shown: dict[int, Any] = {}
-    saved = set(module.state_dict())
-    for prefix, owner in module.named_modules():
-        for holder, wrap in ((owner._parameters, True), (owner._buffers, False)):
-            for name, old in holder.items():
-                full = f"{prefix}.{name}" if prefix else name
-                if old is None or full not in saved:
-                    continue
-                places.append((holder, name, old))
-                if id(old) not in shown:
-                    value = fetch(path + full).clone()  # PEFT merges in place
-                    shown[id(old)] = nn.Parameter(value, old.requires_grad) if wrap else value
-    try:
-        for holder, name, old in places:
-            holder[name] = shown[id(old)]
-        yield
-    finally:
-        for holder, name, old in places:
-            holder[name] = old

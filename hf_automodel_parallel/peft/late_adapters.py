@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from ..core.consistency import check_same_structure, synchronize_rng
 from ..core.module_names import unwrapped
 from ..core.ranks import broadcast_from_rank_zero, raise_on_all_ranks
+from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
 from ..fsdp.dtype_groups import ParamGroupModule, companions, separate_unit
 from ..fsdp.root_gradients import RootGradients
@@ -34,7 +35,7 @@ from ..tensor_parallel.dropout_rng import (
     refuse_compiled_dropout,
     synchronize_at_first_forward,
 )
-from .operations import check_no_views, shown_instead
+from .operations import check_no_views
 
 if TYPE_CHECKING:
     from ..strategies.context import ParallelizeContext
@@ -68,7 +69,7 @@ def adding(
             with (
                 raise_on_all_ranks("add_adapter", context.group),
                 _peft_own_methods(model),
-                shown_instead(model, _blank, _keep_flag),
+                swapped_parameters(model, _blank, _copy_requires_grad),
             ):
                 # By identity: the parameters of a layer that PEFT wraps get other names.
                 known = {id(parameter): parameter for parameter in model.parameters()}
@@ -150,12 +151,15 @@ def _peft_own_methods(model: nn.Module) -> Iterator[None]:
 _INTERNAL = ("inject_adapter", "set_adapter", "set_requires_grad")
 
 
-def _blank(parameter: DTensor) -> torch.Tensor:
-    """A tensor of the whole shape of ``parameter``, without memory."""
-    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+def _blank(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """A parameter of the full shape of a sharded one, on its device, whose elements share one number."""
+    if not isinstance(parameter, DTensor):
+        return None
+    zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    return nn.Parameter(zeros, parameter.requires_grad)
 
 
-def _keep_flag(parameter: DTensor, shown: torch.Tensor) -> None:
+def _copy_requires_grad(parameter: DTensor, shown: torch.Tensor) -> None:
     parameter.requires_grad_(shown.requires_grad)
 
 

@@ -21,8 +21,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import compat
 from ..core.module_names import unwrapped
 from ..core.ranks import raise_on_all_ranks
+from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
 from ..fsdp.shard import fsdp_units
+from ..tensor_parallel.dora import unsharded_weight_norm
 
 if TYPE_CHECKING:
     from ..tensor_parallel.apply import TensorParallelState
@@ -269,52 +271,18 @@ def whole(layer: nn.Module) -> Iterator[None]:
 
     Collective: all ranks enter it for the same layers in the same order. The parameters must be at rest.
     """
-    # DoRA's norm as a sum over ranks: here it sees whole rows.
-    methods = [(m, m.__dict__.pop("get_weight_norm")) for m in layer.modules() if "get_weight_norm" in m.__dict__]
 
-    def keep(parameter: DTensor, value: torch.Tensor) -> None:
-        parameter.to_local().copy_(_shard_like(value.detach(), parameter).to_local())
+    @torch.no_grad()
+    def full(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not isinstance(parameter, DTensor):
+            return None
+        return nn.Parameter(parameter.full_tensor().clone(), parameter.requires_grad)
 
-    try:
-        with shown_instead(layer, lambda parameter: parameter.full_tensor().clone(), keep):
-            yield
-    finally:
-        for owner, method in methods:
-            owner.__dict__["get_weight_norm"] = method
+    def write_shard(parameter: DTensor, merged: torch.Tensor) -> None:
+        parameter.to_local().copy_(_shard_like(merged.detach(), parameter).to_local())
 
-
-@contextmanager
-def shown_instead(
-    module: nn.Module,
-    stand_in: Callable[[DTensor], torch.Tensor],
-    keep: Callable[[DTensor, torch.Tensor], Any],
-) -> Iterator[None]:
-    """Show plain parameters in the places of the sharded ones below ``module``; a shared one stays shared.
-
-    Args:
-        module: its parameters must be at rest.
-        stand_in: makes the tensor to show, without gradients.
-        keep: called at the end with each sharded parameter and what then stands in its place.
-    """
-    shown: dict[int, nn.Parameter] = {}
-    places: list[tuple[nn.Module, str, Any]] = []
-    with torch.no_grad():
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                if isinstance(parameter, DTensor):
-                    if id(parameter) not in shown:
-                        shown[id(parameter)] = nn.Parameter(stand_in(parameter), parameter.requires_grad)
-                    places.append((owner, name, parameter))
-    for owner, name, parameter in places:
-        owner._parameters[name] = shown[id(parameter)]
-    try:
+    with unsharded_weight_norm(layer), swapped_parameters(layer, full, write_shard):
         yield
-    finally:
-        with torch.no_grad():
-            for owner, name, parameter in places:
-                value: Any = owner._parameters[name]
-                owner._parameters[name] = parameter
-                keep(parameter, value)
 
 
 def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:

@@ -62,7 +62,7 @@ class NamedStyle(ParallelStyle):
             UnsupportedError: torch's engine cannot carry out this style.
         """
         if self.style_name == "replicated_with_grad_allreduce":
-            from ..tensor_parallel.grad_sync_dtensor import sum_gradients
+            from ..tensor_parallel.grad_sync import sum_gradients
 
             sum_gradients(module, device_mesh)
         elif self.style_name not in ("replicate", "local_params"):

@@ -7,7 +7,6 @@ can still be sharded on its own, with its output gathered.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..core.source_code import source_of
 from ..plan.layer_kinds import as_matrix
 from .proxy_model import BATCH, HEADS
 
@@ -217,10 +217,8 @@ def _read_by_owner(model: nn.Module, name: str) -> bool:
     What a config decides is tried on the miniature; what the device decides is not.
     """
     owner, _, leaf = name.rpartition(".")
-    try:
-        source = inspect.getsource(type(model.get_submodule(owner)))
-    except (OSError, TypeError):
-        return False
+    cls: Any = type(model.get_submodule(owner))
+    source = source_of(cls)
     if not re.search("cuda|fast_path|use_kernel", source):
         return False
     return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b(?!\s*\.(dtype|device|shape))", source) is not None

@@ -34,9 +34,8 @@ from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
-from ..fsdp.reversible import refuse_own_backward
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
-from ..fsdp.unsupported_models import keep_layers_together, refuse_layer_drop
+from ..fsdp.unsupported_models import keep_layers_together, refuse_layer_drop, refuse_own_backward
 from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
 from ..peft.operations import check_trainable_as_shards, manage_adapters

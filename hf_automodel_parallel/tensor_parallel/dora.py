@@ -1,7 +1,9 @@
-"""What adapters need beyond boundaries: DoRA's norm of rows spread over ranks."""
+"""DoRA under tensor parallelism: the norm of weight rows that are spread over the ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import all_reduce
 
+#: PEFT's method that computes the norm; an instance attribute of this name replaces it.
+_METHOD = "get_weight_norm"
+
 
 def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:
-    """Make DoRA's norm of the rows of W + scaling B A whole for a row-wise layer, whose ranks hold slices of the
-    columns.
+    """Let DoRA compute the full norm of the rows of W + scaling B A in a row-wise layer.
 
-    The squares are summed over ``mesh`` by one small all-reduce of ``out_features`` numbers. DoRA treats the norm as a
-    constant (Liu et al., 2024, arXiv:2402.09353, section 4.3), so nothing is needed in backward.
+    Each rank holds a slice of the columns, so the squares are summed over ``mesh`` by one all-reduce of
+    ``out_features`` numbers. DoRA treats the norm as a constant (Liu et al., 2024, arXiv:2402.09353, section 4.3), so
+    the all-reduce needs no backward.
 
     Args:
         magnitude: PEFT's layer that holds the magnitude vector.
@@ -32,4 +37,15 @@ def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:
             merged = merged + scaling * lora_weight
             return all_reduce(merged.pow(2).sum(dim=1), group).sqrt().to(weight.dtype)
 
-    magnitude.get_weight_norm = get_weight_norm  # type: ignore[assignment]
+    magnitude.__dict__[_METHOD] = get_weight_norm
+
+
+@contextmanager
+def unsharded_weight_norm(module: nn.Module) -> Iterator[None]:
+    """Undo :func:`sum_weight_norm` below ``module`` meanwhile, for code that is shown full weights (merging)."""
+    replaced = [(m, m.__dict__.pop(_METHOD)) for m in module.modules() if _METHOD in m.__dict__]
+    try:
+        yield
+    finally:
+        for owner, method in replaced:
+            owner.__dict__[_METHOD] = method

@@ -1,18 +1,21 @@
-"""The place that completes gradients over the tp axis, but for styles on torch's own engine (:mod:`.summed_gradients`).
+"""Complete the Partial gradients of replicated parameters over the tp axis: once per step, or in each backward.
 
-A small replicated parameter in a sharded region (lora_A of a column-wise layer, a norm of sharded heads) gets on every
-rank only its summand of the gradient. FSDP2 on its own would reduce each of them in every micro-batch; here all of them
-are averaged by one flat all-reduce per dtype and optimizer step, after the data-parallel reduction, in the dtype of the
-sharded gradients (float32 under mixed precision).
+A replicated parameter that is combined with sharded activations (lora_A of a column-wise layer, a norm of sharded
+heads) gets a gradient that is Partial: each rank holds its local contribution to a sum.
 
-Averaged, because a parameter may get another part of its gradient that is whole on every rank: a weight penalty in the
-loss, or a norm that is applied to hidden states outside of the layers. Summands are therefore multiplied by the size of
-the axis where they arise (exact for powers of two); what is whole stays as it is, and so does what has been averaged
-before.
+:class:`PartialGradients` defers the sum. FSDP2 on its own would reduce the gradients in every micro-batch; here one
+flat all-reduce per dtype and optimizer step completes them all, after the data-parallel reduction, in the dtype of the
+sharded gradients (float32 under mixed precision). :func:`sum_gradients` sums at once, for styles that
+``parallelize_module`` applies without this package's own engine.
 
-The rule to keep: every use of a registered parameter that yields a summand goes through its
-:meth:`PartialGradients.hook`. A parameter of which no hook was called is not averaged, so that a summand that came past
-its hook shows in the audit.
+Deferred gradients are averaged and not summed, because one parameter may also get a contribution that is replicated: a
+weight penalty in the loss, or a norm that is applied to hidden states outside of the layers. Partial contributions are
+therefore multiplied by the size of the axis where they arise (exact for powers of two). An average leaves a replicated
+contribution as it is, and also one that has been averaged before, so flushing twice is safe.
+
+The rule to keep: every use of a registered parameter that yields a Partial gradient goes through its
+:meth:`PartialGradients.hook`. A parameter of which no hook was called is not averaged, so that a contribution that
+bypassed the hook shows in the audit.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,14 +31,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from .collectives import all_reduce
+from ..core.swap import Slot, exchange, stand_ins
+from .collectives import all_reduce, copy_to_tp
 
 
 class PartialGradients:
-    """Registry of the parameters with partial gradients of one model, and the idempotent :meth:`flush`.
+    """Registry of the parameters with Partial gradients of one model, and the idempotent :meth:`flush`.
 
     Attributes:
-        sums_after_backward: flush at the end of each backward, for loops in which nobody calls :meth:`flush`.
+        sums_after_backward: flush at the end of each backward, for training loops that never call :meth:`flush`.
     """
 
     sums_after_backward = False
@@ -44,50 +49,49 @@ class PartialGradients:
         self._size = mesh.size()
         self._device_type = mesh.device_type
         self._parameters: dict[tuple[nn.Module, str], nn.Parameter | None] = {}
-        self._reached: set[tuple[nn.Module, str]] = set()  # those that have got summands since the last flush
-        self._queued = False  # the end of the running backward is awaited
+        self._reached: set[tuple[nn.Module, str]] = set()  # those with Partial gradients since the last flush
+        self._queued = False  # a callback for the end of the running backward is registered
 
     def add(self, module: nn.Module, name: str) -> None:
-        """Register the parameter ``name`` of ``module`` (whatever object stands there after sharding)."""
+        """Register the parameter ``name`` of ``module``; by name, because sharding replaces the object."""
         self._parameters[module, name] = None
 
     def resolve(self) -> None:
-        """Look the parameters up again; to be called once they are sharded."""
+        """Look up the parameter objects; to be called once they are sharded."""
         for module, name in self._parameters:
             self._parameters[module, name] = module._parameters.get(name)
 
     def hook(self, module: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The hook for what a forward uses of the parameter ``name`` of ``module``, where its gradient will be a
-        summand.
-        """
+        """The gradient hook for a use of the parameter ``name`` of ``module`` that yields a Partial gradient."""
         return functools.partial(self._scaled, (module, name))
 
-    def _scaled(self, place: tuple[nn.Module, str], summand: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, key: tuple[nn.Module, str], gradient: torch.Tensor) -> torch.Tensor:
         if self.sums_after_backward and not self._queued:
             self._queued = True
             compat.after_backward(self._after_backward)
-        self._reached.add(place)
-        return summand * self._size
+        self._reached.add(key)
+        return gradient * self._size
 
     def _after_backward(self) -> None:
         self._queued = False
-        self.resolve()  # a model from the meta device got other parameter objects when it was filled
+        self.resolve()  # filling a model from the meta device has replaced the parameter objects
         self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Complete the outstanding partial gradients over the tp axis. Does nothing when none is outstanding.
+        """Complete the outstanding Partial gradients over the tp axis; without any, do nothing.
 
-        Collective over the tp axis: every rank of it has run the same backwards, so all of them call it alike.
+        Collective over the tp axis. Its ranks run the same backwards, so all of them have the same ones outstanding.
         """
         if not self._reached:
             return
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
-        # In the order of the registry, which all ranks share. A parameter that several modules hold is there once.
-        reached = [p for place, p in self._parameters.items() if place in self._reached and p is not None]
+        # In the order of the registry, which is equal on all ranks. A parameter that several modules hold counts once.
+        reached = [p for key, p in self._parameters.items() if key in self._reached and p is not None]
         for parameter in {id(p): p for p in reached}.values():
             if parameter.grad is not None:
-                gradient = _local(parameter.grad)
+                gradient = parameter.grad
+                gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                 by_dtype[gradient.dtype].append(gradient)
         if not by_dtype:
             return
@@ -95,10 +99,39 @@ class PartialGradients:
             # Offloaded gradients lie on the CPU, where the group of a GPU mesh may not communicate.
             flat = torch.cat([g.reshape(-1) for g in gradients]).to(self._device_type)
             mean = all_reduce(flat, self._group).div_(self._size)
-            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            for gradient, average in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(average.view_as(gradient))
         self._reached.clear()
 
 
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def sum_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Sum the gradients of all parameters below ``module`` over the 1-D ``mesh``, in each backward.
+
+    During the module's forward its parameters are replaced by :func:`copy_to_tp` of them (identity forward, all-reduce
+    backward). So FSDP2 may replace the parameter objects before or after this call, and a gradient that accumulates
+    over several backwards is right, too.
+
+    Args:
+        module: called as a module; its ``forward`` stays as it is.
+        mesh: the tp axis.
+    """
+    group = mesh.get_group()
+    replaced: list[list[Slot]] = []  # one list for each running call
+
+    def copied(name: str, parameter: nn.Parameter) -> torch.Tensor | None:
+        if not parameter.requires_grad:
+            return None
+        local: torch.Tensor = parameter
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local(grad_placements=parameter.placements)
+        return copy_to_tp(local, group)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        replaced.append(exchange(stand_ins(module, copied)))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if replaced:  # empty if an earlier pre-hook has failed
+            exchange(replaced.pop())
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 
 from ... import compat
 from ...core.sharding_spec import REPLICATED, ShardingSpec
+from ...core.source_code import syntax_tree
 from ...errors import UnsupportedError
 
 #: Methods without arguments that return a module.
@@ -120,10 +120,7 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
     """The longest chains of attributes of ``self`` or ``super()`` (also under a local name) in ``function``, without
     these.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
+    tree = syntax_tree(function)
     chains: set[tuple[str, ...]] = set()
     local: dict[str, set[tuple[str, ...]]] = {"self": {()}}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ...core.shard_layout import shard_of
 from ...core.sharding_spec import Input, Output, ParameterSpec, ShardingSpec
@@ -177,10 +178,8 @@ def _arguments(module: nn.Module) -> list[torch.Tensor]:
 
 
 def _run(module: nn.Module, values: dict[str, torch.Tensor], arguments: list[torch.Tensor]) -> torch.Tensor:
-    for key, value in values.items():
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
     with torch.no_grad():
-        output = module(*(x.clone() for x in arguments))
+        output = functional_call(module, values, tuple(x.clone() for x in arguments), tie_weights=False)
     if not isinstance(output, torch.Tensor):
         raise CannotRun("it returns no tensor")
     return output.float()

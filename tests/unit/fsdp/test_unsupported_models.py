@@ -7,7 +7,7 @@ from sweep.tiny import build
 
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.fsdp.reversible import refuse_own_backward
+from hf_automodel_parallel.fsdp.unsupported_models import refuse_own_backward
 
 
 def test_reversible_layers_are_refused():
