@@ -16,7 +16,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..core.consistency import fingerprint, synchronize_rng
 from ..core.module_names import unwrapped
-from ..core.ranks import communication_device, raise_on_all_ranks
+from ..core.ranks import communication_device, gather_objects, raise_on_all_ranks
 from ..errors import PrepareError
 from ..strategies.context import ParallelizeContext
 
@@ -154,14 +154,12 @@ def _one_token(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_prompt(arguments: list[tuple[int | str, Any]], tp_mesh: DeviceMesh) -> None:
-    group = tp_mesh.get_group()
     mine = {
         "inputs" if name == 0 else str(name): (tuple(value.shape), fingerprint(value))
         for name, value in arguments
         if isinstance(value, torch.Tensor)
     }
-    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = gather_objects(mine, tp_mesh.get_group())
     names = sorted({name for theirs in everyone for name in theirs})
     differ = [name for name in names if any(theirs.get(name) != everyone[0].get(name) for theirs in everyone)]
     if differ:

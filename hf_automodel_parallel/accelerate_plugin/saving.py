@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import compat
-from ..core.rendezvous import meet
+from ..core.ranks import gather_objects
+from ..core.rendezvous import rendezvous
 from ..errors import ConfigError, UnsupportedError
 from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapter
 from ..export.files import completed_at_end
@@ -87,7 +88,7 @@ def _save_pretrained(
             _write(model, directory, options, state.state, state.fetch, state.weights)
         return None
     name = f"{type(model).__name__}.save_pretrained()"
-    writers = meet(name, {k: str(v) for k, v in options.items()}, main)
+    writers = rendezvous(name, {k: str(v) for k, v in options.items()}, main)
     shards = ShardedState(model, dist.get_rank() in writers)
     for writer in writers:
         written = shards.led_by(writer, lambda fetch: _write(model, directory, options, shards, fetch))
@@ -229,7 +230,7 @@ def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[st
 
 def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``model.push_to_hub``, called by all ranks: rank 0 does it, and the others help with its ``save_pretrained``."""
-    meet(f"{type(model).__name__}.push_to_hub()", {})
+    rendezvous(f"{type(model).__name__}.push_to_hub()", {})
     shards = ShardedState(model, dist.get_rank() == 0)
 
     def push(fetch: Fetch) -> Any:
@@ -274,7 +275,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         # The weights of a checkpoint are in its sharded files; the configs make it complete for an export.
         in_checkpoint = _internal_call and output_dir is not None
         if not in_checkpoint:  # whose ranks have met already
-            meet(f"{type(trainer).__name__}.save_model()", {})
+            rendezvous(f"{type(trainer).__name__}.save_model()", {})
         shards = ShardedState(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
 
@@ -294,8 +295,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
             return None
         state_dict.used = True
         shards = state_dict.state
-        asked: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(asked, bool(trainer.args.should_save))  # with save_on_each_node one on each
+        asked = gather_objects(bool(trainer.args.should_save))  # with save_on_each_node one on each
         for writer in [rank for rank, wants in enumerate(asked) if wants]:
 
             def work(fetch: Fetch) -> Any:
@@ -342,7 +342,7 @@ def save_model(
     if directory.is_file():
         raise ConfigError(f"save_model({str(save_directory)!r}): this is a file; give a directory.")
     details = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
-    (writer,) = meet("Accelerator.save_model()", details)
+    (writer,) = rendezvous("Accelerator.save_model()", details)
     shards = ShardedState(model, dist.get_rank() == writer)
 
     def work(fetch: Fetch) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.ranks import gather_objects
 from ..errors import AutoParallelError
 from ..plan.patterns import layer_pattern
 from .reachability import ReachabilityHooks
@@ -241,8 +242,7 @@ def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
 
 def _raise_on_all(problems: list[str]) -> None:
     """Raise on every rank: its own problems, or those of the first rank that has any. Collective over all ranks."""
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, problems)
+    everyone = gather_objects(problems)
     rank = dist.get_rank() if problems else next(r for r, theirs in enumerate(everyone) if theirs)
     where = "" if rank == dist.get_rank() else f"on rank {rank}: "
     raise GradientAuditError(where + " | ".join(everyone[rank]))

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from .. import compat
-from ..core.ranks import communication_device
+from ..core.ranks import communication_device, gather_tensors
 
 #: Replicas may differ by rounding (kernels with atomics); a forgotten sum differs by about the gradient itself.
 GRADIENT_TOLERANCE = 1e-2
@@ -67,9 +67,7 @@ def compare_replicas(model: nn.Module, tolerance: float, inputs: torch.Tensor, t
     mine = torch.stack(
         [*rows, torch.cat([torch.tensor([float(trouble)], dtype=torch.float64), inputs.cpu()]).to(device)]
     )
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    table = torch.stack(everyone).cpu()  # (world size, rows, 3)
+    table = gather_tensors(mine).cpu()  # (world size, rows, 3)
     groups = table[:, -1, 1:].view(-1, tp_size, 2).nan_to_num()
     other_inputs = not torch.allclose(groups, groups[:, :1], rtol=1e-9, atol=0.0)
     troubled, table = bool(table[:, -1, 0].any()), table[:, :-1]

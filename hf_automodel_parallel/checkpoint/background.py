@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..core.ranks import known_to_all
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,7 @@ def wait_for_saves() -> None:
         error = _error.pop()
         _error.clear()
         raised = CheckpointError(f"the last checkpoint, saved in the background, was not completed: {error}")
-        raised.everyone_knows = True  # type: ignore[attr-defined]
-        raise raised from error
+        raise known_to_all(raised) from error
 
 
 _registered = False

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
-from ..core.ranks import communication_device, raise_on_all_ranks
+from ..core.ranks import gather_tensors, raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from .layout import Layout
 
@@ -135,11 +134,8 @@ def _agree(error: Exception | None, numbers: torch.Tensor) -> torch.Tensor:
     """Every rank's ``numbers`` (k,) as (world, k); raises on all ranks if one has an ``error``. One small
     collective.
     """
-    device = communication_device()
-    mine = torch.cat([torch.tensor([float(error is not None)], dtype=torch.float64), numbers.cpu()]).to(device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    table = torch.stack(everyone).cpu()
+    mine = torch.cat([torch.tensor([float(error is not None)], dtype=torch.float64), numbers.cpu()])
+    table = gather_tensors(mine).cpu()
     if table[:, 0].any():
         with raise_on_all_ranks("context parallelism"):
             if error is not None:

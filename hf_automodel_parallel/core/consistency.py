@@ -1,6 +1,4 @@
-"""Make the ranks agree before anything is sharded: on errors, on the model's structure, on its values, on random
-numbers.
-"""
+"""What the ranks compare and make equal before a model is sharded: configs, structure, values, random states."""
 
 from __future__ import annotations
 
@@ -17,54 +15,38 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ConfigError, PrepareError
-from .ranks import broadcast_from_rank_zero, communication_device
+from .ranks import broadcast_from_rank_zero, broadcast_object, difference, gather_tensors
 from .sharding_spec import ShardingSpec
-
-
-def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Scales and code books of quantised weights, which are neither parameters nor buffers."""
-    for name, module in model.named_modules():
-        state: Any = getattr(module, "quant_state", None)
-        for part, owner in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
-            for key in ("absmax", "code", "offset"):
-                value = getattr(owner, key, None)
-                if isinstance(value, torch.Tensor):
-                    yield f"{name}.{part}.{key}", value
-
 
 logger = logging.getLogger(__name__)
 
 
 def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
-    """Raise on all ranks unless they agree on the mesh and on what else decides which collectives run.
+    """Raise on all ranks unless they have the same mesh sizes and the same options that decide collectives.
 
-    Otherwise each would wait for ever in groups of its own, or for a collective that the others never call.
+    Otherwise a rank would wait forever in a group of its own, or in a collective that the other ranks never call.
 
     Args:
-        sizes: axis -> size.
-        choices: field of the config -> value.
+        sizes: axis -> number of ranks.
+        choices: option -> value.
 
     Raises:
-        ConfigError: with the values of rank 0 and of the first rank that has others.
+        ConfigError: with the values of rank 0 and of the first rank that differs from it.
     """
-    mine = ({f"{axis}_size": size for axis, size in sizes.items()}, choices)
-    everyone: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if not others:
+    found = difference((sizes, choices))
+    if found is None:
         return
-    (first_sizes, first), (other_sizes, other) = everyone[0], everyone[others[0]]
-    names = [name for name in first if first[name] != other.get(name)]
+    (sizes_0, choices_0), (sizes_r, choices_r) = found.reference, found.other
+    names = [name for name in choices_0 if choices_0[name] != choices_r.get(name)]
     shown = []
-    for values, fields in ((first_sizes, first), (other_sizes, other)):
-        told = values if first_sizes != other_sizes else {}
-        shown.append(
-            ", ".join(f"{name}={value!r}" for name, value in {**told, **{n: fields.get(n) for n in names}}.items())
-        )
-    more = f" ({len(others) - 1} more ranks differ from rank 0)" if len(others) > 1 else ""
+    for axes, options in ((sizes_0, choices_0), (sizes_r, choices_r)):
+        values = {f"{axis}_size": size for axis, size in axes.items()} if sizes_0 != sizes_r else {}
+        values |= {name: options.get(name) for name in names}
+        shown.append(", ".join(f"{name}={value!r}" for name, value in values.items()))
+    more = f" ({len(found.ranks) - 1} more ranks differ from rank 0)" if len(found.ranks) > 1 else ""
     raise ConfigError(
-        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {others[0]}{more}. "
-        f"Start all processes with the same config file, environment and arguments."
+        f"the ranks have different parallelism configs: {shown[0]} on rank 0, {shown[1]} on rank {found.ranks[0]}"
+        f"{more}. Start all processes with the same config file, environment and arguments."
     )
 
 
@@ -74,11 +56,10 @@ def check_same_structure(
     group: dist.ProcessGroup | None = None,
     choices: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise on all ranks unless they hold models with the same parameters and buffers, and are going to treat them
-    alike.
+    """Raise on all ranks unless they hold the same model and are going to shard it alike.
 
-    The same means: names, shapes, dtypes, which parameters are tied, which are trainable, the plan as resolved, the
-    choices.
+    Compared are names, shapes and dtypes of parameters and buffers, which parameters are tied and which are trainable,
+    the resolved plan, and the choices. One digest is exchanged; the full text only if the digests differ.
 
     Args:
         model: the model, on every rank.
@@ -102,16 +83,12 @@ def check_same_structure(
     described += [] if spec is None else spec.described()
     described += [f"option {name}={value!r}" for name, value in (choices or {}).items()]
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()
-    digests: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group=group)
-    if len(set(digests)) == 1:
+    found = difference(digest, group)
+    if found is None:
         return
-    ranks = [rank for rank, value in enumerate(digests) if value != digests[0]]
-    compared: list[list[str]] = []
-    for rank in (0, ranks[0]):  # every rank names the same difference
-        theirs: list[list[str] | None] = [described if dist.get_rank(group) == rank else None]
-        dist.broadcast_object_list(theirs, group_src=rank, group=group)
-        compared.append(theirs[0] or [])
+    ranks = found.ranks
+    # Every rank names the same difference: that between rank 0 and the first rank that differs.
+    compared = [broadcast_object(described, group, source) for source in (0, ranks[0])]
     alone = [sorted(set(a) - set(b)) for a, b in (compared, compared[::-1])]
     examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]
     raise PrepareError(
@@ -129,9 +106,8 @@ def check_same_structure(
 def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
     """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
 
-    Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each contribute
-    their own part to a mixture that exists nowhere. Equal tensors, the normal case, cost one pass over the memory and
-    one small gather.
+    Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each shard
+    other values. Equal tensors, the normal case, cost one pass over the memory and one small all-gather.
 
     Args:
         model: the model, on every rank.
@@ -142,11 +118,9 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(state_tensors(model))}
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
-    device = communication_device()
-    mine = torch.tensor([fingerprint(t) for t in tensors.values()], dtype=torch.int64, device=device).reshape(-1)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    changed = (torch.stack(everyone) != everyone[0][None]).any(0).tolist()
+    mine = torch.tensor([fingerprint(t) for t in tensors.values()], dtype=torch.int64).reshape(-1)
+    everyone = gather_tensors(mine, group)
+    changed = (everyone != everyone[0]).any(0).tolist()
     names = [name for name, flag in zip(tensors, changed, strict=True) if flag]
     for name in names:
         broadcast_from_rank_zero(tensors[name], group)
@@ -157,8 +131,19 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
     return names
 
 
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of scales and code books of quantised weights: neither parameters nor buffers."""
+    for name, module in model.named_modules():
+        state: Any = getattr(module, "quant_state", None)
+        for part, owner in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
+            for key in ("absmax", "code", "offset"):
+                value = getattr(owner, key, None)
+                if isinstance(value, torch.Tensor):
+                    yield f"{name}.{part}.{key}", value
+
+
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over the raw bytes, weighted by position, equal for equal content."""
+    """A 64-bit sum over the raw bytes, weighted by position; equal for equal content, on any device."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     rest = data.numel() % 8
     words = data[: data.numel() - rest].view(torch.int64)
@@ -174,16 +159,14 @@ def fingerprint(tensor: torch.Tensor) -> int:
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:
     """Give all ranks of a tp group the random states of its first rank: of torch, of numpy and of Python.
 
-    Activations outside of sharded regions are replicated over tp; a dropout there must draw the same mask on each of
-    these ranks, whatever seeds they started with, and so must masks that a model or a collator draws with numpy or
-    ``random``. Ranks along the data-parallel axes keep their own states.
+    Activations outside of sharded blocks are replicated over tp: a dropout there must draw the same mask on each rank
+    of the group, whatever seeds the ranks started with. The same holds for masks that a model or a collator draws with
+    numpy or ``random``. Ranks along the data-parallel axes keep their own states.
     """
-    group = tp_mesh.get_group()
-    source = dist.get_global_rank(group, 0)
     states: list[object] = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
     if torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state())
-    dist.broadcast_object_list(states, src=source, group=group)
+    states = broadcast_object(states, tp_mesh.get_group())
     random.setstate(states[0])  # type: ignore[arg-type]
     numpy.random.set_state(states[1])  # type: ignore[arg-type]
     torch.set_rng_state(states[2])  # type: ignore[arg-type]

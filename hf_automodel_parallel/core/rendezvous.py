@@ -1,8 +1,8 @@
-"""All ranks meet before a save, and those that came learn in bounded time that the others will not.
+"""A barrier with a timeout in front of a save, over the store through which the process group was made.
 
-``if accelerator.is_main_process: model.save_pretrained(...)`` is what everybody writes, and on a sharded model one rank
-then waits for ever in the first collective. So the ranks first meet in the store through which the process group was
-made: no collective, no backend, and the waiting has an end.
+``if accelerator.is_main_process: model.save_pretrained(...)`` is the usual idiom; on a sharded model that one rank would
+wait forever in the first collective. The store needs no collective and no backend, so waiting has an end, and the error
+names the missing ranks.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch.distributed as dist
 from .. import compat
 from ..errors import ConfigError, ExportError
 
-#: Seconds that a rank waits for the others, which may still be computing.
+#: Environment variable: seconds that a rank waits for the others, which may still be computing.
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
 
-#: Meetings so far, by store. A rank that came to none of them catches up when it comes.
-_meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+#: Rendezvous so far, by store. A rank that missed some catches up when it comes.
+_counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def timeout_seconds() -> float:
     """How long a rank waits for the others: the environment's value, or 60 s.
 
     Raises:
-        ConfigError: the variable is no positive number.
+        ConfigError: the variable is not a positive number.
     """
     text = os.environ.get(TIMEOUT_VARIABLE)
     if text is None:
@@ -47,25 +47,25 @@ def timeout_seconds() -> float:
     return seconds
 
 
-def meet(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:
+def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:
     """Wait until every rank has called the same save.
 
     Args:
         what: the call, as the user writes it.
         details: what has to be the same on all ranks; JSON values.
-        writes: whether this rank would write files (``is_main_process``); may differ.
+        writes: whether this rank would write files (``is_main_process``); may differ across ranks.
 
     Returns:
         The ranks that write: rank 0 alone if none or all of them asked for it.
 
     Raises:
-        ExportError: a rank did not come, or came with another call; the message names ranks and remedy.
+        ExportError: a rank is missing after the timeout, or made another call; the message names ranks and remedy.
     """
     rank, seconds = dist.get_rank(), timeout_seconds()
     mine = json.dumps({"call": what, **details}, sort_keys=True, default=str)
     while True:
         root = compat.rendezvous_store()
-        count = _meetings.get(root, 0)
+        count = _counts.get(root, 0)
         store = dist.PrefixStore(f"hf_automodel_parallel/save/{count}", root)
         store.set(f"here/{rank}", json.dumps([mine, writes]))
         if rank == 0:
@@ -74,9 +74,9 @@ def meet(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int
             store.delete_key(f"here/{rank}")
             raise ExportError(_missing(what, [0], seconds))
         verdict = json.loads(store.get("verdict"))
-        _meetings[root] = count + 1
+        _counts[root] = count + 1
         if rank in verdict["missing"]:
-            continue  # the others gave up before this rank came; if it was not for this call, they meet again
+            continue  # The others gave up before this rank came. If that was another call, they wait for it again.
         if verdict["error"]:
             raise ExportError(verdict["error"])
         return verdict["writers"]
@@ -111,7 +111,7 @@ def _waited(store: Any, keys: list[str], seconds: float) -> bool:
 def _missing(what: str, ranks: list[int], seconds: float) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return (
-        f"{what} on a sharded model is called by all ranks, because each holds a part of the weights; rank {shown} did "
+        f"{what} on a sharded model is called by all ranks, because each holds a shard of the weights; rank {shown} did "
         f"not come within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes "
         f"anyway). If the ranks are there but late, set {TIMEOUT_VARIABLE} to more seconds."
     )

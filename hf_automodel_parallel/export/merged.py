@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import compat
 from ..core.module_names import unwrapped
-from ..core.rendezvous import meet
+from ..core.rendezvous import rendezvous
 from ..core.swap import swapped_parameters
 from ..errors import ConfigError, UnsupportedError
 from ..tensor_parallel.dora import unsharded_weight_norm
@@ -62,7 +62,7 @@ def save_merged(
         write(lambda name: state[name].detach().cpu(), state)
         return
     details = {"adapters": adapters, "max_shard_size": max_shard_size, "variant": variant}
-    (writer,) = meet("save_merged()", details)
+    (writer,) = rendezvous("save_merged()", details)
     shards = ShardedState(model, torch.distributed.get_rank() == writer)
     shards.led_by(writer, lambda fetch: write(fetch, shards.tensors))
 

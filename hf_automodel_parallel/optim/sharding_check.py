@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from ..core.ranks import raise_on_all_ranks
+from ..core.ranks import difference, raise_on_all_ranks
 from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError, UnsupportedError
 from ..fsdp.shard import data_parallel_placement
@@ -132,15 +131,13 @@ def _described(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _check_same(described: list[str], names: list[list[list[str]]]) -> None:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (described, names))
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            raise PrepareError(
-                f"the optimizer of rank {rank} is not that of rank 0: {_shortened(theirs[0])} instead of "
-                f"{_shortened(everyone[0][0])}, or for other parameters. Shards of one parameter would be changed "
-                f"differently. Create it alike on all ranks."
-            )
+    found = difference((described, names))
+    if found is not None:
+        raise PrepareError(
+            f"the optimizer of rank {found.ranks[0]} is not that of rank 0: {_shortened(found.other[0])} instead of "
+            f"{_shortened(found.reference[0])}, or for other parameters. Shards of one parameter would be changed "
+            f"differently. Create it alike on all ranks."
+        )
 
 
 def _shortened(described: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ... import compat
 from ...core.module_names import unwrapped
+from ...core.ranks import gather_objects
 from ...core.sharding_spec import ShardingSpec
 from ...errors import AutoParallelError
 from ...tensor_parallel.apply import TensorParallelState
@@ -149,13 +150,11 @@ class MegatronModel:
             for name, parameter in self.parameters.items()
             if parameter.grad is not None and not bool(torch.isfinite(local_part(parameter.grad)).all())
         ]
-        everyone: list[list[str]] = [[]] * dist.get_world_size()
         flag = torch.tensor(len(bad), device=self.places.device)
         dist.all_reduce(flag)
         if not int(flag):
             return
-        dist.all_gather_object(everyone, bad)
-        names = sorted({name for some in everyone for name in some})
+        names = sorted({name for theirs in gather_objects(bad) for name in theirs})
         raise NonFiniteGradientError(
             f"{len(names)} gradients are not finite ({', '.join(names[:4])}). The optimizer has not stepped. Lower the "
             f"learning rate or look at the data; check_for_nan_in_grad=False steps nevertheless."

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ...core.ranks import gather_objects
 from ...errors import UnsupportedError
 from . import engine
 from .sharding import MegatronModel
@@ -136,8 +137,7 @@ class FullStates:
         for key, name in self._places_in(optimizer, state).items():
             values = state["state"].get(key, {})
             mine[key] = {entry: self._described(name, value) for entry, value in values.items()}
-        everyone: list[dict[Any, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+        everyone = gather_objects(mine)
         result: dict[Any, dict[str, Any]] = {}
         for key, name in self._places_in(optimizer, state).items():
             known = {entry: described for rank in reversed(everyone) for entry, described in rank.get(key, {}).items()}
