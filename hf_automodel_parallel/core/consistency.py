@@ -40,7 +40,7 @@ def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
     names = [name for name in choices_0 if choices_0[name] != choices_r.get(name)]
     shown = []
     for axes, options in ((sizes_0, choices_0), (sizes_r, choices_r)):
-        values = {f"{axis}_size": size for axis, size in axes.items()} if sizes_0 != sizes_r else {}
+        values: dict[str, Any] = {f"{axis}_size": size for axis, size in axes.items()} if sizes_0 != sizes_r else {}
         values |= {name: options.get(name) for name in names}
         shown.append(", ".join(f"{name}={value!r}" for name, value in values.items()))
     more = f" ({len(found.ranks) - 1} more ranks differ from rank 0)" if len(found.ranks) > 1 else ""

@@ -1,8 +1,8 @@
 """A barrier with a timeout in front of a save, over the store through which the process group was made.
 
-``if accelerator.is_main_process: model.save_pretrained(...)`` is the usual idiom; on a sharded model that one rank would
-wait forever in the first collective. The store needs no collective and no backend, so waiting has an end, and the error
-names the missing ranks.
+``if accelerator.is_main_process: model.save_pretrained(...)`` is the usual idiom; on a sharded model that one rank
+would wait forever in the first collective. The store needs no collective and no backend, so waiting has an end, and the
+error names the missing ranks.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _waited(store: Any, keys: list[str], seconds: float) -> bool:
 def _missing(what: str, ranks: list[int], seconds: float) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return (
-        f"{what} on a sharded model is called by all ranks, because each holds a shard of the weights; rank {shown} did "
-        f"not come within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes "
+        f"{what} on a sharded model is called by all ranks, because each holds a shard of the weights; rank {shown} "
+        f"did not come within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes "
         f"anyway). If the ranks are there but late, set {TIMEOUT_VARIABLE} to more seconds."
     )
