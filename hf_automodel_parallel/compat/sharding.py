@@ -225,7 +225,8 @@ def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
     """
     if torch_version() < (2, 15) and any(p.unsharded_accumulated_grad is not None for p in fsdp_params):
         for fsdp_param in fsdp_params:
-            fsdp_param.to_accumulated_grad_if_needed()
+            if fsdp_param.unsharded_accumulated_grad is None:  # FSDP2 adds .grad to it later; the call would replace it
+                fsdp_param.to_accumulated_grad_if_needed()
 
 
 def reduce_all_but(units: Any) -> None:

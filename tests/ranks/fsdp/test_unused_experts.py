@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
 from harness.models import build_model, lora, randomize
 from harness.pool import run_distributed
@@ -147,9 +147,21 @@ def test_gradients_equal_one_process(case):
         assert result[2] == list(want[1]), "what counts is no parameter of the model"
 
 
-def test_accumulation_under_mixed_precision_keeps_one_dtype():
-    """What was accumulated is float32, what the last micro-batch alone used is bfloat16; FSDP2 reduces one dtype."""
-    _, gradients, _ = run_distributed(2, through_prepare, SHARDED, ACCUMULATED, mixed_precision="bf16")[0]
+def float32_reduction() -> FullyShardedDataParallelPlugin:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+
+
+@pytest.mark.parametrize("reduce", ["bf16", "float32"])
+def test_accumulation_under_mixed_precision_keeps_one_dtype(reduce):
+    """Reduced in float32, what was accumulated is float32, and what the last micro-batch alone used is bfloat16."""
+    options = {"mixed_precision": "bf16"} if reduce == "bf16" else {"fsdp_plugin": float32_reduction()}
+    _, gradients, _ = run_distributed(2, through_prepare, SHARDED, ACCUMULATED, **options)[0]
     _, want = one_process(ACCUMULATED)
     assert [name for name, g in gradients.items() if g is None] == [name for name, g in want.items() if g is None]
     for name, gradient in gradients.items():
