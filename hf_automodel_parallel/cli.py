@@ -48,7 +48,7 @@ def plan(
 
     from .accelerate_plugin.config import AutoParallelismConfig
     from .core.model_structure import find_layers
-    from .core.module_names import unwrapped
+    from .core.model_view import ModelView
     from .plan.analysis.sequence_parallel import derive
     from .plan.describe import plan_table
     from .plan.loss_parallel import keep_logits_sharded
@@ -77,7 +77,7 @@ def plan(
         validate(network, spec, tp)
         keep_logits_sharded(network, spec)
         if sequence_parallel:
-            derive(network, spec, find_layers(unwrapped(network)[0]))
+            derive(network, spec, find_layers(ModelView.of(network).inner))
     except (AutoParallelError, OSError, ValueError) as error:
         typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
         raise typer.Exit(1) from error

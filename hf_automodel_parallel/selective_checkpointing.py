@@ -6,7 +6,7 @@ from torch import nn
 
 from .activation_checkpointing import _MARK, checkpoint_module, is_checkpointed, selective_contexts, switch_cache_off
 from .core.model_structure import find_layers
-from .core.module_names import unwrapped
+from .core.model_view import ModelView
 from .errors import UnsupportedError
 
 
@@ -27,7 +27,7 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
             ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
     """
 
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     layers = find_layers(inner)
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")

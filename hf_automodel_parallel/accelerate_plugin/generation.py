@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..core.consistency import fingerprint, synchronize_rng
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.ranks import communication_device, gather_objects, raise_on_all_ranks
 from ..errors import PrepareError
 from ..strategies.context import ParallelizeContext
@@ -41,7 +41,7 @@ def guard_generation(model: nn.Module, context: ParallelizeContext) -> None:
         model: the prepared model, PEFT-wrapped or not.
         context: how it was prepared.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     if not hasattr(inner, "generate") or _GUARDED in inner.__dict__:
         return
     if hasattr(model, "generate"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import compat
 from ..activation_checkpointing import normalized_mode
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..errors import ConfigError
 from ..fsdp.dtype_groups import own_dtype_parameters
 from ..fsdp.options import ShardingOptions, without_pinning
@@ -58,7 +58,7 @@ def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model
                 "two."
             )
         mode = "full"
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     own = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
     if own and mode != "none":
         raise ConfigError(

@@ -226,7 +226,7 @@ def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
 
     Not taking part: adapters that are not active, disabled, or merged into the weights they adapt.
     """
-    types = tuple(t for t in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if t is not None)
+    types = compat.peft_wrapper_types()
     on: set[str] = set()
     off: set[str] = set()
     wrappers: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if types and isinstance(m, types)]

@@ -32,6 +32,7 @@ from .peft import peft_layer_types as peft_layer_types
 from .peft import peft_lora_variant_types as peft_lora_variant_types
 from .peft import peft_parameter_wrapper_type as peft_parameter_wrapper_type
 from .peft import peft_tuner_layer_type as peft_tuner_layer_type
+from .peft import peft_wrapper_types as peft_wrapper_types
 from .sharding import around_group as around_group
 from .sharding import backward_reached as backward_reached
 from .sharding import before_reduction as before_reduction

@@ -36,6 +36,13 @@ def peft_auxiliary_wrapper_type() -> type | None:
     return AuxiliaryTrainingWrapper
 
 
+def peft_wrapper_types() -> tuple[type, ...]:
+    """PEFT's base classes of modules around a layer of the model (tuner layers, ``modules_to_save``); empty without
+    peft.
+    """
+    return tuple(kind for kind in (peft_tuner_layer_type(), peft_auxiliary_wrapper_type()) if kind is not None)
+
+
 def peft_layer_types() -> tuple[type, ...]:
     """PEFT's layers that are local operators on a slice of their base layer, or leave it whole; empty without peft."""
     if "peft" not in sys.modules:

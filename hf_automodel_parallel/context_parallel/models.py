@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import compat
 from ..core.model_structure import ModelStructure
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..errors import UnsupportedError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
@@ -51,7 +51,7 @@ def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence
     Raises:
         UnsupportedError: with what stands in the way.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
 
     def refuse(why: str, remedy: str = "Use cp_size=1 for this model.") -> UnsupportedError:
         return UnsupportedError(f"cp_size={size} cannot be used with {type(inner).__name__}: {why} {remedy}")

@@ -11,7 +11,7 @@ from torch import nn
 from .. import compat
 from ..errors import ConfigError, UnsupportedError
 from .modality_encoders import find_modality_encoders, layers_of_modality_encoders
-from .module_names import unwrapped
+from .model_view import ModelView
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def find_structure(model: nn.Module, layer_classes: list[str] | None = None) -> 
     Raises:
         ConfigError: a class name given by the user does not occur in the model.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     layers = find_layers(inner, layer_classes)
     inside = {id(m) for layer in layers for m in layer.modules()}
 
@@ -143,7 +143,7 @@ def model_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UnsupportedError: there are none.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     layers = find_layers(inner)
     if not layers and (container := largest_container(inner)) is not None:
         layers = list(container.children())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import compat
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.rendezvous import rendezvous
 from ..core.swap import swapped_parameters
 from ..errors import ConfigError, UnsupportedError
@@ -94,7 +94,8 @@ class Merging:
         prompts = [n for n, c in model.peft_config.items() if c.is_prompt_learning]  # type: ignore[union-attr,operator]
         if prompts:
             raise UnsupportedError(f"the adapter {prompts[0]!r} learns a prompt, which cannot be merged into weights.")
-        self.inner, self.prefix = unwrapped(model)
+        view = ModelView.of(model)
+        self.inner, self.prefix = view.inner, view.prefix
         if any(getattr(module, "quant_state", None) is not None for module in model.modules()):
             raise UnsupportedError(
                 "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, "

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from .. import compat
-from ..core.module_names import plan_name, unwrapped
+from ..core.model_view import ModelView, plan_name
 from ..errors import UnsupportedError
 from .unused_gradients import shard_counting
 
@@ -247,7 +247,8 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
     """
     if param_dtype is None:
         return []
-    inner, prefix = unwrapped(model)
+    view = ModelView.of(model)
+    inner, prefix = view.inner, view.prefix
     kept = compat.names_kept_in_float32(inner, param_dtype)
     tuner_type, matrix_types = (
         compat.peft_tuner_layer_type(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..errors import ConfigError, UnsupportedError
 
 
@@ -17,7 +17,7 @@ def quantization_method(model: nn.Module) -> str | None:
     """What ``model`` is quantised with ("bitsandbytes", "gptq", ...), None if its weights are floating-point
     numbers.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None or getattr(inner, "is_quantized", False):
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "unknown")

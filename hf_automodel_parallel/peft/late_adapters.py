@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..core.consistency import check_same_structure, synchronize_rng
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.ranks import broadcast_from_rank_zero, raise_on_all_ranks
 from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
@@ -62,7 +62,7 @@ def adding(
     ) -> None:
         for unit in fsdp_units(model):
             unit.reshard()
-        inner, _ = unwrapped(model)
+        inner = ModelView.of(model).inner
         before = dict(inner.named_modules(remove_duplicate=False))
         is_new = adapter_name not in model.peft_config  # type: ignore[operator]
         try:
@@ -133,7 +133,7 @@ def _check_job(context: ParallelizeContext) -> None:
 @contextmanager
 def _peft_own_methods(model: nn.Module) -> Iterator[None]:
     """Let PEFT call its own methods meanwhile, and not those that are bound on the prepared model for users."""
-    owners: list[Any] = [model, getattr(model, "base_model", None), unwrapped(model)[0]]
+    owners: list[Any] = [model, getattr(model, "base_model", None), ModelView.of(model).inner]
     bound = [
         (owner, name, owner.__dict__.pop(name))
         for owner in owners

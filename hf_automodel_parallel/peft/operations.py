@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.ranks import raise_on_all_ranks
 from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
@@ -170,7 +170,7 @@ def manage_adapters(
     model.__dict__[_MANAGED] = True
     model.register_load_state_dict_pre_hook(_shard_loaded_values)
     merge_whole_weights(model)
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
         if not isinstance(owner, nn.Module):
             continue

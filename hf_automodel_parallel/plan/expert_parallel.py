@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..errors import UnsupportedError
 
 
@@ -16,7 +16,7 @@ def refuse_expert_parallel(model: nn.Module) -> None:
     transformers carries that out while it loads a model; on a model that is already built the request would have no
     effect.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     wanted = getattr(getattr(inner, "config", None), "distributed_config", None)
 
     def field(name: str) -> Any:

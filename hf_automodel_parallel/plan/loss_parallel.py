@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from .. import compat
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import Output, ShardingSpec
 from ..errors import PlanError
 
@@ -29,7 +29,7 @@ def keep_logits_sharded(
     """
     if wanted is False:
         return
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     head = compat.lm_head_module(inner)
     names = [name for name, module in model.named_modules() if module is head] if head is not None else []
     projections = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from .. import compat
-from ..core.module_names import plan_name, unwrapped, without_wrappers
+from ..core.model_view import ModelView, plan_name, without_wrappers
 from ..core.sharding_spec import (
     ADDED_ONCE,
     PARTIAL,
@@ -68,7 +68,8 @@ class _Resolver:
 
     def run(self) -> ShardingSpec:
         check_peft_method(self.model)
-        inner, self.prefix = unwrapped(self.model)
+        view = ModelView.of(self.model)
+        inner, self.prefix = view.inner, view.prefix
         self.config = getattr(inner, "config", None)
         self.spec.notes.extend(self.plan.notes)
         modules, parameters = self._addressable()

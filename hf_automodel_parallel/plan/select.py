@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.module_names import plan_name, unwrapped
+from ..core.model_view import ModelView, plan_name
 from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import PlanError
 from .patterns import pattern_regex
@@ -70,7 +70,7 @@ def select_plan(
     Raises:
         PlanError: the explicit plan cannot be read, or no source has a usable plan (the message lists the remedies).
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     if tp_plan is not None:
         return _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan))
     reasons: list[str] = []

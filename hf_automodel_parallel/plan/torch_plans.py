@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from ..core.model_structure import find_structure
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
 from .patterns import pattern_regex
@@ -49,7 +49,7 @@ def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
         PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) no part of the model has a plan.
         PlanError: a style of the plan is unknown, or of expert parallelism.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     entries = huggingface_plan(inner)
     if not entries:
         raise PlanAssertionError(
@@ -126,7 +126,7 @@ def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
     Raises:
         UnsupportedError: the layout cannot be seen to be right, with the part of the model for which it cannot.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     structure = find_structure(model)
     names = {module: name for name, module in inner.named_modules()}
     layers = [names[layer] for layer in structure.layers if layer in names]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import Output, ShardingSpec
 from ..errors import PlanAssertionError, PlanError
 
@@ -20,7 +20,7 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
     Raises:
         PlanError: heads do not divide; the message names the config field and its value.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     fields = _head_fields(getattr(inner, "config", None))
     for name, module_spec in spec.modules.items():
         if module_spec.foreign is not None or module_spec.output is not Output.NONE:
@@ -84,7 +84,7 @@ def config_with_heads(model: nn.Module) -> Any | None:
     A composite config is asked for its text config; one that does not know which of its parts that is, is asked for
     each part; then the models inside of ``model`` are. ``model`` may be any object with a ``config``.
     """
-    inner, _ = unwrapped(model) if isinstance(model, nn.Module) else (model, "")
+    inner = ModelView.of(model).inner if isinstance(model, nn.Module) else model
     owners = [inner, *(inner.modules() if isinstance(inner, nn.Module) else ())]
     for config in filter(None, (getattr(owner, "config", None) for owner in owners)):
         text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.module_names import unwrapped, without_wrappers
+from ..core.model_view import ModelView, without_wrappers
 from ..errors import PlanError, first_line
 from ..plan.patterns import layer_pattern
 
@@ -217,7 +217,7 @@ def replaced_modules(model: nn.Module) -> list[str]:
 
     What PEFT wrapped counts as what is inside. Empty too if no miniature can be built.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     try:
         small = build_proxy_model(inner)
     except PlanError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import PLAN_SOURCES, Plan
 from ..errors import PlanError
 from ..plan.select import select_plan
@@ -69,7 +69,7 @@ def verify_plan(
     if isinstance(tp, bool) or not isinstance(tp, int) or tp < 2:
         raise PlanError(f"tp={tp!r}: a plan is compared on 2 or more ranks; give tp=2.")
     if isinstance(model, nn.Module):
-        inner, _ = unwrapped(model)
+        inner = ModelView.of(model).inner
     else:
         from transformers import AutoModelForCausalLM
 

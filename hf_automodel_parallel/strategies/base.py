@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..compile import compile_finished_layer
 from ..core.consistency import check_same_structure, equalize_parameters
 from ..core.model_structure import find_layers
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import PLAN_SOURCES
 from ..errors import PrepareError, UnsupportedError
 from ..loading.fill import PendingValues
@@ -110,7 +110,7 @@ class ParallelizationStrategy(ABC):
             )
         context.model = result
         if context.compile_options is not None:
-            for layer in find_layers(unwrapped(result)[0]):
+            for layer in find_layers(ModelView.of(result).inner):
                 compile_finished_layer(layer, context.compile_options)
 
     def switch_optimizer(

@@ -27,7 +27,7 @@ from ..context_parallel.models import check_model as check_for_context_parallel
 from ..core.consistency import check_same_structure, equalize_parameters, synchronize_rng
 from ..core.mesh import MeshAxes
 from ..core.model_structure import find_structure
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, UnsupportedError
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
@@ -188,7 +188,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
         self.check_model(context)
         context.structure = find_structure(context.model, context.layer_classes)
-        refuse_own_backward(unwrapped(context.model)[0], context.structure.layers)
+        refuse_own_backward(ModelView.of(context.model).inner, context.structure.layers)
         context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
         context.options.read_by_other_modules = frozenset(
             name for names in context.cross_module_reads.values() for name in names
@@ -344,7 +344,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         which operators to keep. Either way no DTensor is inside of the graph.
         """
         layers, mode = without_units_inside(context.structure.layers), context.checkpointing  # type: ignore[union-attr]
-        inner, _ = unwrapped(context.model)
+        inner = ModelView.of(context.model).inner
         parts: dict[nn.Module, list[nn.Module]] = {}
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
@@ -400,7 +400,7 @@ def refuse_fused_loss(model: nn.Module) -> None:
     Its loss multiplies hidden states with ``lm_head.weight`` in a kernel of its own, beside the head's forward, where
     under tensor parallelism the weight is a DTensor.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     if str(getattr(inner.forward, "__module__", "")).startswith("liger_kernel"):
         raise UnsupportedError(
             "use_liger_kernel=True under tensor parallelism is not supported: Liger's fused cross entropy reads "

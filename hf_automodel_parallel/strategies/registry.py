@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..errors import ConfigError, PrepareError, RegistrationError
 from .base import ParallelizationStrategy
 from .default import DefaultParallelizationStrategy
@@ -197,7 +197,7 @@ def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
 def _innermost(model: nn.Module) -> nn.Module:
     """The model inside of PEFT's wrapper, ``torch.compile``'s and DDP's."""
     while True:
-        inner, _ = unwrapped(model)
+        inner = ModelView.of(model).inner
         children = dict(inner.named_children())
         # A wrapper has nothing else; a model with a part that happens to be called so has more.
         if children.keys() in ({"_orig_mod"}, {"module"}) and not any(True for _ in inner.parameters(recurse=False)):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 from ..core.model_structure import find_layers
-from ..core.module_names import unwrapped
+from ..core.model_view import ModelView
 from ..core.sharding_spec import PlanEntry
 from ..errors import PlanError
 from ..plan.validate import config_with_heads
@@ -58,7 +58,7 @@ def update_attention_head_counts_for_tp(model: nn.Module, tp_size: int) -> None:
     """
     if tp_size <= 1:
         return
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     config = config_with_heads(inner)
     towers = [m for m in inner.modules() if config is not None and type(getattr(m, "config", None)) is type(config)]
     for layer in find_layers(towers[0] if towers else inner):

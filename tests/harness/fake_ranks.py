@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_automodel_parallel.core.model_structure import find_layers
-from hf_automodel_parallel.core.module_names import unwrapped
+from hf_automodel_parallel.core.model_view import ModelView
 from hf_automodel_parallel.strategies.context import ParallelizeContext
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
@@ -92,7 +92,7 @@ def leave_blocks_out(model: nn.Module) -> None:
 
         return call
 
-    for layer in find_layers(unwrapped(model)[0]):
+    for layer in find_layers(ModelView.of(model).inner):
         for block in (layer.self_attn, layer.mlp):
             block.forward = without(block.forward)  # type: ignore[method-assign]
 

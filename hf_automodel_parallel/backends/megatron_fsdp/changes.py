@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...core.module_names import unwrapped
+from ...core.model_view import ModelView
 from ...errors import UnsupportedError
 
 #: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in
@@ -31,7 +31,7 @@ def refuse_changes(model: nn.Module) -> None:
     """Let operations that change parameters of ``model``, or which of them are trained, say that they cannot be
     done.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
         for name in _CHANGING:
             if isinstance(owner, nn.Module) and callable(getattr(type(owner), name, None)):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ... import compat
-from ...core.module_names import unwrapped
+from ...core.model_view import ModelView
 from ...core.ranks import gather_objects
 from ...core.sharding_spec import ShardingSpec
 from ...errors import AutoParallelError
@@ -105,7 +105,7 @@ class MegatronModel:
 
     def watch(self) -> None:
         """Notice forwards that begin at the model itself or at the model inside of PEFT's."""
-        roots = {self.model, unwrapped(self.model)[0]}
+        roots = {self.model, ModelView.of(self.model).inner}
         for root in roots:
             root.register_forward_pre_hook(self._before, prepend=True)
             root.register_forward_hook(self._after, always_call=True)

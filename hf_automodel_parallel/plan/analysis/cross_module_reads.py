@@ -39,7 +39,7 @@ def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, l
     Returns:
         Name of the reading module -> names of the parameters, each under the first of its names.
     """
-    wrappers = tuple(t for t in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if t is not None)
+    wrappers = compat.peft_wrapper_types()
     inside = {id(m) for layer in layers for m in layer.modules()}
     names = {id(p): name for name, p in model.named_parameters()}
     within = {id(p) for layer in layers for p in layer.parameters()}

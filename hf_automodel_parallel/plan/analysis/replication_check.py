@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ... import compat
-from ...core.module_names import plan_name, unwrapped
+from ...core.model_view import ModelView
 from ...core.sharding_spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
@@ -105,7 +105,7 @@ def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
             )
         for tied in names[ids[name]]:
             spec.parameters[tied] = PARTIAL
-        pattern = layer_pattern(plan_name(name, unwrapped(model)[1]))
+        pattern = layer_pattern(ModelView.of(model).plan_name(name))
         found[pattern] = found.get(pattern, 0) + 1
     spec.rows += [
         (p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()
@@ -366,7 +366,7 @@ class ReplicationCheck:
             for key, value in vars(module).items():
                 if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
-        pattern = layer_pattern(plan_name(block, unwrapped(self.model)[1]))
+        pattern = layer_pattern(ModelView.of(self.model).plan_name(block))
         self.notes.append(f"{block} is left whole on every rank: {reason}.")
         self.spec.rows.append((pattern, "left whole", 1, "Replicate", "derived: run without values"))
 

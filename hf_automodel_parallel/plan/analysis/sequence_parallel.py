@@ -21,7 +21,7 @@ from dataclasses import replace
 from torch import nn
 
 from ... import compat
-from ...core.module_names import plan_name, unwrapped
+from ...core.model_view import ModelView, plan_name
 from ...core.sharding_spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
 from .sequence_check import REMEDY, Found, SequenceCheck
@@ -63,12 +63,12 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
         found.tail,
         frozenset(o for o in owners if not any(o == n or o.startswith(f"{n}.") for n in found.scatters)),
     )
-    _describe(spec, unwrapped(model)[1])
+    _describe(spec, ModelView.of(model).prefix)
 
 
 def _wrapper(model: nn.Module, path: str) -> str:
     """``path``, or that of the PEFT layer around it, to which further adapters will belong."""
-    kinds = tuple(k for k in (compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()) if k is not None)
+    kinds = compat.peft_wrapper_types()
     parts = path.split(".")
     for end in range(1, len(parts)):
         above = ".".join(parts[:end])
@@ -95,7 +95,7 @@ def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
     Raises:
         ConfigError: ``checkpointing`` is a mode that recomputes the gathering, or the model's own checkpoints are on.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     if checkpointing not in ("none", "selective"):
         raise recomputes_anyway(f"activation_checkpointing={checkpointing!r}")
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
@@ -116,7 +116,7 @@ def _stack(
     model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> tuple[nn.Module, list[nn.Module]]:
     """The module that runs the sharded layers, and these."""
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(

@@ -8,7 +8,7 @@ import logging
 from torch import nn
 
 from ...activation_checkpointing import checkpoint_module, is_checkpointed
-from ...core.module_names import unwrapped
+from ...core.model_view import ModelView
 from ..context import ParallelizeContext
 from .family import FamilyParallelizationStrategy
 
@@ -29,7 +29,7 @@ class BagelParallelizationStrategy(FamilyParallelizationStrategy):
     def plan(self, context: ParallelizeContext) -> None:
         """Decide as for every model, with the layers of both towers."""
         super().plan(context)
-        layers = bagel_layers(unwrapped(context.model)[0])
+        layers = bagel_layers(ModelView.of(context.model).inner)
         if layers and context.layer_classes is None:
             context.structure = dataclasses.replace(context.structure, layers=layers)  # type: ignore[type-var]
 
@@ -58,7 +58,7 @@ def apply_bagel_full_layer_activation_checkpointing(model: nn.Module) -> bool:
         True if the model has such layers, which now are checkpointed; False means that the caller has to find other
         ones.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     if _CLASS not in {cls.__name__ for cls in type(inner).__mro__}:
         return False
     layers = bagel_layers(inner)

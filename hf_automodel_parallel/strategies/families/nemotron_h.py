@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ...core.module_names import unwrapped
+from ...core.model_view import ModelView
 from ...errors import UnsupportedError
 from .family import FamilyParallelizationStrategy
 
@@ -35,7 +35,7 @@ def nemotronh_decoder_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Modul
     Raises:
         UnsupportedError: there is no such container.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     base = getattr(inner, "backbone", None) or getattr(inner, "model", None)
     container = getattr(base, "layers", None)
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):

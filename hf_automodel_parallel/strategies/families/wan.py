@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.module_names import unwrapped
+from ...core.model_view import ModelView
 from ...fsdp.dtype_groups import wider_parameters
 from ..context import ParallelizeContext
 from .video import VideoParallelizationStrategy
@@ -23,7 +23,7 @@ class WanParallelizationStrategy(VideoParallelizationStrategy):
 
     def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
         """The parameters that the class lists as kept in float32."""
-        listed = getattr(unwrapped(context.model)[0], "_keep_in_fp32_modules", None) or ()
+        listed = getattr(ModelView.of(context.model).inner, "_keep_in_fp32_modules", None) or ()
         return frozenset(wider_parameters(context.model, context.options.mp_policy.param_dtype, listed))
 
     def finish_layers(self, context: ParallelizeContext) -> None:
@@ -40,7 +40,7 @@ def keep_timestep(model: nn.Module) -> None:
     Args:
         model: the root unit of FSDP2, plain or PEFT-wrapped; call it with ``timestep`` by name or as second argument.
     """
-    inner, _ = unwrapped(model)
+    inner = ModelView.of(model).inner
     original: Callable[..., Any] = inner.forward
 
     def wrap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

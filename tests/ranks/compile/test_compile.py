@@ -19,7 +19,7 @@ from parity.cells import Cell, assert_holds
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.compile import compile_layers
 from hf_automodel_parallel.core.model_structure import find_layers
-from hf_automodel_parallel.core.module_names import unwrapped
+from hf_automodel_parallel.core.model_view import ModelView
 
 
 def prepare(name: str, sizes: dict, adapter: dict | None, backend: Any = None, **overrides: Any):
@@ -28,7 +28,7 @@ def prepare(name: str, sizes: dict, adapter: dict | None, backend: Any = None, *
     model = build(name, adapter, **overrides)
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
     if backend is not None:
-        compile_layers(find_layers(unwrapped(model)[0]), backend=backend, fullgraph=True)
+        compile_layers(find_layers(ModelView.of(model).inner), backend=backend, fullgraph=True)
     return accelerator, model
 
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.compile import compile_layers
 from hf_automodel_parallel.core.model_structure import find_layers, find_structure
-from hf_automodel_parallel.core.module_names import unwrapped
+from hf_automodel_parallel.core.model_view import ModelView
 from hf_automodel_parallel.strategies import default
 from hf_automodel_parallel.tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 
@@ -125,7 +125,7 @@ def test_inductor_fuses_the_collectives_of_a_real_layer(monkeypatch, adapter, sc
 
     with fake_world(2):
         model = sharded("llama", 2, 1, adapter, lambda model: None, sequence_parallel=True)
-        (layer,) = find_layers(unwrapped(model)[0])
+        (layer,) = find_layers(ModelView.of(model).inner)
         options = with_async_tensor_parallel({"backend": "inductor"}, layer.forward.shared.group)
         options["options"]["post_grad_custom_post_pass"] = look
         torch._dynamo.reset()

@@ -1,0 +1,86 @@
+"""What the names of a model mean: the model inside of PEFT's wrappers, ties, PEFT's layers; and names as plans write
+them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from .. import compat
+
+# Levels that torch's wrappers put into names; they never appear in a plan.
+_TRANSPARENT = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+class ModelView:
+    """The names of one model, computed once and handed on.
+
+    A view is valid as long as no module or parameter of the model is replaced. The strategies make one before they
+    plan; sharding replaces parameters, so later steps make a new one.
+
+    Attributes:
+        model: the model as the user has it, maybe a ``PeftModel``.
+        inner: the Hugging Face model inside.
+        prefix: of the inner model's names within ``model``: ``"base_model.model."`` for LoRA, ``"base_model."`` for
+            prompt learning, ``""`` for a plain model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inner, self.prefix = _look_through_peft(model)
+
+    @classmethod
+    def of(cls, model: nn.Module | ModelView) -> ModelView:
+        """The view of ``model``; a view is returned as it is, so a caller who has one hands it on."""
+        return model if isinstance(model, ModelView) else cls(model)
+
+    def plan_name(self, name: str) -> str:
+        """``name`` of a module or parameter of ``model`` as a plan writes it."""
+        return plan_name(name, self.prefix)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every name of every parameter, tied ones under each of their names, in the order of modules."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    @cached_property
+    def names_of(self) -> dict[nn.Parameter, list[str]]:
+        """Each parameter once, with all of its names; the first is that of ``named_parameters()``."""
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            names.setdefault(parameter, []).append(name)
+        return names
+
+    def first_name(self, name: str) -> str:
+        """The name under which ``named_parameters()`` lists the parameter that is called ``name``."""
+        return self.names_of[self.parameters[name]][0]
+
+    @cached_property
+    def peft_layers(self) -> dict[str, nn.Module]:
+        """PEFT's layers around layers of the model: tuner layers and auxiliary wrappers (``modules_to_save``)."""
+        kinds: Any = compat.peft_wrapper_types()
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, kinds)}
+
+
+def _look_through_peft(model: nn.Module) -> tuple[nn.Module, str]:
+    if not compat.is_peft_model(model):
+        return model, ""
+    inner = model.get_base_model()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is inner:
+            return inner, f"{name}." if name else ""
+    return inner, ""
+
+
+def plan_name(name: str, prefix: str) -> str:
+    """``name`` of a module or parameter as a plan writes it: without the PEFT prefix and torch's wrapper levels."""
+    return _TRANSPARENT.sub("", name.removeprefix(prefix) if name.startswith(prefix) else name)
+
+
+def without_wrappers(name: str) -> str:
+    """``name`` without the levels that PEFT puts around a layer, as ``base_layer``."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
