@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import ReadItem
 
 from ..compat.checkpoint_metadata import METADATA_CLASSES
-from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from .files import load_plain
+from .shards import LocalShard
 
 METADATA_FILE = ".metadata"
 
@@ -111,7 +110,7 @@ class SafeFileSystemReader(FileSystemReader):
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """Reads :class:`LocalShard` values piece by piece and other values with ``weights_only``.
+    """torch's planner for :class:`LocalShard` values; other values are read with ``weights_only``.
 
     The state dict is flat: key in the file -> :class:`LocalShard` (filled in place), a plain tensor or DTensor
     (likewise), or anything else (replaced).
@@ -126,43 +125,25 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Called by DCP first."""
-        self.original_state_dict = state_dict
+        self.original_state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
         self.state_dict = {
             key: LocalShard.of(value) if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()
         }
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """One item for each overlap of a piece of this rank with a piece in the files."""
-        known = self.metadata.state_dict_metadata  # type: ignore[union-attr]
-        check_keys({k: v.size if isinstance(v, LocalShard) else None for k, v in self.state_dict.items()}, known)
-        items: list[ReadItem] = []
-        for key, value in self.state_dict.items():
-            if isinstance(value, LocalShard):
-                chunks = [_Chunk(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in value.pieces]
-                items += create_read_items_for_chunk_list(key, known[key], chunks)  # type: ignore[arg-type]
-            else:
-                nothing = torch.Size((0,))
-                index = MetadataIndex(key)
-                items.append(ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing))
-        return LoadPlan(items)
+        """torch's, after a check that names all keys that do not fit."""
+        shapes = {key: value.shape if isinstance(value, LocalShard) else None for key, value in self.state_dict.items()}
+        check_keys(shapes, self.metadata.state_dict_metadata)  # type: ignore[union-attr]
+        return super().create_local_plan()
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The view that a piece is read into."""
-        return self.state_dict[index.fqn].view(index.offset)
+        """The view that a chunk is read into."""
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """A value that is no tensor."""
+        """A value that is not a tensor."""
         key = read_item.dest_index.fqn
         self.state_dict[key] = self.original_state_dict[key] = load_plain(value, f"the value of {key!r}")
-
-
-class _Chunk:
-    """What torch's planning functions read of a ``ChunkStorageMetadata``."""
-
-    def __init__(self, offsets: torch.Size, sizes: torch.Size) -> None:
-        self.offsets, self.sizes = offsets, sizes
 
 
 def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any], name: str = "the checkpoint") -> None:

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..core.checkpoint_ranks import agreed, from_dcp, rank, rank_zero_tells
 from ..core.ranks import communication_device
-from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from .files import load_plain
 from .reader import SafeFileSystemReader, SafeLoadPlanner, read_metadata
+from .shards import LocalShard
 from .writer import Path_
 
 

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.checkpoint_ranks import agreed, everyone_tells
-from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError, UnsupportedError
 from ..optim.handoff import parameter_names
 from .reader import check_keys, some
+from .shards import LocalShard
 from .sources import Entry, Source
 from .writer import Path_
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..core.checkpoint_ranks import agreed, rank, rank_zero_tells
-from ..core.shard_layout import LocalShard
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .commit import to_load
 from .files import save_plain
 from .manifest import Manifest, verify
+from .shards import LocalShard
 from .sources import DcpSource, FileSource, Source, nested
 from .state import State, check_same_everywhere, load_model, load_optimizer, model_state, optimizer_state
 from .writer import save_chunks

@@ -1,138 +1,112 @@
-"""Which contiguous pieces of a whole tensor a rank holds, and where they lie in its local part.
+"""Which chunks of a full tensor a rank holds, and the local shard made of them.
 
-torch.distributed.checkpoint takes the local part of a DTensor for one contiguous piece, which packed projections are
-not (gate and up in one matrix: two rows of blocks). Its format, though, holds any list of pieces at global offsets.
-With one entry per piece a file depends on nothing but the whole tensors, so that it loads on every mesh and in one
-process.
+One answer for every client: tensor parallelism slices full parameters, loading reads ranges of files into shards,
+checkpoints write and read chunks at global offsets. A placement is reduced to index ranges for each dimension of the
+full tensor, in the order in which the local shard holds them; a chunk is one combination of these ranges. A plain
+``Shard`` gives one chunk, a packed projection (``[gate; up]`` in one matrix) one chunk for each of its blocks.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .. import compat
 from ..errors import UnsupportedError
 from .sharding_spec import ParameterSpec
 
-
-def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    """This rank's part of ``full``: the whole, a slice of one dim, or a slice of each of its packed blocks
-    (contiguous).
-    """
-    if spec.dim is None:
-        return full
-    blocks = full.chunk(spec.blocks, dim=spec.dim)
-    width = blocks[0].shape[spec.dim] // size
-    parts = [block.narrow(spec.dim, rank * width, width) for block in blocks]
-    return (parts[0].clone() if len(parts) == 1 else torch.cat(parts, dim=spec.dim)).contiguous()
-
-
-def shard_of(value: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    """The part of ``value`` (any shape and dtype) that ``rank`` of ``size`` holds."""
-    if spec.dim is None:
-        return value
-    parts = [block.chunk(size, spec.dim)[rank] for block in value.chunk(spec.blocks, spec.dim)]
-    return torch.cat(parts, spec.dim)
-
-
-#: Half-open ranges of indices along one dimension of the whole tensor, in the order in which the local part holds them.
+#: Half-open index ranges along one dimension of the full tensor, in the order of the local shard.
 Ranges = list[tuple[int, int]]
 
 
 class Chunk(NamedTuple):
-    """A block of a tensor that is contiguous in the whole and in the local part.
+    """A block that is contiguous both in the full tensor and in the local shard.
 
     Attributes:
-        offsets: its place in the whole tensor, one number per dimension.
-        sizes: its shape.
-        local: its place in the local part.
+        offsets: first index in the full tensor, for each dimension.
+        sizes: shape.
+        local: first index in the local shard, for each dimension.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     local: tuple[int, ...]
 
+    def of_full(self, full: torch.Tensor) -> torch.Tensor:
+        """This chunk as a view of the ``full`` tensor."""
+        return _view(full, self.offsets, self.sizes)
 
-@dataclass
-class LocalShard:
-    """What this rank holds of one tensor, as checkpoints see it.
+    def of_local(self, local: torch.Tensor) -> torch.Tensor:
+        """This chunk as a view of the ``local`` shard."""
+        return _view(local, self.local, self.sizes)
 
-    Attributes:
-        size: shape of the whole tensor.
-        data: the local part, any dtype; a plain tensor that shares memory with the parameter unless it is a copy.
-        pieces: where ``data`` belongs in the whole tensor.
-        everywhere: every rank holds all of it, as a plain tensor.
-    """
+    @property
+    def region(self) -> tuple[tuple[int, int], ...]:
+        """``(offset, size)`` in the full tensor, for each dimension."""
+        return tuple(zip(self.offsets, self.sizes, strict=True))
 
-    size: torch.Size
-    data: torch.Tensor
-    pieces: list[Chunk]
-    everywhere: bool = False
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> LocalShard:
-        """The part of ``tensor`` (a DTensor, or a plain tensor, which is whole on every rank) on this rank."""
-        local = tensor.detach()
-        local = local.to_local() if isinstance(local, DTensor) else local
-        return cls(tensor.shape, local, chunks_of(tensor), not isinstance(tensor, DTensor))
+def _view(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    return tensor[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))]
 
-    def copied(self) -> LocalShard:
-        """The same part with memory of its own on the CPU, which later training steps do not change."""
-        data = torch.empty(self.data.shape, dtype=self.data.dtype, device="cpu")
-        return LocalShard(self.size, data.copy_(self.data), self.pieces, self.everywhere)
 
-    def view(self, offsets: Any) -> torch.Tensor:
-        """The piece at the global ``offsets``, as a view of the local part."""
-        piece = next(piece for piece in self.pieces if piece.offsets == tuple(offsets))
-        return self.cut(piece)
-
-    def cut(self, piece: Chunk) -> torch.Tensor:
-        """``piece`` as a view of the local part."""
-        return self.data[tuple(slice(at, at + size) for at, size in zip(piece.local, piece.sizes, strict=True))]
-
-    def fill_from(self, whole: torch.Tensor) -> None:
-        """Copy this rank's pieces out of the ``whole`` tensor, converting dtype and device as needed."""
-        for piece in self.pieces:
-            cut = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))
-            self.cut(piece).copy_(whole[cut])
+# ---- from a placement to chunks ------------------------------------------------------------------------------------
 
 
 def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
-    """The pieces of ``tensor`` on this rank; none where its part is empty.
+    """The chunks of ``tensor`` that this rank holds.
+
+    Args:
+        tensor: a DTensor on any mesh, or a plain tensor, which every rank holds in full. On any device, meta included.
+
+    Returns:
+        One chunk, or one for each packed block; none if the local shard is empty.
 
     Raises:
-        UnsupportedError: a placement whose layout is not known here.
+        UnsupportedError: a placement whose layout is unknown here, or a local shard of another shape.
     """
+    ranges: list[Ranges] = [[(0, size)] for size in tensor.shape]
     if not isinstance(tensor, DTensor):
-        return _blocks([[(0, size)] for size in tensor.shape])
+        return _chunks(ranges)
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    ranges: list[Ranges] = [[(0, size)] for size in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
             continue
-        parts, mine = tensor.device_mesh.size(axis), coordinate[axis]
         if compat.is_strided_shard(placement):
-            dim, factor = placement.dim, placement.split_factor  # type: ignore[attr-defined]
-            blocks = [_chunk(ranges[dim], factor, block) for block in range(factor)]
-            ranges[dim] = [item for block in blocks for item in _chunk(block, parts, mine)]
+            dim, blocks = placement.dim, placement.split_factor  # type: ignore[attr-defined]
         elif type(placement) is Shard:
-            ranges[placement.dim] = _chunk(ranges[placement.dim], parts, mine)
+            dim, blocks = placement.dim, 1
         else:
-            raise UnsupportedError(f"a checkpoint cannot hold a tensor that is placed as {placement!r} on a mesh axis.")
+            raise UnsupportedError(f"a tensor that is placed as {placement!r} on a mesh axis has no known chunks.")
+        ranges[dim] = _shard(ranges[dim], blocks, tensor.device_mesh.size(axis), coordinate[axis])
     shape = tuple(sum(stop - start for start, stop in dim) for dim in ranges)
-    if shape != tuple(tensor.to_local().shape):
+    if shape != tuple(tensor.to_local().shape):  # another order of the axes would put values in wrong rows
         raise UnsupportedError(
-            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a part of shape "
-            f"{shape} here, but it has {tuple(tensor.to_local().shape)}; a checkpoint of it would be wrong."
+            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a local shard of shape "
+            f"{shape} here, but it has {tuple(tensor.to_local().shape)}; values would go to wrong offsets."
         )
-    return _blocks(ranges)
+    return _chunks(ranges)
+
+
+def tp_chunks(shape: Sequence[int], spec: ParameterSpec, rank: int, size: int) -> list[Chunk]:
+    """The chunks that ``rank`` of ``size`` tp ranks holds of a full tensor of ``shape`` placed as in ``spec``."""
+    ranges: list[Ranges] = [[(0, length)] for length in shape]
+    if spec.dim is not None:
+        ranges[spec.dim] = _shard(ranges[spec.dim], spec.blocks, size, rank)
+    return _chunks(ranges)
+
+
+def _shard(ranges: Ranges, blocks: int, parts: int, index: int) -> Ranges:
+    """Part ``index`` of each of the ``blocks``."""
+    return [item for block in range(blocks) for item in _chunk(_chunk(ranges, blocks, block), parts, index)]
 
 
 def _chunk(ranges: Ranges, parts: int, index: int) -> Ranges:
@@ -159,15 +133,67 @@ def _merged(ranges: Ranges) -> Ranges:
     return merged
 
 
-def _blocks(ranges: list[Ranges]) -> list[Chunk]:
+def _chunks(ranges: list[Ranges]) -> list[Chunk]:
     per_dimension = []
     for dim in map(_merged, ranges):
         starts = itertools.accumulate((stop - start for start, stop in dim), initial=0)
         per_dimension.append([(start, stop - start, at) for (start, stop), at in zip(dim, starts, strict=False)])
-    blocks = []
+    chunks = []
     for combination in itertools.product(*per_dimension):
         offsets, sizes, local = (
             (tuple(values) for values in zip(*combination, strict=True)) if combination else ((), (), ())
         )
-        blocks.append(Chunk(offsets, sizes, local))
-    return blocks
+        chunks.append(Chunk(offsets, sizes, local))
+    return chunks
+
+
+# ---- the local shard of a full tensor ------------------------------------------------------------------------------
+
+
+def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
+    """The local shard of ``full`` on ``rank`` of ``size`` tp ranks.
+
+    Args:
+        full: any shape, dtype and device; a parameter, an activation or a gradient.
+        spec: its placement on the tp axis.
+        rank: on the tp axis.
+        size: of the tp axis.
+
+    Returns:
+        A contiguous copy; ``full`` itself if it is replicated.
+    """
+    if spec.dim is None:
+        return full
+    chunks = [chunk.of_full(full) for chunk in tp_chunks(full.shape, spec, rank, size)]
+    return torch.cat(chunks or [full.narrow(spec.dim, 0, 0)], spec.dim).contiguous()
+
+
+def placement_of(spec: ParameterSpec) -> Placement:
+    """The DTensor placement on the tp axis that ``spec`` describes."""
+    if spec.dim is None:
+        return Replicate()
+    return Shard(spec.dim) if spec.blocks == 1 else compat.strided_shard(spec.dim, spec.blocks)
+
+
+def shard_parameter(
+    parameter: nn.Parameter, spec: ParameterSpec, mesh: DeviceMesh, device: torch.device
+) -> nn.Parameter:
+    """A new parameter that holds this rank's shard of ``parameter`` as a DTensor of the full shape.
+
+    Every rank must hold equal values; nothing is communicated. ``requires_grad`` and attributes that a library set on
+    the parameter object are kept. A parameter on the meta device stays there.
+    """
+    device = parameter.device if parameter.device.type == "meta" else device
+    with torch.no_grad():
+        local = local_slice(parameter.detach(), spec, mesh.get_local_rank(), mesh.size()).to(device).contiguous()
+        tensor = DTensor.from_local(
+            local,
+            mesh,
+            [placement_of(spec)],
+            run_check=False,
+            shape=parameter.shape,
+            stride=torch.empty(parameter.shape, device="meta").stride(),
+        )
+    result = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    result.__dict__.update(parameter.__dict__)
+    return result

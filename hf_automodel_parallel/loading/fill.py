@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.ranks import raise_on_all_ranks
-from ..core.sharding_spec import REPLICATED, ParameterSpec
+from ..core.shard_layout import chunks_of
 from ..errors import PrepareError
 from ..optim.handoff import replace_parameters
 from .deferred import DeferredTensor
 from .files import TensorFile
-from .values import Given, LocalParamForward, Value
+from .values import Given, Value
 
 if TYPE_CHECKING:
     from ..strategies.context import ParallelizeContext
@@ -138,7 +138,7 @@ class PendingValues:
                 if name is None:
                     return tensor
                 step()
-                return _local_part(tensor, self.values[name], _place(context, name), device)
+                return _local_part(tensor, self.values[name], device)
 
             with torch.no_grad():
                 compat.apply_to_tensors(context.model, filled)
@@ -160,19 +160,13 @@ class PendingValues:
             context.options.ignored_parameters.add(new)
 
 
-def _place(context: ParallelizeContext, name: str) -> ParameterSpec:
-    return REPLICATED if context.spec is None else context.spec.parameters.get(name, REPLICATED)
-
-
-def _local_part(parameter: torch.Tensor, value: Value, place: ParameterSpec, device: torch.device) -> torch.Tensor:
-    """A DTensor like ``parameter`` that holds this rank's part of ``value``."""
+def _local_part(parameter: torch.Tensor, value: Value, device: torch.device) -> torch.Tensor:
+    """A DTensor like ``parameter`` that holds this rank's shard of ``value``."""
     if not isinstance(parameter, DTensor):
         return value.read().to(device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
-    parts = [value.read(region) for region in _regions(parameter, place)]
-    if len(parts) > 1:
-        local = torch.cat([part.to(parameter.dtype) for part in parts], dim=place.dim or 0).to(device)
-    else:
-        local = parts[0].to(device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+    local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=device)
+    for chunk in chunks_of(parameter):
+        chunk.of_local(local).copy_(value.read(chunk.region))
     return DTensor.from_local(
         local,
         parameter.device_mesh,
@@ -181,33 +175,6 @@ def _local_part(parameter: torch.Tensor, value: Value, place: ParameterSpec, dev
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _regions(parameter: DTensor, place: ParameterSpec) -> list[LocalParamForward]:
-    """Where this rank's part is in the whole: one region, or one for each block that tp cuts (packed projections)."""
-    mesh = parameter.device_mesh
-    regions: list[list[tuple[int, int]]] = [[(0, size) for size in parameter.shape]]
-    axes = range(mesh.ndim)
-    if place.dim is not None:
-        *axes, tp = axes  # type: ignore[assignment]  # tp is the innermost axis
-        size, rank = mesh.size(tp), mesh.get_local_rank(tp)
-        block = parameter.shape[place.dim] // place.blocks
-        width = block // size
-        regions = [
-            [*regions[0][: place.dim], (index * block + rank * width, width), *regions[0][place.dim + 1 :]]
-            for index in range(place.blocks)
-        ]
-    for axis in axes:
-        placement = parameter.placements[axis]
-        dim = getattr(placement, "dim", None)  # also of torch's own strided shard
-        if dim is None:
-            continue
-        for region in regions:
-            first, count = region[dim]
-            step = -(-count // mesh.size(axis))  # as torch.chunk
-            start = min(mesh.get_local_rank(axis) * step, count)
-            region[dim] = (first + start, min(step, count - start))
-    return [tuple(region) for region in regions]
 
 
 @contextlib.contextmanager

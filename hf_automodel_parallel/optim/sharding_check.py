@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.ranks import difference, raise_on_all_ranks
+from ..core.shard_layout import shard_parameter
 from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError, UnsupportedError
 from ..fsdp.shard import data_parallel_placement
-from ..tensor_parallel.shards import shard_parameter
 
 #: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16
 #: iterations inside of Muon and of 8-bit states) stays well below, a statistic over a shard instead of the whole well

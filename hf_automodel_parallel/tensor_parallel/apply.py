@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
+from ..core.shard_layout import shard_parameter
 from ..core.sharding_spec import REPLICATED, Input, ModuleSpec, Output, ParameterSpec, ShardingSpec
 from . import boundary_hooks as boundaries
 from .dora import sum_weight_norm
@@ -18,7 +19,6 @@ from .grad_sync import PartialGradients
 from .head_counts import set_local_counts
 from .local_parameters import Entry, LocalParamForward
 from .sequence_parallel import ScatterOutput, SequenceParallel
-from .shards import shard_parameter
 from .vocab_parallel.cross_entropy import Vocabulary
 from .vocab_parallel.logits import KeepSharded
 

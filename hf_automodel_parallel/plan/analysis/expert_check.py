@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ...core.shard_layout import shard_of
+from ...core.shard_layout import local_slice
 from ...core.sharding_spec import Input, Output, ParameterSpec, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import is_parameter_adapter
@@ -110,7 +110,9 @@ def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: i
         total = torch.zeros_like(whole)
         try:
             for rank in range(tp_size):
-                shares = {k: shard_of(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()}
+                shares = {
+                    k: local_slice(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()
+                }
                 total = total + _run(small, shares, arguments)
         except Exception:  # shapes that do not fit: another cut
             continue

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ... import compat
-from ...core.shard_layout import shard_of
+from ...core.shard_layout import local_slice
 from ...core.sharding_spec import REPLICATED, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import Matrix, as_matrix
@@ -137,19 +137,19 @@ def _adds_up(matrix: Matrix, spec: ShardingSpec, name: str, tp_size: int) -> boo
         raise CannotRun(first_line(error)) from error
     results = []
     for rank in range(tp_size):
-        shares = {key: shard_of(value, places[key], rank, tp_size) for key, value in values.items()}
+        shares = {key: local_slice(value, places[key], rank, tp_size) for key, value in values.items()}
         cut = replace(place, dim=-1)
-        own = shard_of(weights, cut, rank, tp_size) if columns else weights
+        own = local_slice(weights, cut, rank, tp_size) if columns else weights
         if not columns and "bias" in shares and rank:
             shares["bias"] = torch.zeros_like(shares["bias"])  # added once
-        given = x if columns else shard_of(x, replace(cut, blocks=1), rank, tp_size)
+        given = x if columns else local_slice(x, replace(cut, blocks=1), rank, tp_size)
         try:
             results.append(_run(module, matrix, shares, given, own))
         except Exception:
             return False
     outputs, inputs = [r[0] for r in results], [r[1] for r in results]
     if columns:
-        same = all(map(is_close, outputs, (shard_of(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
+        same = all(map(is_close, outputs, (local_slice(whole[0], cut, rank, tp_size) for rank in range(tp_size))))
         same = same and is_close(sum(inputs), whole[1])
     else:
         same = is_close(sum(outputs), whole[0]) and is_close(torch.cat(inputs, -1), whole[1])
@@ -158,7 +158,7 @@ def _adds_up(matrix: Matrix, spec: ShardingSpec, name: str, tp_size: int) -> boo
         if places[key].dim is None and not (key == "bias" and not columns):
             same = same and is_close(sum(own_gradients), gradient)
         elif places[key].dim is not None:
-            expected = (shard_of(gradient, places[key], rank, tp_size) for rank in range(tp_size))
+            expected = (local_slice(gradient, places[key], rank, tp_size) for rank in range(tp_size))
             same = same and all(map(is_close, own_gradients, expected))
     return same
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks.checkpoint.jobs import limited
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers.trainer_utils import rotate_checkpoints
@@ -23,8 +24,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import commit as directory
 from hf_automodel_parallel.checkpoint import files, manifest, random_states, reader, writer
+from hf_automodel_parallel.checkpoint.shards import LocalShard
 from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
-from hf_automodel_parallel.core.shard_layout import LocalShard
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ PLACEMENTS = {
 
 @pytest.mark.both_ends
 @pytest.mark.parametrize("case", PLACEMENTS)
-def test_pieces_of_all_ranks_are_the_whole_tensor(case):
+def test_chunks_of_all_ranks_are_the_full_tensor(case):
     """Each rank of a 2 x 4 mesh finds its local part in the whole tensor, and nothing is left out."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -57,14 +58,14 @@ def test_pieces_of_all_ranks_are_the_whole_tensor(case):
         try:
             mesh = DeviceMesh("cpu", torch.arange(8).reshape(2, 4), mesh_dim_names=("dp", "tp"))
             part = LocalShard.of(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-            for piece in part.pieces:
-                cut = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))
-                assert torch.equal(part.cut(piece), whole[cut])
-                found[cut] = part.view(piece.offsets)
-            assert sum(torch.Size(piece.sizes).numel() for piece in part.pieces) == part.data.numel()
-            emptied = LocalShard(part.size, torch.zeros_like(part.data), part.pieces)
+            for chunk in part.chunks:
+                assert torch.equal(chunk.of_local(part.local), chunk.of_full(whole))
+                view = part.__get_tensor_shard__(MetadataIndex("w", torch.Size(chunk.offsets)))
+                chunk.of_full(found).copy_(view)
+            assert sum(torch.Size(chunk.sizes).numel() for chunk in part.chunks) == part.local.numel()
+            emptied = LocalShard(part.shape, torch.zeros_like(part.local), part.chunks)
             emptied.fill_from(whole)
-            assert torch.equal(emptied.data, part.data)
+            assert torch.equal(emptied.local, part.local)
         finally:
             dist.destroy_process_group()
     assert torch.equal(found, whole)
