@@ -201,7 +201,7 @@ def test_a_strategy_need_not_take_every_argument(monkeypatch):
 
 
 @pytest.mark.parametrize("word", ["none", "off", "OFF", False, None])
-def test_defect_16_words_that_switch_checkpointing_off(word):
+def test_words_that_switch_checkpointing_off(word):
     from hf_automodel_parallel.activation_checkpointing import mode_of_argument
 
     assert mode_of_argument(word) == "none"
@@ -264,7 +264,7 @@ def resharding(shape: dict[str, int], reshard: Any, recursive: bool) -> list[boo
 
 
 @pytest.mark.parametrize("recursive", [False, True], ids=["strategy", "recursive"])
-def test_defect_13_no_resharding_under_pipeline_parallelism(recursive):
+def test_no_resharding_under_pipeline_parallelism(recursive):
     """The pipeline axis is one of the root mesh; the reference looks for it in the data-parallel part, where it never
     is.
     """
@@ -345,7 +345,7 @@ def recursive_step() -> Any:
     return {name: g for name, g in gradients.items() if not name.endswith("extra")}
 
 
-def test_defect_17_a_parameter_of_another_dtype_owned_by_the_layer_itself():
+def test_a_parameter_of_another_dtype_owned_by_the_layer_itself():
     gradients = run_distributed(2, recursive_step)[0]
     reference = build_model("llama")
     _, want = loss_and_grads(reference, batches_for(reference, 2))

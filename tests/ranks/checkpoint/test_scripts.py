@@ -22,8 +22,6 @@ from hf_automodel_parallel.accelerate_plugin.checkpoints import finish
 from hf_automodel_parallel.checkpoint import commit as directory
 from hf_automodel_parallel.checkpoint import manifest
 from hf_automodel_parallel.checkpoint.background import wait_for_saves
-from hf_automodel_parallel.checkpoint.training import How, collect_model, restore_model
-from hf_automodel_parallel.loading.files import resolve_files
 from ranks.checkpoint.jobs import FULL, LORA, SHARDED, Run, build, failing, losses, trainer
 
 FSDP2 = {"dp_shard_size": 2}
@@ -131,37 +129,6 @@ def within_an_epoch(folder: str) -> tuple[list[float], list[float]]:
 def test_a_plain_loop_with_dropout_continues_within_an_epoch_to_the_last_bit(tmp_path):
     for want, got in run_distributed(2, within_an_epoch, str(tmp_path / "state")):
         assert len(want) == 3 and got == want
-
-
-def test_what_was_trained_is_loaded_where_it_is_frozen(tmp_path):
-    """A norm of the base was trained beside the adapter; whoever loads the checkpoint to evaluate has it frozen."""
-    model = build("llama", LORA)
-    norm = model.base_model.model.model.norm.weight
-    norm.requires_grad_(True)
-    torch.nn.init.constant_(norm, 3.0)
-    collect_model(model, tmp_path, 0, How(sharded=True, adapter_only=True))(None)
-    other = build("llama", LORA, seed=1)
-    restore_model(other, tmp_path, adapter_only=True)
-    assert torch.equal(other.base_model.model.model.norm.weight, norm)
-
-
-def test_a_complete_checkpoint_is_not_abandoned(tmp_path):
-    save = directory.begin(tmp_path / "checkpoint-1")
-    (save.folder / "optimizer.bin").write_text("x")
-    with mock.patch.object(Path, "unlink", side_effect=OSError("stale")), pytest.raises(Exception, match="stale"):
-        directory.complete(save, manifest.Manifest())
-    directory.abandon(save)
-    assert directory.status(save.folder).kind == "complete" and (save.folder / "optimizer.bin").exists()
-
-
-def test_files_are_found_after_the_script_has_changed_its_directory(tmp_path, monkeypatch):
-    build("llama", None).save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    (file,) = resolve_files("model", None, None, {})
-    monkeypatch.chdir("/")
-    file.close()
-    file.check_unchanged()
-    assert file.read(file.keys[0], ()).numel()
 
 
 # ---- the Trainer ---------------------------------------------------------------------------------------------------

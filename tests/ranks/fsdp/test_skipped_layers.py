@@ -17,8 +17,6 @@ from harness.vision_language import IMAGE
 from torch import nn
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.plan.analysis.skipped_layers import skipped_without_images
 
 Batch = dict[str, torch.Tensor]
 SHARDED = {"dp_shard_size": 2}
@@ -115,12 +113,6 @@ def test_ranks_with_and_without_images_meet(images, frozen):
 def test_layers_as_units_need_images_on_all_ranks():
     sizes = {**SHARDED, "towers": "layers"}
     expect_error(2, image_gradients, MIXED, sizes, False, match="some data-parallel ranks run")
-
-
-def test_the_layers_that_text_alone_skips_are_found():
-    model = cross_attending()
-    structure = find_structure(model)
-    assert skipped_without_images(model, structure.main_layers) == [model.model.language_model.layers[1]]
 
 
 # ---- LayerDrop ------------------------------------------------------------------------------------------------------

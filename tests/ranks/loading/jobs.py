@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from harness.collectives import C10D_OPERATORS, FUNCTIONAL_OPERATORS
 from harness.compare import full_grads
-from harness.models import lora
+from harness.models import build_model, lora
 from harness.training import batches_for, data_rank, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -245,3 +247,34 @@ def values_sent_by_prepare(path: str, case: str) -> int:
 
 def _stock(cls: Any, path: str) -> nn.Module:
     return cls.from_pretrained(path)
+
+
+def shard_with(directory: Path, key: str) -> Path:
+    return directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][key]
+
+
+def rewrite(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncated(directory: Path) -> Path:
+    shard = shard_with(directory, "lm_head.weight")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return shard
+
+
+def missing_shard(directory: Path) -> Path:
+    shard = shard_with(directory, "lm_head.weight")
+    shard.unlink()
+    return shard
+
+
+def save_checkpoints(root: Path) -> Path:
+    """Checkpoints in several files, and an adapter."""
+    for name in ("llama", "llama_tied", "mixtral", "phi3"):
+        build_model(name).save_pretrained(root / name, max_shard_size="100KB")
+    adapter = get_peft_model(build_model("llama"), LoraConfig(**LORA | {"init_lora_weights": False}))
+    adapter.save_pretrained(root / "adapter")
+    return root

@@ -15,7 +15,7 @@ from harness.pool import expect_error, run_distributed
 from harness.training import LORA, _Rows, batches_for, build, data_rank, trainable
 from torch.distributed.tensor import DTensor
 
-from hf_automodel_parallel import AutoParallelismConfig, ConfigError
+from hf_automodel_parallel import AutoParallelismConfig
 
 Parameters = list[torch.nn.Parameter]
 
@@ -282,11 +282,6 @@ def test_lbfgs_on_uneven_shards():
 
 def test_the_check_can_be_switched_off():
     run_distributed(2, prepare_with, "closed", {"dp_shard_size": 2}, check_optimizer=False)
-
-
-def test_check_optimizer_takes_a_bool():
-    with pytest.raises(ConfigError, match="check_optimizer='no'"):
-        AutoParallelismConfig(check_optimizer="no")
 
 
 def optimizer_after_the_model() -> None:

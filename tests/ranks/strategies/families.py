@@ -15,7 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.strategies.registry import get_parallelization_strategy
+from hf_automodel_parallel.strategies.families.bagel import (
+    BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,
+)
+from hf_automodel_parallel.strategies.registry import (
+    get_parallelization_strategy,
+)
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 128,
@@ -267,3 +272,39 @@ def _in_flight(model: nn.Module) -> dict[str, torch.dtype]:
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda module, args, name=name: note(name, module))
     return seen
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x + torch.tanh(self.mlp(x))
+
+
+def nested(path: str, layers: nn.ModuleList) -> nn.Module:
+    for name in reversed(path.split(".")):
+        layers, inner = nn.Module(), layers
+        layers.add_module(name, inner)
+    return layers
+
+
+class BagelForUnifiedMultimodal(nn.Module):
+    """A stand-in with the names of BAGEL's modules; no library has the model."""
+
+    def __init__(self, vision: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        for path in BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS[: 1 + vision]:
+            _, tower, rest = path.split(".", 2)
+            self.model.add_module(tower, nested(rest, nn.ModuleList(Block() for _ in range(2 + ("vit" in path)))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for path in BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS:
+            for layer in self.get_submodule(path):
+                x = layer(x)
+        return x.square().mean()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -15,21 +14,19 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from hf_automodel_parallel.activation_checkpointing import is_checkpointed
-from hf_automodel_parallel.plan.sources.registry import optimized_plan
-from hf_automodel_parallel.strategies.families.bagel import (
-    BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,
-    apply_bagel_full_layer_activation_checkpointing,
-)
-from hf_automodel_parallel.strategies.families.deepseek_v4 import DeepseekV4ParallelizationStrategy, InOwnDtype
-from hf_automodel_parallel.strategies.families.nemotron_h import nemotronh_decoder_blocks
-from hf_automodel_parallel.strategies.families.video import head_sharded_attentions
 from hf_automodel_parallel.strategies.registry import (
-    BUILT_IN,
-    PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
 )
-from ranks.strategies.families import batches_for, build, kept_in_float32, one_process, parallelized, prepared
+from ranks.strategies.families import (
+    BagelForUnifiedMultimodal,
+    Block,
+    batches_for,
+    build,
+    kept_in_float32,
+    one_process,
+    parallelized,
+    prepared,
+)
 
 DOORS = {"prepare": prepared, "parallelize": parallelized}
 LORA = {"adapter": True}
@@ -75,7 +72,7 @@ def test_gradients_equal_one_process(cell):
 
 @pytest.mark.parametrize("door", ["prepare", "parallelize"])
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video"])
-def test_defect_12_the_video_transformers_run_under_tensor_parallelism(family, door):
+def test_the_video_transformers_run_under_tensor_parallelism(family, door):
     check(family, "tp2", door, {}, {})
 
 
@@ -87,7 +84,7 @@ def test_what_is_stored_in_float32_among_bfloat16_computes_in_float32(family):
     _check_bfloat16(family)
 
 
-def test_defect_17_a_float32_parameter_owned_by_a_bfloat16_module():
+def test_a_float32_parameter_owned_by_a_bfloat16_module():
     """``A_log`` of Qwen3.5's gated delta nets, beside the projections."""
     _check_bfloat16("qwen3_5_text")
 
@@ -137,16 +134,6 @@ def test_nemotron_h_without_a_policy_computes_as_stored():
     world, sizes, dp_size = MESHES["tp2"]
     seen = run_distributed(world, parallelized, "nemotron_h", sizes, dp_size, policy=None)[0][2]
     assert set(seen.values()) == {torch.float32}
-
-
-def test_float32_parts_under_autocast():
-    torch.manual_seed(0)
-    layer, x = nn.Linear(8, 8), torch.randn(2, 8).to(torch.bfloat16)
-    want = layer(x.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(InOwnDtype(layer, keep_output=True)(x), want)
-        assert torch.equal(InOwnDtype(layer, keep_output=False)(x), want.to(torch.bfloat16))
-        assert not torch.equal(layer(x).float(), want)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -226,121 +213,11 @@ def globals_while_sharding() -> list[str]:
     return changed
 
 
-def test_defect_10_no_module_global_is_swapped():
+def test_no_module_global_is_swapped():
     assert run_distributed(2, globals_while_sharding) == [[], []]
 
 
-REFERENCE_ARGUMENTS = [
-    *("model", "device_mesh", "mp_policy", "offload_policy", "sequence_parallel", "activation_checkpointing"),
-    *("tp_shard_plan", "dp_replicate_mesh_name", "dp_shard_cp_mesh_name", "tp_mesh_name"),
-]
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_arguments_have_the_order_of_the_reference_api(name):
-    method = PARALLELIZATION_STRATEGIES[name].parallelize
-    arguments = list(inspect.signature(method).parameters)
-    if name.startswith(("Qwen", "Deepseek")):
-        assert arguments == ["model", "device_mesh", "dp_shard_cp_mesh_name", "kwargs"]
-        return
-    assert arguments[:10] == REFERENCE_ARGUMENTS
-    assert inspect.signature(method).parameters["activation_checkpointing"].default is name.startswith("Hunyuan")
-
-
-# ---- the shape of a family ---------------------------------------------------------------------------------------
-
-
-def test_attention_of_video_models_is_sharded_by_heads():
-    from hf_automodel_parallel.plan.resolve import resolve
-    from hf_automodel_parallel.plan.select import select_plan
-
-    for family, expected in (("wan", 4), ("hunyuan_video", 3)):
-        model = build(family)
-        assert len(list(head_sharded_attentions(model, resolve(model, select_plan(model), 2)))) == expected
-
-
-class OwnCode(nn.Module):
-    """Nemotron-H as in the checkpoint's own code: a backbone, and an attention that counts its heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Module()
-        attention = nn.Module()
-        attention.q_proj, attention.num_heads = nn.Linear(4, 4), 2
-        self.backbone.layers = nn.ModuleDict({"0": nn.Module(), "1": nn.Module()})
-        self.backbone.layers["0"].mixer = attention
-
-
-def test_nemotron_h_of_both_sources():
-    model = build("nemotron_h")
-    container, blocks = nemotronh_decoder_blocks(model)
-    assert container is model.model.layers and blocks == list(model.model.layers)
-    assert "model.layers.*.mixer.q_proj" in optimized_plan(model)
-    own = type("NemotronHForCausalLM", (OwnCode,), {})()
-    container, blocks = nemotronh_decoder_blocks(own)
-    assert container is own.backbone.layers and blocks == list(container.values())
-    plan = optimized_plan(own)
-    assert "backbone.layers.*.mixer.up_proj" in plan
-    assert not any("q_proj" in pattern for pattern in plan), "its forward reshapes to heads that a rank does not have"
-
-
-def test_subclasses_share_the_strategy_of_their_base():
-    model = build("deepseek_v4")
-    model.__class__ = type("Tuned", (type(model),), {})
-    assert type(get_parallelization_strategy(model)) is DeepseekV4ParallelizationStrategy
-
-
 # ---- BAGEL -------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = nn.Linear(8, 8)
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return x + torch.tanh(self.mlp(x))
-
-
-def nested(path: str, layers: nn.ModuleList) -> nn.Module:
-    for name in reversed(path.split(".")):
-        layers, inner = nn.Module(), layers
-        layers.add_module(name, inner)
-    return layers
-
-
-class BagelForUnifiedMultimodal(nn.Module):
-    """A stand-in with the names of BAGEL's modules; no library has the model."""
-
-    def __init__(self, vision: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Module()
-        for path in BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS[: 1 + vision]:
-            _, tower, rest = path.split(".", 2)
-            self.model.add_module(tower, nested(rest, nn.ModuleList(Block() for _ in range(2 + ("vit" in path)))))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for path in BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS:
-            for layer in self.get_submodule(path):
-                x = layer(x)
-        return x.square().mean()
-
-
-def test_bagel_checkpoints_whole_layers_of_both_towers(caplog):
-    model = BagelForUnifiedMultimodal()
-    assert apply_bagel_full_layer_activation_checkpointing(model)
-    assert apply_bagel_full_layer_activation_checkpointing(model), "the layers are checkpointed"
-    model(torch.randn(2, 8, requires_grad=True)).backward()
-    assert [m.calls for m in model.modules() if isinstance(m, Block)] == [2] * 5, "recomputed once, not twice"
-    assert not caplog.records
-    partial = BagelForUnifiedMultimodal(vision=False)
-    assert apply_bagel_full_layer_activation_checkpointing(partial)
-    assert "model.vit_model.vision_model.encoder.layers" in caplog.text
-    other = nn.Sequential(Block())
-    assert not apply_bagel_full_layer_activation_checkpointing(other) and not is_checkpointed(other[0])
 
 
 def bagel() -> tuple[dict[str, torch.Tensor], int, list[int]]:

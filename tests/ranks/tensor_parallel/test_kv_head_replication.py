@@ -5,7 +5,6 @@ import torch
 from accelerate import Accelerator
 from harness.compare import assert_gradients_equal, assert_losses_equal, full_parameters
 from harness.meshes import MESHES
-from harness.models import MODELS
 from harness.oracle import loss_and_grads, train_steps
 from harness.pool import run_distributed
 from harness.training import batches_for, build, first_gradients, trainable
@@ -82,23 +81,3 @@ def test_steps_norms_and_files_are_those_of_one_process(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     assert saved["model.layers.0.self_attn.k_proj.weight"].shape == (32, 64)
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in reference.state_dict().items()}
-
-
-def test_what_is_not_known_to_be_keys_is_refused():
-    from hf_automodel_parallel.errors import PlanError
-    from hf_automodel_parallel.plan.resolve import resolve
-    from hf_automodel_parallel.plan.select import select_plan
-    from hf_automodel_parallel.plan.validate import validate
-
-    assert MODELS["llama_mqa"][1]["num_key_value_heads"] == 1
-    model = build("llama_mqa")
-    for layer in model.model.layers:
-        del layer.self_attn.num_key_value_groups
-    spec = resolve(model, select_plan(model), 2)
-    with pytest.raises(PlanError, match="num_key_value_heads=1 does not divide by tp_size=2"):
-        validate(model, spec, 2)
-    six = build(
-        "llama", num_attention_heads=6, num_key_value_heads=2, hidden_size=96, head_dim=12, intermediate_size=96
-    )
-    with pytest.raises(PlanError, match="num_key_value_heads=2.*multiple of 2"):
-        resolve(six, select_plan(six), 3)

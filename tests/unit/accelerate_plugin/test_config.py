@@ -799,3 +799,8 @@ def test_mixin_on_a_class_of_another_library(common, config_file):
     assert_wanted(again)
     with pytest.raises(ConfigError, match="both given and differ"):
         ParallelSFTConfig(**common, auto_parallel="tp=2", parallelism_config=AutoParallelismConfig(tp_size=4))
+
+
+def test_check_optimizer_takes_a_bool():
+    with pytest.raises(ConfigError, match="check_optimizer='no'"):
+        AutoParallelismConfig(check_optimizer="no")

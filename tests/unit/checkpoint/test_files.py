@@ -9,13 +9,14 @@ import random
 import shutil
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks.checkpoint.jobs import limited
+from ranks.checkpoint.jobs import LORA, build, limited
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -25,8 +26,10 @@ from hf_automodel_parallel import AutoParallelismConfig, compat
 from hf_automodel_parallel.checkpoint import commit as directory
 from hf_automodel_parallel.checkpoint import files, manifest, random_states, reader, writer
 from hf_automodel_parallel.checkpoint.shards import LocalShard
+from hf_automodel_parallel.checkpoint.training import How, collect_model, restore_model
 from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
+from hf_automodel_parallel.loading.files import resolve_files
 
 # ---- pieces --------------------------------------------------------------------------------------------------------
 
@@ -466,3 +469,34 @@ def test_methods_of_the_trainer_that_are_extended_exist():
     assert (
         mentions == 5
     )  # in _save_optimizer_and_scheduler, _load_from_checkpoint, _load_best_model, _load_optimizer_...
+
+
+def test_what_was_trained_is_loaded_where_it_is_frozen(tmp_path):
+    """A norm of the base was trained beside the adapter; whoever loads the checkpoint to evaluate has it frozen."""
+    model = build("llama", LORA)
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad_(True)
+    torch.nn.init.constant_(norm, 3.0)
+    collect_model(model, tmp_path, 0, How(sharded=True, adapter_only=True))(None)
+    other = build("llama", LORA, seed=1)
+    restore_model(other, tmp_path, adapter_only=True)
+    assert torch.equal(other.base_model.model.model.norm.weight, norm)
+
+
+def test_a_complete_checkpoint_is_not_abandoned(tmp_path):
+    save = directory.begin(tmp_path / "checkpoint-1")
+    (save.folder / "optimizer.bin").write_text("x")
+    with mock.patch.object(Path, "unlink", side_effect=OSError("stale")), pytest.raises(Exception, match="stale"):
+        directory.complete(save, manifest.Manifest())
+    directory.abandon(save)
+    assert directory.status(save.folder).kind == "complete" and (save.folder / "optimizer.bin").exists()
+
+
+def test_files_are_found_after_the_script_has_changed_its_directory(tmp_path, monkeypatch):
+    build("llama", None).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    (file,) = resolve_files("model", None, None, {})
+    monkeypatch.chdir("/")
+    file.close()
+    file.check_unchanged()
+    assert file.read(file.keys[0], ()).numel()
