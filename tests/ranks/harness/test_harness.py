@@ -17,8 +17,6 @@ from harness.compare import (
     full_grads,
     full_parameters,
 )
-from harness.models import build_model, make_batches
-from harness.oracle import loss_and_grads
 from harness.pool import DIED, NO_ANSWER, DistributedFailure, close_pools, expect_error, run_distributed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -316,16 +314,6 @@ def test_profiler_counts_compiled_code_and_a_dispatch_mode_switches_it_off():
     counts, ran_compiled = run_distributed(WORLD_SIZE, count_compiled)[0]
     assert counts == [{"all_reduce": 1}] * 3
     assert ran_compiled == [True, True, False, False]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gradients():
-    return loss_and_grads(build_model("llama"), make_batches(2, 2, 8, 128, seed=0))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,11 @@ from harness.models import IGNORED_LABEL, LORA_7, MODELS, build_model, lora, mak
 from harness.oracle import count_labels, loss_and_grads, train_steps
 
 
+@pytest.fixture
+def gradients():
+    return loss_and_grads(build_model("llama"), make_batches(2, 2, 8, 128, seed=0))[1]
+
+
 def copy_of(gradients):
     return {name: gradient.clone() for name, gradient in gradients.items()}
 
