@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from ..core.sharding_spec import Input, Output, ShardingSpec
+from ..core.sharding_spec import InputHook, OutputHook, ShardingSpec
 from .layer_kinds import as_matrix
 
 
@@ -31,15 +31,15 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
         parent_name = name.rpartition(".")[0]
         parent = model.get_submodule(parent_name)
         head_dim = getattr(parent, "head_dim", getattr(parent, "attention_head_size", None))
-        if boundary.foreign is not None or not isinstance(head_dim, int):
+        if boundary.native_style is not None or not isinstance(head_dim, int):
             continue
         base_name = f"{name}.base_layer" if f"{name}.base_layer.weight" in spec.parameters else name
         matrix = as_matrix(model.get_submodule(base_name), base_name)
         if matrix is None:
             continue
-        if boundary.output is Output.NONE:
+        if boundary.output is OutputHook.NONE:
             features = matrix.out_features
-        elif boundary.input is Input.NONE:
+        elif boundary.input is InputHook.NONE:
             features = matrix.in_features
         else:
             continue

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..core.sharding_spec import Input, Output, ShardingSpec
+from ..core.sharding_spec import InputHook, OutputHook, ShardingSpec
 from ..errors import PlanError
 from .layer_kinds import as_matrix
 
@@ -41,7 +41,10 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
     """
     attentions: dict[str, dict[str, int]] = {}  # attention -> column-wise projection -> heads
     for name, boundary in spec.modules.items():
-        if boundary.foreign is not None or (boundary.input, boundary.output) != (Input.COPY, Output.NONE):
+        if boundary.native_style is not None or (boundary.input, boundary.output) != (
+            InputHook.COPY_TO_TP,
+            OutputHook.NONE,
+        ):
             continue
         owner = _COPIES.sub("", name).rpartition(".")[0]
         head_dim = getattr(model.get_submodule(owner), "head_dim", None)
@@ -93,5 +96,5 @@ def _share(spec: ShardingSpec, name: str, heads: int) -> None:
     for parameter, place in spec.parameters.items():
         if parameter.startswith(f"{name}.") and place.dim is not None:
             spec.parameters[parameter] = replace(
-                place, dim=None, partial_gradient=True, part_dim=place.dim, parts=heads
+                place, dim=None, partial_gradient=True, forward_shard_dim=place.dim, forward_shards=heads
             )

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import compat
 from ..core.model_view import ModelView
-from ..core.sharding_spec import Output, ShardingSpec
+from ..core.sharding_spec import OutputHook, ShardingSpec
 from ..errors import PlanError
 
 
@@ -35,10 +35,10 @@ def keep_logits_sharded(
     projections = [
         name
         for name, module in spec.modules.items()
-        if module.output is Output.GATHER and any(name == top or name.startswith(f"{top}.") for top in names)
+        if module.output is OutputHook.GATHER and any(name == top or name.startswith(f"{top}.") for top in names)
     ]
     for name in projections:
-        spec.modules[name] = replace(spec.modules[name], output=Output.LOGITS, chunk_rows=chunk_rows)
+        spec.modules[name] = replace(spec.modules[name], output=OutputHook.SHARDED_LOGITS, chunk_rows=chunk_rows)
     if projections:
         spec.notes.append(f"{projections[0]}: logits stay sharded, the loss is computed on the shards (loss_parallel).")
         return

@@ -11,12 +11,12 @@ from torch import nn
 from .. import compat
 from ..core.model_view import ModelView, plan_name, without_wrappers
 from ..core.sharding_spec import (
-    ADDED_ONCE,
-    PARTIAL,
+    PARTIAL_GRADIENT,
+    RANK_ZERO_ONLY,
     REPLICATED,
-    Input,
+    InputHook,
     ModuleSpec,
-    Output,
+    OutputHook,
     ParameterSpec,
     Plan,
     PlanEntry,
@@ -173,7 +173,7 @@ class _Resolver:
         if style == "replicate":
             spec = REPLICATED
         elif style == "replicated_with_grad_allreduce":
-            spec = PARTIAL
+            spec = PARTIAL_GRADIENT
         elif style in ("colwise", "packed_colwise"):
             spec = ParameterSpec(max(rank - 2, 0), LINEAR_STYLES[style].blocks)
         elif style in ("rowwise", "packed_rowwise"):
@@ -262,7 +262,7 @@ class _Resolver:
             self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
         deferred = has_bias and row.side == "in"
         if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D cannot do without its bias
-            self.spec.parameters[f"{base_name}.bias"] = ADDED_ONCE
+            self.spec.parameters[f"{base_name}.bias"] = RANK_ZERO_ONLY
             deferred = False
         self.spec.modules[name] = ModuleSpec(
             row.input, row.output, deferred_bias=base_name.removeprefix(name).lstrip(".") if deferred else None
@@ -280,7 +280,7 @@ class _Resolver:
         """
         if blocks == 1:
             return ParameterSpec(0)
-        return ParameterSpec(None, blocks, partial_gradient=True, part_dim=0, parts=self.tp_size)
+        return ParameterSpec(None, blocks, partial_gradient=True, forward_shard_dim=0, forward_shards=self.tp_size)
 
     def _lora(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
         """Adapters are linear, so they live between the boundaries of their base layer and add no collective to
@@ -289,19 +289,19 @@ class _Resolver:
         for key in adapter.lora_A:  # type: ignore[union-attr]
             a, b = f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight"
             if side == "out":
-                self.spec.parameters[a] = PARTIAL
+                self.spec.parameters[a] = PARTIAL_GRADIENT
                 self.spec.parameters[b] = ParameterSpec(0, blocks)
             else:
                 self.spec.parameters[a] = ParameterSpec(1, blocks)
-                self.spec.parameters[b] = PARTIAL
+                self.spec.parameters[b] = PARTIAL_GRADIENT
             if getattr(adapter.lora_B[key], "bias", None) is not None:  # type: ignore[index,union-attr]
                 bias = f"{name}.lora_B.{key}.bias"
-                self.spec.parameters[bias] = self._features(blocks) if side == "out" else ADDED_ONCE
+                self.spec.parameters[bias] = self._features(blocks) if side == "out" else RANK_ZERO_ONLY
         for key in getattr(adapter, "lora_magnitude_vector", {}):
             magnitude = f"{name}.lora_magnitude_vector.{key}"
-            self.spec.parameters[f"{magnitude}.weight"] = self._features(blocks) if side == "out" else PARTIAL
+            self.spec.parameters[f"{magnitude}.weight"] = self._features(blocks) if side == "out" else PARTIAL_GRADIENT
             if side == "in":
-                self.spec.summed_norms.append(magnitude)
+                self.spec.reduced_dora_norms.append(magnitude)
 
     def _ia3(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
         """A vector that scales the input or the output features; on the side that is not sharded it scales summands."""
@@ -315,7 +315,7 @@ class _Resolver:
             )
         for key in adapter.ia3_l:  # type: ignore[union-attr]
             sharded = self._features(blocks) if own == "out" else ParameterSpec(1, blocks)
-            spec = sharded if own == side else PARTIAL
+            spec = sharded if own == side else PARTIAL_GRADIENT
             self.spec.parameters[f"{name}.ia3_l.{key}"] = spec
 
     def _edited_rows(self, name: str, adapter: nn.Module, base_name: str, base: nn.Module) -> str:
@@ -332,7 +332,9 @@ class _Resolver:
             self.spec.parameters[f"{name}.trainable_tokens_delta.{key}"] = shard
         is_table = isinstance(base, nn.Embedding)
         self.spec.modules[name] = (
-            ModuleSpec(output=Output.GATHER) if is_table else ModuleSpec(Input.SPLIT, Output.REDUCE)
+            ModuleSpec(output=OutputHook.GATHER)
+            if is_table
+            else ModuleSpec(InputHook.SCATTER, OutputHook.REDUCE_FROM_TP)
         )
         return f"{shard} (rows are trained)"
 
@@ -386,22 +388,24 @@ class _Resolver:
     def _shard_embedding(self, name: str, dim: int) -> None:
         self.spec.parameters[f"{name}.weight"] = ParameterSpec(dim)
         self.spec.modules[name] = (
-            ModuleSpec(Input.MASK, Output.REDUCE) if dim == 0 else ModuleSpec(Input.NONE, Output.GATHER)
+            ModuleSpec(InputHook.MASK_IDS, OutputHook.REDUCE_FROM_TP)
+            if dim == 0
+            else ModuleSpec(InputHook.NONE, OutputHook.GATHER)
         )
 
     def _activation_style(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         style = entry.style
         if style == "replicated_with_grad_allreduce":
             for parameter_name, _ in module.named_parameters():
-                self.spec.parameters.setdefault(f"{name}.{parameter_name}", PARTIAL)
-            return str(PARTIAL)
+                self.spec.parameters.setdefault(f"{name}.{parameter_name}", PARTIAL_GRADIENT)
+            return str(PARTIAL_GRADIENT)
         boundary = {
-            "all_reduce": ModuleSpec(output=Output.REDUCE),
-            "moe_tp_experts": ModuleSpec(Input.COPY_ALL, Output.REDUCE),
-            "moe_identity_expert": ModuleSpec(Input.SCALE),
+            "all_reduce": ModuleSpec(output=OutputHook.REDUCE_FROM_TP),
+            "moe_tp_experts": ModuleSpec(InputHook.COPY_ALL_TO_TP, OutputHook.REDUCE_FROM_TP),
+            "moe_identity_expert": ModuleSpec(InputHook.DIVIDE),
         }.get(style)
         if style == "mla_kv_a_proj":
-            boundary = ModuleSpec(output=Output.COPY_TAIL, tail=self._rope_features(name))
+            boundary = ModuleSpec(output=OutputHook.COPY_TAIL_TO_TP, tail=self._rope_features(name))
         if boundary is not None:
             self.spec.modules[name] = boundary
         return "activations" if boundary is not None else "Replicate"
@@ -428,13 +432,13 @@ class _Resolver:
         style = entry.style
         if isinstance(style, str):
             style = compat.transformers_parallel_styles()[style]
-        self.spec.modules[name] = ModuleSpec(foreign=style)
+        self.spec.modules[name] = ModuleSpec(native_style=style)
         return f"by {entry.style_name}"
 
     def _check_experts(self) -> None:
         """A sum over the ranks is right only for experts whose weights are sharded; whole ones would count tp times."""
         for name, module in self.spec.modules.items():
-            if module.input is not Input.COPY_ALL:
+            if module.input is not InputHook.COPY_ALL_TO_TP:
                 continue
             if not any(n.startswith(f"{name}.") and s.dim is not None for n, s in self.spec.parameters.items()):
                 raise UnsupportedError(

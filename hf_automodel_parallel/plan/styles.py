@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import compat
-from ..core.sharding_spec import Input, Output
+from ..core.sharding_spec import InputHook, OutputHook
 from ..errors import PlanError
 
 
@@ -25,24 +25,26 @@ class LinearStyle:
     """
 
     side: str
-    input: Input
-    output: Output
+    input: InputHook
+    output: OutputHook
     blocks: int = 1
     swap: str | None = None
 
 
 LINEAR_STYLES: dict[str, LinearStyle] = {
-    "colwise": LinearStyle("out", Input.COPY, Output.NONE),
-    "colwise_gather_output": LinearStyle("out", Input.COPY, Output.GATHER, swap="rowwise_split_input"),
-    "colwise_rep": LinearStyle("out", Input.COPY, Output.GATHER, swap="rowwise_split_input"),
-    "rowwise": LinearStyle("in", Input.NONE, Output.REDUCE),
-    "rowwise_split_input": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
-    "rowwise_rep": LinearStyle("in", Input.SPLIT, Output.REDUCE, swap="colwise_gather_output"),
-    "packed_colwise": LinearStyle("out", Input.COPY, Output.NONE, blocks=2),
+    "colwise": LinearStyle("out", InputHook.COPY_TO_TP, OutputHook.NONE),
+    "colwise_gather_output": LinearStyle("out", InputHook.COPY_TO_TP, OutputHook.GATHER, swap="rowwise_split_input"),
+    "colwise_rep": LinearStyle("out", InputHook.COPY_TO_TP, OutputHook.GATHER, swap="rowwise_split_input"),
+    "rowwise": LinearStyle("in", InputHook.NONE, OutputHook.REDUCE_FROM_TP),
+    "rowwise_split_input": LinearStyle(
+        "in", InputHook.SCATTER, OutputHook.REDUCE_FROM_TP, swap="colwise_gather_output"
+    ),
+    "rowwise_rep": LinearStyle("in", InputHook.SCATTER, OutputHook.REDUCE_FROM_TP, swap="colwise_gather_output"),
+    "packed_colwise": LinearStyle("out", InputHook.COPY_TO_TP, OutputHook.NONE, blocks=2),
     "qkv_colwise": LinearStyle(
-        "out", Input.COPY, Output.NONE, blocks=3
+        "out", InputHook.COPY_TO_TP, OutputHook.NONE, blocks=3
     ),  # ours: GPT-2's c_attn, three equal projections
-    "packed_rowwise": LinearStyle("in", Input.NONE, Output.REDUCE, blocks=2),
+    "packed_rowwise": LinearStyle("in", InputHook.NONE, OutputHook.REDUCE_FROM_TP, blocks=2),
 }
 
 #: Styles of an embedding table: which dimension is sharded.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..core.model_view import ModelView
-from ..core.sharding_spec import Output, ShardingSpec
+from ..core.sharding_spec import OutputHook, ShardingSpec
 from ..errors import PlanAssertionError, PlanError
 
 
@@ -23,10 +23,10 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
     inner = ModelView.of(model).inner
     fields = _head_fields(getattr(inner, "config", None))
     for name, module_spec in spec.modules.items():
-        if module_spec.foreign is not None or module_spec.output is not Output.NONE:
+        if module_spec.native_style is not None or module_spec.output is not OutputHook.NONE:
             continue
         weight_name = _weight_of(spec, name)
-        if weight_name is None or spec.parameters[weight_name].part_dim is not None:
+        if weight_name is None or spec.parameters[weight_name].forward_shard_dim is not None:
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         head_dim = getattr(parent, "head_dim", None)

@@ -73,7 +73,7 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
     from ..tensor_parallel.grad_sync import PartialGradients
     from ..tensor_parallel.head_counts import set_local_counts
 
-    foreign = [name for name, module in spec.modules.items() if module.foreign is not None]
+    foreign = [name for name, module in spec.modules.items() if module.native_style is not None]
     if foreign:
         raise PlanError(f"{foreign[0]} has a style that only processes can run, so it cannot be tried on threads.")
     result = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
 from ..core.shard_layout import shard_parameter
-from ..core.sharding_spec import REPLICATED, Input, ModuleSpec, Output, ParameterSpec, ShardingSpec
+from ..core.sharding_spec import REPLICATED, InputHook, ModuleSpec, OutputHook, ParameterSpec, ShardingSpec
 from . import boundary_hooks as boundaries
 from .dora import sum_weight_norm
 from .grad_sync import PartialGradients
@@ -81,7 +81,7 @@ class TensorParallelState:
                 spec = self.places.get((owner, key), REPLICATED)
                 hook = self.partial.hook(owner, key) if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
-                zero = spec.counts_once and self.mesh.get_local_rank() > 0
+                zero = spec.rank_zero_only and self.mesh.get_local_rank() > 0
                 result.append(
                     Entry(owner, key, hook, spec.on_sequence_shards, bias_of, zero, self._part(spec), self.local)
                 )
@@ -89,9 +89,14 @@ class TensorParallelState:
 
     def _part(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
         """(dimension, blocks, index, number) of what this rank computes with, where that is a part of the parameter."""
-        if spec.part_dim is None:
+        if spec.forward_shard_dim is None:
             return None
-        return spec.part_dim, spec.blocks, self.mesh.get_local_rank() * spec.parts // self.mesh.size(), spec.parts
+        return (
+            spec.forward_shard_dim,
+            spec.blocks,
+            self.mesh.get_local_rank() * spec.forward_shards // self.mesh.size(),
+            spec.forward_shards,
+        )
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
         """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new
@@ -136,9 +141,9 @@ def apply_tensor_parallel(
     if spec.sequence is not None:
         state.sequence = SequenceParallel(model, spec.sequence, mesh, set(spec.modules))
     for name, module_spec in spec.modules.items():
-        if module_spec.foreign is not None:
+        if module_spec.native_style is not None:
             module = model.get_submodule(name)
-            _apply_foreign(module, name, module_spec.foreign, mesh)
+            _apply_foreign(module, name, module_spec.native_style, mesh)
             state.foreign.append(module)
         else:
             install_boundary(model, name, module_spec, state)
@@ -146,7 +151,7 @@ def apply_tensor_parallel(
     _shard_parameters(model, spec, state, device)
     for name, attributes in spec.head_counts.items():
         set_local_counts(model.get_submodule(name), attributes, mesh.size())
-    for name in spec.summed_norms:
+    for name in spec.reduced_dora_norms:
         sum_weight_norm(model.get_submodule(name), mesh)
     return state
 
@@ -183,35 +188,35 @@ def install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tenso
     def after(hook: Callable[..., Any], **options: bool) -> None:
         state.hook(module, lambda m: m.register_forward_hook(hook, prepend=True, **options))
 
-    if spec.input is Input.COPY:
+    if spec.input is InputHook.COPY_TO_TP:
         state.copies[name] = boundaries.CopyInput(group)
         before(state.copies[name])
-    elif spec.input is Input.COPY_ALL:
+    elif spec.input is InputHook.COPY_ALL_TO_TP:
         before(boundaries.CopyAllInputs(group))
-    elif spec.input is Input.SPLIT:
+    elif spec.input is InputHook.SCATTER:
         before(boundaries.SplitInput(group, rank, size))
-    elif spec.input is Input.SCALE:
+    elif spec.input is InputHook.DIVIDE:
         before(boundaries.ScaleInput(size))
-    elif spec.input is Input.MASK:
+    elif spec.input is InputHook.MASK_IDS:
         rows: int = cast(nn.Embedding, module).weight.shape[0] // size
         vocabulary = boundaries.VocabularySlice(group, rank, rows)
         before(vocabulary.before)
         after(vocabulary.after, always_call=True)
         return
-    if spec.output in (Output.REDUCE, Output.SCATTER_SEQUENCE):
+    if spec.output in (OutputHook.REDUCE_FROM_TP, OutputHook.REDUCE_SCATTER_SEQUENCE):
         bias_owner = None if spec.deferred_bias is None else module.get_submodule(spec.deferred_bias)
         reduce = boundaries.ReduceOutput(group, bias_owner)
-        if spec.output is Output.SCATTER_SEQUENCE:
+        if spec.output is OutputHook.REDUCE_SCATTER_SEQUENCE:
             reduce = ScatterOutput(group, bias_owner)
             state.sequence.add(name, reduce)  # type: ignore[union-attr]
         after(reduce)
         if bias_owner is not None:
             state.deferred[bias_owner] = reduce
-    elif spec.output is Output.GATHER:
+    elif spec.output is OutputHook.GATHER:
         after(boundaries.GatherOutput(group, rank, size))
-    elif spec.output is Output.LOGITS:
+    elif spec.output is OutputHook.SHARDED_LOGITS:
         after(KeepSharded(Vocabulary(group, rank, size, spec.chunk_rows)))
-    elif spec.output is Output.COPY_TAIL:
+    elif spec.output is OutputHook.COPY_TAIL_TO_TP:
         after(boundaries.CopyTail(group, spec.tail))
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
 from ..core.consistency import synchronize_rng
-from ..core.sharding_spec import REPLICATED, Input, Output, ShardingSpec
+from ..core.sharding_spec import REPLICATED, InputHook, OutputHook, ShardingSpec
 from ..errors import UnsupportedError
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -188,7 +188,7 @@ def synchronize_at_first_forward(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def is_columnwise(boundary: Any) -> bool:
     """True if the module's output stays sharded."""
-    return boundary.input is Input.COPY and boundary.output is Output.NONE
+    return boundary.input is InputHook.COPY_TO_TP and boundary.output is OutputHook.NONE
 
 
 def draws_random_numbers(model: nn.Module) -> bool:

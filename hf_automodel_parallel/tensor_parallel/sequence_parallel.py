@@ -295,9 +295,11 @@ class BlockForward:
         around, shared.length = shared.length, length
         try:
             if self.spec.gathers:
-                args, kwargs = replace_first(args, kwargs, shared.gather(first_tensor(args, kwargs), self.spec.writes))
+                args, kwargs = replace_first(
+                    args, kwargs, shared.gather(first_tensor(args, kwargs), self.spec.mutates_input)
+                )
             output = self.inner(*args, **kwargs)
-            return map_tensor(output, shared.split) if self.spec.splits else output
+            return map_tensor(output, shared.split) if self.spec.scatters else output
         finally:
             shared.draw_common()
             shared.length = around
@@ -312,14 +314,14 @@ class BoundaryBlock(BlockForward):
         self.shared.draw_common()
         if not self.spec.gathers:
             return None
-        return replace_first(args, kwargs, self.shared.gather(first_tensor(args, kwargs), self.spec.writes))
+        return replace_first(args, kwargs, self.shared.gather(first_tensor(args, kwargs), self.spec.mutates_input))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.shared is None or self.shared.length is None:
             return None
-        if self.spec.splits:
+        if self.spec.scatters:
             self.shared.draw_own()
-        return map_tensor(output, self.shared.split) if self.spec.splits else None
+        return map_tensor(output, self.shared.split) if self.spec.scatters else None
 
 
 class SequenceParallel:

@@ -35,9 +35,9 @@ def make_local(model: nn.Module, spec: ShardingSpec) -> None:
 def check_local(spec: ShardingSpec) -> None:
     """Raise :class:`UnsupportedError` if a module of ``spec`` runs on an engine that needs DTensors in flight."""
     for name, module in spec.modules.items():
-        if module.foreign is not None:
+        if module.native_style is not None:
             raise UnsupportedError(
-                f"the tensor-parallel style {type(module.foreign).__name__} of {name!r} cannot be combined with "
+                f"the tensor-parallel style {type(module.native_style).__name__} of {name!r} cannot be combined with "
                 f"megatron-fsdp, which gathers local tensors: it computes with DTensors. Use a style name such as "
                 f"'colwise' or 'rowwise' (or a style of torch's that means the same), or leave tp_shard_plan out."
             )

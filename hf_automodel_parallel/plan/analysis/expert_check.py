@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ...core.shard_layout import local_slice
-from ...core.sharding_spec import Input, Output, ParameterSpec, ShardingSpec
+from ...core.sharding_spec import InputHook, OutputHook, ParameterSpec, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import is_parameter_adapter
 from .numerical_checks import CannotRun, is_close
@@ -41,7 +41,7 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
     names = {name for name, _ in model.named_modules()}
     known: dict[Any, tuple[dict[str, int] | None, str]] = {}
     for name, boundary in list(spec.modules.items()):
-        if boundary.input is not Input.COPY_ALL or boundary.output is not Output.REDUCE:
+        if boundary.input is not InputHook.COPY_ALL_TO_TP or boundary.output is not OutputHook.REDUCE_FROM_TP:
             continue
         path = name
         while f"{path}.base_layer" in names:

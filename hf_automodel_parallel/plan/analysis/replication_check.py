@@ -18,7 +18,7 @@ from torch import nn
 
 from ... import compat
 from ...core.model_view import ModelView
-from ...core.sharding_spec import PARTIAL, REPLICATED, Input, ModuleSpec, Output, ShardingSpec
+from ...core.sharding_spec import PARTIAL_GRADIENT, REPLICATED, InputHook, ModuleSpec, OutputHook, ShardingSpec
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
 from ..patterns import layer_pattern
@@ -104,11 +104,11 @@ def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
                 f"{_REMEDY}"
             )
         for tied in names[ids[name]]:
-            spec.parameters[tied] = PARTIAL
+            spec.parameters[tied] = PARTIAL_GRADIENT
         pattern = layer_pattern(ModelView.of(model).plan_name(name))
         found[pattern] = found.get(pattern, 0) + 1
     spec.rows += [
-        (p, "between sharded layers", n, str(PARTIAL), "derived: run without values") for p, n in found.items()
+        (p, "between sharded layers", n, str(PARTIAL_GRADIENT), "derived: run without values") for p, n in found.items()
     ]
 
 
@@ -189,12 +189,16 @@ class ReplicationCheck:
 
     def _is_sharded(self, name: str) -> bool:
         spec = self.spec.parameters.get(name, REPLICATED)
-        return spec.dim is not None or spec.part_dim is not None
+        return spec.dim is not None or spec.forward_shard_dim is not None
 
     def _local_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
         spec = self.spec.parameters.get(name, REPLICATED)
-        dim, parts = (spec.dim, self.tp_size) if spec.part_dim is None else (spec.part_dim, spec.parts)
+        dim, parts = (
+            (spec.dim, self.tp_size)
+            if spec.forward_shard_dim is None
+            else (spec.forward_shard_dim, spec.forward_shards)
+        )
         inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # the rest is not traced
         if dim is not None and inside:
             shape[dim] //= parts
@@ -297,13 +301,13 @@ class ReplicationCheck:
         hooks = self.spec.modules.get(place)
         if hooks is None or place in self.copies_inputs:
             return False
-        if hooks.output is not Output.REDUCE or hooks.input is not Input.NONE:
+        if hooks.output is not OutputHook.REDUCE_FROM_TP or hooks.input is not InputHook.NONE:
             return False
         module = self.model.get_submodule(place)
         inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
         if as_matrix(module, place) is not None or not inside or not all(map(self._is_sharded, inside)):
             return False  # the contribution of a replicated parameter in there would count once per rank
-        self.spec.modules[place] = replace(hooks, input=Input.COPY_ALL)
+        self.spec.modules[place] = replace(hooks, input=InputHook.COPY_ALL_TO_TP)
         self.copies_inputs.add(place)
         self.notes.append(f"{place}: the gradients of all its inputs are summed over the ranks, as its output is.")
         return True
@@ -329,7 +333,7 @@ class ReplicationCheck:
 
     def _called_unsharded(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         hooks = self.spec.modules.get(name)
-        if hooks is not None and hooks.input is Input.COPY_ALL:
+        if hooks is not None and hooks.input is InputHook.COPY_ALL_TO_TP:
             return _expert_output(args, kwargs)
         return forward(*args, **kwargs)
 
@@ -352,7 +356,7 @@ class ReplicationCheck:
         for table in (self.spec.modules, self.spec.parameters, self.spec.head_counts):
             for name in [name for name in table if _is_within(name, block)]:
                 del table[name]  # type: ignore[attr-defined]
-        self.spec.summed_norms = [n for n in self.spec.summed_norms if not n.startswith(f"{block}.")]
+        self.spec.reduced_dora_norms = [n for n in self.spec.reduced_dora_norms if not n.startswith(f"{block}.")]
         copied_block = self.runner.submodule(block)
         for path, module in self.model.get_submodule(block).named_modules():
             copied = copied_block.get_submodule(path)
@@ -384,7 +388,7 @@ class ReplicationCheck:
         hooks = self.spec.modules.get(name)
         if hooks is None:
             output = forward(*args, **kwargs)
-        elif hooks.foreign is not None:
+        elif hooks.native_style is not None:
             raise NotTraceable(f"{name} runs on an engine of torch's")
         else:
             output = self._through_hooks(name, hooks, forward, args, kwargs)
@@ -395,34 +399,38 @@ class ReplicationCheck:
     def _through_hooks(self, name: str, hooks: ModuleSpec, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module with its TP input and output hooks."""
         trace = self.trace
-        if hooks.input is Input.COPY_ALL:
+        if hooks.input is InputHook.COPY_ALL_TO_TP:
             self._check_invariant(tensors_in((args, kwargs)))
             if name not in self.copies_inputs:  # fused experts, which expert_check has run with values
                 return trace.mark(_expert_output(args, kwargs), INVARIANT)
             args, kwargs = compat.tree_map_only(
                 torch.Tensor, lambda x: trace.copied_to_tp(x) if x.is_floating_point() else x, (args, kwargs)
             )
-        if hooks.input in (Input.COPY, Input.SPLIT):
+        if hooks.input in (InputHook.COPY_TO_TP, InputHook.SCATTER):
             key: Any = 0 if args else next(k for k, v in kwargs.items() if isinstance(v, torch.Tensor))
             x = args[0] if args else kwargs[key]
             self._check_invariant([x])
             copied = trace.copied_to_tp(x)
-            if hooks.input is Input.SPLIT:
+            if hooks.input is InputHook.SCATTER:
                 copied = trace.mark(copied[..., : copied.shape[-1] // self.tp_size], VARYING)
             args, kwargs = ((copied, *args[1:]), kwargs) if args else (args, {**kwargs, key: copied})
         output = forward(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
-        if hooks.output is Output.NONE and hooks.input is Input.COPY:
+        if hooks.output is OutputHook.NONE and hooks.input is InputHook.COPY_TO_TP:
             trace.mark(first, FEATURES)
-        if hooks.output is Output.COPY_TAIL:
+        if hooks.output is OutputHook.COPY_TAIL_TO_TP:
             return trace.mark(first, replace(VARYING, tail=hooks.tail))
-        if hooks.output not in (Output.REDUCE, Output.GATHER):
+        if hooks.output not in (OutputHook.REDUCE_FROM_TP, OutputHook.GATHER):
             return output
-        if hooks.output is Output.REDUCE and hooks.input is not Input.MASK and not trace.value(first).varying:
+        if (
+            hooks.output is OutputHook.REDUCE_FROM_TP
+            and hooks.input is not InputHook.MASK_IDS
+            and not trace.value(first).varying
+        ):
             raise WrongPlan(
                 f"its output is the same on all {self.tp_size} ranks, and summed over them it counts that many times"
             )
-        factor = self.tp_size if hooks.output is Output.GATHER else 1
+        factor = self.tp_size if hooks.output is OutputHook.GATHER else 1
         fresh = torch.empty((*first.shape[:-1], first.shape[-1] * factor), dtype=first.dtype)
         fresh = trace.mark(fresh, INVARIANT)
         return (fresh, *output[1:]) if isinstance(output, tuple) else fresh

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ... import compat
-from ...core.sharding_spec import Input, Output, SequenceBlock, ShardingSpec
+from ...core.sharding_spec import InputHook, OutputHook, SequenceBlock, ShardingSpec
 from ...errors import UnsupportedError, first_line
 from .stack_runner import BATCH, StackRunner, first_tensor
 from .token_locality import FEATURES, TokenLocalityTrace, TokensMix
@@ -276,19 +276,19 @@ class SequenceCheck:
     def _module(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module, with the shapes and labels that its TP hooks make."""
         hooks = self.spec.modules.get(name)
-        if hooks is None or hooks.foreign is not None:
+        if hooks is None or hooks.native_style is not None:
             return forward(*args, **kwargs)
-        if hooks.input is Input.COPY_ALL:  # experts choose tokens by values, which there are none of
+        if hooks.input is InputHook.COPY_ALL_TO_TP:  # experts choose tokens by values, which there are none of
             return torch.empty_like(first_tensor(args, kwargs))
         output = forward(*args, **kwargs)
         first, _ = _first_and_others(output)
-        if hooks.output is Output.NONE and hooks.input is not Input.SCALE:
+        if hooks.output is OutputHook.NONE and hooks.input is not InputHook.DIVIDE:
             self.trace.label(first, [FEATURES])
             return output
-        if hooks.output not in (Output.REDUCE, Output.GATHER):
+        if hooks.output not in (OutputHook.REDUCE_FROM_TP, OutputHook.GATHER):
             return output
         fresh = torch.empty(first.shape, dtype=first.dtype)
-        reduces = hooks.output is Output.REDUCE and first.ndim > 2 and _has_tokens(first, self.full)
+        reduces = hooks.output is OutputHook.REDUCE_FROM_TP and first.ndim > 2 and _has_tokens(first, self.full)
         if reduces and self.choices[self.path[0]]:
             fresh = _resized(first, self.shard)
             self.scatters.append(name)

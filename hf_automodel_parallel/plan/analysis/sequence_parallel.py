@@ -22,7 +22,7 @@ from torch import nn
 
 from ... import compat
 from ...core.model_view import ModelView, plan_name
-from ...core.sharding_spec import ON_SHARES, REPLICATED, Output, SequenceSpec, ShardingSpec
+from ...core.sharding_spec import ON_SEQUENCE_SHARDS, REPLICATED, OutputHook, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
 from .sequence_check import REMEDY, Found, SequenceCheck
 
@@ -49,12 +49,12 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
             spec.notes.append(f"{name} gets and returns the whole sequence, then split ({reason}).")
     on_sequence_shards = _parameters_on_sequence_shards(model, spec, found)
     for name in found.scatters:
-        module = replace(spec.modules[name], output=Output.SCATTER_SEQUENCE)
+        module = replace(spec.modules[name], output=OutputHook.REDUCE_SCATTER_SEQUENCE)
         spec.modules[name] = module
         if module.deferred_bias is not None:
             on_sequence_shards.add(".".join(part for part in (name, module.deferred_bias, "bias") if part))
     for name in on_sequence_shards:
-        spec.parameters[name] = ON_SHARES
+        spec.parameters[name] = ON_SEQUENCE_SHARDS
     owners = {_wrapper(model, name.rpartition(".")[0]) for name in on_sequence_shards}
     spec.sequence = SequenceSpec(
         names[stack],
@@ -86,7 +86,7 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
     new.sequence = old.sequence
     for name in names:
         if name not in new.parameters and any(name.startswith(f"{owner}.") for owner in old.sequence.on_shards):
-            new.parameters[name] = ON_SHARES
+            new.parameters[name] = ON_SEQUENCE_SHARDS
 
 
 def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
@@ -228,13 +228,13 @@ def _describe(spec: ShardingSpec, prefix: str) -> None:
 
     add(sequence.layers[0], "split sequence (input)")
     for name, block in sequence.blocks.items():
-        styles = ["gather sequence (input)"] * block.gathers + ["split sequence (output)"] * block.splits
+        styles = ["gather sequence (input)"] * block.gathers + ["split sequence (output)"] * block.scatters
         if styles:
             add_all(name, ", ".join(styles))
     for name, module in spec.modules.items():
-        if module.output is Output.SCATTER_SEQUENCE:
+        if module.output is OutputHook.REDUCE_SCATTER_SEQUENCE:
             add_all(name, "scatter sequence (output)")
     add(sequence.tail, "gather sequence (output)")
     for name in sorted(sequence.on_shards):
-        add_all(name, "on shares of the sequence", str(ON_SHARES))
+        add_all(name, "on shares of the sequence", str(ON_SEQUENCE_SHARDS))
     spec.rows += [(name, style, count, placement, _SOURCE) for (name, style, placement), count in lines.items()]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...core.sharding_spec import PARTIAL, Output, ParameterSpec, ShardingSpec
+from ...core.sharding_spec import PARTIAL_GRADIENT, OutputHook, ParameterSpec, ShardingSpec
 from ...errors import PlanError, UnsupportedError
 from ...tensor_parallel.collectives import copy_to_tp, reduce_from_tp
 from ..context import ParallelizeContext
@@ -65,7 +65,7 @@ def head_sharded_attentions(model: nn.Module, spec: ShardingSpec) -> Iterator[tu
 
 def _is_sharded(spec: ShardingSpec, attention: str, projection: str) -> bool:
     boundary = spec.modules.get(f"{attention}.{projection}")
-    return boundary is not None and boundary.foreign is None and boundary.output is Output.NONE
+    return boundary is not None and boundary.native_style is None and boundary.output is OutputHook.NONE
 
 
 def _check_attention(name: str, attention: nn.Module, spec: ShardingSpec, size: int) -> None:
@@ -104,7 +104,7 @@ def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[s
     width = attention.inner_dim
     shapes = {key: tuple(parameter.shape) for key, parameter in norm.named_parameters()}
     if all(shape[0] * attention.heads == width for shape in shapes.values()):  # type: ignore[operator]
-        return {f"{name}.{key}": PARTIAL for key in shapes}
+        return {f"{name}.{key}": PARTIAL_GRADIENT for key in shapes}
     if isinstance(norm, nn.RMSNorm) and shapes == {"weight": (width,)}:
         return {f"{name}.weight": ParameterSpec(0)}
     raise UnsupportedError(

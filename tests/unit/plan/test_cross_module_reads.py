@@ -7,7 +7,7 @@ from sweep.tiny import build
 from transformers import LlamaForCausalLM
 
 from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.core.sharding_spec import PARTIAL, ParameterSpec, ShardingSpec
+from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT, ParameterSpec, ShardingSpec
 from hf_automodel_parallel.errors import UnsupportedError
 from hf_automodel_parallel.plan.analysis.cross_module_reads import (
     check_cross_module_reads,
@@ -68,7 +68,7 @@ def test_what_cannot_be_right_is_refused():
     reads = {"model": [TABLE]}
     check_cross_module_reads(ShardingSpec(parameters={TABLE: ParameterSpec(0)}), reads)
     with pytest.raises(UnsupportedError, match=f"forward of model reads the parameter {TABLE}.*tp_size=1"):
-        check_cross_module_reads(ShardingSpec(parameters={TABLE: PARTIAL}), reads)
+        check_cross_module_reads(ShardingSpec(parameters={TABLE: PARTIAL_GRADIENT}), reads)
     refuse_cross_module_reads(ShardingSpec(), reads)
     with pytest.raises(UnsupportedError, match=f"{TABLE}.*megatron_fsdp"):
         refuse_cross_module_reads(ShardingSpec(parameters={TABLE: ParameterSpec(0)}), reads)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from harness.models import build_model, lora
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, PlanError
-from hf_automodel_parallel.core.sharding_spec import Output
+from hf_automodel_parallel.core.sharding_spec import OutputHook
 from hf_automodel_parallel.plan.loss_parallel import keep_logits_sharded
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
@@ -77,12 +77,12 @@ def test_the_head_is_found_where_it_is_sharded_over_the_vocabulary():
         lora(build_model("llama"), modules_to_save=["lm_head"]),
     ):
         spec = planned(model)
-        kept = [name for name, module in spec.modules.items() if module.output is Output.LOGITS]
+        kept = [name for name, module in spec.modules.items() if module.output is OutputHook.SHARDED_LOGITS]
         assert kept and all("lm_head" in name for name in kept)
-        assert not any(module.output is Output.GATHER for name, module in spec.modules.items() if "lm_head" in name)
+        assert not any(module.output is OutputHook.GATHER for name, module in spec.modules.items() if "lm_head" in name)
         assert any("logits stay sharded" in note for note in spec.notes)
     spec = planned(build_model("llama"), wanted=False)
-    assert not any(module.output is Output.LOGITS for module in spec.modules.values())
+    assert not any(module.output is OutputHook.SHARDED_LOGITS for module in spec.modules.values())
 
 
 def test_ranks_compare_where_logits_stay_sharded_but_not_the_rows_of_a_chunk():

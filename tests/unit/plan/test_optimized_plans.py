@@ -14,7 +14,7 @@ from transformers import Mistral3ForConditionalGeneration as Mistral3
 
 from hf_automodel_parallel import PlanError, register_optimized_plan
 from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.core.sharding_spec import PARTIAL
+from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT
 from hf_automodel_parallel.plan.patterns import pattern_regex
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
@@ -92,7 +92,7 @@ def test_wins_when_asked_for_first(name):
     norms = [
         n for n, _ in model.named_parameters() if n.split(".")[-2] in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
     ]
-    assert [n for n in norms if spec.parameters[n] != PARTIAL] == []
+    assert [n for n in norms if spec.parameters[n] != PARTIAL_GRADIENT] == []
     layers = {type(layer).__name__ for layer in find_structure(model).layers}
     assert any("DecoderLayer" in layer for layer in layers)
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from hf_automodel_parallel import PlanError, UnsupportedError, register_plan
-from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output, ParameterSpec
+from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT, InputHook, OutputHook, ParameterSpec
 from hf_automodel_parallel.plan import select as selection
 from hf_automodel_parallel.plan.describe import plan_lines
 from hf_automodel_parallel.plan.resolve import resolve
@@ -108,8 +108,8 @@ def test_explicit_dict(llama):
         for layer in range(2)
         for module, dim in (("up_proj", 0), ("down_proj", 1))
     }
-    assert spec.modules["model.layers.1.mlp.up_proj"].input is Input.COPY
-    assert spec.modules["model.layers.1.mlp.down_proj"].output is Output.REDUCE
+    assert spec.modules["model.layers.1.mlp.up_proj"].input is InputHook.COPY_TO_TP
+    assert spec.modules["model.layers.1.mlp.down_proj"].output is OutputHook.REDUCE_FROM_TP
 
 
 def test_explicit_plan_wins_over_the_models_own(llama):
@@ -317,7 +317,7 @@ def test_a_subclass_of_a_torch_style_is_taken_as_it_is(llama):
     """
     column = OwnColwise()
     _, spec = plan_and_spec(llama, ATTENTION | {"model.layers.*.mlp.up_proj": column})
-    assert spec.modules["model.layers.0.mlp.up_proj"].foreign is column
+    assert spec.modules["model.layers.0.mlp.up_proj"].native_style is column
     assert not any("mlp" in name for name in spec.parameters)
     assert spec.parameters["model.layers.0.self_attn.o_proj.weight"] == ParameterSpec(1)
 
@@ -335,7 +335,7 @@ def test_style_that_a_user_registered_with_transformers(llama, monkeypatch):
     style = MyStyle()
     monkeypatch.setitem(ALL_PARALLEL_STYLES, "my_style", style)
     _, spec = plan_and_spec(llama, {"model.layers.*.mlp.up_proj": "my_style"})
-    assert spec.modules["model.layers.0.mlp.up_proj"].foreign is style
+    assert spec.modules["model.layers.0.mlp.up_proj"].native_style is style
 
 
 def test_peft_prefix_in_a_key_is_understood():
@@ -356,7 +356,7 @@ def test_parameters_can_be_named(llama):
     """A key may name a parameter, too; its dimension is counted from the end."""
     plan = {"model.layers.*.mlp.up_proj.weight": "colwise", "model.norm.weight": "replicated_with_grad_allreduce"}
     _, spec = plan_and_spec(llama, plan)
-    assert spec.parameters["model.norm.weight"] == PARTIAL
+    assert spec.parameters["model.norm.weight"] == PARTIAL_GRADIENT
     assert spec.parameters["model.layers.0.mlp.up_proj.weight"] == ParameterSpec(0)
     assert "model.layers.0.mlp.up_proj" not in spec.modules
 
@@ -548,7 +548,7 @@ def test_plan_on_the_instance_wins():
     plan, spec = plan_and_spec(model)
     assert plan.entries["lm_head"].source == "instance of LlamaForCausalLM"
     assert "lm_head.weight" not in spec.parameters or spec.parameters["lm_head.weight"].dim is None
-    assert spec.modules["model.layers.0.mlp.down_proj"].input is Input.SPLIT
+    assert spec.modules["model.layers.0.mlp.down_proj"].input is InputHook.SCATTER
 
 
 def test_plan_on_the_instance_of_an_inner_model():
@@ -556,7 +556,7 @@ def test_plan_on_the_instance_of_an_inner_model():
     model = build("llama")
     model.model._tp_plan = {**model.model._tp_plan, "layers.*.mlp.down_proj": "rowwise_split_input"}
     _, spec = plan_and_spec(model)
-    assert spec.modules["model.layers.0.mlp.down_proj"].input is Input.SPLIT
+    assert spec.modules["model.layers.0.mlp.down_proj"].input is InputHook.SCATTER
 
 
 def test_the_outermost_instance_wins():
@@ -565,7 +565,7 @@ def test_the_outermost_instance_wins():
     model.model._tp_plan = {**model.model._tp_plan, "layers.*.mlp.down_proj": "rowwise_split_input"}
     model._tp_plan = {**model._tp_plan, "model.layers.*.mlp.down_proj": "colwise_gather_output"}
     _, spec = plan_and_spec(model)
-    assert spec.modules["model.layers.0.mlp.down_proj"].output is Output.GATHER
+    assert spec.modules["model.layers.0.mlp.down_proj"].output is OutputHook.GATHER
 
 
 def test_plan_in_the_config_object_wins_over_its_class():
@@ -645,10 +645,10 @@ def test_factors_of_an_adapter_follow_their_layer():
     """B with the sharded outputs, A with the sharded inputs; the other one is whole and its gradient a sum."""
     result = placements(wrap(build("llama"), target_modules=["q_proj", "o_proj"]))
     layer = "base_model.model.model.layers.0.self_attn"
-    assert result[f"{layer}.q_proj.lora_A.default.weight"] == str(PARTIAL)
+    assert result[f"{layer}.q_proj.lora_A.default.weight"] == str(PARTIAL_GRADIENT)
     assert result[f"{layer}.q_proj.lora_B.default.weight"] == "Shard(0)"
     assert result[f"{layer}.o_proj.lora_A.default.weight"] == "Shard(1)"
-    assert result[f"{layer}.o_proj.lora_B.default.weight"] == str(PARTIAL)
+    assert result[f"{layer}.o_proj.lora_B.default.weight"] == str(PARTIAL_GRADIENT)
 
 
 def test_several_adapters_on_one_layer():
@@ -991,8 +991,11 @@ def test_odd_vocabulary_is_sharded_on_the_other_side_and_says_so():
     _, spec = plan_and_spec(model)
     assert spec.parameters["lm_head.weight"] == ParameterSpec(1)
     assert spec.parameters["model.embed_tokens.weight"] == ParameterSpec(1)
-    assert spec.modules["lm_head"].input is Input.SPLIT and spec.modules["lm_head"].output is Output.REDUCE
-    assert spec.modules["model.embed_tokens"].output is Output.GATHER
+    assert (
+        spec.modules["lm_head"].input is InputHook.SCATTER
+        and spec.modules["lm_head"].output is OutputHook.REDUCE_FROM_TP
+    )
+    assert spec.modules["model.embed_tokens"].output is OutputHook.GATHER
     head, embedding = sorted(spec.notes)
     assert "lm_head: 131 output features do not divide by tp_size=2; sharded on the other side" in head
     assert "dimension 0 (131)" in embedding and "sharded on dimension 1" in embedding
@@ -1016,8 +1019,8 @@ def test_tied_ends_are_planned_alike():
 def test_a_tied_place_that_no_entry_names_follows_the_other(named):
     _, spec = plan_and_spec(build("llama_tied"), MLP | {named: ENDS[named]})
     assert spec.parameters["lm_head.weight"] == spec.parameters["model.embed_tokens.weight"] == ParameterSpec(0)
-    assert spec.modules["lm_head"].output is Output.GATHER
-    assert spec.modules["model.embed_tokens"].input is Input.MASK
+    assert spec.modules["lm_head"].output is OutputHook.GATHER
+    assert spec.modules["model.embed_tokens"].input is InputHook.MASK_IDS
     (note,) = spec.notes
     assert "follows the parameter it is tied to" in note
 

@@ -9,7 +9,7 @@ from harness.models import lora
 from sweep.tiny import build
 
 from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.core.sharding_spec import PARTIAL, Input, Output
+from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT, InputHook, OutputHook
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
 from hf_automodel_parallel.plan.analysis.replication import (
     FEATURES,
@@ -34,7 +34,9 @@ def completed(model, tp_plan=None, size=2):
 
 def partial(spec):
     return {
-        name.rpartition("layers.0.")[2] for name, p in spec.parameters.items() if p == PARTIAL and "layers.0." in name
+        name.rpartition("layers.0.")[2]
+        for name, p in spec.parameters.items()
+        if p == PARTIAL_GRADIENT and "layers.0." in name
     }
 
 
@@ -61,12 +63,12 @@ def test_replicated_parameters_on_differing_values_get_a_partial_gradient(model_
 
 def test_the_names_that_peft_gives_are_marked_too():
     spec = completed(lora(build("apertus")))
-    assert spec.parameters["base_model.model.model.layers.1.mlp.act_fn.alpha_p"] == PARTIAL
+    assert spec.parameters["base_model.model.model.layers.1.mlp.act_fn.alpha_p"] == PARTIAL_GRADIENT
 
 
 def test_what_is_marked_is_in_the_table_for_people():
     rows = [row for row in completed(build("apertus")).rows if row[4] == "derived: run without values"]
-    assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, grad summed") in [
+    assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, Partial gradient") in [
         r[:4] for r in rows
     ]
 
@@ -117,8 +119,8 @@ def test_a_statistic_over_features_that_are_spread_over_ranks_is_seen():
 def test_fused_experts_are_cut_so_that_the_shares_add_up():
     spec = completed(build("inkling_text"))  # its plan says one block, its forward takes the halves for gate and up
     assert spec.parameters["model.layers.0.mlp.experts.gate_up_proj"].blocks == 2
-    assert spec.modules["model.layers.0.mlp.shared_experts"].input is Input.COPY_ALL
-    assert spec.modules["model.layers.0.mlp.shared_experts"].output is Output.REDUCE
+    assert spec.modules["model.layers.0.mlp.shared_experts"].input is InputHook.COPY_ALL_TO_TP
+    assert spec.modules["model.layers.0.mlp.shared_experts"].output is OutputHook.REDUCE_FROM_TP
 
 
 def test_adapters_on_fused_experts_follow_the_cut():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.core.sharding_spec import ON_SHARES, PARTIAL, Output, ShardingSpec
+from hf_automodel_parallel.core.sharding_spec import ON_SEQUENCE_SHARDS, PARTIAL_GRADIENT, OutputHook, ShardingSpec
 from hf_automodel_parallel.errors import UnsupportedError
 from hf_automodel_parallel.plan.analysis.sequence_parallel import carry_over, derive
 from hf_automodel_parallel.plan.analysis.token_locality import FEATURES, TokenLocalityTrace, TokensMix
@@ -32,7 +32,7 @@ def meta_model(model_type: str, **values: Any) -> nn.Module:
 
 
 def scatters(spec: ShardingSpec) -> set[str]:
-    return {name for name, module in spec.modules.items() if module.output is Output.SCATTER_SEQUENCE}
+    return {name for name, module in spec.modules.items() if module.output is OutputHook.REDUCE_SCATTER_SEQUENCE}
 
 
 def test_a_llama_layer():
@@ -41,14 +41,16 @@ def test_a_llama_layer():
     spec = derived(model)
     layer = "model.layers.0"
     assert spec.sequence.layers == (layer,) and spec.sequence.stack == "model" and spec.sequence.tail == "model.norm"
-    assert {name: (b.gathers, b.splits) for name, b in spec.sequence.blocks.items()} == {
+    assert {name: (b.gathers, b.scatters) for name, b in spec.sequence.blocks.items()} == {
         f"{layer}.self_attn": (True, False),
         f"{layer}.mlp": (True, False),
     }
     assert scatters(spec) == {f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj"}
     norms = {f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"}
     assert spec.sequence.on_shards == norms
-    assert {name for name, s in spec.parameters.items() if s == ON_SHARES} == {f"{name}.weight" for name in norms}
+    assert {name for name, s in spec.parameters.items() if s == ON_SEQUENCE_SHARDS} == {
+        f"{name}.weight" for name in norms
+    }
     assert before == {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()}, "only read"
 
 
@@ -56,7 +58,7 @@ def test_head_norms_work_on_the_whole_sequence_and_keep_their_meaning():
     """Qwen3's q_norm is partial because heads are sharded; OLMo2's is complete because its projections are gathered."""
     qwen3, olmo2 = derived(build_model("qwen3")), derived(build_model("olmo2"))
     norm = "model.layers.0.self_attn.q_norm"
-    assert qwen3.parameters[f"{norm}.weight"] == PARTIAL and f"{norm}.weight" not in olmo2.parameters
+    assert qwen3.parameters[f"{norm}.weight"] == PARTIAL_GRADIENT and f"{norm}.weight" not in olmo2.parameters
     for spec in (qwen3, olmo2):
         assert norm not in spec.sequence.on_shards
 
@@ -64,7 +66,7 @@ def test_head_norms_work_on_the_whole_sequence_and_keep_their_meaning():
 def test_routers_and_experts_stay_as_they_are():
     spec = derived(build_model("qwen3_moe"))
     block = spec.sequence.blocks["model.layers.0.mlp"]
-    assert (block.gathers, block.splits) == (True, True)
+    assert (block.gathers, block.scatters) == (True, True)
     assert not any("mlp" in name for name in (*scatters(spec), *spec.sequence.on_shards))
 
 
@@ -72,7 +74,7 @@ def test_mixers_that_are_replicated_get_the_whole_sequence():
     """Decided by the convolution in it: a module that does not treat each token apart."""
     spec = derived(meta_model("falcon_h1", num_hidden_layers=2))
     mixer = "model.layers.0.mamba"
-    assert (spec.sequence.blocks[mixer].gathers, spec.sequence.blocks[mixer].splits) == (True, True)
+    assert (spec.sequence.blocks[mixer].gathers, spec.sequence.blocks[mixer].scatters) == (True, True)
     assert not any(name.startswith(mixer) for name in spec.sequence.on_shards)
     assert any(note.startswith(f"{mixer} gets") and "convolution" in note for note in spec.notes)
 
@@ -92,7 +94,7 @@ def test_layers_that_training_leaves_out_are_seen():
 
 def test_flat_tokens_are_split_by_row():
     spec = derived(meta_model("llama4_text", num_hidden_layers=2))
-    assert spec.sequence.blocks["model.layers.0.feed_forward"].splits
+    assert spec.sequence.blocks["model.layers.0.feed_forward"].scatters
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_a_module_that_shifts_tokens_gets_the_whole_sequence():
     model.model.layers[0].input_layernorm = nn.Sequential(model.model.layers[0].input_layernorm, Shift())
     spec = derived(model)
     block = spec.sequence.blocks["model.layers.0.input_layernorm"]
-    assert (block.gathers, block.splits) == (True, True)
+    assert (block.gathers, block.scatters) == (True, True)
     assert "model.layers.0.input_layernorm.0.weight" not in spec.parameters, "complete on every rank"
 
 
@@ -146,7 +148,7 @@ def test_blocks_that_write_into_their_input_are_known():
     refused.
     """
     blocks = derived(meta_model("mixtral", num_hidden_layers=1, router_jitter_noise=0.1)).sequence.blocks
-    assert {name: block.writes for name, block in blocks.items()} == {
+    assert {name: block.mutates_input for name, block in blocks.items()} == {
         "model.layers.0.self_attn": False,
         "model.layers.0.mlp": True,
     }
@@ -171,7 +173,7 @@ def test_a_forward_that_was_replaced_by_a_function_is_seen():
     norm = model.model.layers[1].input_layernorm
     forward = norm.forward
     norm.forward = lambda x: forward(x) * 1.0
-    assert derived(model).parameters["model.layers.1.input_layernorm.weight"] == ON_SHARES
+    assert derived(model).parameters["model.layers.1.input_layernorm.weight"] == ON_SEQUENCE_SHARDS
 
 
 @pytest.mark.parametrize("path", ["self_attn", "mlp", "mlp.down_proj"])
@@ -190,12 +192,12 @@ def test_all_copies_of_a_norm_and_adapters_added_later_follow():
     model = lora(build_model("llama"), target_modules=["q_proj"], modules_to_save=["input_layernorm"])
     spec = derived(model)
     prefix = "base_model.model.model.layers.0.input_layernorm"
-    assert spec.parameters[f"{prefix}.original_module.weight"] == ON_SHARES
-    assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == ON_SHARES
+    assert spec.parameters[f"{prefix}.original_module.weight"] == ON_SEQUENCE_SHARDS
+    assert spec.parameters[f"{prefix}.modules_to_save.default.weight"] == ON_SEQUENCE_SHARDS
     new = ShardingSpec()
     late = "base_model.model.model.norm.lora_A.late.weight"
     carry_over(spec, new, [late, "base_model.model.lm_head.lora_A.late.weight"])
-    assert new.sequence is spec.sequence and new.parameters == {late: ON_SHARES}
+    assert new.sequence is spec.sequence and new.parameters == {late: ON_SEQUENCE_SHARDS}
 
 
 def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
@@ -207,7 +209,7 @@ def test_a_second_adapter_on_a_layer_that_works_on_shares_follows_the_first():
     new = ShardingSpec()
     late = "base_model.model.model.layers.0.mlp.up_proj.lora_A.late.weight"
     carry_over(spec, new, [late, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.late.weight"])
-    assert new.parameters == {late: ON_SHARES}
+    assert new.parameters == {late: ON_SEQUENCE_SHARDS}
 
 
 # ---- the trace

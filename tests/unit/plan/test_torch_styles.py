@@ -171,7 +171,7 @@ def test_adapters_work_and_the_plan_says_what_was_read(llama):
     ],
 )
 def test_layouts_without_a_name_run_on_torchs_engine(llama, key, style):
-    assert next(m.foreign for m in spec_of(llama, {key: style}).modules.values()) is style
+    assert next(m.native_style for m in spec_of(llama, {key: style}).modules.values()) is style
 
 
 @pytest.mark.parametrize(
