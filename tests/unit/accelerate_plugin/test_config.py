@@ -5,8 +5,10 @@ import dataclasses
 import io
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -501,36 +503,47 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("resolved", [False, True], ids=["open", "resolved"])
-@pytest.mark.parametrize(
-    "trip",
-    [
-        lambda c: AutoParallelismConfig.from_dict(c.to_dict()),
-        lambda c: AutoParallelismConfig.parse(json.dumps(c.to_dict())),
-        lambda c: AutoParallelismConfig.from_dict(json.loads(json.dumps(c.to_json()))),
-        lambda c: pickle.loads(pickle.dumps(c)),
-        copy.deepcopy,
-        copy.copy,
-    ],
-    ids=["dict", "json_text", "to_json", "pickle", "deepcopy", "copy"],
-)
-def test_round_trip(name, resolved, trip):
-    """An equal config comes back, also when sizes were inferred before, and it infers the same sizes."""
+TRIPS: dict[str, Callable[[AutoParallelismConfig], AutoParallelismConfig]] = {
+    "dict": lambda c: AutoParallelismConfig.from_dict(c.to_dict()),
+    "json_text": lambda c: AutoParallelismConfig.parse(json.dumps(c.to_dict())),
+    "to_json": lambda c: AutoParallelismConfig.from_dict(json.loads(json.dumps(c.to_json()))),
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+def problem_of_round_trip(name: str, resolved: bool, trip: Callable[..., Any]) -> str | None:
     world = 4 if name == "replicas_and_tp" else 8
     config = CONFIGS[name]()
     if resolved:
         config.resolve_sizes(world)
     before = copy.deepcopy(config.__dict__)
     result = trip(config)
-    assert config.__dict__ == before
-    assert type(result) is AutoParallelismConfig
-    if not resolved:
-        assert result == config
+    if config.__dict__ != before:
+        return f"the config changed from {before} to {config.__dict__}"
+    if type(result) is not AutoParallelismConfig or (not resolved and result != config):
+        return f"{result!r} came back for {config!r}"
     config.resolve_sizes(world)
     result.resolve_sizes(world)
-    assert result == config
-    assert result.total_size == world
+    if result != config or result.total_size != world:
+        return f"sizes were inferred as {result!r} instead of {config!r}"
+    return None
+
+
+def test_round_trips():
+    """An equal config comes back, also when sizes were inferred before, and it infers the same sizes."""
+    problems = []
+    for trip in TRIPS:
+        for resolved in (False, True):
+            for name in CONFIGS:
+                try:
+                    problem = problem_of_round_trip(name, resolved, TRIPS[trip])
+                except Exception as error:
+                    problem = repr(error)
+                if problem is not None:
+                    problems.append(f"{name}, {'resolved' if resolved else 'open'}, {trip}: {problem}")
+    assert not problems, "\n".join(problems)
 
 
 def test_each_field_is_compared_between_ranks_or_left_alone_on_purpose():
