@@ -13,22 +13,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 @dataclass
 class ShardingOptions:
-    """How FSDP2 behaves, gathered from the config, the ``fsdp_plugin`` and ``mixed_precision``.
+    """How FSDP2 behaves, collected from the config, the ``fsdp_plugin`` and ``mixed_precision``.
 
     Attributes:
-        mp_policy: dtypes of gathered parameters and reduced gradients.
+        mp_policy: dtypes of unsharded parameters and reduced gradients.
         offload_policy: keep shards on the CPU or not.
-        reshard_after_forward: free gathered parameters after a unit's forward.
-        forward_prefetch: units to gather ahead in forward.
-        backward_prefetch: units to gather ahead in backward.
-        ignored_parameters: parameters FSDP2 leaves alone.
-        minimum_unit_size: wrap modules of at least this many parameters instead of layers (size-based policy), or None.
+        reshard_after_forward: reshard a unit after its forward.
+        forward_prefetch: number of units to all-gather ahead in forward.
+        backward_prefetch: number of units to all-gather ahead in backward.
+        ignored_parameters: parameters that FSDP2 leaves alone.
+        minimum_unit_size: make units of modules with at least this many parameters instead of layers (size-based
+            policy), or None.
         own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
-        towers: where the parameters of parts go that only some forwards run, see :data:`.towers.find.PLACEMENTS`;
-            None for the first of these.
+        towers: where the parameters of modality encoders are kept, see
+            :data:`~..core.modality_encoders.PLACEMENTS`; None for the first of these.
         read_by_other_modules: names of parameters that forwards of other modules read; they stay with the root.
-        cast_between_layers: cast what layers are given to ``param_dtype``, too, not only the inputs of the model.
+        cast_between_layers: cast the inputs of layers to ``param_dtype``, too, not only the inputs of the model.
     """
 
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)

@@ -1,7 +1,8 @@
-"""Quantised weights: which of them FSDP2 can shard, and the state that they keep beside the parameters.
+"""Quantised weights: which of them FSDP2 can shard.
 
-FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``. A quantised weight survives that if
-its meaning is kept elsewhere: bitsandbytes' 4-bit layers keep it on the module and restore the parameter from there.
+FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``, without the attributes of a
+parameter subclass. A quantised weight survives that if its quantisation state is kept elsewhere: bitsandbytes' 4-bit
+layers keep it on the module and restore the parameter from there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from ..errors import ConfigError, UnsupportedError
 
 
 def quantization_method(model: nn.Module) -> str | None:
-    """What ``model`` is quantised with ("bitsandbytes", "gptq", ...), None if its weights are floating-point
-    numbers.
-    """
+    """The method that ``model`` is quantised with ("bitsandbytes", "gptq", ...), None for floating-point weights."""
     inner = ModelView.of(model).inner
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None or getattr(inner, "is_quantized", False):
@@ -31,17 +30,18 @@ def quantization_method(model: nn.Module) -> str | None:
 def check_quantized(
     model: nn.Module, compute_dtype: torch.dtype | None, tensor_parallel: bool, load_on_rank_zero: bool
 ) -> None:
-    """Refuse quantised weights that cannot be sharded.
+    """Raise for quantised weights that cannot be sharded.
 
     Args:
         model: the model before sharding.
-        compute_dtype: dtype to which FSDP2 casts gathered parameters (``param_dtype`` of its policy), None for no cast.
+        compute_dtype: dtype to which FSDP2 casts unsharded parameters (``param_dtype`` of its policy), None for no
+            cast.
         tensor_parallel: the tp axis has more than one rank.
         load_on_rank_zero: only rank 0 holds the weights.
 
     Raises:
-        UnsupportedError: tensor parallelism; a kind of parameter that loses its meaning in shards; weights converted
-            for inference; weights that only rank 0 holds.
+        UnsupportedError: tensor parallelism; a parameter subclass that loses its quantisation state in shards; weights
+            converted for inference; weights that only rank 0 holds.
         ConfigError: packed numbers stored as a floating-point type that mixed precision would cast.
     """
     method = quantization_method(model)
@@ -53,8 +53,8 @@ def check_quantized(
         )
     if method is not None and load_on_rank_zero:
         raise UnsupportedError(
-            f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales are "
-            f"no parameters and would be missing on the other ranks. Set fsdp_cpu_ram_efficient_loading: false."
+            f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales "
+            f"are not parameters and would be missing on the other ranks. Set fsdp_cpu_ram_efficient_loading: false."
         )
     for owner_name, owner in model.named_modules():
         for key, parameter in owner._parameters.items():
@@ -63,13 +63,13 @@ def check_quantized(
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compute_dtype: torch.dtype | None) -> None:
-    if hasattr(parameter, "fsdp_pre_all_gather"):  # the kind says itself how FSDP2 has to treat it
+    if hasattr(parameter, "fsdp_pre_all_gather"):  # FSDP2's extension: the subclass says how it is sharded
         return
     state = getattr(parameter, "quant_state", None)
     if state is None or getattr(owner, "quant_state", None) is None:
         raise UnsupportedError(
-            f"{name} is a {type(parameter).__name__}, which FSDP2 cannot shard: it comes back as a plain parameter "
-            f"without what makes it a quantised one. Use bitsandbytes' 4-bit weights (load_in_4bit=True), or load the "
+            f"{name} is a {type(parameter).__name__}, which FSDP2 cannot shard: it is unsharded as a plain parameter, "
+            f"without its quantisation state. Use bitsandbytes' 4-bit weights (load_in_4bit=True), or load the "
             f"model unquantised."
         )
     if getattr(state, "packing_format_for_cpu", False):
@@ -85,8 +85,9 @@ def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compu
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from converting weights for inference in place: the shards would stay as they are and be
-    misread.
+    """Stop bitsandbytes from converting weights for inference in place.
+
+    The layer would take the next unsharded weight for a converted one, but the shards are not converted.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

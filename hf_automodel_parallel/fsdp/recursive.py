@@ -1,7 +1,7 @@
-"""FSDP2 along a module tree: every list of modules on the way is a place where units are made.
+"""FSDP2 along a module tree: the items of every list of modules become FSDP units.
 
-This is the reference API's way, for code that shards a model by itself. ``Accelerator.prepare`` shards by the model's
-layers (:mod:`.fsdp`), which keeps the ends of the model in units of their own.
+This is the reference API's way, for code that shards a model by itself. ``Accelerator.prepare`` shards by the layers
+of the model (:mod:`.shard`), and gives embedding and head units of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .dtype_groups import install_param_groups, shard_unit
 from .options import ShardingOptions
 from .shard import set_prefetch
 
-#: Children that never run in the forward of data without their modality. Entirely frozen, they stay with the root,
-#: whose gathering every forward passes.
+#: Children that do not run in a forward without their modality. If they are entirely frozen they stay with the root,
+#: because each rank runs the root's all-gather in every forward.
 OPTIONAL_TOWERS = ("audio_tower",)
 
 
@@ -38,21 +38,21 @@ def apply_fsdp2_sharding_recursively(
 ) -> None:
     """Make the modules in every ``ModuleList`` and ``ModuleDict`` below ``module`` FSDP2 units, in place.
 
-    A list inside of a list is entered, since it has no forward of its own. What is in no list stays for the root, which
-    the caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``. Parameters of several dtypes
-    may share a unit. The last module of a list is not resharded after forward, its backward comes next.
+    A list inside of a list is entered, because a list has no forward of its own. Parameters outside of all lists are
+    left for the root, which the caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``.
+    Parameters of several dtypes may share a unit. The last module of a list is not resharded after forward, because
+    its backward comes next.
 
     Args:
         module: where to begin.
-        mesh: the data-parallel mesh. Only handed on, but for the question whether there is pipeline parallelism.
+        mesh: the data-parallel mesh. A ``pp`` axis of its root mesh means pipeline parallelism.
         mp_policy: dtypes, None to compute in those of the parameters.
         offload_policy: where shards are kept, None for the device.
-        enable_fsdp2_prefetch: gather the next modules of a list while one computes.
-        fsdp2_backward_prefetch_depth: how many of them in backward.
-        fsdp2_forward_prefetch_depth: how many of them in forward.
-        reshard_after_forward: for all units alike; None: free gathered parameters, except of the last module of each
-            list and under pipeline parallelism (a ``pp`` axis of the root mesh), which would gather them for each
-            micro-batch.
+        enable_fsdp2_prefetch: all-gather the next modules of a list while one computes.
+        fsdp2_backward_prefetch_depth: number of them in backward.
+        fsdp2_forward_prefetch_depth: number of them in forward.
+        reshard_after_forward: for all units; None: reshard all but the last module of each list, and none under
+            pipeline parallelism, which would all-gather them for each micro-batch.
         fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
     """
     pipelined = MeshAxes().pipeline_size(mesh) > 1
@@ -76,7 +76,7 @@ def apply_fsdp2_sharding_recursively(
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """The modules of each list below ``module`` (that list included, lists in it apart), inner lists first."""
+    """The items of each list below ``module``, or of ``module`` itself if it is a list; inner lists first."""
     is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     units = []
     for name, child in module.named_children():

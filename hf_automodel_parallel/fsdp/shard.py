@@ -1,4 +1,8 @@
-"""FSDP2: which modules become units, in what order, with which policy."""
+"""FSDP2: which modules become units, in which order, with which policy.
+
+A *unit* is a module (or several) that FSDP2 unshards around its forward and reduces together; torch calls its
+parameters a param group.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import compat
-from ..core.modality_encoders import layers_of_modality_encoders
 from ..core.model_structure import ModelStructure
 from ..core.sharding_spec import ShardingSpec
 from ..errors import UnsupportedError
 from .dtype_groups import ParamGroupModule, companions, shard_unit
-from .encoder_guard import ModalityEncoderGuard
-from .encoder_placement import replicated_parameters
+from .encoder_placement import keep_ranks_in_step, replicated_parameters
 from .options import ShardingOptions, on_device
-from .root_gradients import RootGradients
 from .shared_unit import gather_again_in_backward
 
 
@@ -33,10 +34,11 @@ def shard_data_parallel(
 ) -> None:
     """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
 
-    One unit per layer; the embedding; final norm and head together, because a loss may read the head's weight after the
-    norm has run; the root takes the rest, towers included unless ``options.towers`` says otherwise. The last layer and
-    the head are not resharded after forward: backward starts with them. A layer that shares parameters with modules
-    outside of it cannot be a unit and stays with the root, and tied ends form one unit.
+    The units are: each layer; the embedding; final norm and head together, because a loss may read the head's weight
+    after the norm has run; the root with the rest, including modality encoders unless ``options.towers`` says
+    otherwise. The last layer and the head are not resharded after forward, because backward starts with them. A layer
+    that shares parameters with modules outside of it cannot be a unit and stays with the root. A tied embedding and
+    head form one unit.
 
     Args:
         model: parameters are plain tensors or DTensors on the tp axis; all on the right device or on meta.
@@ -44,22 +46,22 @@ def shard_data_parallel(
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
-    if whole := replicated_parameters(structure, options):
-        for parameter in whole:  # FSDP2 leaves alone what it does not manage
+    if replicated := replicated_parameters(structure, options):
+        for parameter in replicated:  # FSDP2 does not move parameters that it ignores
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(on_device(mesh.device_type))
-        options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | whole)
+        options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | replicated)
     outermost: dict[str, Any] = {
         **unit_options(mesh, options),
         "agree": True,
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
-    # The output dtype is that of the model. What a layer hands on inside of it is what the model's code expects.
+    # The policy's output dtype is for the output of the model; its code decides what layers return.
     cast = options.mp_policy.cast_forward_inputs and options.cast_between_layers
     inside = dataclasses.replace(options.mp_policy, output_dtype=None, cast_forward_inputs=cast)
     common = {**outermost, "mp_policy": inside}
     reshard = options.reshard_after_forward
-    # A size-based policy takes the place of the layers, below: its units may lie inside of them.
+    # With a size-based policy the units may lie inside of layers; they are made further below.
     units = separable(model, wanted_units(structure, options)) if options.minimum_unit_size is None else []
     for layer in units:
         shard_unit(layer, **common, reshard_after_forward=reshard and layer is not units[-1])
@@ -83,36 +85,23 @@ def shard_data_parallel(
         _shard_large_modules(
             model, options.minimum_unit_size, in_root, alone, {**common, "reshard_after_forward": reshard}
         )
-    # The root's agreement of a model with towers comes before its reduction: a tower is much to fill in where no rank
-    # runs it.
+    # With modality encoders in the root, RootGradients finds the gradients of all ranks instead: usage parameters would
+    # fill in zeros for an entire encoder that no rank has run.
     outermost["agree"] = not structure.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
     if structure.towers and mesh.size() > 1:
-        _follow_towers(model, structure, mesh, options.towers)
+        keep_ranks_in_step(model, structure, mesh, options.towers)
     if outermost["agree"] and mesh.size() > 1:
-        # Where a unit is reached on some ranks only (its input needs no gradient), the others would reduce it after the
-        # root.
+        # A unit whose input needs no gradient is reduced when backward reaches it, or else at the end, after the root.
+        # Backward may reach it on some ranks only, so all ranks reduce it before the root.
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *companions(model))))
 
 
 def wanted_units(structure: ModelStructure, options: ShardingOptions) -> list[nn.Module]:
     """The layers that should be units of their own; the others stay with the root."""
     return structure.layers if options.towers == "layers" else structure.main_layers
-
-
-def _follow_towers(model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, placement: str | None) -> None:
-    """Keep the ranks together whose forwards do not all run the towers."""
-    if placement != "layers":
-        RootGradients(model, mesh)
-        return
-    names = {module: name for name, module in model.named_modules()}
-    first = {
-        names[tower]: layers_of_modality_encoders(structure.tower_layers, [tower])[0] for tower in structure.towers
-    }
-    embedding = structure.embedding if isinstance(structure.embedding, FSDPModule) else None
-    ModalityEncoderGuard(model, first, structure.main_layers[0], mesh, embedding)
 
 
 def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
@@ -128,10 +117,10 @@ def unit_options(mesh: DeviceMesh, options: ShardingOptions) -> dict[str, Any]:
 
 
 def _restore_class_names(model: nn.Module) -> None:
-    """Let FSDP2's classes keep the name of the class they extend.
+    """Give FSDP2's classes the name of the class that they extend.
 
-    Code asks models for their name: the Trainer decides by it whether label smoothing shifts the labels, and trained on
-    unshifted ones where it met "FSDPLlamaForCausalLM".
+    Libraries decide by class names: for "FSDPLlamaForCausalLM" the Trainer would not shift the labels for label
+    smoothing.
     """
     for unit in fsdp_units(model):
         cls = type(unit)
@@ -142,7 +131,7 @@ def _restore_class_names(model: nn.Module) -> None:
 def data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
     """FSDP2's dimension for ``parameter``: 0, except where tp already shards dimension 0 in packed blocks.
 
-    DTensor cannot describe packed blocks and a second sharding of one dimension together: gathering would restore the
+    DTensor cannot describe packed blocks and a second sharding of the same dimension: an all-gather would return the
     rows in a wrong order.
     """
     if not isinstance(parameter, DTensor):
@@ -153,14 +142,14 @@ def data_parallel_placement(parameter: nn.Parameter, size: int) -> Shard | None:
 
 
 def _dimension_beside_packed(shape: tuple[int, ...], size: int, name: str) -> int:
-    """The first dimension after 0 that ``size`` ranks can share evenly."""
+    """The first dimension after 0 that ``size`` divides."""
     for dim in range(1, len(shape)):
         if shape[dim] % size == 0:
             return dim
     packed = f"{name} of shape {shape} packs several projections and is sharded over tp on dimension 0, and "
     if len(shape) == 1:
         raise UnsupportedError(
-            f"{packed}has no other for FSDP2. Name its layer in the plan instead of it, or leave it out."
+            f"{packed}has no other dimension for FSDP2. Name its layer in the plan instead of it, or leave it out."
         )
     raise UnsupportedError(
         f"{packed}none of its other dimensions divides by dp_shard_size={size}. Choose another dp_shard_size, or "
@@ -178,13 +167,14 @@ def check_packed_parameters(shapes: dict[str, torch.Size], spec: ShardingSpec, s
 
 
 def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
-    """Those of ``candidates`` whose parameters belong to no module outside of them."""
+    """Those of ``candidates`` whose parameters do not belong to modules outside of them as well."""
     return [module for module in candidates if _separable_together(model, [module])]
 
 
 def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
-    """True if no parameter below ``group`` is reached on a way around it, be it the parameter or its module that is
-    shared.
+    """True if a walk over ``model`` that leaves ``group`` out finds none of its parameters.
+
+    That also finds a shared module, of which ``named_modules`` would list one place only.
     """
     mine = {id(p) for root in group for p in root.parameters()}
     seen = {id(root) for root in group}
@@ -209,7 +199,7 @@ def _shard_large_modules(
 ) -> None:
     units = [*in_root, *(unit for unit in model.modules() if isinstance(unit, FSDPModule))]
     done = {id(inner) for unit in units for inner in unit.modules()}
-    for module in reversed(list(model.modules())[1:]):  # inner ones first, as FSDP2 needs it
+    for module in reversed(list(model.modules())[1:]):  # FSDP2 wants inner modules first
         if id(module) in done or not compat.has_implemented_forward(module):
             continue
         size = sum(p.numel() for p in module.parameters())
@@ -218,7 +208,7 @@ def _shard_large_modules(
 
 
 def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
-    """Those of ``layers`` that FSDP2 gathers at once: no module inside of them is a unit of its own."""
+    """Those of ``layers`` that FSDP2 unshards at once: no module inside of them is a unit of its own."""
 
     def is_unit(module: nn.Module) -> bool:
         return isinstance(module, FSDPModule) and not isinstance(module, ParamGroupModule)
@@ -227,7 +217,7 @@ def without_units_inside(layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOptions) -> None:
-    """Gather the next units while one computes. Without resharding nothing is gathered again in backward."""
+    """All-gather the next units while one computes; in backward only if units are resharded after forward."""
     for index, unit in enumerate(units):
         ahead = _with_param_groups(units[index + 1 : index + 1 + options.forward_prefetch])
         if ahead:
@@ -242,7 +232,7 @@ def _with_param_groups(units: list[FSDPModule]) -> list[FSDPModule]:
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
-    """The modules of ``model`` that FSDP2 gathers and frees, the root first."""
+    """The modules of ``model`` that are FSDP units, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -251,7 +241,7 @@ _HELD: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def free_gathered(model: nn.Module) -> None:
-    """Free the gathered parameters of all units below ``model`` that nobody holds by :func:`unshard_fsdp2_model`."""
+    """Reshard all units below ``model``, except inside of :func:`unshard_fsdp2_model`."""
     for unit in fsdp_units(model):
         if unit not in _HELD:
             unit.reshard()
@@ -259,14 +249,14 @@ def free_gathered(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
-    """Gather the parameters of all FSDP2 units below ``model``, and free them again at the end.
+    """Unshard all FSDP2 units below ``model``, and reshard them at the end.
 
-    For several forwards without gradients (log-probabilities of a policy), or for reading parameters: each is gathered
-    once. Under tensor parallelism parameters stay DTensors on the tp axis, of which forwards use the local part as
-    usual. Collective: all ranks have to enter, and each needs memory for the whole model (its tp part).
+    For several forwards without gradients (log-probabilities of a policy), or to read parameters: one all-gather for
+    each unit. Under tensor parallelism parameters stay DTensors on the tp axis, and forwards use the local shards as
+    usual. Collective: all ranks have to enter, and each needs memory for all parameters (its tp shards of them).
 
-    Inside, no forward frees parameters. On the way out every unit is freed, also if gathering or the body raised; and
-    units free their parameters after forward as before.
+    No forward inside reshards a unit. At the end every unit is resharded, also if an all-gather or the body raised, and
+    from then on units are resharded after forward as before.
 
     Args:
         model: any module; without FSDP2 units, or within another such context, nothing happens.
@@ -288,10 +278,10 @@ def unshard_fsdp2_model(model: nn.Module) -> Iterator[None]:
 
 
 def sharded_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Sharded parameter by the ``id`` of each parameter object that somebody may hold; the model is sharded afterwards.
+    """``id`` of each parameter object, sharded or unsharded, -> the sharded one; all units are resharded.
 
-    After a forward without a backward the units that are not resharded show their gathered parameters. An optimizer
-    that is created then (Trainer: evaluate before train) holds those, which no step must change.
+    After a forward without a backward, units that are not resharded after forward show their unsharded parameters. An
+    optimizer that is created then (Trainer: evaluate before train) holds those, and would train the wrong objects.
     """
     shown = dict(model.named_parameters(remove_duplicate=False))
     for unit in fsdp_units(model):
@@ -301,7 +291,7 @@ def sharded_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def upcast_trainable(model: nn.Module) -> list[str]:
-    """Keep trainable parameters in float32 under mixed precision (FSDP2 casts them for compute), as Accelerate does.
+    """Store trainable parameters in float32 under mixed precision (FSDP2 casts them for compute), as Accelerate does.
 
     Returns:
         Names of the parameters that were in a lower precision.

@@ -1,11 +1,13 @@
-"""The data-parallel ranks reduce the same gradients of an FSDP2 unit, whatever each rank's batch used of it.
+"""The data-parallel ranks reduce the gradients of the same parameters, whatever each rank's batch used of an FSDP unit.
 
-FSDP2 reduces those parameters of a unit that have a gradient. Where each rank's tokens go to other experts, the ranks
-would add up gradients of different parameters, or wait for ever. So a parameter without a gradient gets zeros before
-the reduction. One that no rank used has no gradient afterwards, as in one process, where an optimizer then leaves it
-alone. Who used what travels with the gradients themselves: each unit has one more, tiny parameter, whose gradient says
-which of the others this rank used. So nobody pays with a collective, and only a rank that has filled something in reads
-the answer.
+FSDP2 reduces those parameters of a unit that have a gradient. With experts as modules the tokens of each rank choose
+other experts, so the ranks would add up gradients of different parameters, or hang. So a parameter without a gradient
+gets zeros before the reduction. A parameter that no rank used has no gradient afterwards, as in one process, where an
+optimizer then skips it.
+
+Each unit has one more, tiny *usage* parameter, whose gradient says which of the others this rank used. It is reduced
+together with the gradients, so this costs no extra collective, and only ranks that have filled in zeros read the
+result.
 """
 
 from __future__ import annotations
@@ -25,19 +27,23 @@ _NAME = "used"
 
 
 class Used(nn.Module):
-    """Holds the parameter of a unit that counts; in the module tree only while FSDP2 looks for the unit's parameters.
+    """Holds the usage parameter of a unit; in the module tree only while FSDP2 looks for the unit's parameters.
+
+    Attributes:
+        usage: 1-D, one copy of ``count`` numbers for each of ``shards`` ranks, so that the reduce-scatter leaves every
+            rank with a full copy in its shard.
 
     Args:
-        count: for how many parameters.
-        shards: over how many ranks FSDP2 shards; each gets the whole answer for its shard.
-        like: a trained parameter of the unit.
-        device: kind of device of the mesh, since ``like`` may have no values yet.
+        count: number of parameters of the unit.
+        shards: number of ranks that FSDP2 shards over.
+        like: a trained parameter of the unit, for the dtype: FSDP2 reduces a group in one dtype.
+        device: device type of the mesh; ``like`` may still be on the meta device.
     """
 
     def __init__(self, count: int, shards: int, like: torch.Tensor, device: str) -> None:
         super().__init__()
         self.count, self.shards = count, shards
-        self.answer = nn.Parameter(torch.zeros(count * shards, dtype=like.dtype, device=device))
+        self.usage = nn.Parameter(torch.zeros(count * shards, dtype=like.dtype, device=device))
 
 
 def shard_counting(
@@ -47,10 +53,10 @@ def shard_counting(
     mesh: DeviceMesh,
     **options: Any,
 ) -> None:
-    """Call ``shard(modules, mesh=mesh, **options)``; from then on the ranks agree on the unit's gradients.
+    """Call ``shard(modules, mesh=mesh, **options)`` so that the ranks reduce the same gradients of the new unit.
 
     Args:
-        shard: ``fully_shard``, or what is called in its place.
+        shard: ``fully_shard``, or a function that is called in its place.
         modules: one module, or several that form one unit.
         members: the parameters of the unit.
         mesh: the data-parallel axes.
@@ -67,35 +73,35 @@ def shard_counting(
         shard(modules, mesh=mesh, **options)
     finally:
         delattr(first, _NAME)
-    if isinstance(first, FSDPModule) and (group := compat.group_of(first, used.answer)) is not None:
-        _Agreement(group, used)
+    if isinstance(first, FSDPModule) and (group := compat.group_of(first, used.usage)) is not None:
+        _SameGradients(group, used)
 
 
-class _Agreement:
-    """Fills in zeros before the reduction of one group of parameters, and takes back after it what no rank used."""
+class _SameGradients:
+    """Fills in zeros before the reduction of one param group, and removes the gradients that no rank had after it."""
 
     def __init__(self, group: Any, used: Used) -> None:
         self.group, self.used = group, used
-        self.answer = next(p for p in group.fsdp_params if compat.owner_of(p) is used)
-        self.members = [p for p in group.fsdp_params if p is not self.answer]
-        self.ran = False  # a forward ran that a backward may follow
-        self.filled: dict[int, Any] = {}  # parameters whose gradient this rank has only filled in
-        compat.around_group(group, self.note, self.fill, self.follow_dtype)
+        self.usage = next(p for p in group.fsdp_params if compat.owner_of(p) is used)
+        self.members = [p for p in group.fsdp_params if p is not self.usage]
+        self.ran = False  # a forward with gradients has run since the last reduction
+        self.filled: dict[int, Any] = {}  # parameters whose gradient on this rank is nothing but filled-in zeros
+        compat.around_group(group, self.before_forward, self.fill, self.convert_usage)
 
-    def note(self) -> None:
-        """Before a forward of the unit."""
+    def before_forward(self) -> None:
+        """Before each forward of the unit."""
         self.ran = self.ran or torch.is_grad_enabled()
 
-    def follow_dtype(self) -> None:
+    def convert_usage(self) -> None:
         """Before FSDP2 looks at dtypes, once: the model may have been converted since it was sharded."""
         dtypes = [p.sharded_param.dtype for p in self.members if p.sharded_param.requires_grad]
-        if dtypes and dtypes[0] != self.used.answer.dtype:
-            self.used.answer = nn.Parameter(self.used.answer.detach().to(dtypes[0]))
+        if dtypes and dtypes[0] != self.used.usage.dtype:
+            self.used.usage = nn.Parameter(self.used.usage.detach().to(dtypes[0]))
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Before a reduction. No rank has run the unit alone, so where one reduces it all do, with a gradient or
-        without.
+        """Before a reduction. Every rank has run the unit's all-gathers, so if one rank reduces the unit all do, with
+        gradients of their own or without.
         """
         if not self.group.reduce_grads:
             return
@@ -108,31 +114,31 @@ class _Agreement:
         mine = torch.zeros(self.used.count)
         mine[[i for i, _ in members]] = 1
         mine[[i for i, _ in missing]] = 0
-        compat.give_gathered_gradient(self.answer, mine.repeat(self.used.shards))
-        if not expected:  # a unit of several modules, of which another one was reduced before: nothing more is missing
+        compat.give_gathered_gradient(self.usage, mine.repeat(self.used.shards))
+        if not expected:  # a unit of several modules whose main reduction has run: only late gradients are left
             missing = []
         for _, parameter in missing:
             compat.give_gathered_gradient(parameter, None)
         for i, parameter in missing:
             if parameter.sharded_param.grad is None:
                 self.filled[i] = parameter
-        compat.unify_gathered_gradients([self.answer, *(p for _, p in members)])
-        compat.after_backward(self.take_back)
+        compat.unify_gathered_gradients([self.usage, *(p for _, p in members)])
+        compat.after_backward(self.remove_unused)
 
     @torch.no_grad()
-    def take_back(self) -> None:
-        """At the end of a backward: what no rank used has no gradient."""
-        answer = self.answer.sharded_param
-        if answer.grad is None:  # HSDP that reduces within a replica alone goes on counting
+    def remove_unused(self) -> None:
+        """At the end of a backward: a parameter that no rank used has no gradient."""
+        usage = self.usage.sharded_param
+        if usage.grad is None:  # HSDP without the all-reduce between replicas: FSDP2 holds the result until that comes
             return
-        counts, answer.grad = answer.grad, None
+        counts, usage.grad = usage.grad, None
         if not self.filled:
             return
         filled, self.filled = self.filled, {}
         local = counts.to_local() if isinstance(counts, DTensor) else counts
         if local.device.type != "cpu":
             torch.accelerator.synchronize()  # FSDP2 reduces on streams of its own
-        found = local.tolist()
+        used_on_any_rank = local.tolist()
         for i, parameter in filled.items():
-            if found[i] == 0:
+            if used_on_any_rank[i] == 0:
                 parameter.sharded_param.grad = None

@@ -1,9 +1,9 @@
 """Adapters that are added to a model after it was sharded.
 
-PEFT builds the new layers as in one process: while it does, it is shown stand-ins of the sharded weights that have
-their whole shapes and no memory. Then the new parameters are made equal on all ranks, get their places on the tp axis,
-and form one more FSDP2 unit per layer, called around the layer's forward (a :class:`~.fsdp_dtypes.ParamGroupModule`),
-because a unit that exists cannot take more parameters.
+PEFT builds the new layers as in one process; meanwhile the sharded weights are replaced by tensors of their full shape
+and almost no memory. Then the new parameters are broadcast from rank 0, sharded over the tp axis, and form one extra
+FSDP param group per layer (:class:`~..fsdp.dtype_groups.ParamGroupModule`), because an FSDP unit cannot take more
+parameters.
 """
 
 from __future__ import annotations
@@ -12,23 +12,29 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..core.consistency import check_same_structure, synchronize_rng
+from ..core.model_structure import ModelStructure
 from ..core.model_view import ModelView
 from ..core.ranks import broadcast_from_rank_zero, raise_on_all_ranks
+from ..core.sharding_spec import Plan, ShardingSpec
 from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
 from ..fsdp.dtype_groups import ParamGroupModule, companions, separate_unit
-from ..fsdp.root_gradients import RootGradients
+from ..fsdp.encoder_placement import RootGradients
+from ..fsdp.options import ShardingOptions
 from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options
 from ..plan.analysis.sequence_parallel import carry_over
 from ..plan.resolve import resolve
+from ..tensor_parallel.apply import TensorParallelState
 from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
     install_sharded_dropout,
@@ -37,23 +43,58 @@ from ..tensor_parallel.dropout_rng import (
 )
 from .operations import check_no_views
 
-if TYPE_CHECKING:
-    from ..strategies.context import ParallelizeContext
+#: Values of ``init_lora_weights`` that do not read the weight below the adapter.
+_INITS_WITHOUT_BASE_WEIGHT = (True, False, "gaussian", "orthogonal")
 
-#: Initialisations that do not read the weight below the adapter.
-_BLIND_INITS = (True, False, "gaussian", "orthogonal")
+
+class ShardedAs(Protocol):
+    """How the model was sharded: what new parameters need of the strategy's context.
+
+    Attributes:
+        plan: the tensor-parallel plan, None without one, or if the strategy keeps it to itself.
+        spec: ``plan`` resolved for the model; replaced by one that includes the new parameters.
+        tensor_parallel: the state of tensor parallelism, None without.
+        structure: the parts of the model.
+        options: behaviour of FSDP2.
+        compile_options: options of ``torch.compile`` for the layers, None for eager.
+        device: where this rank computes.
+        tp_mesh, cp_mesh: the axis, None when it has one rank.
+        dp_mesh: the axes that FSDP2 works on.
+        group: the ranks that hold this model; None means all.
+    """
+
+    plan: Plan | None
+    spec: ShardingSpec | None
+    tensor_parallel: TensorParallelState | None
+    structure: ModelStructure | None
+    options: ShardingOptions
+    compile_options: dict[str, Any] | None
+    device: torch.device
+
+    @property
+    def tp_mesh(self) -> DeviceMesh | None: ...
+    @property
+    def cp_mesh(self) -> DeviceMesh | None: ...
+    @property
+    def dp_mesh(self) -> DeviceMesh: ...
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
 
 
 def adding(
-    model: nn.Module, context: ParallelizeContext, original: Callable[..., Any], done: Callable[[], None]
+    model: nn.Module, context: ShardedAs, original: Callable[..., Any], done: Callable[[], None]
 ) -> Callable[..., Any]:
     """``PeftModel.add_adapter`` for a sharded model.
 
     Args:
         model: the prepared ``PeftModel``.
-        context: how it was sharded.
-        original: its own method.
-        done: called when the new parameters are in place.
+        context: how it was sharded; its ``spec`` is replaced.
+        original: the model's own method.
+        done: called when the new parameters are sharded.
+
+    Returns:
+        A function with the signature of ``original``. Collective over the ranks that hold the model. It raises
+        UnsupportedError for adapters that cannot be added to shards, and then leaves the model as it was.
     """
 
     @functools.wraps(original)
@@ -71,15 +112,15 @@ def adding(
                 _peft_own_methods(model),
                 swapped_parameters(model, _blank, _copy_requires_grad),
             ):
-                # By identity: the parameters of a layer that PEFT wraps get other names.
+                # By identity, because PEFT's wrappers rename the parameters of a layer.
                 known = {id(parameter): parameter for parameter in model.parameters()}
-                _check(adapter_name, peft_config, low_cpu_mem_usage)
-                _check_job(context)
+                _check_config(adapter_name, peft_config, low_cpu_mem_usage)
+                _check_sharding(context)
                 original(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
                 names = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
                 _check_new(model, context, names)
             check_same_structure(model, group=context.group)
-        except Exception:  # on every rank, also where PEFT had no objection
+        except Exception:  # on every rank: one that failed made all of them raise
             if is_new and adapter_name in model.peft_config:  # type: ignore[operator]
                 type(model).delete_adapter(model, adapter_name)  # type: ignore[attr-defined]
             raise
@@ -94,13 +135,13 @@ def adding(
     return add_adapter
 
 
-def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
-    """Refuse what needs the values of the weights below, or puts parameters elsewhere than into the new adapter's
-    layers.
+def _check_config(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
+    """Raise for options that need the values of the base weights, or that put parameters elsewhere than into the
+    adapter's layers.
     """
     given = {
         "peft_type": (str(getattr(config.peft_type, "value", config.peft_type)), ("LORA",)),
-        "init_lora_weights": (getattr(config, "init_lora_weights", True), _BLIND_INITS),
+        "init_lora_weights": (getattr(config, "init_lora_weights", True), _INITS_WITHOUT_BASE_WEIGHT),
         "use_dora": (bool(getattr(config, "use_dora", False)), (False,)),
         "modules_to_save": (getattr(config, "modules_to_save", None) or None, (None,)),
         "trainable_token_indices": (getattr(config, "trainable_token_indices", None) or None, (None,)),
@@ -113,13 +154,13 @@ def _check(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
             shown = ", ".join(map(repr, possible))
             raise UnsupportedError(
                 f"add_adapter({name!r}) after accelerator.prepare: {field}={value!r} is not possible ({field} may be "
-                f"{shown} here): it needs whole weights or parameters outside of the new adapter, or leaves no values "
+                f"{shown} here): it needs full weights or parameters outside of the new adapter, or leaves no values "
                 f"to shard. Add this adapter before accelerator.prepare and switch to it with set_adapter()."
             )
 
 
-def _check_job(context: ParallelizeContext) -> None:
-    """Refuse where the new adapter could not get what the others got."""
+def _check_sharding(context: ShardedAs) -> None:
+    """Raise where the new adapter could not be sharded like the others."""
     remedy = "Add this adapter before the model is sharded and switch to it with set_adapter()."
     if context.tp_mesh is not None and context.plan is None:
         raise UnsupportedError(
@@ -132,7 +173,7 @@ def _check_job(context: ParallelizeContext) -> None:
 
 @contextmanager
 def _peft_own_methods(model: nn.Module) -> Iterator[None]:
-    """Let PEFT call its own methods meanwhile, and not those that are bound on the prepared model for users."""
+    """Let PEFT call its own methods meanwhile, and not the ones that are bound to the prepared model for users."""
     owners: list[Any] = [model, getattr(model, "base_model", None), ModelView.of(model).inner]
     bound = [
         (owner, name, owner.__dict__.pop(name))
@@ -163,8 +204,8 @@ def _copy_requires_grad(parameter: DTensor, shown: torch.Tensor) -> None:
     parameter.requires_grad_(shown.requires_grad)
 
 
-def _check_new(model: nn.Module, context: ParallelizeContext, names: list[str]) -> None:
-    """Everything that ``prepare`` would refuse, for the parameters that are new."""
+def _check_new(model: nn.Module, context: ShardedAs, names: list[str]) -> None:
+    """Raise for new parameters that ``prepare`` would refuse, too."""
     others = [name for name in names if ".lora_" not in name]
     if others:
         raise UnsupportedError(
@@ -189,7 +230,7 @@ def _check_new(model: nn.Module, context: ParallelizeContext, names: list[str]) 
 
 
 def _shard_new_parameters(
-    model: nn.Module, context: ParallelizeContext, replaced: dict[nn.Module, nn.Module], names: list[str]
+    model: nn.Module, context: ShardedAs, replaced: dict[nn.Module, nn.Module], names: list[str]
 ) -> None:
     new = set(names)
     for name in names:
@@ -216,7 +257,7 @@ def _shard_new_parameters(
         others = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
         options = unit_options(context.dp_mesh, context.options)
         options["ignored_params"] = others | context.options.ignored_parameters
-        # Said explicitly: FSDP2 takes a unit that comes late for a root, which it would not free after its forward.
+        # Explicitly: FSDP2 takes a unit that is added later for a root, which it does not reshard after forward.
         separate_unit(unit, members, **options, reshard_after_forward=context.options.reshard_after_forward)
     if (
         context.structure is not None
@@ -230,7 +271,7 @@ def _shard_new_parameters(
 
 
 def _unit_around(model: nn.Module, name: str) -> nn.Module:
-    """The innermost FSDP2 unit with a forward of its own around the parameter ``name``."""
+    """The innermost FSDP unit around the parameter ``name``, extra param groups apart."""
     path = name
     while path:
         path = path.rpartition(".")[0]

@@ -25,9 +25,9 @@ def test_placements_that_the_model_does_not_have():
     assert asked(model, None) == "root" and asked(model, "layers") == "layers"
     assert asked(model, None, ["LlamaDecoderLayer"]) == "root"
     assert asked(model, None, ["LlamaDecoderLayer", "CLIPEncoderLayer"]) == "layers"
-    with pytest.raises(ConfigError, match="no parameter of the towers is frozen"):
+    with pytest.raises(ConfigError, match="no parameter of the modality encoders is frozen"):
         asked(model, "replicated")
-    with pytest.raises(ConfigError, match="towers='root': LlamaModel has no tower"):
+    with pytest.raises(ConfigError, match="towers='root': LlamaModel has no modality encoder"):
         asked(model.model.language_model, "root")
 
 
