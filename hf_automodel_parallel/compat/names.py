@@ -37,7 +37,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "PreTrainedModel._hf_peft_config_loaded",
         "tells whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
     ),
-    ("torch", "Tensor._cdata", "tells which tensors are views of one storage, without values too; torch 2.11 to 2.13"),
     (
         "transformers",
         "PretrainedConfig._experts_implementation",

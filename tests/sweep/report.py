@@ -71,7 +71,7 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         "attention and experts) and three in backward (attention, and the experts' hidden states and routing weights), "
         "as",
         "`tests/ranks/tensor_parallel/test_experts.py` counts for Mixtral and Qwen3-MoE. "
-        "How a fused weight is cut is tried on a miniature of the experts.",
+        "Into how many blocks a fused weight is cut is checked numerically on small experts.",
         "Expert parallelism (whole experts dealt out over ranks) is refused by name.",
     ]
     lines += ["", "## What is not at parity, and why", ""]

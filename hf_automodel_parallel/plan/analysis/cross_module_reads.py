@@ -1,4 +1,4 @@
-"""Which forwards read parameters of other modules? Seen from their source, because a run shows one branch alone.
+"""Which forwards read parameters of other modules? Found in their source, because a run shows only one branch.
 
 Most models use a parameter in the forward of its module only. Some also read the table of an embedding from outside, as
 ``self.language_model.embed_tokens.weight[pad_token_id]``, where it is sharded.
@@ -21,20 +21,20 @@ from ...errors import UnsupportedError
 
 #: Methods without arguments that return a module.
 _GETTERS = frozenset(["get_input_embeddings", "get_output_embeddings"])
-#: What a sharded parameter answers like a whole one.
+#: Attributes that are the same, or harmless to read, on a sharded parameter.
 _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".split())
 
 
 def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Followed are chains of attributes (and ``get_input_embeddings()``) that begin with ``self``, ``super()`` or a local
-    name for such a chain, in ``forward`` and in the methods that it calls, also of other modules. What cannot be read
-    (a forward without source) is taken for harmless.
+    Chains of attributes (and ``get_input_embeddings()``) are followed that begin with ``self``, ``super()`` or a local
+    name for such a chain, in ``forward`` and in the methods that it calls, also of other modules. A forward without
+    source is taken to read nothing.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
-        layers: its repeated layers; a layer may read whatever is in it.
+        layers: its repeated layers; a layer may read its own parameters.
 
     Returns:
         Name of the reading module -> names of the parameters, each under the first of its names.
@@ -57,7 +57,7 @@ def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, l
 
 
 def check_cross_module_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
-    """Raise :class:`UnsupportedError` for a parameter of which the gradient would be neither whole nor a summand."""
+    """Raise :class:`UnsupportedError` for a parameter whose gradient would be neither Replicate nor Partial."""
     for module, names in reads.items():
         for name in names:
             parameter = spec.parameters.get(name, REPLICATED)
@@ -65,13 +65,13 @@ def check_cross_module_reads(spec: ShardingSpec, reads: dict[str, list[str]]) ->
             if parameter != REPLICATED and not plain:
                 raise UnsupportedError(
                     f"the forward of {module or 'the model'} reads the parameter {name}, which belongs to another "
-                    f"module and is planned as {parameter}: its gradient would be neither whole nor a summand. Leave "
-                    f"it out of the tp_plan, or use tp_size=1."
+                    f"module and is planned as {parameter}: its gradient would be neither Replicate nor Partial. "
+                    f"Leave it out of the tp_plan, or use tp_size=1."
                 )
 
 
 def refuse_cross_module_reads(spec: ShardingSpec, reads: dict[str, list[str]]) -> None:
-    """Raise :class:`UnsupportedError` if what other modules read is sharded, where nobody shows them the whole."""
+    """Raise :class:`UnsupportedError` if a parameter that other modules read is sharded: they would get a shard."""
     for module, names in reads.items():
         for name in names:
             if spec.parameters.get(name, REPLICATED) != REPLICATED:

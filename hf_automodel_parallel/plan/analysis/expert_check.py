@@ -1,13 +1,12 @@
-"""Fused experts tried on a miniature: do the shares of the ranks add up to what one process computes?
+"""Numerical check of fused experts: do the outputs of the ranks sum to what one process computes?
 
 Whether the gate and the up projection of a fused weight lie one after the other or interleaved is known to the forward
-of the experts alone, and plans get it wrong. So the forward of a small copy is run, whole and on the shares of each
-rank.
+of the experts alone, and plans get it wrong. So a small copy of the experts is run, unsharded and on each rank's
+shards.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from dataclasses import replace
@@ -17,44 +16,41 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ...core.shard_layout import local_slice
-from ...core.sharding_spec import InputHook, OutputHook, ParameterSpec, ShardingSpec
+from ...core.sharding_spec import REPLICATED, InputHook, OutputHook, ParameterSpec, ShardingSpec
 from ...errors import PlanError, first_line
 from ..layer_kinds import is_parameter_adapter
-from .numerical_checks import CannotRun, is_close
+from .numerical_checks import CannotRun, holds_layers, is_close, local_shards, own_parameters, small_copy
 
+#: Sizes of the small copy, which differ from each other, so that a size says what it counts.
 _EXPERTS, _WIDTH, _TOKENS, _CHOSEN = 4, 6, 5, 2
 
 
-def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool) -> None:
-    """Check how the fused experts of ``spec`` are cut, and correct it where another cut adds up, in place.
+def check_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool) -> None:
+    """Check into how many blocks ``spec`` cuts fused experts, and correct it where another number is right, in place.
 
     Args:
         model: the model; only read.
         spec: its resolved plan.
         tp_size: number of ranks on the tp axis.
-        strict: the plan is the user's own: a wrong cut is an error instead.
+        strict: the plan is the user's own: a wrong number is an error instead.
 
     Raises:
-        PlanError: no cut of the weights adds up, or the one of the user's own plan does not.
+        PlanError: no number of blocks is right, or that of the user's own plan is not.
     """
     names = {name for name, _ in model.named_modules()}
-    known: dict[Any, tuple[dict[str, int] | None, str]] = {}
-    for name, boundary in list(spec.modules.items()):
-        if boundary.input is not InputHook.COPY_ALL_TO_TP or boundary.output is not OutputHook.REDUCE_FROM_TP:
+    known: dict[Any, tuple[dict[str, int] | None, str]] = {}  # class and shapes -> fitting blocks, why not checked
+    for name, hooks in list(spec.modules.items()):
+        if hooks.input is not InputHook.COPY_ALL_TO_TP or hooks.output is not OutputHook.REDUCE_FROM_TP:
             continue
         path = name
         while f"{path}.base_layer" in names:
             path = f"{path}.base_layer"
         module = model.get_submodule(path)
-        keys = [key for key, parameter in module._parameters.items() if parameter is not None]
-        own = {key: spec.parameters.get(f"{path}.{key}", ParameterSpec()) for key in keys}
-        if not any(s.dim is not None for s in own.values()) or any(
-            True for c in module.children() for _ in c.parameters()
-        ):
+        parameters = own_parameters(module)
+        own = {key: spec.parameters.get(f"{path}.{key}", REPLICATED) for key in parameters}
+        if not any(s.dim is not None for s in own.values()) or holds_layers(module):
             continue
-        shapes = tuple((key, tuple(module._parameters[key].shape), own[key]) for key in own)  # type: ignore[union-attr]
-        kind = (type(module), shapes)
+        kind = type(module), tuple((key, tuple(p.shape), own[key]) for key, p in parameters.items())
         if kind not in known:
             try:
                 known[kind] = _fitting_blocks(module, own, tp_size), ""
@@ -62,19 +58,22 @@ def try_experts(model: nn.Module, spec: ShardingSpec, tp_size: int, strict: bool
                 known[kind] = {}, str(error)
         blocks, trouble = known[kind]
         if trouble:
-            spec.notes.append(f"{name} ({type(module).__name__}) was not tried on a miniature: {trouble}.")
+            spec.notes.append(f"{name} ({type(module).__name__}) was not checked numerically: {trouble}.")
             continue
         changed = {key: n for key, n in (blocks or {}).items() if n != own[key].blocks}
         if blocks is None or (changed and strict):
             hint = "".join(f" {key} is {'packed' if n > 1 else 'not packed'}." for key, n in changed.items())
             raise PlanError(
-                f"the tensor-parallel plan cuts the weights of {name} ({type(module).__name__}) so that the shares of "
-                f"{tp_size} ranks do not add up to the whole.{hint} Correct the entries (colwise or packed_colwise), "
-                f"or leave them and 'moe_tp_experts' out."
+                f"the tensor-parallel plan shards the weights of {name} ({type(module).__name__}) so that the outputs "
+                f"of {tp_size} ranks do not sum to that of one process.{hint} Correct the entries (colwise or "
+                f"packed_colwise), or leave them and 'moe_tp_experts' out."
             )
         for key, n in changed.items():
             _set_blocks(model, spec, path, key, n)
-            spec.notes.append(f"{path}.{key}: cut in {n} blocks, because only so the shares add up to the whole.")
+            spec.notes.append(
+                f"{path}.{key}: sharded in {n} blocks, because only then the outputs of the ranks sum to that of one "
+                "process."
+            )
 
 
 def _set_blocks(model: nn.Module, spec: ShardingSpec, path: str, key: str, blocks: int) -> None:
@@ -87,19 +86,19 @@ def _set_blocks(model: nn.Module, spec: ShardingSpec, path: str, key: str, block
             continue
         for name, _ in adapter.named_parameters():
             full = f"{owner}.{name}"
-            if name.startswith("lora_B.") and spec.parameters.get(full, ParameterSpec()).dim is not None:
+            if name.startswith("lora_B.") and spec.parameters.get(full, REPLICATED).dim is not None:
                 spec.parameters[full] = replace(spec.parameters[full], blocks=blocks)
 
 
 def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: int) -> dict[str, int] | None:
-    """Blocks of each parameter with which the shares add up, the planned ones first; None if there are none."""
-    small, values = _miniature(module, own, tp_size)
+    """Blocks of each parameter with which the ranks' outputs sum up, the planned ones first; None without any."""
+    small, values = _small_experts(module, own, tp_size)
     arguments = _arguments(small)
     try:
-        whole = _run(small, values, arguments)
+        want = _run(small, values, arguments)
     except Exception as error:
         raise CannotRun(first_line(error)) from error
-    if whole.abs().max() == 0 or not whole.isfinite().all():
+    if want.abs().max() == 0 or not want.isfinite().all():
         raise CannotRun("it returns zeros or no numbers")
     packable = [k for k, s in own.items() if s.dim is not None and values[k].shape[s.dim] >= 2 * 2 * tp_size]
     planned = {key: s.blocks for key, s in own.items()}
@@ -107,25 +106,23 @@ def _fitting_blocks(module: nn.Module, own: dict[str, ParameterSpec], tp_size: i
     for counts in itertools.product((1, 2), repeat=len(packable)):
         choices.append(planned | dict(zip(packable, counts, strict=True)))
     for blocks in choices:
-        total = torch.zeros_like(whole)
+        specs = {key: replace(own[key], blocks=n) for key, n in blocks.items()}
+        total = torch.zeros_like(want)
         try:
             for rank in range(tp_size):
-                shares = {
-                    k: local_slice(v, replace(own[k], blocks=blocks[k]), rank, tp_size) for k, v in values.items()
-                }
-                total = total + _run(small, shares, arguments)
-        except Exception:  # shapes that do not fit: another cut
+                total = total + _run(small, local_shards(values, specs, rank, tp_size), arguments)
+        except Exception:  # shapes that do not fit: another number of blocks
             continue
-        if is_close(total, whole):
+        if is_close(total, want):
             return blocks
     return None
 
 
-def _miniature(
+def _small_experts(
     module: nn.Module, own: dict[str, ParameterSpec], tp_size: int
 ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A copy of ``module`` with few small experts, and values for its parameters."""
-    shapes = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
+    shapes = {key: tuple(p.shape) for key, p in own_parameters(module).items()}
     matrices = {k: s for k, s in shapes.items() if len(s) == 3 and own[k].dim in (1, 2)}
     if not matrices:
         raise CannotRun("its weights have no dimension of experts")
@@ -146,13 +143,7 @@ def _miniature(
             small = [_EXPERTS, _WIDTH, _WIDTH]
             small[dim] = shape[dim] // inner * small_inner
         values[key] = torch.randn(small, generator=generator)
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(values[key], requires_grad=False) for key, p in module._parameters.items() if p is not None
-    }
-    try:
-        copied = copy.deepcopy(module, memo)
-    except Exception as error:
-        raise CannotRun(f"it cannot be copied: {error}") from error
+    copied = small_copy(module, values)
     for key, value in vars(copied).items():
         if type(value) is int and value in sizes:
             setattr(copied, key, sizes[value])
@@ -167,7 +158,7 @@ def _arguments(module: nn.Module) -> list[torch.Tensor]:
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-    if len(names) == 1:  # one group of tokens for each expert
+    if len(names) == 1:  # the same number of tokens for each expert
         return [torch.randn(_EXPERTS * _TOKENS, _WIDTH, generator=generator)]
     result: list[torch.Tensor] = [torch.randn(_TOKENS, _WIDTH, generator=generator)]
     for name in names[1:]:

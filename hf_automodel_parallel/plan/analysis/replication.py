@@ -152,8 +152,8 @@ class ReplicationTrace(OperatorTrace[Value]):
         if any(v.varying for v in values):
             if any(v.data for v in values):
                 raise WrongPlan(
-                    f"{func} combines an activation that all ranks share with one that differs between them, so the "
-                    f"gradient of the first would be a summand on each rank"
+                    f"{func} combines a replicated activation with one that varies across the ranks and no copy to TP "
+                    f"is between them, so the gradient of the first would be Partial"
                 )
             for name in parameters:
                 self.partial.setdefault(name, self.module)
@@ -172,7 +172,7 @@ class ReplicationTrace(OperatorTrace[Value]):
             dims = [-1]
         dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         if any(dim % x.ndim == x.ndim - 1 for dim in dims):
-            raise WrongPlan(f"{func} combines features of which each rank has only a share")
+            raise WrongPlan(f"{func} combines features that are sharded over the ranks")
 
     def _with_tail(self, name: str, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> bool:
         """Mark the outputs of an operator on a tensor of which only the last features vary; False for another one."""

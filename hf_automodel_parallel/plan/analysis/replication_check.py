@@ -22,8 +22,8 @@ from ...core.sharding_spec import PARTIAL_GRADIENT, REPLICATED, InputHook, Modul
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
 from ..patterns import layer_pattern
-from .expert_check import try_experts
-from .linear_check import faulty_linears, leave_ends_whole, refuse_what_is_left
+from .expert_check import check_experts
+from .linear_check import faulty_linears, leave_ends_replicated, refuse_remaining
 from .operator_trace import tensors_in
 from .replication import FEATURES, INVARIANT, VARYING, NotTraceable, ReplicationTrace, Value, WrongPlan
 from .stack_runner import StackRunner, first_tensor, smallest_stack
@@ -48,20 +48,20 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         PlanError: the layers cannot run with the shapes of one rank, or would compute something else; the message
             names the module.
     """
-    try_experts(model, spec, tp_size, strict)
+    check_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
     inside = {names[layer] for layer in layers}
     faults = faulty_linears(model, spec, tp_size, inside)
-    leave_ends_whole(model, spec, faults, inside, strict)
+    leave_ends_replicated(model, spec, faults, inside, strict)
     try:
         stack, stack_layers = _stack(model, spec, layers, names)
         check = ReplicationCheck(model, spec, stack, stack_layers, names, tp_size, strict, faults)
         check.run()
     except UnsupportedError as error:  # the stack cannot be run: nothing is known of the plan then
-        spec.notes.append(f"not run without values beforehand ({first_line(error)}).")
-        refuse_what_is_left(spec, faults)
+        spec.notes.append(f"not run on fake tensors beforehand ({first_line(error)}).")
+        refuse_remaining(spec, faults)
         return
-    refuse_what_is_left(spec, faults)
+    refuse_remaining(spec, faults)
     spec.notes.extend(dict.fromkeys(check.notes))
     _add(model, spec, check.trace)
 
@@ -83,11 +83,7 @@ def _stack(
 
 def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
     """Give the replicated parameters that were combined with varying values a partial gradient in ``spec``."""
-    names: dict[int, list[str]] = {}
-    ids: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        ids[name] = id(parameter)
+    view = ModelView.of(model)
     deferred = {
         ".".join(part for part in (name, module.deferred_bias, "bias") if part)
         for name, module in spec.modules.items()
@@ -99,16 +95,17 @@ def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
             continue
         if name in trace.complete:
             raise PlanError(
-                f"the parameter {name} is used by {module_name}, where the ranks differ, and by "
-                f"{trace.complete[name]}, where they do not, so its gradient is neither whole nor a summand. "
+                f"the parameter {name} is combined with activations that vary across the ranks in {module_name}, and "
+                f"with replicated ones in {trace.complete[name]}, so its gradient is neither Replicate nor Partial. "
                 f"{_REMEDY}"
             )
-        for tied in names[ids[name]]:
+        for tied in view.names_of[view.parameters[name]]:
             spec.parameters[tied] = PARTIAL_GRADIENT
-        pattern = layer_pattern(ModelView.of(model).plan_name(name))
+        pattern = layer_pattern(view.plan_name(name))
         found[pattern] = found.get(pattern, 0) + 1
     spec.rows += [
-        (p, "between sharded layers", n, str(PARTIAL_GRADIENT), "derived: run without values") for p, n in found.items()
+        (p, "between sharded layers", n, str(PARTIAL_GRADIENT), "derived: run on fake tensors")
+        for p, n in found.items()
     ]
 
 
@@ -194,11 +191,9 @@ class ReplicationCheck:
     def _local_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
         shape = list(parameter.shape)
         spec = self.spec.parameters.get(name, REPLICATED)
-        dim, parts = (
-            (spec.dim, self.tp_size)
-            if spec.forward_shard_dim is None
-            else (spec.forward_shard_dim, spec.forward_shards)
-        )
+        dim, parts = spec.dim, self.tp_size
+        if spec.forward_shard_dim is not None:
+            dim, parts = spec.forward_shard_dim, spec.forward_shards
         inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # the rest is not traced
         if dim is not None and inside:
             shape[dim] //= parts
@@ -252,7 +247,7 @@ class ReplicationCheck:
                     output = forward(*fake_args, **fake_kwargs)
                 first = output[0] if isinstance(output, (tuple, list)) and output else output
                 if isinstance(first, torch.Tensor) and trace.value(first).varying:
-                    raise WrongPlan("its output differs between the ranks, because nothing sums or gathers it")
+                    raise WrongPlan("its output varies across the ranks, because it is neither reduced nor gathered")
                 break
             except Exception as error:
                 trace.partial, trace.complete = before
@@ -274,7 +269,7 @@ class ReplicationCheck:
         reason = self._fault(layer, place, error, arguments)
         if reason is None:
             kind = type(self.model.get_submodule(layer)).__name__
-            self.notes.append(f"{layer} ({kind}) was not run without values beforehand: {first_line(error)}.")
+            self.notes.append(f"{layer} ({kind}) was not run on fake tensors beforehand: {first_line(error)}.")
             return False
         if isinstance(error, WrongPlan) and self._copy_inputs(place):
             return True
@@ -309,7 +304,7 @@ class ReplicationCheck:
             return False  # the contribution of a replicated parameter in there would count once per rank
         self.spec.modules[place] = replace(hooks, input=InputHook.COPY_ALL_TO_TP)
         self.copies_inputs.add(place)
-        self.notes.append(f"{place}: the gradients of all its inputs are summed over the ranks, as its output is.")
+        self.notes.append(f"{place}: all its inputs get a copy to TP, because its output is reduced over the ranks.")
         return True
 
     def _runs_unsharded(self, layer: str, arguments: Any) -> bool:
@@ -371,8 +366,8 @@ class ReplicationCheck:
                 if ("head" in key or key == "nf") and type(value) is int:  # what resolve() counts per rank
                     setattr(copied, key, value)
         pattern = layer_pattern(ModelView.of(self.model).plan_name(block))
-        self.notes.append(f"{block} is left whole on every rank: {reason}.")
-        self.spec.rows.append((pattern, "left whole", 1, "Replicate", "derived: run without values"))
+        self.notes.append(f"{block} is replicated on every rank: {reason}.")
+        self.spec.rows.append((pattern, "left replicated", 1, "Replicate", "derived: run on fake tensors"))
 
     # ---- modules inside of a layer -----------------------------------------------------------------------------------
 
@@ -389,7 +384,7 @@ class ReplicationCheck:
         if hooks is None:
             output = forward(*args, **kwargs)
         elif hooks.native_style is not None:
-            raise NotTraceable(f"{name} runs on an engine of torch's")
+            raise NotTraceable(f"{name} has a native torch ParallelStyle, whose hooks are not traced")
         else:
             output = self._through_hooks(name, hooks, forward, args, kwargs)
         self.path.pop()  # not after an exception, where the path names the module that failed
@@ -428,7 +423,7 @@ class ReplicationCheck:
             and not trace.value(first).varying
         ):
             raise WrongPlan(
-                f"its output is the same on all {self.tp_size} ranks, and summed over them it counts that many times"
+                f"its output is the same on all {self.tp_size} ranks, so its all-reduce multiplies it by {self.tp_size}"
             )
         factor = self.tp_size if hooks.output is OutputHook.GATHER else 1
         fresh = torch.empty((*first.shape[:-1], first.shape[-1] * factor), dtype=first.dtype)
@@ -437,7 +432,7 @@ class ReplicationCheck:
 
     def _check_invariant(self, tensors: list[torch.Tensor]) -> None:
         if any(self.trace.value(x).varying and x.is_floating_point() for x in tensors):
-            raise WrongPlan("its input differs between the ranks, but its boundary takes it for equal on all")
+            raise WrongPlan("its input varies across the ranks, but its input hook expects a replicated one")
 
 
 def _is_within(name: str, module: str) -> bool:

@@ -109,7 +109,7 @@ class SequenceCheck:
                 raise _TailFails from error
             raise UnsupportedError(
                 f"sequence_parallel=True: {self.runner.prefix or 'the model'} ({type(self.stack).__name__}) cannot be "
-                f"understood: {first_line(error)}. {REMEDY}"
+                f"run on fake tensors: {first_line(error)}. {REMEDY}"
             ) from error
         if self.left:
             raise UnsupportedError(
@@ -133,7 +133,7 @@ class SequenceCheck:
             with self.runner.fake, self.trace:
                 output = forward(*args, **kwargs)
                 if not isinstance(output, torch.Tensor) or not _has_tokens(output, self.shard):
-                    raise TokensMix("it returns no share")
+                    raise TokensMix("its output is not a sequence shard")
                 output = _resized(output, self.full)
         except Exception as error:
             raise _TailFails from error
@@ -153,7 +153,7 @@ class SequenceCheck:
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3 or not _has_tokens(hidden, expected):
             shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
             raise UnsupportedError(
-                f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is no hidden state of "
+                f"sequence_parallel=True: the first argument of {name} ({kind.__name__}) is not a hidden state of "
                 f"shape (batch, length, width), but {shape}. {REMEDY}"
             )
         if not first and hidden is not self.last:
@@ -197,8 +197,8 @@ class SequenceCheck:
                     where = self.path[-1] if self.path else name
                     module = self.model.get_submodule(where)
                     raise UnsupportedError(
-                        f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a share of the "
-                        f"sequence: {first_line(error)}. {REMEDY}"
+                        f"sequence_parallel=True: {where} ({type(module).__name__}) cannot work on a sequence shard: "
+                        f"{first_line(error)}. {REMEDY}"
                     ) from error
         for block, scatters in self.choices.items():
             self.known[kind, block.removeprefix(f"{name}.")] = scatters
@@ -227,9 +227,9 @@ class SequenceCheck:
     def _check_output(self, output: Any) -> None:
         first, others = _first_and_others(output)
         if not isinstance(first, torch.Tensor) or first.ndim != 3 or not _has_tokens(first, self.shard):
-            raise TokensMix("its output is no share of the hidden states")
+            raise TokensMix("its output is not a sequence shard of the hidden states")
         if any(self.trace.is_shard(x) for x in others):
-            raise TokensMix("it returns other activations of a share beside the hidden states")
+            raise TokensMix("it returns other sequence shards beside the hidden states")
 
     # ---- modules inside of a layer -----------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class SequenceCheck:
         gathers = bool(shards)
         if gathers:
             if len(shards) > 1 or given[0] is not shards[0] or not _has_tokens(shards[0], self.shard):
-                raise TokensMix("it takes more of a share, or another shape of it, than one hidden state")
+                raise TokensMix("its sequence shards are more than one hidden state, or of another shape")
             self.trace.refuse_outdated(shards)
             full = _resized(shards[0], self.full)
             before = compat.version_of(full)
@@ -266,7 +266,7 @@ class SequenceCheck:
             self.trace.outdated.append(shards[0])
         first, others = _first_and_others(output)
         if not isinstance(first, torch.Tensor) or any(self.trace.is_shard(x) for x in others):
-            raise TokensMix("it returns something else than a hidden state first, or more than one share")
+            raise TokensMix("its first output is not a hidden state, or it returns more than one sequence shard")
         splits = _has_tokens(first, self.full) and FEATURES not in self.trace.labels_of(first)
         if splits:
             output = _with_first(output, _resized(first, self.shard))

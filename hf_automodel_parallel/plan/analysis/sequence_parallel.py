@@ -1,12 +1,13 @@
 """Sequence parallelism, derived from a resolved tensor-parallel plan and the module tree.
 
-The layers are run once without values (:mod:`token_trace`). What that run shows decides, not a name:
+The layers are run once on fake tensors (:mod:`sequence_check`). The operators of that run decide, not names:
 
-* A called module of a layer with something sharded inside is a *block* and works on the whole sequence; so does a
-  module that does not treat each token apart (a replicated mixer). Everything else of the layer works on shares.
-* A row-wise layer of a block gives out shares if what follows it in the block keeps tokens apart, else the block splits
-  its output. Experts, whose output is a flat list of tokens, and routers stay as they are under tensor parallelism.
-* A replicated parameter that works on shares gets a summand of its gradient on each rank.
+* A called module of a layer with something sharded inside is a *block* and works on the full sequence; so does a
+  module that does not keep tokens apart (a replicated mixer). Everything else of the layer works on sequence shards.
+* A row-wise linear reduce-scatters along the sequence if all later operators in the block are per-token; otherwise it
+  all-reduces, and the block's output is split. Experts, whose output is a flat list of tokens, and routers stay as they
+  are under tensor parallelism.
+* A replicated parameter that is applied to sequence shards gets a ``Partial`` gradient.
 
 A layer that combines tokens outside of all blocks is refused by name.
 """
@@ -38,7 +39,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
         layers: the repeated layers in forward order.
 
     Raises:
-        UnsupportedError: the layers cannot be understood; the message names the module and what it does.
+        UnsupportedError: a layer cannot work on sequence shards; the message names the module and what it does.
     """
     names = {module: name for name, module in model.named_modules()}
     stack, stack_layers = _stack(model, spec, layers, names)
@@ -46,7 +47,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
     _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
     for name, reason in found.reasons.items():
         if name in found.blocks:
-            spec.notes.append(f"{name} gets and returns the whole sequence, then split ({reason}).")
+            spec.notes.append(f"{name} gets the full sequence, and its output is split ({reason}).")
     on_sequence_shards = _parameters_on_sequence_shards(model, spec, found)
     for name in found.scatters:
         module = replace(spec.modules[name], output=OutputHook.REDUCE_SCATTER_SEQUENCE)
@@ -67,7 +68,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
 
 
 def _wrapper(model: nn.Module, path: str) -> str:
-    """``path``, or that of the PEFT layer around it, to which further adapters will belong."""
+    """``path``, or the path of the PEFT layer around it, to which adapters that are added later belong."""
     kinds = compat.peft_wrapper_types()
     parts = path.split(".")
     for end in range(1, len(parts)):
@@ -78,7 +79,7 @@ def _wrapper(model: nn.Module, path: str) -> str:
 
 
 def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
-    """Give parameters ``names``, added to a model with the spec ``old``, their places in its newly resolved spec, in
+    """Give parameters ``names``, added to a model with the spec ``old``, their placements in the ``new`` spec, in
     place.
     """
     if old.sequence is None:
@@ -90,10 +91,10 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
 
 
 def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
-    """Let blocks gather again in backward, in place (``sequence_parallel_regather``).
+    """Let blocks re-all-gather their inputs in backward, in place (``sequence_parallel_regather``).
 
     Raises:
-        ConfigError: ``checkpointing`` is a mode that recomputes the gathering, or the model's own checkpoints are on.
+        ConfigError: ``checkpointing`` is a mode that recomputes the all-gather, or the model's own checkpointing is on.
     """
     inner = ModelView.of(model).inner
     if checkpointing not in ("none", "selective"):
@@ -104,11 +105,11 @@ def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
 
 
 def recomputes_anyway(what: str) -> ConfigError:
-    """The error for checkpoints that gather again by themselves."""
+    """The error for activation checkpointing that already recomputes the all-gather."""
     return ConfigError(
-        f"sequence_parallel_regather=True with {what}: its recomputation gathers the inputs of attention and MLP again "
-        "anyway, and keeps their shares alone. Leave out one of the two; activation_checkpointing='selective' goes "
-        "with it."
+        f"sequence_parallel_regather=True with {what}: its recomputation already all-gathers the inputs of attention "
+        "and MLP again, and keeps only their sequence shards. Leave out one of the two; "
+        "activation_checkpointing='selective' works with it."
     )
 
 
@@ -120,7 +121,7 @@ def _stack(
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"sequence_parallel=True: {type(inner).__name__} is an encoder with a decoder, which is not available. "
+            f"sequence_parallel=True: {type(inner).__name__} is an encoder-decoder model, which is not supported. "
             f"{REMEDY}"
         )
     groups: dict[str, list[nn.Module]] = {}
@@ -139,11 +140,11 @@ def _stack(
             f"is nothing to gather a sequence for. {REMEDY}"
         )
     container = max(groups, key=weight)
-    strangers = [m for m in model.get_submodule(container).children() if m not in layers]
-    if strangers:
+    others = [m for m in model.get_submodule(container).children() if m not in layers]
+    if others:
         raise UnsupportedError(
-            f"sequence_parallel=True: {names[strangers[0]]} ({type(strangers[0]).__name__}) stands among the layers in "
-            f"{container}, but is none of them. {REMEDY}"
+            f"sequence_parallel=True: {names[others[0]]} ({type(others[0]).__name__}) is in {container} among the "
+            f"layers, but is not one of them. {REMEDY}"
         )
     owner = container
     while owner and not compat.has_implemented_forward(model.get_submodule(owner)):
@@ -154,23 +155,21 @@ def _stack(
     if between:
         raise UnsupportedError(
             f"sequence_parallel=True: {owner or 'the model'} ({type(stack).__name__}) takes {between[0]}, a list of "
-            "tensors with one for each of some layers. What it does with them between the layers expects whole "
-            f"sequences there. {REMEDY}"
+            "tensors with one for each of some layers. Its code between the layers combines them with full sequences. "
+            f"{REMEDY}"
         )
     return stack, every
 
 
 def _check_one_layer_each(
-    model: nn.Module, names_with_boundaries: Iterable[str], layers: list[nn.Module], names: dict[nn.Module, str]
+    model: nn.Module, names_with_hooks: Iterable[str], layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> None:
-    """Raise for a block, or a layer with a boundary, that several layers share: it knows one of their lengths and
-    memories.
-    """
+    """Raise for a block, or a module with TP hooks, that several layers share: their state belongs to one layer."""
     around: dict[nn.Module, list[nn.Module]] = {}
     for layer in layers:
         for module in layer.modules():
             around.setdefault(module, []).append(layer)
-    for name in names_with_boundaries:
+    for name in names_with_hooks:
         module = model.get_submodule(name)
         if len(among := around.get(module, [])) > 1:
             raise UnsupportedError(
@@ -180,7 +179,7 @@ def _check_one_layer_each(
 
 
 def _lists_of_tensors(stack: nn.Module) -> list[str]:
-    """The arguments of the forward of ``stack`` that are lists of tensors by their annotation, but for caches."""
+    """The arguments of the forward of ``stack`` that are annotated as lists of tensors, except caches."""
     parameters = inspect.signature(stack.forward).parameters.values()
     return [
         p.name
@@ -190,27 +189,20 @@ def _lists_of_tensors(stack: nn.Module) -> list[str]:
 
 
 def _parameters_on_sequence_shards(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:
-    """Names of the replicated parameters that work on shares, each under all of its names."""
-    places: dict[int, list[str]] = {}
-    by_name: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
-        by_name[name] = id(parameter)
+    """Names of the replicated parameters that are applied to sequence shards, each under all of its names."""
+    view = ModelView.of(model)
     result: set[str] = set()
-    for name, territories in found.used.items():
-        if "shard" not in territories:
+    for name, lengths in found.used.items():
+        if "shard" not in lengths:
             continue
-        if len(territories) > 1 or spec.parameters.get(name, REPLICATED).dim is not None:
-            how = "both on shares and on the whole of a sequence" if len(territories) > 1 else "sharded and on shares"
-            raise UnsupportedError(f"sequence_parallel=True: the parameter {name} works {how}. {REMEDY}")
-        result.update(places[by_name[name]])
-    # Only the active adapter or copy has run; the others of the same wrapper will work in its place one day.
-    tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
-    wrappers = tuple(kind for kind in (tuner, auxiliary) if kind is not None)
-    for name, module in list(model.named_modules()) if wrappers else ():
-        if isinstance(module, wrappers) and any(p.startswith(f"{name}.") for p in result):
-            parameters = model.get_submodule(name).named_parameters(remove_duplicate=False)
-            result.update(f"{name}.{key}" for key, _ in parameters)
+        if len(lengths) > 1 or spec.parameters.get(name, REPLICATED).dim is not None:
+            how = "sequence shards and full sequences" if len(lengths) > 1 else "sequence shards and is sharded"
+            raise UnsupportedError(f"sequence_parallel=True: the parameter {name} is applied to {how}. {REMEDY}")
+        result.update(view.names_of[view.parameters[name]])
+    # Only the active adapter or copy has run; another one of the same wrapper may be activated later.
+    for name, wrapper in view.peft_layers.items():
+        if any(p.startswith(f"{name}.") for p in result):
+            result.update(f"{name}.{key}" for key, _ in wrapper.named_parameters(remove_duplicate=False))
     return result
 
 
@@ -236,5 +228,5 @@ def _describe(spec: ShardingSpec, prefix: str) -> None:
             add_all(name, "scatter sequence (output)")
     add(sequence.tail, "gather sequence (output)")
     for name in sorted(sequence.on_shards):
-        add_all(name, "on shares of the sequence", str(ON_SEQUENCE_SHARDS))
+        add_all(name, "on sequence shards", str(ON_SEQUENCE_SHARDS))
     spec.rows += [(name, style, count, placement, _SOURCE) for (name, style, placement), count in lines.items()]

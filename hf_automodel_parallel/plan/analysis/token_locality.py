@@ -86,7 +86,7 @@ class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
         """
         outdated = {storage_id(x) for x in self.outdated}
         if outdated and any(storage_id(x) in outdated for x in inputs):
-            raise TokensMix("a block has changed in place what is read here once more")
+            raise TokensMix("a block has changed its input in place, which is read again here")
 
     @staticmethod
     def _dims(x: torch.Tensor, length: int) -> list[int]:
@@ -100,7 +100,7 @@ class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
         on_shards = any(self.is_shard(x) for x in inputs)
         on_full = any(self.is_full(x) for x in inputs)
         if on_shards and on_full:
-            raise TokensMix(f"{func} combines a share of the sequence with the whole sequence")
+            raise TokensMix(f"{func} combines a sequence shard with the full sequence")
         self.refuse_outdated(inputs)
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
@@ -138,8 +138,8 @@ class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
             shape = argument_of(func, "normalized_shape", args, kwargs)
             summed = [(args[0], -1 - i) for i in range(len(shape))]
         elif not (torch.Tag.pointwise in func.tags or func.is_view or name in _KEEPS_ALL or name in _REDUCES):
-            raise TokensMix(f"{func} on a share of the sequence is not known to treat each token apart")
+            raise TokensMix(f"{func} on a sequence shard is not known to keep tokens apart")
         if any(x.shape[dim] % self.shard == 0 for x, dim in summed):
-            raise TokensMix(f"{func} combines tokens of a share of the sequence")
+            raise TokensMix(f"{func} combines tokens of a sequence shard")
         if any(len(self._dims(x, self.shard)) != 1 for x in outputs):
-            raise TokensMix(f"{func} on a share of the sequence drops, combines or pairs tokens")
+            raise TokensMix(f"{func} on a sequence shard drops, combines or pairs tokens")

@@ -187,7 +187,7 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
         sequence_gradients,
         "gemma3n",
         {"tp_size": 2},
-        match=r"model\.layers\.0 \(Gemma3nTextDecoderLayer\) is no hidden state",
+        match=r"model\.layers\.0 \(Gemma3nTextDecoderLayer\) is not a hidden state",
     )
 
 

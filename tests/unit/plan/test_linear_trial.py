@@ -93,7 +93,7 @@ def test_what_two_ranks_compute(kind, names, stays_sharded):
     for name, module in model.named_modules():
         if isinstance(module, kind):
             assert (spec.parameters.get(f"{name}.weight") is not None) is stays_sharded, name
-            assert stays_sharded or any(name.startswith(note.split(" is left whole")[0]) for note in spec.notes)
+            assert stays_sharded or any(name.startswith(note.split(" is replicated")[0]) for note in spec.notes)
     inputs = {"input_ids": torch.arange(18).view(2, 9), "use_cache": False}
     names_of = {module: name for name, module in model.named_modules()}
     layers = [names_of[layer] for layer in find_layers(model)]

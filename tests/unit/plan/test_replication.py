@@ -1,4 +1,4 @@
-"""A resolved plan is run on the shapes of one rank without values, and fused experts are tried on a miniature."""
+"""A resolved plan is run with the shapes of one rank on fake tensors, and fused experts are checked numerically."""
 
 import gc
 import json
@@ -67,7 +67,7 @@ def test_the_names_that_peft_gives_are_marked_too():
 
 
 def test_what_is_marked_is_in_the_table_for_people():
-    rows = [row for row in completed(build("apertus")).rows if row[4] == "derived: run without values"]
+    rows = [row for row in completed(build("apertus")).rows if row[4] == "derived: run on fake tensors"]
     assert ("model.layers.*.mlp.act_fn.alpha_p", "between sharded layers", 2, "Replicate, Partial gradient") in [
         r[:4] for r in rows
     ]
@@ -88,7 +88,7 @@ HALVES = {
         r"model\.layers\.0\.self_attn",
     ),
     "only the way out": ({LAYER + "mlp.down_proj": "rowwise"}, r"model\.layers\.0\.mlp\.down_proj"),
-    "a sum of equal values": ({LAYER + "mlp": "all_reduce"}, r"model\.layers\.0\.mlp .*counts that many times"),
+    "a sum of equal values": ({LAYER + "mlp": "all_reduce"}, r"model\.layers\.0\.mlp .*all-reduce multiplies it by 2"),
 }
 
 
@@ -102,7 +102,7 @@ def test_where_a_model_brings_a_plan_that_does_not_fit_the_part_stays_whole():
     spec = completed(build("doge"))
     assert not [name for name in (*spec.modules, *spec.parameters) if ".self_attn." in name]
     assert "model.layers.0.mlp.up_proj" in spec.modules
-    assert any("model.layers.1.self_attn is left whole on every rank" in note for note in spec.notes)
+    assert any("model.layers.1.self_attn is replicated on every rank" in note for note in spec.notes)
 
 
 def test_a_statistic_over_features_that_are_spread_over_ranks_is_seen():
@@ -133,7 +133,7 @@ def test_adapters_on_fused_experts_follow_the_cut():
 def test_an_explicit_plan_that_cuts_fused_experts_wrongly_is_refused():
     experts = LAYER + "mlp.experts"
     plan = {experts: "moe_tp_experts", f"{experts}.gate_up_proj": "colwise", f"{experts}.down_proj": "rowwise"}
-    with pytest.raises(PlanError, match="do not add up to the whole. gate_up_proj is packed"):
+    with pytest.raises(PlanError, match="do not sum to that of one process. gate_up_proj is packed"):
         completed(build("qwen3_moe"), plan)
     spec = completed(build("qwen3_moe"), plan | {f"{experts}.gate_up_proj": "packed_colwise"})
     assert spec.parameters["model.layers.0.mlp.experts.gate_up_proj"].blocks == 2
@@ -162,7 +162,7 @@ def test_rules():
         assert trace.value(doubled).parameters == {"w"}
         assert trace.value(x * doubled) == INVARIANT and "w" in trace.complete and not trace.partial
         assert trace.value(own + doubled) == VARYING and "w" in trace.partial
-        with pytest.raises(WrongPlan, match="all ranks share"):
+        with pytest.raises(WrongPlan, match="combines a replicated activation"):
             x * own
         assert trace.value(trace.copied_to_tp(x) * own) == VARYING
         target = torch.zeros(3, 4)
@@ -186,7 +186,7 @@ def test_shares_of_features_are_not_combined():
     trace.mark(x, FEATURES)
     with trace:
         y = torch.nn.functional.silu(x)
-        with pytest.raises(WrongPlan, match="only a share"):
+        with pytest.raises(WrongPlan, match="sharded over the ranks"):
             y.mean(-1)
         assert y.mean(1) is not None  # over tokens
         heads = y.view(2, 3, 2, 4)
@@ -206,7 +206,7 @@ def test_memory_that_was_freed_is_forgotten():
 
 
 def test_what_is_known_by_an_id_stays_alive(monkeypatch):
-    """Doge's attention and MLP are left whole, which takes the copies of their parameters out of the miniature."""
+    """Doge's attention and MLP are left replicated, which takes their fake parameters out of the copy that runs."""
     alive = []
     run = ReplicationCheck.run
 
@@ -217,5 +217,5 @@ def test_what_is_known_by_an_id_stays_alive(monkeypatch):
 
     monkeypatch.setattr(ReplicationCheck, "run", watched)
     spec = completed(build("doge"))
-    assert any("left whole" in note for note in spec.notes)
+    assert any("is replicated on every rank" in note for note in spec.notes)
     assert alive and all(map(all, alive))

@@ -103,9 +103,9 @@ def test_flat_tokens_are_split_by_row():
         (
             "gemma4_text",
             {"num_hidden_layers": 2},
-            r"model\.layers\.0 \(Gemma4TextDecoderLayer\) cannot work on a share",
+            r"model\.layers\.0 \(Gemma4TextDecoderLayer\) cannot work on a sequence shard",
         ),
-        ("deepseek_v4", {"num_hidden_layers": 2}, r"model\.layers\.0 \(DeepseekV4DecoderLayer\) is no hidden state"),
+        ("deepseek_v4", {"num_hidden_layers": 2}, r"model\.layers\.0 \(DeepseekV4DecoderLayer\) is not a hidden state"),
     ],
 )
 def test_refused_by_name(model_type, values, match):
@@ -163,7 +163,9 @@ def test_blocks_that_write_into_their_input_are_known():
             return super().forward(x.view(-1, x.shape[-1]).mul_(2).view(x.shape))
 
     mlp.__class__ = Writing
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.0 .*a block has changed in place what is read here"):
+    with pytest.raises(
+        UnsupportedError, match=r"model\.layers\.0 .*a block has changed its input in place, which is read again here"
+    ):
         derived(model)
 
 
