@@ -54,15 +54,18 @@ def select_plan(
     tp_plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     plan_order: tuple[str, ...] = ("hf", "registry", "default"),
     tp_size: int | None = None,
+    derive: Callable[[nn.Module, int | None], Plan] | None = None,
 ) -> Plan:
     """Select the tensor-parallel plan for ``model``.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta.
         tp_plan: the user's own plan in any accepted form; wins when given.
-        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config asks all of them; here
-            the last, which takes seconds, only if it is named.
-        tp_size: number of ranks on the tp axis, which decides what a derived plan shards; None: any.
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". The default of a config has all of
+            them; the default here leaves out "derived", which takes seconds.
+        tp_size: number of ranks on the tp axis, for ``derive``; None: any.
+        derive: the function behind "derived": (unwrapped model, tp_size) -> plan. It is an argument because the search
+            itself needs plans (:func:`hf_automodel_parallel.plan_search.search.derived_plan`).
 
     Returns:
         The plan; every entry names its source.
@@ -76,10 +79,10 @@ def select_plan(
     reasons: list[str] = []
     for source in plan_order:
         if source == "derived":
-            from ..plan_search.search import derived_plan
-
+            if derive is None:
+                raise ValueError("plan_order names 'derived', so select_plan needs the argument derive.")
             try:
-                plan = derived_plan(inner, tp_size)
+                plan = derive(inner, tp_size)
             except PlanError as error:
                 reasons.append(f"{source}: {error}")
                 continue

@@ -81,6 +81,11 @@ def is_torch_style(style: Any) -> bool:
     return isinstance(style, ParallelStyle)
 
 
+def is_style_name(name: str) -> bool:
+    """True for a style name that a plan may have: a known one, or one that the user registered with transformers."""
+    return name in KNOWN_STYLES or name in compat.transformers_parallel_styles()
+
+
 def check_style(pattern: str, style: Any) -> None:
     """Raise :class:`PlanError` unless ``style`` can be executed.
 
@@ -97,7 +102,7 @@ def check_style(pattern: str, style: Any) -> None:
         return
     if style in REFUSED_STYLES:
         raise PlanError(f"the plan entry {pattern!r} has the style {style!r}. {REFUSED_STYLES[style]}")
-    if style not in KNOWN_STYLES and style not in compat.transformers_parallel_styles():
+    if not is_style_name(style):
         raise PlanError(
             f"the plan entry {pattern!r} has the unknown style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}. "
             "A style of your own is registered with transformers' ALL_PARALLEL_STYLES or given as a torch "

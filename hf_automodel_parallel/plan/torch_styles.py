@@ -1,8 +1,8 @@
-"""Style names and torch's ``ParallelStyle`` objects: from one to the other, and back.
+"""Plans with torch's ``ParallelStyle`` objects: read as style names where both mean the same.
 
-This package's own engine runs on style names. A plan that comes in as torch styles is read as names where both mean the
-same, so that adapters, losses and FSDP2 work with it; what a name cannot say runs on torch's engine. A subclass, whose
-code nobody but its author knows, always runs there. Objects and dicts of the caller are only read.
+This package's own engine runs on style names, with which adapters, losses and FSDP2 work. A style object that no name
+can express runs on torch's engine. So does a subclass, since its methods may do anything. Objects and dicts of the
+caller are only read.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    ParallelStyle,
     PrepareModuleInput,
     PrepareModuleInputOutput,
     PrepareModuleOutput,
@@ -25,90 +23,11 @@ from torch.distributed.tensor.parallel import (
 
 from .. import compat
 from ..core.sharding_spec import Plan, PlanEntry
-from ..errors import PlanAssertionError, PlanError, UnsupportedError
+from ..errors import PlanError
 from .layer_kinds import as_matrix, expand_wrappers
-from .styles import KNOWN_STYLES, REFUSED_STYLES, check_style
+from .styles import is_style_name
 
-_WHOLE, _FEATURES, _SEQUENCE = (Replicate(),), (Shard(-1),), (Shard(1),)
-
-
-class NamedStyle(ParallelStyle):
-    """A style name that none of torch's own styles can express, as an object that may stand in a dict of them.
-
-    In a plan for this package it is the name. torch's ``parallelize_module`` can carry out those that leave the
-    parameters whole; of the others it says that it cannot.
-
-    Attributes:
-        style_name: one of the names of :mod:`styles`, or one that was registered with transformers.
-    """
-
-    def __init__(self, name: str) -> None:
-        check_style("NamedStyle", name)
-        self.style_name = name
-
-    def __repr__(self) -> str:
-        return f"NamedStyle({self.style_name!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NamedStyle) and other.style_name == self.style_name
-
-    def __hash__(self) -> int:
-        return hash((NamedStyle, self.style_name))
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Called by ``parallelize_module``.
-
-        Raises:
-            UnsupportedError: torch's engine cannot carry out this style.
-        """
-        if self.style_name == "replicated_with_grad_allreduce":
-            from ..tensor_parallel.grad_sync import sum_gradients
-
-            sum_gradients(module, device_mesh)
-        elif self.style_name not in ("replicate", "local_params"):
-            raise UnsupportedError(
-                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so "
-                "parallelize_module cannot apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose "
-                "own engine can."
-            )
-        return module
-
-
-def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
-    """The torch style that means the same as a style name of transformers' ``_tp_plan``; a new object at each call.
-
-    The names are those of :data:`styles.KNOWN_STYLES`, ``sequence_parallel``, and what a user has registered with
-    transformers. Those without a counterpart in torch become a :class:`NamedStyle`, among them
-    ``replicated_with_grad_allreduce``, whose partial gradients (``q_norm``, ``k_norm``) would be wrong if it were left
-    out. A gathered output is returned whole, as a plain
-    tensor: models compute their losses from it.
-
-    Raises:
-        PlanAssertionError: (an AssertionError, too) ``style`` is no string.
-        PlanError: the name is unknown, or of expert parallelism.
-    """
-    if not isinstance(style, str):
-        raise PlanAssertionError(
-            f"a parallel style must be a string, but is {style!r} of type {type(style).__name__}. Known styles: "
-            f"{', '.join(KNOWN_STYLES)}."
-        )
-    if style == "sequence_parallel":
-        return SequenceParallel()
-    if style in REFUSED_STYLES:
-        raise PlanError(f"the style {style!r} cannot be used. {REFUSED_STYLES[style]}")
-    if style in ("colwise_gather_output", "colwise_rep", "embedding_colwise"):
-        return ColwiseParallel(output_layouts=Replicate())
-    if style in ("rowwise_split_input", "rowwise_rep", "embedding_rowwise"):
-        return RowwiseParallel(input_layouts=Replicate())
-    if style == "colwise":
-        return ColwiseParallel()
-    if style == "rowwise":
-        return RowwiseParallel()
-    if style == "all_reduce":
-        return PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
-    if style in KNOWN_STYLES or style in compat.transformers_parallel_styles():
-        return NamedStyle(style)
-    raise PlanError(f"unknown parallel style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}.")
+_REPLICATE, _FEATURES, _SEQUENCE = (Replicate(),), (Shard(-1),), (Shard(1),)
 
 
 def check_sequence_layouts(plan: Plan, sequence_parallel: bool) -> None:
@@ -173,9 +92,15 @@ def read_torch_styles(
             reader.check_foreign(name, entry)
             continue
         result[name] = replace(entry, style=style)
-        if not isinstance(entry.style, NamedStyle):
+        if _style_name(entry.style) is None:
             notes[entry.pattern, style] = f"{entry.pattern}: {entry.style_name} is read as {style!r}."
     return result, list(notes.values())
+
+
+def _style_name(style: Any) -> str | None:
+    """The style name that an object carries in its attribute ``style_name``, as the reference API's plans have them."""
+    name = getattr(style, "style_name", None)
+    return name if isinstance(name, str) and is_style_name(name) else None
 
 
 class _Reader:
@@ -187,8 +112,8 @@ class _Reader:
     def name_of(self, name: str, entry: PlanEntry) -> str | None:
         """The style name for the module or parameter ``name``, None if its style has to run on torch's engine."""
         style = entry.style
-        if type(style) is NamedStyle:
-            return style.style_name
+        if (known := _style_name(style)) is not None:
+            return known
         if type(style) not in _READERS:
             return None
         if name in self.parameters:
@@ -213,12 +138,14 @@ class _Reader:
     def colwise(self, name: str, entry: PlanEntry) -> str | None:
         style, layer = entry.style, self.layer(name)
         if isinstance(layer, nn.Embedding):
-            whole = style.output_layouts == _WHOLE or (style.output_layouts == _FEATURES and not style.use_local_output)
-            return "embedding_colwise" if whole and style.input_layouts == _WHOLE else None
+            whole = style.output_layouts == _REPLICATE or (
+                style.output_layouts == _FEATURES and not style.use_local_output
+            )
+            return "embedding_colwise" if whole and style.input_layouts == _REPLICATE else None
         self._check_matrix(name, entry, layer)
-        if style.input_layouts not in (_WHOLE, _SEQUENCE):
+        if style.input_layouts not in (_REPLICATE, _SEQUENCE):
             return None
-        if style.output_layouts == _WHOLE:
+        if style.output_layouts == _REPLICATE:
             return "colwise_gather_output"
         if style.output_layouts != _FEATURES:
             return None
@@ -227,7 +154,7 @@ class _Reader:
 
     def rowwise(self, name: str, entry: PlanEntry) -> str | None:
         style, layer = entry.style, self.layer(name)
-        outputs = (_WHOLE, _SEQUENCE)
+        outputs = (_REPLICATE, _SEQUENCE)
         if isinstance(layer, nn.Embedding):
             if style.input_layouts == _FEATURES:
                 raise PlanError(
@@ -235,11 +162,15 @@ class _Reader:
                     "over tp (the default of RowwiseParallel), but every rank has them all. Use "
                     "RowwiseParallel(input_layouts=Replicate())."
                 )
-            return "embedding_rowwise" if style.input_layouts == _WHOLE and style.output_layouts in outputs else None
+            return (
+                "embedding_rowwise" if style.input_layouts == _REPLICATE and style.output_layouts in outputs else None
+            )
         self._check_matrix(name, entry, layer)
         if style.output_layouts not in outputs:
             return None
-        if style.input_layouts == _WHOLE or (style.input_layouts == _FEATURES and self._reads_a_gathered_sibling(name)):
+        if style.input_layouts == _REPLICATE or (
+            style.input_layouts == _FEATURES and self._reads_a_gathered_sibling(name)
+        ):
             return "rowwise_split_input"
         return "rowwise" if style.input_layouts == _FEATURES else None
 

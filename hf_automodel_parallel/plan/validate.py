@@ -8,7 +8,7 @@ from torch import nn
 
 from ..core.model_view import ModelView
 from ..core.sharding_spec import OutputHook, ShardingSpec
-from ..errors import PlanAssertionError, PlanError
+from ..errors import PlanError
 
 
 def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
@@ -93,72 +93,3 @@ def config_with_heads(model: nn.Module) -> Any | None:
             if any(name.endswith("num_attention_heads") for name in _counts(candidate)):
                 return candidate
     return None
-
-
-def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
-    """Check that the attention heads of ``model`` can be dealt out evenly, before a plan is chosen.
-
-    Args:
-        model: anything with a ``config``; composite configs are looked into. Without head counts there is nothing to
-        check.
-        tp_mesh: anything whose ``size()`` is the number of ranks.
-
-    Raises:
-        PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) key-value heads or heads do not divide.
-    """
-    size = tp_mesh.size()
-    if size == 1:
-        return
-    if getattr(getattr(model, "config", None), "model_type", None) == "nemotron-nas":
-        validate_tp_mesh_for_nemotron_nas(model, size)
-        return
-    for field, value in _counts(config_with_heads(model)).items():
-        if value % size:
-            raise PlanAssertionError(_not_divisible(field, value, size))
-
-
-def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
-    """The same for Nemotron-NAS, whose layers (``config.block_configs``) differ: in the heads that share a key, and in
-    whether they have attention at all.
-
-    Raises:
-        PlanAssertionError: the heads of a layer do not divide, or ``block_configs`` does not describe all layers.
-    """
-    config = model.config
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    if heads % tp_size:
-        raise PlanAssertionError(_not_divisible("num_attention_heads", heads, tp_size))
-    blocks = list(getattr(config, "block_configs", None) or ())
-    if len(blocks) < layers:
-        raise PlanAssertionError(
-            f"block_configs describes {len(blocks)} layers, but num_hidden_layers={layers}: the heads of the others "
-            "are unknown."
-        )
-    for index, block in enumerate(blocks[:layers]):
-        attention = _field(block, "attention")
-        if _field(attention, "replace_with_linear"):
-            continue  # no heads: a linear layer, which stays whole unless a plan names it
-        group = _field(attention, "n_heads_in_group")
-        if group is None:
-            if not _field(attention, "no_op"):
-                raise PlanAssertionError(
-                    f"block_configs[{index}].attention has neither n_heads_in_group nor no_op=True, so its heads are "
-                    "unknown."
-                )
-        elif (heads // group) % tp_size:
-            raise PlanAssertionError(
-                _not_divisible(
-                    f"block_configs[{index}]: num_attention_heads // n_heads_in_group", heads // group, tp_size
-                )
-            )
-
-
-def _field(block: Any, name: str) -> Any:
-    return block.get(name) if isinstance(block, dict) else getattr(block, name, None)
-
-
-def _not_divisible(field: str, value: int, tp_size: int) -> str:
-    return (
-        f"{field}={value} does not divide by tp_size={tp_size}, and every rank needs a whole number of heads. Choose a "
-        f"tp_size that divides it, or tp_size=1."
-    )

@@ -15,6 +15,7 @@ from ..errors import PlanError
 from ..plan.select import select_plan
 from .proof import OF_TOTAL, RELATIVE, Prover
 from .proxy_model import build_proxy_model
+from .search import derived_plan
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def verify_plan(
         with torch.device("meta"):
             inner = AutoModelForCausalLM.from_config(model)
     small = build_proxy_model(inner)
-    chosen = select_plan(small, plan, plan_order, tp)
+    chosen = select_plan(small, plan, plan_order, tp, derived_plan)
     prover = Prover(small, tp)
     failure = prover.failure(chosen, completed=chosen.origin != "derived")
     if failure is not None:

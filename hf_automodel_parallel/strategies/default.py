@@ -52,6 +52,7 @@ from ..plan.select import select_plan
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import validate
 from ..plan_search.proxy_model import replaced_modules
+from ..plan_search.search import derived_plan
 from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters
 from ..tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 from ..tensor_parallel.dropout_rng import (
@@ -236,7 +237,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Choose the plan and resolve it on the model."""
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
-        context.plan = select_plan(context.model, context.tp_plan, self.sources(context.plan_order), size)
+        context.plan = select_plan(context.model, context.tp_plan, self.sources(context.plan_order), size, derived_plan)
         check_sequence_layouts(context.plan, context.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         validate(context.model, context.spec, size)

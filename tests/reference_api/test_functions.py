@@ -16,11 +16,11 @@ from hf_automodel_parallel import UnsupportedError, compat
 from hf_automodel_parallel.activation_checkpointing import checkpoint_module, is_checkpoint_wrapped
 from hf_automodel_parallel.compile import apply_per_layer_compile
 from hf_automodel_parallel.core.model_structure import all_frozen, largest_container, model_layers, submodule
-from hf_automodel_parallel.plan.imports import import_class_from_path, import_classes_from_paths
+from hf_automodel_parallel.parallelizer.import_paths import import_class_from_path, import_classes_from_paths
+from hf_automodel_parallel.parallelizer.torch_plans import NamedStyle
+from hf_automodel_parallel.parallelizer.tp_mesh import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
-from hf_automodel_parallel.plan.torch_styles import NamedStyle
-from hf_automodel_parallel.plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 from hf_automodel_parallel.selective_checkpointing import apply_selective_activation_checkpointing
 from hf_automodel_parallel.tensor_parallel.head_counts import (
     attention_is_head_sharded,

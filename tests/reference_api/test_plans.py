@@ -16,11 +16,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, PlanError
 from hf_automodel_parallel.core.model_structure import model_layers
+from hf_automodel_parallel.parallelizer.torch_plans import (
+    get_hf_tp_shard_plan,
+    get_parallel_plan,
+    translate_to_torch_parallel_style,
+)
+from hf_automodel_parallel.parallelizer.tp_mesh import validate_tp_mesh
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
-from hf_automodel_parallel.plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
-from hf_automodel_parallel.plan.torch_styles import translate_to_torch_parallel_style
-from hf_automodel_parallel.plan.validate import validate_tp_mesh
 from hf_automodel_parallel.tensor_parallel.head_counts import update_attention_head_counts_for_tp
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_automodel_parallel.plan.torch_plans import get_parallel_plan
+from hf_automodel_parallel.parallelizer.torch_plans import get_parallel_plan
 
 ATTENTION, MLP = "model.layers.*.self_attn.", "model.layers.*.mlp."
 

@@ -19,16 +19,17 @@ from torch.distributed.tensor.parallel import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel import PlanError, UnsupportedError
+from hf_automodel_parallel.parallelizer.torch_plans import (
+    NamedStyle,
+    get_hf_tp_shard_plan,
+    get_parallel_plan,
+    translate_to_torch_parallel_style,
+)
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.sources.huggingface import huggingface_plan
 from hf_automodel_parallel.plan.styles import KNOWN_STYLES, REFUSED_STYLES
-from hf_automodel_parallel.plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
-from hf_automodel_parallel.plan.torch_styles import (
-    NamedStyle,
-    check_sequence_layouts,
-    translate_to_torch_parallel_style,
-)
+from hf_automodel_parallel.plan.torch_styles import check_sequence_layouts
 
 pytestmark = pytest.mark.both_ends
 

@@ -35,7 +35,7 @@ GPT2 = {
 def test_gpt2():
     model = build_model("gpt2")
     state = torch.get_rng_state()
-    plan = select_plan(model, plan_order=("hf", "registry", "default", "derived"), tp_size=2)
+    plan = select_plan(model, plan_order=("hf", "registry", "default", "derived"), tp_size=2, derive=derived_plan)
     assert torch.equal(torch.get_rng_state(), state), "the random state of the training is left alone"
     assert plan.origin == "derived" and styles(plan) == GPT2
     assert plan.counts == {"transformer.h.*.attn": ("num_heads", "embed_dim", "split_size")}
@@ -126,7 +126,7 @@ def test_what_cannot_be_tried_is_refused():
     with pytest.raises(
         PlanError, match=r"no tensor-parallel plan for the class Plain.*tp_plan=.*derived: Plain has no"
     ):
-        select_plan(Plain(), plan_order=("hf", "derived"))
+        select_plan(Plain(), plan_order=("hf", "derived"), derive=derived_plan)
 
 
 def test_a_rank_that_fails_releases_the_others():

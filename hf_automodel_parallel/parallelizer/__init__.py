@@ -1,8 +1,8 @@
 """The reference API: ``nemo_automodel.components.distributed.parallelizer`` under its own names and signatures.
 
-Code written for it can switch its import. Nothing is implemented here; ``docs/reference_api.md`` says where each name
-lives, and where it differs from the reference and why. Names with a leading underscore are aliases of public functions
-of this package.
+Code written for it can switch its import. This folder has the functions that only the reference API needs; all other
+names are implemented elsewhere in this package. ``docs/reference_api.md`` says where each name lives, and where it
+differs from the reference and why. Names with a leading underscore are aliases of public functions.
 """
 
 from __future__ import annotations
@@ -14,38 +14,37 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from .activation_checkpointing import is_checkpoint_wrapped
-from .backends.megatron_fsdp.standalone import megatron_fsdp_strategy_parallelize
-from .compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
-from .compile import apply_per_layer_compile
-from .core.model_structure import all_frozen, largest_container, model_layers, submodule
-from .fsdp.recursive import apply_fsdp2_sharding_recursively
-from .fsdp.shard import unshard_fsdp2_model
-from .plan.imports import import_class_from_path, import_classes_from_paths
-from .plan.sources.registry import PARALLELIZE_FUNCTIONS
-from .plan.torch_plans import get_hf_tp_shard_plan, get_parallel_plan
-from .plan.torch_styles import translate_to_torch_parallel_style
-from .plan.validate import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
-from .selective_checkpointing import apply_selective_activation_checkpointing
-from .strategies.base import ParallelizationStrategy, call_arguments
-from .strategies.context import GivenPlan
-from .strategies.default import DefaultParallelizationStrategy
-from .strategies.families.bagel import (
+from ..activation_checkpointing import is_checkpoint_wrapped
+from ..backends.megatron_fsdp.standalone import megatron_fsdp_strategy_parallelize
+from ..compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
+from ..compile import apply_per_layer_compile
+from ..core.model_structure import all_frozen, largest_container, model_layers, submodule
+from ..fsdp.recursive import apply_fsdp2_sharding_recursively
+from ..fsdp.shard import unshard_fsdp2_model
+from ..plan.sources.registry import PARALLELIZE_FUNCTIONS
+from ..selective_checkpointing import apply_selective_activation_checkpointing
+from ..strategies.base import ParallelizationStrategy, call_arguments
+from ..strategies.context import GivenPlan
+from ..strategies.default import DefaultParallelizationStrategy
+from ..strategies.families.bagel import (
     BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,
     apply_bagel_full_layer_activation_checkpointing,
 )
-from .strategies.families.deepseek_v4 import DeepseekV4ParallelizationStrategy
-from .strategies.families.hunyuan_video import HunyuanParallelizationStrategy
-from .strategies.families.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
-from .strategies.families.qwen3_5 import Qwen3_5ParallelizationStrategy
-from .strategies.families.wan import WanParallelizationStrategy
-from .strategies.registry import (
+from ..strategies.families.deepseek_v4 import DeepseekV4ParallelizationStrategy
+from ..strategies.families.hunyuan_video import HunyuanParallelizationStrategy
+from ..strategies.families.nemotron_h import NemotronHParallelizationStrategy, nemotronh_decoder_blocks
+from ..strategies.families.qwen3_5 import Qwen3_5ParallelizationStrategy
+from ..strategies.families.wan import WanParallelizationStrategy
+from ..strategies.registry import (
     DEFAULT_STRATEGY,
     PARALLELIZATION_STRATEGIES,
     get_parallelization_strategy,
     register_parallel_strategy,
 )
-from .tensor_parallel.head_counts import attention_is_head_sharded, update_attention_head_counts_for_tp
+from ..tensor_parallel.head_counts import attention_is_head_sharded, update_attention_head_counts_for_tp
+from .import_paths import import_class_from_path, import_classes_from_paths
+from .torch_plans import get_hf_tp_shard_plan, get_parallel_plan, translate_to_torch_parallel_style
+from .tp_mesh import validate_tp_mesh, validate_tp_mesh_for_nemotron_nas
 
 if TYPE_CHECKING:
     HAVE_MEGATRON_FSDP: bool
@@ -147,13 +146,13 @@ _update_attention_head_counts_for_tp = update_attention_head_counts_for_tp
 
 
 def __getattr__(name: str) -> Any:
-    # What would import a large library is looked up when it is asked for.
+    # Looked up on access, because each would import a large library.
     if name == "HAVE_MEGATRON_FSDP":
-        from .backends import megatron_fsdp as megatron
+        from ..backends import megatron_fsdp as megatron
 
         return megatron.HAVE_MEGATRON_FSDP
     if name == "Gemma4ForConditionalGeneration":
-        from .compat import gemma4_class
+        from ..compat import gemma4_class
 
         return gemma4_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

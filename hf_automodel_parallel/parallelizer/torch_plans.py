@@ -1,0 +1,285 @@
+"""The reference API's plans: dicts of torch ``ParallelStyle`` objects, selected in NeMo AutoModel's order of sources.
+
+The entries are those of :func:`~hf_automodel_parallel.plan.select.select_plan`, translated from style names to torch's
+styles. This package's own engine takes a plan in either form.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from ..core.model_structure import find_structure
+from ..core.model_view import ModelView
+from ..core.sharding_spec import PlanEntry
+from ..errors import PlanAssertionError, PlanError, UnsupportedError
+from ..plan.patterns import pattern_regex
+from ..plan.select import select_plan
+from ..plan.sources.huggingface import huggingface_plan
+from ..plan.sources.llama_like import llama_like_plan
+from ..plan.styles import KNOWN_STYLES, REFUSED_STYLES, check_style, is_style_name
+from ..tensor_parallel.grad_sync import sum_gradients
+
+logger = logging.getLogger(__name__)
+
+TorchPlan = dict[str, ParallelStyle]
+
+#: NeMo AutoModel's order of sources: plans written for one class before the model's own.
+_ORDER = ("registry", "hf", "default")
+
+
+class NamedStyle(ParallelStyle):
+    """A style name that none of torch's own styles can express, as a style object for a dict of torch styles.
+
+    In a plan for this package the object means its name. torch's ``parallelize_module`` can apply the names that leave
+    the parameters replicated, and raises for the others.
+
+    Attributes:
+        style_name: a name of :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, or one that was registered with
+            transformers.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_style("NamedStyle", name)
+        self.style_name = name
+
+    def __repr__(self) -> str:
+        return f"NamedStyle({self.style_name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NamedStyle) and other.style_name == self.style_name
+
+    def __hash__(self) -> int:
+        return hash((NamedStyle, self.style_name))
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Called by ``parallelize_module``.
+
+        Raises:
+            UnsupportedError: torch's engine cannot apply this style.
+        """
+        if self.style_name == "replicated_with_grad_allreduce":
+            sum_gradients(module, device_mesh)
+        elif self.style_name not in ("replicate", "local_params"):
+            raise UnsupportedError(
+                f"the style {self.style_name!r} has no counterpart in torch.distributed.tensor.parallel, so "
+                "parallelize_module cannot apply it. Pass the plan to this package (tp_plan / tp_shard_plan), whose "
+                "own engine can."
+            )
+        return module
+
+
+def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
+    """The torch style that means the same as a style name of transformers' ``_tp_plan``; a new object at each call.
+
+    The names are those of :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, ``sequence_parallel``, and those
+    that a user has registered with transformers. A name without a counterpart in torch becomes a :class:`NamedStyle`.
+    ``replicated_with_grad_allreduce`` is one of these: left out, the Partial gradients of ``q_norm`` and ``k_norm``
+    would be wrong. A gathered output is a plain full tensor, because models compute their losses from it.
+
+    Raises:
+        PlanAssertionError: (an AssertionError, too) ``style`` is not a string.
+        PlanError: the name is unknown, or belongs to expert parallelism.
+    """
+    if not isinstance(style, str):
+        raise PlanAssertionError(
+            f"a parallel style must be a string, but is {style!r} of type {type(style).__name__}. Known styles: "
+            f"{', '.join(KNOWN_STYLES)}."
+        )
+    if style == "sequence_parallel":
+        return SequenceParallel()
+    if style in REFUSED_STYLES:
+        raise PlanError(f"the style {style!r} cannot be used. {REFUSED_STYLES[style]}")
+    if style in ("colwise_gather_output", "colwise_rep", "embedding_colwise"):
+        return ColwiseParallel(output_layouts=Replicate())
+    if style in ("rowwise_split_input", "rowwise_rep", "embedding_rowwise"):
+        return RowwiseParallel(input_layouts=Replicate())
+    if style == "colwise":
+        return ColwiseParallel()
+    if style == "rowwise":
+        return RowwiseParallel()
+    if style == "all_reduce":
+        return PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
+    if is_style_name(style):
+        return NamedStyle(style)
+    raise PlanError(f"unknown parallel style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}.")
+
+
+def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
+    """The plan that a Hugging Face model has itself, as torch styles.
+
+    Merged from the ``_tp_plan`` of its classes, configs and instances and of every model inside of it, each under its
+    path (see :func:`~hf_automodel_parallel.plan.sources.huggingface.huggingface_plan`); the input embedding is added if
+    no entry names it. Entries may name parameters (expert weights). A style without a counterpart in torch is a
+    :class:`NamedStyle`.
+
+    Args:
+        model: any transformers model, plain or PEFT-wrapped, on any device including meta. It is only read.
+
+    Returns:
+        Path below the unwrapped model, ``*`` for any one component -> a new style object.
+
+    Raises:
+        PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) no part of the model has a plan.
+        PlanError: a style of the plan is unknown, or of expert parallelism.
+    """
+    inner = ModelView.of(model).inner
+    entries = huggingface_plan(inner)
+    if not entries:
+        raise PlanAssertionError(
+            f"no tensor-parallel plan: neither {type(inner).__name__} nor a model in it has a _tp_plan, and no config "
+            f"a base_model_tp_plan. Give the class one, or pass a dict as tp_shard_plan."
+        )
+    return _translated(entries.values())
+
+
+def get_parallel_plan(
+    model: nn.Module,
+    sequence_parallel: bool = False,
+    tp_shard_plan: Mapping[str, Any] | str | None = None,
+    tp_size: int = 1,
+) -> TorchPlan:
+    """Select the tensor-parallel plan for ``model``: the given one, else the registry's, the model's own, the default
+    plan.
+
+    Args:
+        model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
+        sequence_parallel: shard norms and residual activations along the sequence, too. Applied to selected plans; a
+            given dict is returned as it is.
+        tp_shard_plan: a dict, which is returned itself; or the name of a plan, a callable, or the import path of a dict
+            or a callable (function, partial, object; called with the model if it takes an argument).
+        tp_size: number of ranks on the tp axis; with one rank no plan is applied, so it need not be usable.
+
+    Raises:
+        PlanError: (a ``ValueError``) a given plan cannot be read; or no source has a usable plan, where the message
+            lists what to do and, as a ``Note:``, why each source was passed over.
+        UnsupportedError: (a ``ValueError``) ``sequence_parallel`` cannot be derived for this model.
+    """
+    if isinstance(tp_shard_plan, dict):
+        return tp_shard_plan
+    try:
+        entries = select_plan(model, tp_shard_plan, _ORDER).entries
+    except PlanError as error:
+        if tp_size > 1 or tp_shard_plan is not None:
+            raise
+        logger.info("tp_size=1, and no source has a plan; returning the default plan: %s", error)
+        entries = llama_like_plan("default plan")
+    plan = _translated(entries.values())
+    if sequence_parallel and tp_size > 1:
+        plan = along_the_sequence(model, plan)
+    return plan
+
+
+def _translated(entries: Iterable[PlanEntry]) -> TorchPlan:
+    plan: TorchPlan = {}
+    for entry in entries:
+        try:
+            plan[entry.pattern] = (
+                translate_to_torch_parallel_style(entry.style) if isinstance(entry.style, str) else entry.style
+            )
+        except PlanError as error:
+            raise PlanError(f"the plan entry {entry.pattern!r} [{entry.source}]: {error}") from error
+    return plan
+
+
+# ---- sequence parallelism -----------------------------------------------------------------------------------------
+
+
+def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
+    """``plan`` with the activations between sharded blocks in ``Shard(1)``, along the sequence.
+
+    A second, simpler derivation than :mod:`hf_automodel_parallel.plan.analysis.sequence_parallel`: it exists because
+    the reference's ``_get_parallel_plan`` returns its layouts as torch styles, which the own engine does not use.
+
+    Derived from the module tree, after Korthikanti et al. (2022, arXiv:2205.05198): the norms of the layers and the
+    final norm run on sequence shards, column-wise layers gather the full sequence, row-wise layers and the embedding
+    reduce-scatter it. These activations are DTensors, so that models read the length of the full sequence from them.
+
+    Args:
+        model: a text model with repeated layers.
+        plan: its plan, as torch styles. It and its styles are only read.
+
+    Raises:
+        UnsupportedError: the layouts cannot be shown to be right; the message names the module or entry.
+    """
+    inner = ModelView.of(model).inner
+    structure = find_structure(model)
+    names = {module: name for name, module in inner.named_modules()}
+    layers = [names[layer] for layer in structure.layers if layer in names]
+    ends = {names[m] for m in (structure.embedding, *structure.head) if m is not None}
+    result: TorchPlan = {}
+    covered: set[str] = set()
+    for pattern, style in plan.items():
+        regex = pattern_regex(pattern)
+        hits = [name for name in names.values() if regex.fullmatch(name)]
+        covered.update(hits)
+        in_layers = [name for name in hits if _inside(name, layers)]
+        if hits and (in_layers == hits or set(hits) <= ends):
+            result[pattern] = _along_the_sequence(
+                pattern, style, isinstance(inner.get_submodule(hits[0]), nn.Embedding)
+            )
+        elif hits or any(regex.fullmatch(name) for name, _ in inner.named_parameters()):
+            raise _not_derivable(inner, f"the plan entry {pattern!r} is neither of its layers nor of its two ends")
+    for name in ends & {n for n, m in inner.named_modules() if any(p.ndim > 1 for p in m.parameters())}:
+        if name not in covered:
+            raise _not_derivable(inner, f"the plan does not shard {name}")
+    norms = [names[m] for m in structure.head if all(p.ndim == 1 for p in m.parameters())]
+    for layer in layers:
+        own = [f"{layer}.{name}" for name, child in inner.get_submodule(layer).named_children() if _is_norm(child)]
+        if not own:
+            raise _not_derivable(inner, f"{layer} has no norm of its own")
+        norms += own
+    if not layers or not any(name in ends for name in norms):
+        raise _not_derivable(inner, "it has no layers with a final norm behind them")
+    others = [n for n, m in inner.named_modules() if _is_norm(m) and n not in norms and not _inside(n, layers)]
+    if others:
+        raise _not_derivable(inner, f"{others[0]} is a norm in front of or beside its layers")
+    for name in norms:
+        result.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), SequenceParallel())
+    return result
+
+
+def _along_the_sequence(pattern: str, style: ParallelStyle, is_table: bool) -> ParallelStyle:
+    replicate, features, sequence = (Replicate(),), (Shard(-1),), Shard(1)
+    if type(style) is ColwiseParallel and style.input_layouts == replicate and not is_table:
+        (output,) = style.output_layouts
+        return ColwiseParallel(input_layouts=sequence, output_layouts=output, use_local_output=style.use_local_output)
+    reads = (replicate,) if is_table else (replicate, features)
+    if type(style) is RowwiseParallel and style.input_layouts in reads and style.output_layouts == replicate:
+        (read,) = style.input_layouts
+        return RowwiseParallel(input_layouts=read, output_layouts=sequence, use_local_output=False)
+    if getattr(style, "style_name", None) == "replicated_with_grad_allreduce":
+        return style  # between sharded projections, which work on the full sequence
+    raise UnsupportedError(
+        f"sequence_parallel=True: the layouts of the plan entry {pattern!r} ({style!r}) for activations that are "
+        f"sharded along the sequence cannot be derived. Use sequence_parallel=False, or write the plan as a dict."
+    )
+
+
+def _inside(name: str, layers: list[str]) -> bool:
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)
+
+
+def _not_derivable(inner: nn.Module, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"sequence_parallel=True cannot be derived for {type(inner).__name__}: {reason}. Use sequence_parallel=False, "
+        f"or write the plan as a dict."
+    )
