@@ -1,20 +1,15 @@
-"""Tiny models of the classes that have an optimised plan, their batches, and what the ranks run on them."""
+"""Tiny models of the classes that have an optimised plan, and their batches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
-from accelerate import Accelerator
 
 from harness import decilm
-from harness.compare import full_grads
 from harness.models import COMMON, lora, make_batches, randomize
-from harness.training import SEQUENCE, data_rank, trainable
-from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.plan.select import select_plan
+from harness.training import SEQUENCE
 
 REGISTRY_FIRST = ("registry", "hf", "default")
 
@@ -154,25 +149,3 @@ def family_batches(name: str, parts: int, images: bool, rows: int = 4) -> list[d
         elif name.startswith("Qwen3_5") and images:
             batch["mm_token_type_ids"] = types.int()
     return batches
-
-
-def family_gradients(
-    name: str, sizes: dict[str, int], dp_size: int, kinds: list[tuple[bool, bool]], **options: Any
-) -> list[tuple[float, dict[str, torch.Tensor | None] | None, str]]:
-    """For each (LoRA, images): loss, gradients (rank 0 only) and origin of the plan of one step."""
-    results = []
-    for adapter, images in kinds:
-        accelerator = Accelerator(
-            parallelism_config=AutoParallelismConfig(**sizes, plan_order=REGISTRY_FIRST, **options)
-        )
-        model = adapted(name) if adapter else build_family(name)
-        origin = select_plan(model, None, REGISTRY_FIRST).origin
-        model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
-        batch = family_batches(name, dp_size, images)[data_rank(accelerator)]
-        loss = model(**batch).loss
-        accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        gradients = full_grads(model)  # on all ranks: it gathers
-        results.append((total.item() / dist.get_world_size(), gradients if dist.get_rank() == 0 else None, origin))
-    return results

@@ -1,12 +1,18 @@
-"""The axes of the parity matrix, its cells, what one cell does, and how it is judged (DESIGN: promise 1)."""
+"""The cells of the parity tables: what one is, how it runs on ranks and in one process, and how it is judged.
+
+A cell compares the loss and every gradient of one step at equal weights with one process: every parameter, no
+gradient missing or new. Under sequence parallelism every cell has a length that its tp axis does not divide. An eager
+one runs two forwards of different lengths before one backward of both; a compiled one a single forward, because a
+second length would compile everything once more.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,36 +22,91 @@ from harness.dropout import Masks, observe_dropout, observed_masks, replay_dropo
 from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from harness.training import batches_for, build, data_rank, trainable
+from harness.training import SEQUENCE, data_rank, trainable
+from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.plan.select import select_plan
+from parity.subjects import SUBJECTS, Batch
 
 LOSS_BOUND = 1e-6
 
-AXES: dict[str, tuple[Any, ...]] = {
-    "model": ("llama", "qwen3_moe"),
-    "adapter": ("full", "lora", "dora"),
-    "dropout": (0.0, 0.1),
-    "mesh": ("tp2", "fsdp2", "tp2_fsdp2", "hsdp"),
-    "checkpointing": ("none", "full", "submodule", "selective"),
-    "compiled": (False, True),
-}
+ODD = 15
+"""A length that neither 2 nor 4 divides."""
+
+CHECKPOINTING = ("none", "full", "submodule", "selective", "own")
+"""The option ``activation_checkpointing``; "own" is transformers' gradient checkpointing, not reentrant."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. ``model`` and ``mesh`` may also be names that are not on the axes."""
+    """One combination.
+
+    Attributes:
+        model: a name that the subject of ``plan`` knows.
+        adapter: "full", or a name in `subjects.ADAPTERS`.
+        dropout: of the adapter. The oracle replays the masks that the ranks drew.
+        mesh: a name in `MESHES`.
+        checkpointing: one of `CHECKPOINTING`.
+        compiled: each decoder layer, in place.
+        sequence: "off", or sequence parallelism whose full sequences are "kept" for backward or gathered "again".
+        plan: where the tensor-parallel plan comes from, a name in `SUBJECTS`.
+        images: a vision-language model gets images.
+        overrides: of the model's config.
+        tier: "core" for ``make test``, else "full".
+        both_ends: also run with the oldest supported transformers.
+    """
 
     model: str
-    adapter: str
-    dropout: float
-    mesh: str
-    checkpointing: str
-    compiled: bool
+    adapter: str = "full"
+    dropout: float = 0.0
+    mesh: str = "tp2_fsdp2"
+    checkpointing: str = "none"
+    compiled: bool = False
+    sequence: str = "off"
+    plan: str = "transformers"
+    images: bool = False
+    overrides: tuple[tuple[str, Any], ...] = ()
+    tier: str = field(default="full", compare=False)
+    both_ends: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         adapter = f"{self.adapter}+dropout" if self.dropout else self.adapter
-        return "-".join([self.model, adapter, self.mesh, self.checkpointing, "compiled" if self.compiled else "eager"])
+        parts = [self.model, adapter, self.mesh, self.checkpointing, "compiled" if self.compiled else "eager"]
+        parts += {"off": [], "kept": ["sp"], "again": ["sp", "again"]}[self.sequence]
+        parts += [] if self.plan == "transformers" else [self.plan]
+        parts += ["images"] if self.images else []
+        return "-".join([*parts, *(f"{key}={value}" for key, value in self.overrides)])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        if self.sequence == "off":
+            return (SEQUENCE,)
+        return (ODD,) if self.compiled else (ODD, 10)
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        """Overrides of the model's config: four tp ranks need four heads for keys and values."""
+        return dict(self.overrides) | ({"num_key_value_heads": 4} if self.mesh == "tp4" else {})
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """Fields of the config beside the sizes of the mesh."""
+        options: dict[str, Any] = {"compile": backend if self.compiled else False}
+        if self.checkpointing != "own":
+            options["activation_checkpointing"] = self.checkpointing
+        if self.sequence != "off":
+            # Without the check of the optimizer: a third of an eager cell's time, and about something else.
+            options |= {"sequence_parallel": True, "check_optimizer": False}
+        if self.sequence == "again":
+            options["sequence_parallel_regather"] = True
+        return options | SUBJECTS[self.plan].options
+
+    def build(self) -> torch.nn.Module:
+        return SUBJECTS[self.plan].build(self.model, self.adapter, self.dropout, self.config_values)
+
+    def batches(self, model: torch.nn.Module, parts: int) -> list[list[Batch]]:
+        """For each length, the micro-batches of the ``parts`` data-parallel ranks."""
+        return [SUBJECTS[self.plan].batches(model, self.model, parts, length, self.images) for length in self.lengths]
 
 
 @dataclass(frozen=True)
@@ -69,117 +130,96 @@ class Verdict:
     recomputed: int = 0
 
 
-def is_meaningful(cell: Cell) -> bool:
-    """Dropout here is that of the adapter, so a cell without one has none."""
-    return not (cell.adapter == "full" and cell.dropout)
-
-
-def all_cells() -> list[Cell]:
-    """Every meaningful combination of the axes."""
-    return list(filter(is_meaningful, itertools.starmap(Cell, itertools.product(*AXES.values()))))
-
-
-def pairs_of(cell: Cell) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """The pairs of values of two axes that a cell has."""
-    values = [(field.name, getattr(cell, field.name)) for field in fields(cell)]
-    return set(itertools.combinations(values, 2))
-
-
-def uncovered(cells: list[Cell]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-    """The pairs of values that some meaningful cell has and none of ``cells``."""
-    return set().union(*map(pairs_of, all_cells())) - set().union(*map(pairs_of, cells))
-
-
-def adapter_options(cell: Cell) -> dict[str, Any] | None:
-    """LoRA options of a cell, None for full fine-tuning.
-
-    PEFT has neither dropout nor DoRA for the fused expert weights of a mixture of experts (an error of its own says
-    so): there such an adapter is on the attention alone; without them, on every linear layer and on the experts.
+class Answer(NamedTuple):
+    """What one rank found: mean loss, gradients (of rank 0), names of trainable parameters, dropout masks, masks that
+    were recomputed, the origin of the plan, and the fraction of all elements that this rank holds.
     """
-    if cell.adapter == "full":
-        return None
-    dora = cell.adapter == "dora"
-    attention_only = "moe" in cell.model and (dora or cell.dropout)
-    targets: Any = ["q_proj", "k_proj", "v_proj", "o_proj"] if attention_only else "all-linear"
-    return {"target_modules": targets, "use_dora": dora, "lora_dropout": cell.dropout}
+
+    loss: float
+    gradients: dict[str, torch.Tensor | None] | None
+    trainable: list[str]
+    masks: Masks
+    recomputed: int
+    origin: str
+    held: float
 
 
-def gradients_of_cell(cell: Cell, backend: str) -> tuple[float, dict | None, list[str], Masks, int]:
-    """One step of one rank: mean loss, gradients (of rank 0), names of what is trainable, masks, masks recomputed."""
+def gradients_of_cell(cell: Cell, backend: str) -> Answer:
+    """One step of one rank."""
     _, sizes, dp_size = MESHES[cell.mesh]
-    accelerator = Accelerator(
-        parallelism_config=AutoParallelismConfig(
-            **sizes,
-            activation_checkpointing=cell.checkpointing,
-            compile=backend if cell.compiled else False,
-        )
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, **cell.options(backend)))
+    model = cell.build()
+    origin = (
+        select_plan(model, None, accelerator.parallelism_config.plan_order).origin if cell.plan == "registry" else ""
     )
-    model = build(cell.model, adapter_options(cell))
+    if cell.checkpointing == "own":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batches = cell.batches(model, dp_size)
     observe_dropout(model)
     torch.manual_seed(100 + dist.get_rank())
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
-    model.train()
-    loss = model(**batches_for(model, dp_size)[data_rank(accelerator)], use_cache=False).loss
+    mine = data_rank(accelerator)
+    more = SUBJECTS[cell.plan].arguments
+    loss = torch.stack([model(**parts[mine], **more).loss / len(batches) for parts in batches]).sum()
     accelerator.backward(loss)
     total = loss.detach().clone()
     dist.all_reduce(total)
     gradients = full_grads(model)  # on all ranks: it gathers
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     masks, again = observed_masks()
-    return total.item() / dist.get_world_size(), gradients if dist.get_rank() == 0 else None, names, masks, again
+    local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+    held = local / sum(p.numel() for p in model.parameters())
+    gradients = gradients if dist.get_rank() == 0 else None
+    return Answer(total.item() / dist.get_world_size(), gradients, names, masks, again, origin, held)
 
 
 @functools.cache
-def _reference_without_dropout(model: str, adapter: str, mesh_parts: int) -> tuple[float, dict]:
-    reference = build(model, adapter_options(Cell(model, adapter, 0.0, "", "", False)))
-    return loss_and_grads(reference, batches_for(reference, mesh_parts))
-
-
-@functools.cache
-def _trainable_names(model: str, adapter: str, dropout: float) -> list[str]:
-    built = build(model, adapter_options(Cell(model, adapter, dropout, "", "", False)))
-    return [name for name, p in built.named_parameters() if p.requires_grad]
+def _reference(key: Cell, parts: int) -> tuple[float, dict]:
+    model = key.build()
+    return loss_and_grads(model, [part for batch in key.batches(model, parts) for part in batch])
 
 
 def reference_of(cell: Cell, masks: list[Masks]) -> tuple[float, dict]:
     """Loss and gradients of one process, with the ranks' masks."""
     _, sizes, dp_size = MESHES[cell.mesh]
     if not cell.dropout:
-        return _reference_without_dropout(cell.model, cell.adapter, dp_size)
-    reference = build(cell.model, adapter_options(cell)).train()
-    replay_dropout(reference, masks, sizes.get("tp_size", 1))
-    return loss_and_grads(reference, batches_for(reference, dp_size))
+        # one for all cells that compute the same
+        values = tuple(cell.config_values.items())
+        same = {"plan": cell.plan, "images": cell.images, "overrides": values, "sequence": cell.sequence}
+        return _reference(Cell(cell.model, cell.adapter, mesh="", compiled=len(cell.lengths) == 1, **same), dp_size)
+    model = cell.build()
+    replay_dropout(model, masks, sizes.get("tp_size", 1))
+    return loss_and_grads(model, [part for batch in cell.batches(model, dp_size) for part in batch])
 
 
-def run_cell(cell: Cell, backend: str, timeout: float = 240.0) -> Verdict:
+def run_cell(cell: Cell, backend: str = "aot_eager", timeout: float = 280.0) -> Verdict:
     """Run one cell on its ranks and in one process; raises only what the harness raises."""
-    answers = run_distributed(MESHES[cell.mesh][0], gradients_of_cell, cell, backend, timeout=timeout)
-    loss, gradients, names, _, recomputed = answers[0]
-    want_loss, want = reference_of(cell, [answer[3] for answer in answers])
-    verdict = judge(loss, gradients, want_loss, want)
+    world, _, dp_size = MESHES[cell.mesh]
+    answers = run_distributed(world, gradients_of_cell, cell, backend, timeout=timeout)
+    first = answers[0]
+    verdict = judge(first.loss, first.gradients, *reference_of(cell, [answer.masks for answer in answers]))
     problems = list(verdict.problems)
-    expected = _trainable_names(cell.model, cell.adapter, cell.dropout)
-    if names != expected:
-        problems.append(f"trainable: {sorted(set(names) ^ set(expected))[:4]}")
-    if cell.dropout and bool(recomputed) != recomputes_adapters(cell):
-        problems.append(f"{recomputed} masks were drawn again under checkpointing={cell.checkpointing}")
-    return Verdict(verdict.loss, verdict.in_bounds, verdict.relative, verdict.worst, tuple(problems), recomputed)
+    expected = [name for name, p in cell.build().named_parameters() if p.requires_grad]
+    if first.trainable != expected:
+        problems.append(f"trainable: {sorted(set(first.trainable) ^ set(expected))[:4]}")
+    if cell.dropout and bool(first.recomputed) != (cell.checkpointing != "none"):
+        # Checked so that the equality of the masks says something: the recomputation contains the adapters.
+        problems.append(f"{first.recomputed} masks were drawn again under checkpointing={cell.checkpointing}")
+    if cell.plan == "registry" and first.origin != "registry":
+        problems.append(f"the plan is from {first.origin!r}, not from the registry")
+    limit = SUBJECTS[cell.plan].held(cell.model) / dp_size
+    if not first.held <= limit:
+        problems.append(f"a rank holds {first.held:.2f} of the parameters, more than {limit:.2f}")
+    return Verdict(verdict.loss, verdict.in_bounds, verdict.relative, verdict.worst, tuple(problems), first.recomputed)
 
 
 def assert_holds(cell: Cell) -> None:
-    verdict = run_cell(cell, "aot_eager")
+    verdict = run_cell(cell)
     assert not verdict.problems, verdict
 
 
-def recomputes_adapters(cell: Cell) -> bool:
-    """True if the recomputation of the checkpoint contains the adapters (checked, so that the masks' equality says
-    something).
-    """
-    return cell.checkpointing != "none"
-
-
 def judge(loss: float, gradients: dict, want_loss: float, want: dict) -> Verdict:
-    """Compare with the bounds of promise 1: every parameter, presence of gradients, shapes, dtypes."""
+    """Compare every parameter: presence of gradients, shapes, dtypes, and values within the bounds."""
     problems = []
     loss_error = abs(loss - want_loss) / abs(want_loss)
     if not loss_error <= LOSS_BOUND:
@@ -204,38 +244,63 @@ def judge(loss: float, gradients: dict, want_loss: float, want: dict) -> Verdict
     return Verdict(loss_error, *worst, tuple(problems))
 
 
-#: Every pair of values of two axes (see `uncovered`), and what pairs alone would leave out.
-CI_CELLS = [
-    Cell("qwen3_moe", "full", 0.0, "fsdp2", "submodule", False),
-    Cell("llama", "dora", 0.1, "tp2", "submodule", True),
-    Cell("qwen3_moe", "lora", 0.1, "tp2", "none", True),
-    Cell("llama", "lora", 0.0, "hsdp", "selective", False),
-    Cell("qwen3_moe", "dora", 0.1, "hsdp", "full", False),
-    Cell("llama", "full", 0.0, "tp2", "full", True),
-    Cell("llama", "dora", 0.0, "fsdp2", "none", False),
-    Cell("qwen3_moe", "lora", 0.1, "fsdp2", "selective", True),
-    Cell("qwen3_moe", "full", 0.0, "tp2_fsdp2", "selective", False),
-    Cell("qwen3_moe", "dora", 0.0, "tp2", "selective", False),
-    Cell("llama", "full", 0.0, "hsdp", "none", True),
-    Cell("qwen3_moe", "lora", 0.0, "tp2_fsdp2", "full", False),
-    Cell("qwen3_moe", "lora", 0.0, "hsdp", "submodule", False),
-    Cell("llama", "dora", 0.0, "tp2_fsdp2", "none", False),
-    Cell("qwen3_moe", "dora", 0.1, "tp2", "submodule", False),
-    Cell("qwen3_moe", "dora", 0.1, "fsdp2", "full", False),
-    # tensor parallel x HSDP
-    Cell("llama", "lora", 0.1, "tp2_hsdp", "full", False),
-    # the triple that has gone wrong most often in this stack: two-dimensional mesh, checkpoint, compiler
-    Cell("llama", "lora", 0.1, "tp2_fsdp2", "full", True),
-    Cell("llama", "lora", 0.1, "tp2_fsdp2", "selective", True),
-    Cell("qwen3_moe", "lora", 0.0, "tp2", "selective", True),
-    Cell("qwen3_moe", "lora", 0.0, "tp2", "full", True),
-    # other families, for their own ways through a layer
-    Cell("mixtral", "lora", 0.0, "tp2", "selective", False),
-    Cell("llama_tied", "full", 0.0, "tp2_fsdp2", "submodule", False),
-    Cell("gemma3", "lora", 0.0, "fsdp2", "selective", False),
-    Cell("phi3", "full", 0.0, "tp2", "full", False),
-    # layers that read the keys of earlier layers
-    Cell("gemma3n", "full", 0.0, "fsdp2", "full", False),
-    Cell("gemma3n", "lora", 0.0, "tp2", "submodule", False),
-    Cell("qwen3", "full", 0.0, "tp2", "selective", True),
-]
+# ---- the two matrices ----------------------------------------------------------------------------------------------
+
+#: Adapters, dropout, checkpointing, compilation.
+ADAPTER_AXES: dict[str, tuple[Any, ...]] = {
+    "model": ("llama", "qwen3_moe"),
+    "adapter": ("full", "lora", "dora"),
+    "dropout": (0.0, 0.1),
+    "mesh": ("tp2", "fsdp2", "tp2_fsdp2", "hsdp"),
+    "checkpointing": ("none", "full", "submodule", "selective"),
+    "compiled": (False, True),
+}
+
+SEQUENCE_AXES: dict[str, tuple[Any, ...]] = {
+    "model": (
+        "llama",
+        "llama_tied",
+        "qwen3",
+        "gemma3",
+        "phi3",
+        "mistral",
+        "mixtral",
+        "qwen3_moe",
+        "olmo2",
+        "cohere",
+    ),
+    "adapter": ("full", "lora"),
+    "mesh": ("tp2", "tp4", "tp2_fsdp2"),
+    "checkpointing": CHECKPOINTING,
+    "compiled": (False, True),
+    "sequence": ("kept", "again"),
+}
+
+Axes = dict[str, tuple[Any, ...]]
+Pairs = set[tuple[tuple[str, Any], tuple[str, Any]]]
+
+
+def is_meaningful(cell: Cell) -> bool:
+    """Dropout is that of the adapter, so a cell without one has none. Most checkpoints gather the full sequences again
+    in backward anyway, so the option that says so is refused beside them.
+    """
+    if cell.sequence == "again" and cell.checkpointing not in ("none", "selective"):
+        return False
+    return not (cell.adapter == "full" and cell.dropout)
+
+
+def all_cells(axes: Axes) -> list[Cell]:
+    """Every meaningful combination of the axes."""
+    products = itertools.product(*axes.values())
+    return list(filter(is_meaningful, (Cell(**dict(zip(axes, values, strict=True))) for values in products)))
+
+
+def pairs_of(cell: Cell, axes: Axes) -> Pairs:
+    """The pairs of values of two axes that a cell has."""
+    return set(itertools.combinations([(name, getattr(cell, name)) for name in axes], 2))
+
+
+def uncovered(cells: list[Cell], axes: Axes) -> Pairs:
+    """The pairs of values that some meaningful cell has and none of ``cells``."""
+    wanted = set().union(*(pairs_of(cell, axes) for cell in all_cells(axes)))
+    return wanted - set().union(*(pairs_of(cell, axes) for cell in cells))

@@ -12,6 +12,7 @@ its section of the page.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -35,9 +36,8 @@ from harness.pool import DistributedFailure, close_pools
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from parity import cells as adapters
-from parity import sequence_cells as sequence
-from parity.cells import Verdict
+from parity.cells import ADAPTER_AXES, SEQUENCE_AXES, Axes, Cell, Verdict, all_cells, run_cell
+from parity.table import MATRIX, SEQUENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
@@ -50,38 +50,36 @@ class Matrix:
     Attributes:
         title: of its section.
         axes: name -> values; the axis "mesh" gives the columns of the tables, "model" the tables.
-        cells: its cells.
-        run: called with a cell and a backend.
         row: a cell -> what its row of the table is called, in three columns.
         checked: the cells that every test run checks.
         notes: what is to be known about it.
     """
 
     title: str
-    axes: dict[str, tuple[Any, ...]]
-    cells: list[Any]
-    run: Callable[[Any, str], Verdict]
-    row: Callable[[Any], tuple[str, str, str]]
-    checked: list[Any]
+    axes: Axes
+    row: Callable[[Cell], tuple[str, str, str]]
+    checked: list[Cell]
     notes: list[str]
 
+    @functools.cached_property
+    def cells(self) -> list[Cell]:
+        return all_cells(self.axes)
 
-def _mode(cell: Any) -> str:
+
+def _mode(cell: Cell) -> str:
     return "compiled" if cell.compiled else "eager"
 
 
 MATRICES = {
     "adapters": Matrix(
         "Adapters, dropout, checkpointing, compilation",
-        adapters.AXES,
-        adapters.all_cells(),
-        adapters.run_cell,
+        ADAPTER_AXES,
         lambda cell: (
             f"{cell.adapter}, dropout {cell.dropout}" if cell.dropout else cell.adapter,
             cell.checkpointing,
             _mode(cell),
         ),
-        adapters.CI_CELLS,
+        MATRIX,
         [
             "With dropout 0.1 the oracle replays the masks that the ranks drew; a mask that a checkpoint draws again "
             "has to be",
@@ -92,15 +90,13 @@ MATRICES = {
     ),
     "sequence": Matrix(
         "Sequence parallelism",
-        sequence.AXES,
-        sequence.all_cells(),
-        sequence.run_cell,
+        SEQUENCE_AXES,
         lambda cell: (
             cell.adapter,
-            cell.checkpointing + (", gathered again" if cell.gathered == "again" else ""),
+            cell.checkpointing + (", gathered again" if cell.sequence == "again" else ""),
             _mode(cell),
         ),
-        sequence.CI_CELLS,
+        SEQUENCE,
         [
             "Sequences of 15 tokens, which neither 2 nor 4 ranks divide; eager cells run a second forward, of 10 "
             "tokens, before",
@@ -163,7 +159,7 @@ def main(
                 world = MESHES[cell.mesh][0]
             progress.update(task, description=str(cell))
             before = time.monotonic()
-            verdict = attempt(MATRICES[name], cell, backend)
+            verdict = attempt(cell, backend)
             record = {"matrix": name, "cell": str(cell), "backend": backend, "versions": VERSIONS, "date": _today()}
             record |= {"seconds": round(time.monotonic() - before, 1), "verdict": asdict(verdict)}
             lines.write(json.dumps(record) + "\n")
@@ -185,10 +181,10 @@ def _today() -> str:
     return str(datetime.datetime.now(datetime.timezone.utc).date())
 
 
-def attempt(matrix: Matrix, cell: Any, backend: str) -> Verdict:
+def attempt(cell: Cell, backend: str) -> Verdict:
     """The verdict on a cell, whatever happens to its ranks."""
     try:
-        return matrix.run(cell, backend)
+        return run_cell(cell, backend)
     except (DistributedFailure, AssertionError) as error:
         lines = [line for line in str(error).splitlines() if line.startswith("--- rank")] or [str(error)]
         return Verdict(float("nan"), float("nan"), float("nan"), "-", (lines[0][:300],))
@@ -205,8 +201,7 @@ def read_verdicts(path: Path, backend: str) -> dict[tuple[str, str], dict[str, A
     return found
 
 
-# ---- the page
-# ----------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------------------------
 
 HEADER = """# Parity with one process
 
@@ -280,8 +275,8 @@ def section(matrix: Matrix, records: dict[str, dict[str, Any]], backend: str) ->
         lines += ["|---" * (3 + len(meshes)) + "|"]
         lines += [f"| {' | '.join([*name, *(row.get(mesh, '') for mesh in meshes)])} |" for name, row in rows.items()]
     lines += ["", "### What every test run checks", ""]
-    lines += ["Every pair of values of two axes occurs in one of these cells (that they do is itself a test), with"]
-    lines += ["`aot_eager` where compiled.", ""]
+    lines += ["`tests/parity/table.py`: every pair of values of two axes occurs in one of these cells (that they do is"]
+    lines += ["itself a test), with `aot_eager` where compiled.", ""]
     lines += [f"* {cell}" for cell in matrix.checked]
     return "\n".join(lines)
 

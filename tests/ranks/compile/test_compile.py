@@ -14,7 +14,6 @@ from harness.models import LORA_7, make_batches
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 from harness.training import LORA, batches_for, build, data_rank, trainable
-from parity.cells import Cell, assert_holds
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.compile import compile_layers
@@ -154,14 +153,3 @@ def test_graphs_are_few_whole_and_constant(mode, adapter):
     assert evaluation <= 2 and len(set(seen["eval"][1:])) == 1, seen
     assert seen["train"][-1] == seen["eval"][-1], "switching compiles again"
     assert seen["keys"] == list(build("llama", adapter, num_hidden_layers=layers).state_dict())
-
-
-@pytest.mark.parametrize("mode", ["full", "submodule", "selective"])
-def test_checkpointed_and_compiled_layers(mode):
-    """Stock: AOTAutograd finds a DeviceMesh among the saved tensors."""
-    assert_holds(Cell("llama", "full", 0.0, "tp2", mode, True))
-
-
-def test_compiled_layers_on_two_axes():
-    """Stock: TypeError."""
-    assert_holds(Cell("llama", "full", 0.0, "tp2_fsdp2", "none", True))

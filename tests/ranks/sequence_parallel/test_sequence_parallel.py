@@ -13,8 +13,9 @@ from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import DistributedFailure, expect_error, run_distributed
 from harness.training import LORA, batches_for, build
-from parity.sequence_cells import CHECKPOINTS, CI_CELLS, run_cell, uncovered
-from parity.sequence_jobs import (
+
+from hf_automodel_parallel.compat import checkpoints_around_calls
+from ranks.sequence_parallel.jobs import (
     ODD,
     BeforeHead,
     SecretlyWritingMLP,
@@ -32,8 +33,6 @@ from parity.sequence_jobs import (
     sequence_gradients,
     written_gradients,
 )
-
-from hf_automodel_parallel.compat import checkpoints_around_calls
 from ranks.tensor_parallel.test_dropout import assembled, shapes_of
 
 #: Models of the adapters' matrix that the one of sequence parallelism does not have.
@@ -70,17 +69,14 @@ def check(
     assert_gradients_equal(gradients, want)
 
 
-@pytest.mark.parametrize("cell", CI_CELLS, ids=str)
-def test_cells_of_the_matrix(cell):
-    """Odd lengths; eager ones with two forwards of different lengths before one backward, so that recomputations know
-    theirs.
-    """
-    verdict = run_cell(cell, "aot_eager")
-    assert not verdict.problems, verdict
-
-
-def test_every_pair_of_values_is_covered():
-    assert uncovered(CI_CELLS) == set()
+#: mode of checkpointing -> (config fields, arguments of the job); "own" is that of transformers.
+CHECKPOINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none": ({}, {}),
+    "full": ({"activation_checkpointing": "full"}, {}),
+    "submodule": ({"activation_checkpointing": "submodule"}, {}),
+    "selective": ({"activation_checkpointing": "selective"}, {}),
+    "own": ({}, {"own_checkpointing": {"use_reentrant": False}}),
+}
 
 
 @pytest.mark.parametrize("model, mesh, adapter", MORE_MODELS)

@@ -12,9 +12,9 @@ from harness.compare import assert_gradients_equal, assert_losses_equal, full_gr
 from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import build, data_rank, trainable
-from parity.sequence_jobs import batches_of
 
 from hf_automodel_parallel import AutoParallelismConfig
+from ranks.sequence_parallel.jobs import batches_of
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Parameters of which a part of the gradient is whole on every rank: penalties in the loss, modules used once more
-elsewhere.
+"""Parameters of which a part of the gradient is complete on every rank and the rest Partial: penalties in the loss,
+modules that are used once more elsewhere.
 """
 
 from __future__ import annotations

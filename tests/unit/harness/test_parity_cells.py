@@ -1,4 +1,4 @@
-"""The part of the parity matrix that every test run checks; `make parity` runs all of it (docs/parity.md)."""
+"""The table of parity cells is complete, and its judge and its replayed dropout masks fail when they should."""
 
 import math
 
@@ -6,26 +6,26 @@ import pytest
 import torch
 from harness.dropout import replay_dropout
 from harness.training import build
-
-from parity import cells
-from parity.cells import AXES, CI_CELLS, Cell, adapter_options, all_cells, judge, run_cell, uncovered
-
-CELL = Cell("llama", "lora", 0.1, "tp2", "none", False)
+from parity.cells import ADAPTER_AXES, SEQUENCE_AXES, all_cells, judge, uncovered
+from parity.subjects import adapter_options
+from parity.table import CELLS, MATRIX, SEQUENCE
 
 
-@pytest.mark.parametrize("cell", CI_CELLS, ids=str)
-def test_gradients_equal_one_process(cell):
-    verdict = run_cell(cell, "aot_eager")
-    assert not verdict.problems, verdict
-
-
-def test_every_pair_of_values_is_covered(monkeypatch):
-    assert uncovered(CI_CELLS) == set()
-    assert len(all_cells()) == math.prod(map(len, AXES.values())) * 5 // 6  # no dropout without an adapter: 5 of 6
-    for name, values in AXES.items():
-        monkeypatch.setattr(cells, "AXES", AXES | {name: (*values, "new")})
-        missing = uncovered(CI_CELLS)
+def test_every_pair_of_values_is_covered():
+    assert uncovered(MATRIX, ADAPTER_AXES) == set()
+    combinations = math.prod(map(len, ADAPTER_AXES.values()))
+    assert len(all_cells(ADAPTER_AXES)) == combinations * 5 // 6  # no dropout without an adapter: 5 of 6
+    for name, values in ADAPTER_AXES.items():
+        missing = uncovered(MATRIX, ADAPTER_AXES | {name: (*values, "new")})
         assert missing and all((name, "new") in pair for pair in missing), f"a new value of {name} goes unnoticed"
+
+
+def test_every_pair_of_values_is_covered_under_sequence_parallelism():
+    assert uncovered(SEQUENCE, SEQUENCE_AXES) == set()
+
+
+def test_names_tell_the_cells_apart():
+    assert len({str(cell) for cell in CELLS}) == len(CELLS)
 
 
 def test_the_judge_condemns():
@@ -47,7 +47,7 @@ def masks(seed: int, key: str, width: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("width, seeds, message", [(64, (0, 1), "drew different masks"), (32, (0, 1), None)])
 def test_replayed_masks_are_put_together_or_compared(width, seeds, message):
     """Whole features: the tp ranks' masks have to agree. Slices of them: put side by side."""
-    options = {**adapter_options(CELL), "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    options = {**adapter_options("llama", "lora", 0.1), "target_modules": ["q_proj"], "layers_to_transform": [0]}
     reference = build("llama", options)
     layer = reference.base_model.model.model.layers[0].self_attn.q_proj
     key = "base_model.model.model.layers.0.self_attn.q_proj.default"
