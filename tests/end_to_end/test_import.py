@@ -62,6 +62,7 @@ def heavy(modules: list[str]) -> set[str]:
     return models | {name.split(".")[0] for name in modules} & {"peft", "trl", "datasets"}
 
 
+@pytest.mark.core_cases("hf_automodel_parallel")
 @pytest.mark.both_ends
 @pytest.mark.parametrize("module", ["hf_automodel_parallel", "hf_automodel_parallel.launch"])
 def test_import_loads_no_model_and_no_peft(module):
@@ -164,6 +165,7 @@ print(json.dumps([json.loads(s) for s in (before, package, everything, state())]
     assert [key for key in before if before[key] != changed[key]] == ["matmul"], "a change would be seen"
 
 
+@pytest.mark.core
 def test_all_names_exist():
     for name in hf_automodel_parallel.__all__:
         assert getattr(hf_automodel_parallel, name) is not None

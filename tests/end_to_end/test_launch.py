@@ -209,6 +209,7 @@ def one_process(scripts, tmp_path_factory) -> dict[str, dict[str, Any]]:
 # ---- scripts ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core_cases("trainer")
 @pytest.mark.parametrize("kind", ["accelerator", "trainer"])
 def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
     """`accelerate launch` with a shipped config: every layer is split, and the losses are those of one process."""
@@ -301,6 +302,7 @@ print("not reached")
 """
 
 
+@pytest.mark.core
 def test_wrong_size_ends_the_launched_script(tmp_path):
     """The whole way: a shell sees a failure soon, and the message is in what the processes printed."""
     script = tmp_path / "script.py"

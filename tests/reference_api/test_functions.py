@@ -27,6 +27,8 @@ from hf_automodel_parallel.tensor_parallel.head_counts import (
     update_attention_head_counts_for_tp,
 )
 
+pytestmark = pytest.mark.core
+
 
 def mesh(size):
     return SimpleNamespace(size=lambda: size)

@@ -67,17 +67,20 @@ def signature_problems(name: str) -> list[str]:
     return problems + ([f"{name} has further required parameters: {extra}"] if extra else [])
 
 
+@pytest.mark.core
 def test_every_name_has_its_signature():
     problems = [problem for name in NAMES for problem in signature_problems(name)]
     assert len(NAMES) > 40 and not problems, "\n".join(problems)
 
 
+@pytest.mark.core
 def test_every_name_has_a_row_in_the_documentation():
     rows = re.findall(r"^\| `([\w.]+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name in NAMES if name not in rows] == []
     assert len(rows) == len(set(rows))
 
 
+@pytest.mark.core
 def test_every_row_names_a_test_that_exists():
     root = Path(__file__).resolve().parents[2]
     text = PAGE.read_text(encoding="utf-8")
@@ -155,6 +158,7 @@ def test_axes_by_other_names():
     check_raw_loop(4, LORA, {"data": 2, "model": 2}, **names, activation_checkpointing="selective")
 
 
+@pytest.mark.core
 def test_tensor_parallel_alone():
     check_raw_loop(2, None, {"dp_shard": 1, "tp": 2}, enable_fsdp2_prefetch=False, reshard_after_forward=False)
 
@@ -167,6 +171,7 @@ def test_a_model_from_the_meta_device():
     check_raw_loop(4, LORA, FULL_MESH, from_meta=True)
 
 
+@pytest.mark.core_cases("tp", "plan")
 @pytest.mark.parametrize(
     "arguments, match",
     [
@@ -199,6 +204,7 @@ class Plain(parallelizer.ParallelizationStrategy):
         return model
 
 
+@pytest.mark.core
 def test_a_strategy_need_not_take_every_argument(monkeypatch):
     monkeypatch.setitem(parallelizer.PARALLELIZATION_STRATEGIES, "Linear", Plain())
     model = nn.Linear(2, 2)
@@ -207,6 +213,7 @@ def test_a_strategy_need_not_take_every_argument(monkeypatch):
         fsdp2_strategy_parallelize(model, object(), sequence_parallel=True)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("word", ["none", "off", "OFF", False, None])
 def test_words_that_switch_checkpointing_off(word):
     from hf_automodel_parallel.activation_checkpointing import mode_of_argument
@@ -219,6 +226,7 @@ def test_words_that_switch_checkpointing_off(word):
     assert mode_of_argument(True) == "full"
 
 
+@pytest.mark.core
 def test_every_argument_reaches_the_strategy(monkeypatch):
     """With stand-ins: no process group, no mesh, no model."""
     seen: dict[str, Any] = {}
@@ -319,6 +327,7 @@ def recorded(module: nn.Module, mesh: Any, **arguments: Any) -> list[tuple[str, 
     return calls
 
 
+@pytest.mark.core
 def test_units_are_made_in_every_list_and_inner_lists_first():
     """A stand-in of a mesh is enough. The reference hands a dict inside of a list to fully_shard, which fails."""
     tree, mesh = Tree(), SimpleNamespace(mesh_dim_names=("dp",))

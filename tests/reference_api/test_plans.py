@@ -26,6 +26,8 @@ from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.tensor_parallel.head_counts import update_attention_head_counts_for_tp
 
+pytestmark = pytest.mark.core
+
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 

@@ -89,6 +89,7 @@ def groups(unit):
     return unit._get_fsdp_state()._fsdp_param_groups
 
 
+@pytest.mark.core_cases("fsdp2")
 @pytest.mark.parametrize(
     "world, sizes, dtype",
     [(2, {"dp_shard_size": 2}, torch.float32), (4, {"tp_size": 2, "dp_shard_size": 2}, torch.bfloat16)],
@@ -133,6 +134,7 @@ def test_units_of_torch():
     assert after == before < root_kept
 
 
+@pytest.mark.core
 def test_a_model_without_units_is_left_alone():
     model = build_model("llama")
     names = {name: p for name, p in model.named_parameters()}

@@ -34,6 +34,7 @@ def check(case, mesh, kinds):
     return outcomes
 
 
+@pytest.mark.core_cases("phi3")
 @pytest.mark.parametrize("case", COVERING.values(), ids=COVERING.values())
 def test_gradients_equal_one_process(case):
     check(case, "tp2", ["full", "lora"])
@@ -48,11 +49,13 @@ def test_sequence_parallelism_sums_what_the_plan_does_not_name():
     check("apertus", "tp2", ["sp"])
 
 
+@pytest.mark.core
 def test_every_type_has_a_tiny_configuration():
     sizes = [tiny_config(t).get_text_config().vocab_size for t in causal_lm_types()[::12]]
     assert len(causal_lm_types()) > 90 and max(sizes) < 1000
 
 
+@pytest.mark.core
 def test_an_interrupted_sweep_continues_and_reports(tmp_path):
     from sweep.cells import Outcome
 

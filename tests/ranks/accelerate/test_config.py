@@ -15,6 +15,7 @@ from ranks.accelerate.jobs import TP2, call_prepare, sgd, with_plugin
 # ---- the config ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core_cases("too_many", "two_axes")
 @pytest.mark.parametrize(
     "world, sizes, message",
     [
@@ -34,6 +35,7 @@ def test_sizes_that_do_not_multiply_to_the_world(world, sizes, message):
     expect_error(world, call_prepare, sizes, match=message)
 
 
+@pytest.mark.core_cases("tp=two-tp_size='two'")
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -63,6 +65,7 @@ def accelerator_with(kind: str) -> None:
     Accelerator(parallelism_config=AutoParallelismConfig(**TP2), **options)
 
 
+@pytest.mark.core_cases("plugin-torch_tp_plugin beside AutoParallelismConfig")
 @pytest.mark.parametrize(
     "kind, message",
     [("plugin", "torch_tp_plugin beside AutoParallelismConfig"), ("hook", "comm_hook='bf16'.*reduce_dtype")],
@@ -76,6 +79,7 @@ def config_after_accelerator(first_config: dict | None) -> None:
     Accelerator(parallelism_config=AutoParallelismConfig(**TP2))
 
 
+@pytest.mark.core
 def test_config_that_comes_after_an_accelerator():
     """Accelerate shares one state between all Accelerators and would ignore the config without a word."""
     expect_error(
@@ -91,6 +95,7 @@ def test_second_accelerator_of_a_parallel_run_is_no_mistake():
 # ---- what Accelerate was given beside the config ------------------------------------------------------------------
 
 
+@pytest.mark.core_cases("plugin_and_model")
 @pytest.mark.parametrize(
     "options, own, config, message",
     [
@@ -117,6 +122,7 @@ def test_precision_that_the_cpu_does_not_have(precision, message):
     expect_error(2, call_prepare, TP2, match=message, mixed_precision=precision)
 
 
+@pytest.mark.core
 def test_compile_backend_that_does_not_exist():
     expect_error(2, call_prepare, {**TP2, "compile": "inducktor"}, match=r"compile='inducktor'.*inductor")
 
@@ -127,5 +133,6 @@ def with_device_placement() -> None:
     accelerator.prepare(model, sgd(model), device_placement=[True, False])
 
 
+@pytest.mark.core
 def test_device_placement():
     expect_error(2, with_device_placement, match=r"device_placement cannot be customised.*Leave it out")

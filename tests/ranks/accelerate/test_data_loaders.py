@@ -34,6 +34,7 @@ def with_dispatched_batches(sizes: dict) -> list[int]:
     return [int(value) for values in loader for value in values]
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_dispatched_batches_under_tensor_parallelism(mesh):
     world, sizes, _ = MESHES[mesh]
@@ -82,6 +83,7 @@ def gathered(sizes: dict[str, int], dp_size: int) -> dict[str, list[Any]]:
     return seen
 
 
+@pytest.mark.core
 @each_mesh
 def test_gather_for_metrics_returns_each_sample_once(mesh):
     """Gathered over all processes, each sample would come once per tp rank, and the cut at the end be wrong."""
@@ -121,6 +123,7 @@ def shuffled(sizes: dict[str, int], dp_size: int) -> list[int]:
     return [i for _ in range(2) for batch in loader for i in batch.tolist()]
 
 
+@pytest.mark.core_cases("tp2-shuffled", "fsdp2-shuffled", "tp2_fsdp2-shuffled", "tp2_fsdp2-iterable")
 @pytest.mark.parametrize("job", [streamed, shuffled], ids=["iterable", "shuffled"])
 @each_mesh
 def test_ranks_of_a_tp_group_read_the_same_data_and_the_others_the_rest(mesh, job):

@@ -33,6 +33,7 @@ def generate_and_train(adapter, sizes) -> tuple[list[int], list[int]]:
     return before, tokens(model)
 
 
+@pytest.mark.core_cases("full-fsdp2", "lora-tp2_fsdp2")
 @pytest.mark.both_ends
 @pytest.mark.parametrize("mesh", ["fsdp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
@@ -101,6 +102,7 @@ def different_prompts(sizes) -> None:
     model.generate(input_ids=PROMPT + dist.get_rank(), max_new_tokens=2, pad_token_id=0)
 
 
+@pytest.mark.core
 def test_prompts_dealt_by_process_index_are_refused():
     world, sizes, _ = MESHES["tp2_fsdp2"]
     expect_error(world, different_prompts, sizes, match="different input_ids on the ranks of one tp group")

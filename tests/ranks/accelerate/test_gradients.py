@@ -136,6 +136,14 @@ WAYS = {
 each_cell = pytest.mark.parametrize("cell", WAYS_CELLS, ids="-".join)
 
 
+@pytest.mark.core_cases(
+    "qwen3_full-tp2-no_sync",
+    "qwen3_full-tp2-accumulate",
+    "qwen3_full-tp2_fsdp2-accumulate",
+    "qwen3_full-tp2_fsdp2-several_backwards",
+    "llama_lora-fsdp2-accumulate",
+    "llama_lora-fsdp2-no_sync",
+)
 @pytest.mark.parametrize("way", WAYS)
 @each_cell
 def test_gradients_are_right_whichever_way_they_are_collected(cell, way):
@@ -154,6 +162,7 @@ def test_zero_grad_in_place_leaves_zeros(cell):
     assert present and not any(g.any() for g in present)
 
 
+@pytest.mark.core_cases("qwen3_full-tp2", "qwen3_full-tp2_fsdp2", "llama_lora-fsdp2")
 @each_cell
 def test_clipping_directly_with_torch(cell):
     """`torch.nn.utils.clip_grad_norm_` after `accelerator.backward` sees complete gradients."""
@@ -166,6 +175,7 @@ def test_clipping_directly_with_torch(cell):
     assert_gradients_equal(ways["clipped_by_torch"], {n: None if g is None else g * factor for n, g in first.items()})
 
 
+@pytest.mark.core_cases("qwen3_full-tp2", "qwen3_full-tp2_fsdp2", "llama_lora-fsdp2")
 @each_cell
 def test_raw_loop_without_accelerator_backward(cell):
     """`loss.backward()` and `optimizer.step()`: SGD with lr 1 subtracts exactly the gradient."""
@@ -221,6 +231,7 @@ def clipped_under_a_scaler(part: bool) -> tuple[float, float]:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item(), after.item()
 
 
+@pytest.mark.core_cases("part")
 @pytest.mark.parametrize("part", [False, True], ids=["all", "part"])
 def test_clipping_unscales_once(part):
     model = build("llama", num_hidden_layers=1)

@@ -65,6 +65,7 @@ def rates_by_hand(dp_size: int) -> dict[str, list[float]]:
     return rates
 
 
+@pytest.mark.core
 @each_mesh
 def test_scheduler_advances_once_per_data_parallel_rank(mesh):
     """Stock steps once per *process*; the ranks of a tp group share one batch, so it would run tp times too fast."""

@@ -36,6 +36,7 @@ def train_in_bf16(sizes: dict[str, int], dp_size: int, dtype: torch.dtype, adapt
     }
 
 
+@pytest.mark.core_cases("tp2-full-float32_model", "fsdp2-lora-bfloat16_model", "tp2_fsdp2-full-bfloat16_model")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32_model", "bfloat16_model"])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @each_mesh

@@ -42,6 +42,7 @@ def two_models() -> None:
     accelerator.prepare(first, second, sgd(first))
 
 
+@pytest.mark.core
 def test_two_models_in_one_call():
     """Which optimizer belongs to which would be a guess."""
     expect_error(2, two_models, match=r"2 models in one prepare call \(LlamaForCausalLM, LlamaForCausalLM\)")
@@ -64,6 +65,7 @@ def with_optimizer(sizes: dict, kind: str) -> None:
     accelerator.prepare(model, torch.optim.SGD(parameters, lr=0.1))
 
 
+@pytest.mark.core_cases("missing--tp2", "foreign--fsdp2", "before_peft--tp2_fsdp2")
 @each_mesh
 @pytest.mark.parametrize(
     "kind, message",
@@ -102,6 +104,7 @@ def train_without_optimizer(sizes: dict, adapter: Any, mode: str) -> float:
         return model(**batch()).loss.item()
 
 
+@pytest.mark.core_cases("full-tp2", "lora-fsdp2")
 @each_mesh
 @pytest.mark.parametrize("adapter", [None, {}], ids=["full", "lora"])
 def test_training_a_model_that_was_prepared_alone(mesh, adapter):
@@ -133,6 +136,7 @@ def already_sharded(kind: str) -> None:
     accelerator.prepare(model, sgd(model))
 
 
+@pytest.mark.core_cases("tensor_parallel")
 @pytest.mark.parametrize("kind", ["tensor_parallel", "fsdp"])
 def test_model_that_is_sharded_already(kind):
     expect_error(2, already_sharded, kind, match=r"already sharded by other code \(\d+ DTensor parameters.*tp_plan")
@@ -145,6 +149,7 @@ def on_meta() -> None:
     accelerator.prepare(model, sgd(model))
 
 
+@pytest.mark.core
 def test_model_without_values():
     """Trained as it is, it would learn from whatever is in the memory."""
     expect_error(
@@ -214,6 +219,7 @@ def gradients_with_explicit_plugin(sizes: dict[str, int], dp_size: int) -> dict[
     }
 
 
+@pytest.mark.core
 def test_fsdp2_and_tp_through_accelerate():
     """Stock: `_prepare_tp` imports a name that transformers no longer has, so no script reaches FSDP2 with TP."""
     world, sizes, dp_size = MESHES["tp2_fsdp2"]
@@ -258,6 +264,7 @@ def prepare_and_describe(adapter: dict[str, Any] | None) -> tuple[dict[str, tupl
     return parameters, records.messages + [str(w.message) for w in caught]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("adapter", [None, {"target_modules": LORA_7}], ids=["built", "peft_wrapped"])
 def test_tp_size_shards_an_already_built_model(adapter):
     """Stock: such a model trains without TP, and a warning says to ignore it."""
@@ -298,6 +305,7 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@pytest.mark.core_cases("tp_size")
 @needs_native
 @pytest.mark.parametrize("native", [{"fsdp_size": 2}, {"tp_size": 2}], ids=lambda n: next(iter(n)))
 def test_natively_sharded_model_is_refused_by_name(native, tmp_path):
@@ -356,6 +364,7 @@ def evaluate_only(sizes: dict[str, int], dp_size: int) -> float:
     return accelerator.gather_for_metrics(loss).mean().item()
 
 
+@pytest.mark.core
 @each_mesh
 def test_model_prepared_alone_evaluates_as_one_process(mesh):
     reference = build("llama_tied")
@@ -390,6 +399,7 @@ def unwrapped(sizes: dict[str, int], dp_size: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_unwrap_model_and_get_state_dict(mesh):
     results = run_on_mesh(mesh, unwrapped)
@@ -411,6 +421,7 @@ def forget(sizes: dict[str, int], dp_size: int) -> bool:
     return known() is None
 
 
+@pytest.mark.core
 def test_a_prepared_model_can_be_freed():
     """A script that trains one model after the other must not keep all of them."""
     assert run_on_mesh("tp2", forget) == [True, True]
@@ -434,6 +445,7 @@ def write_after_evaluation(sizes: dict[str, int], dp_size: int) -> list[float]:
         return [before, model(**batch).loss.item(), want]
 
 
+@pytest.mark.core_cases("tp2_fsdp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_parameters_written_after_an_evaluation_are_used(mesh):
     """An averaged or clamped model: FSDP2 leaves the last units gathered after a forward without gradients."""

@@ -19,6 +19,7 @@ def config_depends_on_the_rank(configs: list) -> None:
     prepare(configs[dist.get_rank()])
 
 
+@pytest.mark.core_cases("configs0")
 @pytest.mark.parametrize("configs", [[{"tp": 2}, {"dp_shard": 2}], [{"dp_replicate": 2}, {}]])
 def test_other_sizes_on_one_rank(configs):
     """For example two machines with different config files: each rank would wait in groups that the others never
@@ -36,6 +37,7 @@ def test_sizes_that_do_not_fit_on_one_rank():
     assert "failed on rank 1" in messages[0]
 
 
+@pytest.mark.core_cases("activation_checkpointing-values2")
 @pytest.mark.parametrize(
     "name, values",
     [
@@ -72,6 +74,7 @@ def test_other_plugin_on_one_rank():
     expect_error(2, plugin_depends_on_the_rank, [{}, {"activation_checkpointing": True}], match=message)
 
 
+@pytest.mark.core
 def test_other_plan_on_one_rank():
     plans = [{"tp": 2}, {"tp": 2, "tp_plan": {"lm_head": "rowwise_split_input"}}]
     expect_error(2, config_depends_on_the_rank, plans, match=r"not the same on all ranks: ranks \[1\]")
@@ -86,6 +89,7 @@ def plan_fails_on_one_rank(rank: int) -> None:
     prepare({**TP2, "tp_plan": plan} if rank < 2 else {"tp": 2, "dp_shard": 2, "tp_plan": plan})
 
 
+@pytest.mark.core_cases("2-1")
 @pytest.mark.parametrize("world, rank", [(2, 0), (2, 1), (4, 3)])
 def test_error_on_one_rank_is_an_error_on_all(world, rank):
     """Only one rank cannot read something; the others say which rank and why instead of waiting for it."""
@@ -111,6 +115,7 @@ def another_model_on_one_rank(sizes: dict, rank: int, kind: str) -> None:
     accelerator.prepare(model, sgd(model))
 
 
+@pytest.mark.core_cases("tp2-1-size", "fsdp2-0-adapter", "tp2_fsdp2-3-dtype")
 @pytest.mark.parametrize("kind", ["size", "heads", "adapter", "dtype", "frozen", "depth"])
 @pytest.mark.parametrize("mesh, rank", [("tp2", 1), ("fsdp2", 0), ("tp2_fsdp2", 3)])
 def test_another_model_on_one_rank(mesh, rank, kind):

@@ -54,6 +54,7 @@ def one_step(sizes: dict, plan_the_scale: bool, raw_loop: bool = False, looks: b
     return model.model.layers[0].mlp.act_fn.scale.full_tensor().item()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "dp_shard_size": 2}], ids=["tp2", "tp2_fsdp2"])
 def test_forgotten_partial_gradient_is_an_error_at_the_first_step(sizes):
     world = 2 if len(sizes) == 1 else 4
@@ -90,6 +91,7 @@ def silent_steps(name: str, adapter: dict | None) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.core_cases("moe")
 @pytest.mark.parametrize(
     "name, adapter",
     [("qwen3_moe", None), ("llama", {**LORA, "init_lora_weights": True}), ("gemma3", LORA)],
@@ -201,6 +203,7 @@ def faulty_step(sizes: dict, fault: str, config: dict | None = None, **arguments
     return prepared(model).audit.done
 
 
+@pytest.mark.core_cases("early_hook", "drift")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_an_error_at_the_first_step(fault):
     """On all ranks, with the names, the cause and the remedy."""
@@ -208,6 +211,7 @@ def test_planted_fault_is_an_error_at_the_first_step(fault):
         assert "Remedy" in message
 
 
+@pytest.mark.core_cases("detached_adapter")
 @pytest.mark.parametrize("fault", ["detached_adapter", "drift"])
 def test_planted_fault_without_tensor_parallelism(fault):
     """FSDP2 alone loses gradients as well; a copy to drift exists where there are replicas."""
@@ -261,6 +265,7 @@ def hooks_left(audit: str) -> tuple[int, int, int]:
     return armed, count(), prepared(model).audit.done
 
 
+@pytest.mark.core
 def test_it_costs_nothing_later():
     """Not one hook of the audit stays after the step that it looked at."""
     armed, left, done = run_distributed(2, hooks_left, "first_step")[0]

@@ -49,6 +49,7 @@ WALKS = {
 }
 
 
+@pytest.mark.core_cases("qwen3_moe-lora")
 @pytest.mark.parametrize("walk", WALKS)
 def test_any_mesh_continues_the_run(walk, tmp_path):
     """tp2 x fsdp2 -> fsdp4 (or HSDP) -> tp4 -> one process; packed experts, two groups, a schedule counted per data
@@ -75,6 +76,7 @@ def test_any_mesh_continues_the_run(walk, tmp_path):
     assert_close(got, want[:5])
 
 
+@pytest.mark.core_cases("SHARDED_STATE_DICT")
 @pytest.mark.parametrize("kind", [SHARDED, FULL])
 def test_same_mesh_continues_to_the_last_bit(kind, tmp_path):
     """Dropout, LoRA with modules_to_save, saved in the background while training goes on."""
@@ -84,6 +86,7 @@ def test_same_mesh_continues_to_the_last_bit(kind, tmp_path):
         assert got == want
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"dp_shard_size": 2}], ids=["tp2", "fsdp2"])
 def test_shuffled_loader_continues_within_an_epoch(sizes, tmp_path):
     for want, got in run_distributed(2, shuffled, sizes, str(tmp_path)):
@@ -104,6 +107,7 @@ def test_qlora_continues(kind, tmp_path):
         assert got == want
 
 
+@pytest.mark.core
 def test_faults_end_alike_on_all_ranks_and_leave_the_previous_checkpoint(tmp_path):
     by_rank = run_distributed(2, faults, {"dp_shard_size": 2}, str(tmp_path))
     expected = {

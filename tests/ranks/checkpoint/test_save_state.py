@@ -38,6 +38,7 @@ def train_and_save(
     return history, full_parameters(model)
 
 
+@pytest.mark.core_cases("llama_tied-full-full_state_dict")
 @pytest.mark.parametrize(
     "name, adapter, kind",
     [

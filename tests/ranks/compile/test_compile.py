@@ -54,6 +54,7 @@ def compiled_gradients(name: str, sizes: dict, adapter: dict | None, dp_size: in
     return total, full_grads(model), counts, list(model.state_dict())
 
 
+@pytest.mark.core_cases("qwen3-tp2-full", "llama-fsdp2-lora")
 @pytest.mark.parametrize(
     "model, mesh, adapter, kinds",
     [("llama", "tp2_fsdp2", None, 1), ("qwen3", "tp2", None, 1), ("llama", "fsdp2", LORA, 2)],
@@ -94,6 +95,7 @@ def all_reduces(adapter: dict | None, compiled: bool) -> list[int]:
     return result
 
 
+@pytest.mark.core_cases("lora-eager")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("adapter", [None, {"target_modules": LORA_7}], ids=["full", "lora"])
 def test_two_all_reduces_forward_and_two_backward_per_layer(adapter, compiled):

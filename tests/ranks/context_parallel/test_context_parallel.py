@@ -61,6 +61,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.core_cases("llama-cp2_tp2-full", "qwen3-cp2_fsdp2-full", "gpt2-cp2-full")
 @pytest.mark.parametrize(
     "cell", CELLS, ids=lambda c: "-".join([c[0], c[1], "lora" if c[2] else "full", *c[3].values()])
 )
@@ -81,6 +82,7 @@ def test_gradients_equal_one_process(cell):
 # ---- the Trainer ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core_cases("cp2_fsdp2-lora")
 @pytest.mark.parametrize(
     "mesh, adapter, options",
     [("cp2_tp2", None, {"accumulation": 2, "max_grad_norm": 0.05}), ("cp2_fsdp2", LORA, {})],
@@ -307,6 +309,7 @@ MISUSES = {
 }
 
 
+@pytest.mark.core
 def test_misuses_are_refused_on_all_ranks():
     answers = run_distributed(4, misuses)
     for seen in answers:

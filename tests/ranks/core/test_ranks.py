@@ -11,6 +11,8 @@ from hf_automodel_parallel.core import ranks
 from hf_automodel_parallel.core.ranks import difference, gather_tensors, raise_on_all_ranks
 from hf_automodel_parallel.errors import CheckpointError, PrepareError
 
+pytestmark = pytest.mark.core
+
 pytestmark = pytest.mark.both_ends
 
 

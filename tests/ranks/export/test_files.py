@@ -84,6 +84,7 @@ def save_several(cells: list[tuple[str, Any]], sizes: dict[str, int], directory:
 CELLS = [("llama", None), ("llama_tied", None), ("mixtral", None), ("llama", {}), ("llama", HEAD), ("llama", EMBEDDING)]
 
 
+@pytest.mark.core
 @pytest.mark.both_ends
 @pytest.mark.parametrize(
     "sizes",
@@ -238,6 +239,7 @@ def train_and_save(state_dict_type: str, adapter: Any, directory: str) -> None:
         raise AssertionError("get_state_dict was not put back")
 
 
+@pytest.mark.core_cases("SHARDED_STATE_DICT-lora")
 @pytest.mark.parametrize("adapter", [None, HEAD], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_trainer_saves_the_model_with_both_kinds_of_state_dict(tmp_path, kind, adapter):
@@ -284,6 +286,7 @@ def one_rank_alone(directory: str) -> list[str]:
     return messages
 
 
+@pytest.mark.core
 def test_saving_on_the_main_process_alone_ends_in_seconds(tmp_path):
     """Stock: the others hang. Afterwards the ranks meet again, though one has been called twice more than the other."""
     messages, others = run_distributed(2, one_rank_alone, str(tmp_path / "x"))
@@ -361,6 +364,7 @@ def refusals(directory: str) -> list[str]:
     return messages
 
 
+@pytest.mark.core
 def test_what_cannot_be_honoured_is_refused_by_name_on_all_ranks(tmp_path):
     expected = [
         "safe_serialization=False",
@@ -495,6 +499,7 @@ def save_by_the_documented_recipe(directory: str) -> None:
     )
 
 
+@pytest.mark.core
 def test_save_pretrained_with_the_gathered_state_dict(tmp_path):
     """As Accelerate's documentation does; without a state dict: test_export.py."""
 

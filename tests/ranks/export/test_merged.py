@@ -48,6 +48,7 @@ def merge(cells: list[tuple[str, Any]], sizes: dict[str, int], directory: str) -
     return unchanged
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"tp_size": 2, "dp_shard_size": 2}], ids=["tp2", "tp2_fsdp2"])
 def test_merged_files_equal_those_of_one_process_and_the_model_stays_unmerged(tmp_path, sizes):
     cells = MERGED if len(sizes) == 1 else MERGED[:1]

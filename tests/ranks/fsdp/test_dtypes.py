@@ -101,6 +101,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.core_cases("fsdp2-full", "tp2-full", "tp2_fsdp2-lora")
 @pytest.mark.parametrize(
     "cell", EXACT, ids=lambda c: "-".join(map(str, (c[0], *c[1].values(), "lora" if c[2] else "full")))
 )
@@ -128,6 +129,7 @@ def test_tied_ends_and_everything_trainable_beside_adapters():
     assert_gradients_equal(gradients, want)
 
 
+@pytest.mark.core_cases("full-bf16")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_float32_among_bfloat16(precision, adapter):

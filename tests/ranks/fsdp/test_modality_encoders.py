@@ -44,6 +44,9 @@ def label(cell) -> str:
     return "-".join([name, mesh, how, where, *(f"{k}={v}" for k, v in config.items())])
 
 
+@pytest.mark.core_cases(
+    "llava-tp2_fsdp2-full-one_rank", "qwen2_vl-tp2-frozen-everywhere", "qwen2_5_vl-fsdp2-full-everywhere-towers=layers"
+)
 @pytest.mark.parametrize("cell", CELLS, ids=label)
 def test_gradients_equal_one_process(cell):
     name, mesh, how, images, config, arguments = cell
@@ -58,6 +61,7 @@ def test_gradients_equal_one_process(cell):
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_layers_as_units_need_images_on_all_ranks():
     """Otherwise one rank waits in the gathering of a layer that the other never runs."""
     message = "towers='layers': .* run model.visual and others the language layers .* towers='root'"

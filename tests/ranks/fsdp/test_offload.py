@@ -65,6 +65,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.core_cases("tp2_fsdp2-cpu_offload-lora", "fsdp2-activation_checkpointing_offload-lora")
 @pytest.mark.parametrize(
     "cell", CELLS, ids=lambda c: "-".join((c[0], list(c[2])[-1], "full" if c[1] is None else "lora"))
 )

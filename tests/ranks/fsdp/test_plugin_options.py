@@ -19,12 +19,14 @@ from hf_automodel_parallel import AutoParallelismConfig
 from ranks.accelerate.jobs import TP2, with_plugin
 
 
+@pytest.mark.core
 @each_mesh
 def test_fsdp_version_1(mesh):
     world, sizes, _ = MESHES[mesh]
     expect_error(world, with_plugin, sizes, {"fsdp_version": 1}, match=r"fsdp_version=1.*Set fsdp_version=2")
 
 
+@pytest.mark.core
 def test_class_to_wrap_that_does_not_exist():
     options = {
         "fsdp_version": 2,
@@ -89,6 +91,7 @@ def plain_loop_on_cpu() -> dict[str, Any]:
     }
 
 
+@pytest.mark.core
 def test_parallelism_config_and_plugin_are_accepted_on_cpu():
     """Stock: a `ParallelismConfig` is rejected there, and with a plugin alone the model ends up in DDP."""
     for result in run_distributed(2, plain_loop_on_cpu):
@@ -104,6 +107,7 @@ def first_layer_is_sharded_after_forward(reshard_after_forward: bool) -> bool:
     return isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
 
 
+@pytest.mark.core
 def test_reshard_after_forward():
     assert run_distributed(2, first_layer_is_sharded_after_forward, True) == [True, True]
     assert run_distributed(2, first_layer_is_sharded_after_forward, False) == [False, False]
@@ -128,6 +132,7 @@ WRAP_POLICIES = {
 }
 
 
+@pytest.mark.core_cases("fsdp2-class_names", "tp2_fsdp2-size_of_the_mlp")
 @pytest.mark.parametrize("policy", WRAP_POLICIES)
 @pytest.mark.parametrize("mesh", ["fsdp2", "tp2_fsdp2"])
 def test_wrap_policies(mesh, policy):
@@ -162,6 +167,7 @@ def save_with_state_dict_type(kind: str, directory: str) -> None:
     accelerator.save_state(directory)
 
 
+@pytest.mark.core_cases("SHARDED_STATE_DICT-pytorch_model_fsdp_0/.metadata")
 @pytest.mark.parametrize(
     "kind, present",
     [("SHARDED_STATE_DICT", "pytorch_model_fsdp_0/.metadata"), ("FULL_STATE_DICT", "pytorch_model_fsdp.bin")],
@@ -185,6 +191,7 @@ def dtypes_with_policy() -> dict[str, Any]:
     }
 
 
+@pytest.mark.core
 def test_mixed_precision_policy():
     for result in run_distributed(2, dtypes_with_policy):
         assert result["weight"] == result["output"] == torch.bfloat16
@@ -212,6 +219,7 @@ def placements_with_ignored_modules(ignored: str) -> dict[str, list[str]]:
     return {"sharded": names[True], "plain": names[False]}
 
 
+@pytest.mark.core
 def test_ignored_modules():
     for result in run_distributed(2, placements_with_ignored_modules, r"model\.layers\.0\.mlp.*"):
         assert sorted(result["plain"]) == [f"model.layers.0.mlp.{p}_proj.weight" for p in ("down", "gate", "up")]

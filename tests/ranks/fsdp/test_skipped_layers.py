@@ -96,6 +96,7 @@ def image_gradients(images: list[list[int]], sizes: dict[str, Any], frozen: bool
     return total.item() / dist.get_world_size(), full_grads(model)
 
 
+@pytest.mark.core_cases("first-full")
 @pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
 @pytest.mark.parametrize("images", [MIXED, MIXED[::-1], ALL, NONE], ids=["first", "second", "all", "none"])
 def test_ranks_with_and_without_images_meet(images, frozen):
@@ -161,6 +162,7 @@ def prepare_dropping(kind: str, training: bool, sizes: dict[str, int]) -> None:
     model(input_ids=ids, labels=ids)
 
 
+@pytest.mark.core_cases("opt-model.decoder.layerdrop-at-prepare")
 @pytest.mark.parametrize("training", [True, False], ids=["at-prepare", "at-the-first-training-step"])
 @pytest.mark.parametrize("kind, place", [("opt", "model.decoder.layerdrop"), ("bart", "model.decoder.layerdrop")])
 def test_dropping_layers_is_refused_before_ranks_wait_for_each_other(kind, place, training):

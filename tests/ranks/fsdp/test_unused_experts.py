@@ -135,6 +135,7 @@ CASES = {
 }
 
 
+@pytest.mark.core_cases("others", "accumulated", "tp2_fsdp2")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_one_process(case):
     sizes, routes, options = CASES[case]

@@ -187,6 +187,7 @@ def is_running(pid):
     return True
 
 
+@pytest.mark.core
 def test_results_of_all_ranks_come_back_in_order():
     results = run_distributed(WORLD_SIZE, sum_over_ranks, torch.tensor([1.0, 2.0]), scale=10)
     assert [rank for rank, _, _ in results] == [0, 1]
@@ -209,6 +210,7 @@ def test_workers_that_a_job_left_threads_in_are_replaced():
     assert not set(run_distributed(2, leave_threads, 40)) & set(run_distributed(2, leave_threads, 0))
 
 
+@pytest.mark.core
 def test_error_on_all_ranks_is_reported_and_the_pool_survives():
     pids = worker_pids()
     with pytest.raises(DistributedFailure) as failure:
@@ -280,6 +282,7 @@ def test_jobs_start_from_the_same_state():
     assert before[1]["accelerator state"] == {}
 
 
+@pytest.mark.core
 def test_expect_error_wants_every_rank_to_raise_the_message():
     assert expect_error(WORLD_SIZE, raise_on, [0, 1], match="no such") == [f"rank {r}: no such layer" for r in (0, 1)]
     with pytest.raises(AssertionError, match=r"not in the message of rank \[1\]"):
@@ -301,6 +304,7 @@ def test_counters_count_a_known_sequence():
     assert counts.total == profiled == shared | {"all_reduce": 3}
 
 
+@pytest.mark.core
 def test_counter_tells_data_from_tensor_parallel_collectives():
     """All at once would take four ranks, so each of them gets a mesh in which the other has only this rank."""
     sharded, _ = run_distributed(WORLD_SIZE, count_parallel_block, (WORLD_SIZE, 1))[0]

@@ -43,12 +43,14 @@ def root(tmp_path_factory) -> Path:
 # ---- the result ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_every_bit_is_that_of_loading_in_memory(root):
     """On tp2 x fsdp2: plain, tied, cast, converted and missing weights, with all kinds of adapters."""
     for found in run_distributed(4, differences, str(root), list(CELLS), SIZES, timeout=200):
         assert {cell: wrong for cell, wrong in found.items() if wrong} == {}
 
 
+@pytest.mark.core
 def test_every_bit_with_fsdp2_alone(root):
     cells = ["tied", "fused experts from a file for each", "fresh LoRA, cast, a head trained whole"]
     for found in run_distributed(2, differences, str(root), cells, {"dp_shard_size": 2}):
@@ -61,6 +63,7 @@ def test_without_an_accelerator(root):
         assert not wrong and "no_such_module" in error
 
 
+@pytest.mark.core_cases("llama-True")
 @pytest.mark.parametrize("name, adapter", [("llama", True), ("llama_tied", False), ("mixtral", False)])
 def test_parity(root, name, adapter):
     model = build_model(name)
@@ -110,6 +113,7 @@ def test_memory(tmp_path):
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_errors_on_all_ranks(root, tmp_path):
     """A damage on one rank, other files there, files that change later, values that never were: one error
     everywhere.

@@ -59,6 +59,7 @@ def train(model: torch.nn.Module, batches: list[list[dict]], groups: bool) -> li
     return history
 
 
+@pytest.mark.core_cases("3")
 @pytest.mark.parametrize("strategy", [3, 2, 1, 0])
 def test_data_parallel(strategy):
     """Two parameter groups: their learning rates and weight decays survive."""
@@ -72,6 +73,7 @@ def test_tensor_parallel_alone_is_returned_unwrapped():
         assert result["class"] == "Qwen3ForCausalLM"
 
 
+@pytest.mark.core_cases("qwen3-None-options0")
 @pytest.mark.parametrize(
     ("name", "adapter", "options"),
     [
@@ -163,6 +165,7 @@ def test_activation_checkpointing_is_applied():
     assert_accelerate_like_one_process(results, "llama", 2)
 
 
+@pytest.mark.core
 def test_refusals_are_the_same_on_all_ranks():
     parts = [
         "LlamaDecoderLayr",

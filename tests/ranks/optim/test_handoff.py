@@ -148,6 +148,9 @@ def optimizer_reference(dp_size: int) -> dict[str, Any]:
     return parameters_after_steps(None, dp_size, list(OPTIMIZERS))
 
 
+@pytest.mark.core_cases(
+    "tp2-two_groups", "tp2-adamw_has_stepped", "tp2_fsdp2-two_groups", "tp2_fsdp2-adamw_has_stepped"
+)
 @pytest.mark.parametrize("scenario", OPTIMIZERS)
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_optimizer_is_the_same_after_prepare(mesh, scenario):
@@ -169,6 +172,7 @@ def prepare_with_stepped_adafactor(sizes: dict[str, int], dp_size: int) -> None:
     make_accelerator(sizes).prepare(model, optimizer)
 
 
+@pytest.mark.core
 def test_existing_state_that_cannot_be_sharded_is_refused():
     """Factored state has another shape than its parameter: kept whole beside a shard it would be wrong."""
     expect_error(2, prepare_with_stepped_adafactor, {"dp_shard_size": 2}, 2, match="Adafactor.*state")

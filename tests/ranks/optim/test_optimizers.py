@@ -176,6 +176,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.core_cases("tp2_fsdp2-full", "tp2-lora", "fsdp2-full")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c[0]}-{'full' if c[1] is None else 'lora'}")
 def test_trains_as_in_one_process(cell):
     mesh, adapter, names = cell
@@ -208,6 +209,7 @@ def check_trained(
 ACCEPTED["muon"] = lambda p: optim.Muon(p, lr=1e-3)
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
 def test_muon_orthogonalises_whole_matrices(mesh):
     """torch's Muon on DTensors multiplies across the shards; it iterates in bfloat16, which rounds differently
@@ -230,6 +232,7 @@ def prepare_with(name: str, sizes: dict[str, int], **options: Any) -> None:
             assert all(p is before[n] for n, p in model.named_parameters()), "the model was changed before the refusal"
 
 
+@pytest.mark.core_cases("adafactor", "trust_ratio_of_shards")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_at_prepare(name):
     expect_error(2, prepare_with, name, {"dp_shard_size": 2}, match=REFUSED[name][1])
@@ -315,6 +318,7 @@ def different_rates() -> None:
     accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1 * (1 + dist.get_rank())))
 
 
+@pytest.mark.core
 def test_ranks_with_different_optimizers_are_refused():
     expect_error(2, different_rates, match="optimizer of rank 1 is not that of rank 0")
 

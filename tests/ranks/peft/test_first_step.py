@@ -27,6 +27,7 @@ def check_first_step(model: str, mesh: str, adapter: dict[str, Any]) -> dict[str
     return gradients
 
 
+@pytest.mark.core
 def test_lora_on_row_wise_targets():
     """Stock: PEFT's adapter of `o_proj` / `down_proj` has the shape of the shard; the first forward crashes."""
     gradients = check_first_step("llama", "tp2", {"target_modules": LORA_7})
@@ -36,6 +37,7 @@ def test_lora_on_row_wise_targets():
     assert len(row_wise) == 2 * 2 * 2  # layers x projections x {A, B}
 
 
+@pytest.mark.core
 def test_lora_on_two_axes():
     """Stock: there, adapters of q and v alone crash already."""
     check_first_step("llama", "tp2_fsdp2", {"target_modules": ["q_proj", "v_proj"]})
@@ -63,6 +65,7 @@ def three_steps(sizes: dict[str, int], dp_size: int, adapter: dict[str, Any]) ->
     return losses, {name: tensor for name, tensor in full_parameters(model).items() if name in learned}
 
 
+@pytest.mark.core
 def test_lora_on_embedding_and_head_on_two_axes():
     """Stock: their adapters live on the tp mesh alone, so nothing averages them over fsdp (gradients off by 150 %)."""
     world, sizes, dp_size = MESHES["tp2_fsdp2"]
@@ -81,6 +84,7 @@ def test_lora_on_embedding_and_head_on_two_axes():
         )
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_modules_to_save_of_the_head(mesh):
     """Stock: PEFT's copy of a sharded head crashes in deepcopy."""

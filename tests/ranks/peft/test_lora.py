@@ -146,6 +146,7 @@ def test_lora_options(mesh):
     check_cells(mesh, list(CELLS))
 
 
+@pytest.mark.core
 @pytest.mark.both_ends
 def test_lora_options_on_both_axes():
     check_cells("tp2_fsdp2", ["pissa", "dora on the head", "lora_bias", "tokens tied", "target_parameters", "alora"])
@@ -175,6 +176,7 @@ def refusals(options: list[dict[str, Any]]) -> list[str]:
     return messages
 
 
+@pytest.mark.core
 def test_variants_that_are_not_local_are_refused_by_name():
     for messages in run_distributed(2, refusals, [options for options, _ in VARIANTS.values()]):
         for message, (_, word) in zip(messages, VARIANTS.values(), strict=True):

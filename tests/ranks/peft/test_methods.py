@@ -129,6 +129,7 @@ WITH_TENSOR_PARALLELISM = (
 )
 
 
+@pytest.mark.core_cases("tp2_fsdp2-0")
 @pytest.mark.parametrize("mesh, part", [("fsdp2", 0), ("fsdp2", 1), ("fsdp2", 2), ("tp2", 0), ("tp2_fsdp2", 0)])
 def test_parity_or_refusal_by_name(mesh, part):
     world, sizes, dp_size = MESHES[mesh]
@@ -169,6 +170,7 @@ UNSUPPORTED = {
 }
 
 
+@pytest.mark.core_cases("tp2-oft")
 @pytest.mark.parametrize("adapter", UNSUPPORTED)
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_adapter_that_tensor_parallelism_does_not_know(mesh, adapter):
@@ -194,6 +196,7 @@ def one_step(sizes: dict, adapter: Any, dp_size: int) -> dict[str, Any]:
     return {"gradients": gradients, "changed": changed}
 
 
+@pytest.mark.core_cases("fsdp2-prompt", "tp2-dora")
 @pytest.mark.parametrize(
     "mesh, adapter",
     [*(("fsdp2", name) for name in (*UNSUPPORTED, "dora", "prompt")), ("tp2", "dora"), ("tp2", "prompt")],

@@ -83,6 +83,7 @@ def mean(loss: torch.Tensor) -> float:
     return total.item() / dist.get_world_size()
 
 
+@pytest.mark.core_cases("fsdp2-True")
 @pytest.mark.parametrize("mesh, disturb", [("fsdp2", True), ("hsdp", False)])
 def test_training_equals_one_process(mesh, disturb, checkpoint):
     world, sizes, dp_size = MESHES[mesh]
@@ -159,6 +160,7 @@ EIGHT = {"load_in_8bit": True}
 AS_FLOAT32 = {**NF4, "bnb_4bit_quant_storage": FLOAT32}
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize(
     "sizes, mixed, cells, words",
     [

@@ -191,12 +191,14 @@ def assert_same_story(got, want) -> None:
 STORIES = [switching, merging, unloading, growing]
 
 
+@pytest.mark.core_cases("switching-tp2", "merging-fsdp2", "growing-tp2_fsdp2")
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("story", STORIES, ids=lambda s: s.__name__)
 def test_llama(story, mesh):
     compare(story, "llama", mesh, "lora", mlp_bias=True)
 
 
+@pytest.mark.core_cases("merging-mixtral-lora")
 @pytest.mark.parametrize(
     "model, adapter",
     [("phi3", "dora"), ("mixtral", "lora"), ("llama", "ends"), ("llama_odd_vocab", "ends"), ("llama", "saved_head")],
@@ -213,6 +215,7 @@ def test_trained_rows(story, model, adapter):
     compare(story, model, "tp2", adapter)
 
 
+@pytest.mark.core_cases("{}")
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": "submodule"}, {"compile": "aot_eager"}], ids=str)
 def test_new_adapter_on_layers_without_one(options):
     """Boundaries, random numbers and regions move to PEFT's new layers."""
@@ -318,6 +321,7 @@ def wrap_after_prepare(sizes: dict[str, int]) -> str:
     return "trained"
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
 def test_wrapping_after_prepare_is_refused(mesh):
     world, sizes, _ = MESHES[mesh]

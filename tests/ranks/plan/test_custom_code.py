@@ -11,6 +11,7 @@ from harness.pool import DistributedFailure, run_distributed
 from ranks.plan.custom_code_jobs import batches, custom, custom_gradients, prepare_untriable
 
 
+@pytest.mark.core_cases("UnplannedForCausalLM-tp2")
 @pytest.mark.parametrize(("name", "mesh"), [("PlannedForCausalLM", "tp2_fsdp2"), ("UnplannedForCausalLM", "tp2")])
 def test_custom_code(name, mesh):
     world, sizes, dp_size = MESHES[mesh]

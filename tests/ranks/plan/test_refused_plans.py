@@ -13,6 +13,7 @@ from hf_automodel_parallel import AutoParallelismConfig
 from ranks.accelerate.jobs import TP2, call_prepare
 
 
+@pytest.mark.core_cases("tp2-style", "tp2-key", "tp2_fsdp2-import")
 @pytest.mark.parametrize(
     "tp_plan, message",
     [
@@ -31,6 +32,7 @@ def test_plan_that_cannot_be_used(mesh, tp_plan, message):
     expect_error(world, call_prepare, {**sizes, "tp_plan": tp_plan}, match=message)
 
 
+@pytest.mark.core_cases("tp2-full", "tp2_fsdp2-lora")
 @pytest.mark.parametrize("adapter", [None, {}], ids=["full", "lora"])
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_heads_that_do_not_divide(mesh, adapter):
@@ -50,6 +52,7 @@ def test_intermediate_size_that_does_not_divide():
     expect_error(2, call_prepare, TP2, overrides=overrides, match=r"gate_proj\.weight of shape \(127, 64\).*tp_size=2")
 
 
+@pytest.mark.core
 def test_model_without_a_plan():
     sizes = {**TP2, "plan_order": ["hf", "registry", "default"]}
     expect_error(

@@ -60,6 +60,7 @@ CELLS = {
 }
 
 
+@pytest.mark.core_cases("llama-tp2-lora", "qwen3-tp2_fsdp2-lora")
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_equal_one_process(cell):
     name, mesh, adapter, plan = CELLS[cell]
@@ -93,6 +94,7 @@ def on_torchs_engine(cells):
     return results
 
 
+@pytest.mark.core
 def test_selected_plans_are_right_on_torchs_engine_too():
     """Also the norms of heads (partial gradients), and with activations along the sequence."""
     cells = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]

@@ -94,6 +94,7 @@ def test_a_reentrant_recomputation_knows_the_length_of_its_own_forward():
 REGATHER = {"tp_size": 2, "sequence_parallel_regather": True}
 
 
+@pytest.mark.core_cases("full")
 @pytest.mark.parametrize(
     "fields, more, named",
     [
@@ -130,6 +131,7 @@ def test_a_hook_that_sees_a_share_is_told_so(path, tokens, when):
         assert all(path in message and "1/2 of the sequence" in message for message in said)
 
 
+@pytest.mark.core_cases("3")
 @pytest.mark.parametrize("length", [2, 3, 5])
 def test_sequences_shorter_than_the_ranks(length):
     check("llama", "tp4", None, lengths=(length, 8))
@@ -149,6 +151,7 @@ def test_both_supported_transformers_versions(mode):
     check("llama", "tp2", LORA, sizes, lengths=(15, 10), **more)
 
 
+@pytest.mark.core_cases("norm")
 @pytest.mark.parametrize("frozen", ["norm", "layers.0", "embed_tokens"])
 def test_what_is_frozen_stays_frozen(frozen):
     """The reference system makes frozen norms trainable under sequence parallelism."""
@@ -166,6 +169,7 @@ def test_biases_after_the_reduction():
     check("llama", "tp2", None, overrides={"attention_bias": True, "mlp_bias": True})
 
 
+@pytest.mark.core
 def test_one_rank_of_tp_is_refused():
     expect_error(
         2, sequence_gradients, "llama", {"dp_shard_size": 2}, match=r"sequence_parallel=True with tp_size=1.*tp_size=2"
@@ -177,6 +181,7 @@ def test_context_parallelism_beside_it_is_refused():
     expect_error(4, sequence_gradients, "llama", {"tp_size": 2, "cp_size": 2}, match=message)
 
 
+@pytest.mark.core
 def test_a_layer_that_cannot_be_understood_is_refused_by_name():
     expect_error(
         2,
@@ -191,6 +196,7 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
 # ------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_outputs_are_whole():
     """Recorded hidden states and logits, while training and evaluating; their gradients, too; generation."""
     for rank in run_distributed(2, outputs_of_one_model, "llama", {"tp_size": 2}):
@@ -261,6 +267,7 @@ def test_a_write_in_place_that_was_not_foreseen_is_refused_by_the_compiler():
 RESIDUAL = {"attn_implementation": "eager", "attention_dropout": 0.25, "resid_pdrop": 0.25}
 
 
+@pytest.mark.core_cases("none")
 @pytest.mark.parametrize("mode", ["none", "full", "submodule", "selective", "own"])
 def test_masks(mode):
     """Residual dropout draws another mask on each share; what is replicated draws equal ones; recomputations repeat

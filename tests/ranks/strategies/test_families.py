@@ -65,6 +65,13 @@ def check(family: str, mesh: str, door: str, arguments: dict[str, Any], options:
     assert_gradients_equal(gradients, want)
 
 
+@pytest.mark.core_cases(
+    "nemotron_h-tp2-prepare",
+    "qwen3_5_text-tp2_fsdp2-parallelize",
+    "deepseek_v4-fsdp2-parallelize-adapter",
+    "wan-fsdp2-prepare",
+    "hunyuan_video-tp2_fsdp2-prepare",
+)
 @pytest.mark.parametrize("cell", CELLS, ids=label)
 def test_gradients_equal_one_process(cell):
     check(*cell)
@@ -169,6 +176,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.core_cases("nemotron_h-cp", "wan-heads")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_family_cannot_honour_is_refused(case):
     family, axes, options, match = REFUSED[case]
@@ -235,6 +243,7 @@ def bagel() -> tuple[dict[str, torch.Tensor], int, list[int]]:
     return full_grads(model), units, [m.calls for m in model.modules() if isinstance(m, Block)]
 
 
+@pytest.mark.core
 def test_bagel_is_sharded_by_the_layers_of_both_towers():
     gradients, units, calls = run_distributed(2, bagel)[0]
     reference = BagelForUnifiedMultimodal()

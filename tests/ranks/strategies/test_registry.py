@@ -44,6 +44,7 @@ def one_step(sizes: dict[str, int], dp_size: int, strategy: type, adapter: Any =
         forget()
 
 
+@pytest.mark.core
 def test_a_strategy_with_a_flow_of_its_own():
     loss, gradients, units, calls = run_distributed(2, one_step, {"dp_shard_size": 2}, 2, Bare)[0]
     want_loss, want = loss_and_grads(build("llama"), batches_for(build("llama"), 2))
@@ -72,6 +73,7 @@ def test_a_strategy_composed_of_the_default(adapter):
     assert_gradients_equal(gradients, want)
 
 
+@pytest.mark.core
 def test_a_strategy_that_shards_nothing_is_refused():
     expect_error(
         2,

@@ -62,6 +62,7 @@ def costs(model: str) -> list[dict[int, tuple[Counts, Counts]]]:
     return run_distributed(2, forward_and_backward, model, [2, 4])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("model", MODELS)
 def test_a_dense_layer_costs_two_all_reduces_in_forward_and_two_in_backward(model):
     """The known minimum; the difference between two and four layers has neither embedding nor head in it."""
@@ -73,6 +74,7 @@ def test_a_dense_layer_costs_two_all_reduces_in_forward_and_two_in_backward(mode
             assert counts["elsewhere"] == {}
 
 
+@pytest.mark.core
 def test_lora_adds_no_collective_to_a_forward():
     assert costs("llama_lora")[0][4][0] == costs("llama_full")[0][4][0]
 
@@ -102,6 +104,7 @@ def sequence_costs(model: str) -> list[dict[int, tuple[Counts, Counts]]]:
     return run_distributed(2, forward_and_backward, model, [2, 4], sequence_parallel=True)
 
 
+@pytest.mark.core_cases("llama_full")
 @pytest.mark.parametrize("model", MODELS)
 def test_a_dense_layer_on_shares_costs_two_gathers_and_two_reduce_scatters_each_way(model):
     """As many bytes as two all-reduces; no all-reduce of activations."""
@@ -183,6 +186,7 @@ def times(counter: Counter, factor: int) -> Counter:
     return Counter({kind: count * factor for kind, count in counter.items()})
 
 
+@pytest.mark.core_cases("qwen3_full-1-tp2-plain", "qwen3_full-1-tp2_fsdp2-accumulation")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("model, flushes", [("qwen3_full", 1), ("llama_lora", 1), ("llama_full", 0)])
@@ -216,6 +220,7 @@ def test_tensor_parallelism_alone_has_no_data_parallel_collective(model):
         assert set(whole) == {"tp", "elsewhere"}
 
 
+@pytest.mark.core_cases("llama_lora")
 @pytest.mark.parametrize("model", ["qwen3_full", "llama_lora"])
 def test_fsdp_alone_has_no_tensor_parallel_collective(model):
     """Only parameters are gathered and gradients scattered; no activation and no partial gradient is summed."""
@@ -224,6 +229,7 @@ def test_fsdp_alone_has_no_tensor_parallel_collective(model):
         assert set(whole["dp_shard"]) == {"all_gather", "reduce_scatter"}
 
 
+@pytest.mark.core_cases("qwen3_full")
 @pytest.mark.parametrize("model", ["qwen3_full", "llama_lora"])
 def test_gradients_are_reduced_over_data_parallel_ranks_once_per_step(model):
     """With accumulation only in the last micro-batch; `sync_each_batch` asks for each."""

@@ -13,6 +13,7 @@ from ranks.tensor_parallel.cross_module_jobs import batches, reading, reading_gr
 CASES = [(False, False), (True, False), (False, True)]
 
 
+@pytest.mark.core_cases("tp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_gradients_equal_one_process(mesh):
     world, sizes, dp_size = MESHES[mesh]

@@ -70,6 +70,7 @@ CELLS = {
 }
 
 
+@pytest.mark.core_cases("attention", "lora")
 @pytest.mark.parametrize(
     "cell",
     [
@@ -137,6 +138,7 @@ def five_steps_with_dropout(cell: str, sizes: dict[str, int]) -> tuple[dict[str,
     return full_parameters(model), torch.get_rng_state()
 
 
+@pytest.mark.core_cases("lora_dropout-tp2", "residual_dropout-tp2_fsdp2")
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("cell", DROPOUT_CELLS)
 def test_dropout_does_not_let_replicas_drift(cell, mesh):
@@ -167,6 +169,7 @@ def gradients_with_dropout() -> dict[str, torch.Tensor | None]:
 COLUMN_WISE_DROPOUT = {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "lora_dropout": 0.1}
 
 
+@pytest.mark.core
 def test_masks_are_those_of_one_process():
     """The input of a column-wise adapter is replicated: with rank 0's seed, one process draws the very same masks."""
     gradients = run_distributed(2, gradients_with_dropout)[0]

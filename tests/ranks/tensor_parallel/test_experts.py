@@ -76,12 +76,14 @@ def test_a_rank_holds_its_share_of_the_bytes_of_the_experts(model_type):
         assert total > 0 and local * 2 == total
 
 
+@pytest.mark.core_cases("mixtral-expected0")
 @pytest.mark.parametrize("model_type, expected", COLLECTIVES.items())
 def test_collectives_of_a_layer(model_type, expected):
     for _, (forward, backward) in measured(model_type):
         assert (forward, backward) == ({"all_reduce": expected[0]}, {"all_reduce": expected[1]})
 
 
+@pytest.mark.core_cases("mixtral")
 @pytest.mark.parametrize("model_type", ["mixtral", "inkling_text", "deepseek_v3"])
 def test_lora_on_the_tensors_of_experts(model_type):
     loss, gradients = run_distributed(2, adapted_gradients, model_type)[0]

@@ -18,6 +18,7 @@ LORA = {"target_modules": "all-linear"}
 DORA = {"target_modules": ["k_proj", "v_proj", "o_proj"], "use_dora": True}
 
 
+@pytest.mark.core_cases("llama-tp2-overrides0-None-options0", "qwen3-tp2_fsdp2-overrides4-adapter4-options4")
 @pytest.mark.parametrize(
     ("model", "mesh", "overrides", "adapter", "options"),
     [

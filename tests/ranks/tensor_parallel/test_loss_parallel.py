@@ -177,6 +177,7 @@ def compare_functions(dtype: torch.dtype, chunk_rows: int | None) -> dict[str, t
     return verdicts
 
 
+@pytest.mark.core_cases("2-dtype0-3")
 @pytest.mark.both_ends
 @pytest.mark.parametrize(
     "size, dtype, rows", [(2, torch.float32, 3), (2, torch.bfloat16, None), (4, torch.float32, None)]
@@ -227,6 +228,7 @@ def error_of(function: Any) -> str:
     return ""
 
 
+@pytest.mark.core
 def test_sharded_logits_are_a_tensor():
     for rank in run_distributed(2, as_a_tensor):
         assert rank.pop("stale").startswith("UnsupportedError: the logits were modified in place")
@@ -260,6 +262,7 @@ def loss_communication(**config: Any) -> tuple[Counter[str], Counter[str], str]:
     return counts[0], counts[1], type(outputs.logits).__name__
 
 
+@pytest.mark.core
 def test_the_loss_adds_small_all_reduces_instead_of_a_gather():
     forward, backward, kind = run_distributed(2, loss_communication)[0]
     gathered_forward, gathered_backward, gathered_kind = run_distributed(2, loss_communication, loss_parallel=False)[0]
@@ -303,6 +306,7 @@ def test_whoever_reads_the_logits_has_them_whole_and_gradients_add_up(name, adap
     torch.testing.assert_close(evaluated, outputs.logits.detach()[:, -3:, 1:7], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.core
 def test_label_smoothing_of_the_trainer(tmp_path):
     """With `num_items_in_batch` and accumulation; the Trainer's smoother reads the logits itself."""
     options = {"ragged": True, "accumulation": 2, "output_dir": str(tmp_path), "label_smoothing_factor": 0.1}

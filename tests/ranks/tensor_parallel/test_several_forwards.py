@@ -38,6 +38,7 @@ def gradients_of_forwards(name: str, sizes: dict[str, Any], parts: int) -> tuple
     return total.item() / dist.get_world_size(), full_grads(model)
 
 
+@pytest.mark.core_cases("llama-fsdp2-plain", "llama-tp2-sp")
 @pytest.mark.parametrize(
     "model, mesh, fields",
     [

@@ -33,6 +33,7 @@ def life_of_a_trainer(sizes: dict[str, int], dp_size: int, adapter: Any, directo
     return result
 
 
+@pytest.mark.core_cases("tp2-lora", "tp2_fsdp2-full")
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_evaluate_predict_train_twice_and_with_a_second_trainer(mesh, adapter, tmp_path):

@@ -55,6 +55,7 @@ def checkpointed_gradients(
     return losses_of(trainer)[0], keep.gradients, counter.count
 
 
+@pytest.mark.core_cases("tp2-full-non_reentrant", "tp2_fsdp2-lora-reentrant")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 @pytest.mark.parametrize("name, adapter", [("qwen3", None), ("llama", LORA)], ids=["full", "lora"])
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])

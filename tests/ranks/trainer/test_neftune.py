@@ -44,6 +44,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.core_cases("llama-tp2_fsdp2")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c[0]}-{c[2]}{'' if c[1] is None else '-lora'}")
 def test_noise_is_that_of_one_process(cell):
     name, adapter, mesh = cell

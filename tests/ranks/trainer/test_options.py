@@ -111,6 +111,7 @@ def alone(job: Any, *args: Any) -> Any:
     return job(None, 1, *args)
 
 
+@pytest.mark.core
 def test_options_give_the_history_of_one_process(tmp_path):
     want = run_distributed(1, alone, histories, str(tmp_path / "one"), timeout=240)[0]
     for got in run_distributed(4, histories, TP2_FSDP2, 2, str(tmp_path / "four"), timeout=280):
@@ -124,6 +125,7 @@ def filled_up(sizes: dict[str, int] | None, directory: str) -> list[list[float]]
     return history(sizes, 2, directory, gradient_accumulation_steps=2)
 
 
+@pytest.mark.core
 def test_last_batch_is_filled_up_as_in_data_parallel(tmp_path):
     """The third step has the last rows; what Accelerate repeats for two ranks has no counterpart in one process."""
     assert LENGTH % ROWS
@@ -268,6 +270,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name_on_all_ranks(name, tmp_path):
     options, match = REFUSED[name]
@@ -295,6 +298,7 @@ def smoothed_loss(output_dir: str, distributed: bool) -> float:
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
+@pytest.mark.core
 def test_label_smoothing_shifts_labels(tmp_path):
     got = run_distributed(2, smoothed_loss, str(tmp_path), True)[0]
     assert got == pytest.approx(smoothed_loss(str(tmp_path), False), rel=1e-6)

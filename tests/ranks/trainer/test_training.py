@@ -39,6 +39,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.core_cases("llama-tp2_fsdp2-accumulation=4-max_grad_norm=0.05")
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,6 +56,7 @@ def test_accelerate_loop_options(cell, options):
     check_accelerate(*cell, **options)
 
 
+@pytest.mark.core_cases("llama_tied-tp2", "qwen3-fsdp2", "phi3-hsdp", "llama-tp2_fsdp2")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: "-".join(map(str, c[:2])))
 def test_accelerate_loop(cell):
     check_accelerate(*cell)
@@ -78,6 +80,7 @@ def check_accelerate(model, mesh, adapter, accumulation=1, max_grad_norm=1.0, op
     assert_same_history(got, train_steps(reference, steps, lr=1e-3, max_grad_norm=max_grad_norm))
 
 
+@pytest.mark.core_cases("llama-tp2_fsdp2-plain", "llama_tied-tp2-ragged=True", "qwen3-fsdp2-optim=adamw_torch_fused")
 @pytest.mark.parametrize(
     "cell, options",
     [
