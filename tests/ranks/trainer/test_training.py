@@ -1,4 +1,4 @@
-"""Five optimizer steps through the stock Trainer and a plain Accelerate loop follow one process (DESIGN: promise 1)."""
+"""Five optimizer steps through the stock Trainer and a plain Accelerate loop follow one process: losses and norms."""
 
 import pytest
 from harness.meshes import MESHES
@@ -6,7 +6,7 @@ from harness.oracle import train_steps
 from harness.pool import run_distributed
 from harness.training import LORA, batches_for, build, five_steps_accelerate, five_steps_trainer
 
-#: DESIGN section 9. AdamW amplifies rounding, so the norms of later steps are compared less tightly than gradients.
+#: Relative. AdamW amplifies rounding, so the norms of later steps are compared less tightly than gradients.
 LOSS, NORM = 1e-6, 1e-5
 
 
