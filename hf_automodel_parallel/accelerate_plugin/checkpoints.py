@@ -96,10 +96,12 @@ def optimizer_task(
     return lambda group: None
 
 
-def load_model(accelerator: Accelerator, model: nn.Module, folder: Path, index: int, adapter_only: bool) -> None:
+def load_model(
+    accelerator: Accelerator, model: nn.Module, folder: Path, index: int, adapter_only: bool, manifest: Manifest | None
+) -> None:
     """Load the weights of a prepared model."""
     if managed_by_megatron(model) is None:
-        restore_model(model, folder, index, adapter_only)
+        restore_model(model, folder, index, adapter_only, manifest)
         return
     from accelerate.utils import load_fsdp_model
 
@@ -109,10 +111,12 @@ def load_model(accelerator: Accelerator, model: nn.Module, folder: Path, index: 
         )
 
 
-def load_optimizer(accelerator: Accelerator, optimizer: Any, model: nn.Module, folder: Path, index: int) -> None:
+def load_optimizer(
+    accelerator: Accelerator, optimizer: Any, model: nn.Module, folder: Path, index: int, manifest: Manifest | None
+) -> None:
     """Load the state of a prepared optimizer."""
     if managed_by_megatron(model) is None:
-        restore_optimizer(raw_optimizer(optimizer), model, folder, index)
+        restore_optimizer(raw_optimizer(optimizer), model, folder, index, manifest)
         return
     from accelerate.utils import load_fsdp_optimizer
 
@@ -302,10 +306,11 @@ def _model_of(accelerator: Accelerator, optimizer: Any, index: int) -> nn.Module
 def load_state(
     self: Accelerator, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    """Like ``Accelerator.load_state``: on any mesh, after a look at every file, and without running code from one.
+    """Like ``Accelerator.load_state``: on any mesh, with verified files, and without running code from one.
 
     Raises:
-        CheckpointError: on all ranks, naming the file or key; up to the look at the files nothing has changed.
+        CheckpointError: on all ranks, naming the file or key. Where its message does not say that nothing was loaded,
+            a part of the checkpoint may have been: do not train on.
     """
     from accelerate.checkpointing import load_accelerator_state
 
@@ -335,12 +340,12 @@ def load_state(
         folder = to_load(os.path.expanduser(input_dir))
     manifest = verify(folder)
     for index, model in enumerate(self._models):
-        load_model(self, model, folder, index, adapter_only=bool(manifest and manifest.adapter_only))
+        load_model(self, model, folder, index, bool(manifest and manifest.adapter_only), manifest)
     if self.scaler is not None:
         with agreed(f"loading {folder}"):
             self.scaler.load_state_dict(load_plain(folder / "scaler.pt"))
     for index, optimizer in enumerate(self._optimizers):
-        load_optimizer(self, optimizer, _model_of(self, optimizer, index), folder, index)
+        load_optimizer(self, optimizer, _model_of(self, optimizer, index), folder, index, manifest)
     with agreed(f"loading {folder}"):
         for hook in self._load_model_state_pre_hook.values():
             hook([], str(folder))
@@ -350,7 +355,7 @@ def load_state(
         for index, scheduler in enumerate(self._schedulers):
             state = load_plain(folder / ("scheduler.bin" if index == 0 else f"scheduler_{index}.bin"))
             scheduler.load_state_dict(repaced(state, manifest, _pace(scheduler, manifest)))
-        load_positions(self, folder)
+        load_positions(self, folder, manifest)
         _load_custom_states(self, folder)
     states = load_random_state(self, folder, manifest, "random_states_{rank}.pkl")
     if "step" in states:

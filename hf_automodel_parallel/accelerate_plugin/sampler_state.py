@@ -22,6 +22,7 @@ import numpy
 import torch
 
 from ..checkpoint.files import load_plain, save_plain
+from ..checkpoint.manifest import Manifest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,13 +65,13 @@ def save_positions(accelerator: Accelerator, folder: Path) -> None:
     save_plain(positions, folder / FILE)
 
 
-def load_positions(accelerator: Accelerator, folder: Path) -> None:
+def load_positions(accelerator: Accelerator, folder: Path, manifest: Manifest | None = None) -> None:
     """Restore what :func:`save_positions` wrote; without it (stock checkpoints) the loaders stay as they are."""
     for loader in accelerator._dataloaders:
         setattr(loader, _RESUMED, True)
     if not (folder / FILE).is_file():
         return
-    positions = load_plain(folder / FILE)
+    positions = load_plain(folder / FILE, checksums=None if manifest is None else manifest.checksums(FILE))
     if len(positions) != len(accelerator._dataloaders):
         logger.warning(
             "%s holds the shuffling of %d data loaders, %d are prepared now; theirs is left as it is",

@@ -27,8 +27,8 @@ from .manifest import (
     PREVIOUS,
     STATE_NAMES,
     Manifest,
+    add_new_files,
     check_sizes,
-    entries_of_all,
     holds_a_save,
     read_manifest,
     write_manifest,
@@ -207,7 +207,7 @@ def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
     Raises:
         CheckpointError: on all ranks; the directory stays recognisably incomplete.
     """
-    manifest.files = entries_of_all(save.folder, save.since, group)
+    add_new_files(manifest, save.folder, save.since, group)
     with agreed(f"completing {save.folder}", group):
         if rank(group) == 0:
             write_manifest(save.folder, manifest)

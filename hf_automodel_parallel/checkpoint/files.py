@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from ..errors import CheckpointError, ExportError
+from .checksums import Checksums, VerifiedReader, create
 
 #: Arrays of numbers, which numpy's random state and many a state dict contain.
 _SAFE: list[Any] = [
@@ -88,19 +89,23 @@ def sync_directory(folder: Path) -> None:
 
 def save_plain(value: Any, path: Path) -> None:
     """``torch.save`` with the path in the error, on the disk when this returns."""
-    with naming(path), path.open("wb") as stream:
+    with naming(path), create(path) as stream:
         torch.save(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
-def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = None, mmap: bool = False) -> Any:
+def load_plain(
+    source: str | Path | BinaryIO | io.BytesIO,
+    name: str | None = None,
+    mmap: bool = False,
+    checksums: Checksums | None = None,
+) -> Any:
     """``torch.load(weights_only=True)`` that also takes numpy's arrays of numbers.
 
     Args:
         source: a path or an open stream.
         name: what to call it in an error; None for the path.
-        mmap: map tensors from the file instead of reading them.
+        mmap: map tensors from the file instead of reading them, if it is not verified.
+        checksums: of the file at the path ``source``, which is verified while it is read; None to leave that out.
 
     Raises:
         CheckpointError: missing, damaged, or asks for something else than tensors, numbers, strings and containers of
@@ -109,7 +114,12 @@ def load_plain(source: str | Path | BinaryIO | io.BytesIO, name: str | None = No
     name = name or str(source)
     try:
         with torch.serialization.safe_globals(_SAFE):
+            if checksums is not None:
+                with VerifiedReader(Path(source), checksums) as stream:  # type: ignore[arg-type]
+                    return torch.load(stream, map_location="cpu", weights_only=True)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {name}: {error.strerror or error}.") from error
     except pickle.UnpicklingError as error:

@@ -1,4 +1,10 @@
-"""The manifest: what a complete checkpoint consists of, written last, checked first."""
+"""The manifest: what a complete checkpoint consists of, written last, checked first.
+
+Who checks a file's bytes, its entry says. A file with checksums of its blocks was written through
+:func:`.checksums.create`: weights, optimizer state, nearly all of the bytes. It is verified by whoever reads it. Other
+files, which Accelerate, transformers and torch write by name, have one checksum, from reading them back after the save;
+:func:`verify` reads them before a load. So does it with all files of an older checkpoint, which has no blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,6 @@ import json
 import os
 import re
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +21,7 @@ import torch
 
 from ..core.checkpoint_ranks import agreed, everyone_tells, rank, rank_zero_tells, world_size
 from ..errors import CheckpointError
+from .checksums import BLOCK, Checksums, read_back, take_written
 from .files import write_atomically
 
 MANIFEST = "checkpoint_manifest.json"
@@ -31,7 +37,6 @@ STATE_NAMES = re.compile(
 #: Names of weights that a save may have written, or somebody who exported a model to the same directory.
 _WEIGHTS_NAMES = re.compile(r"^(pytorch_model|model|adapter_model)([._-].*)?$")
 
-_CHUNK = 1 << 22
 _RANK_IN_NAME = re.compile(r"(?:^__(\d+)_\d+\.distcp|_rank(\d+)\.bin|^(?:rng_state|random_states)_(\d+)\.p\w+)$")
 
 
@@ -51,6 +56,8 @@ class Manifest:
         created: seconds since 1970.
         torch: version that wrote it.
         files: path below the directory -> ``{"size": bytes, "crc32": checksum}``.
+        block_size: bytes of the blocks that have a checksum of their own.
+        blocks: path -> CRC-32 of each block, eight hexadecimal digits each. Earlier versions of this package ignore it.
     """
 
     format: int = FORMAT
@@ -64,6 +71,27 @@ class Manifest:
     created: float = field(default_factory=time.time)
     torch: str = str(torch.__version__)
     files: dict[str, dict[str, int]] = field(default_factory=dict)
+    block_size: int = BLOCK
+    blocks: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, entry: Checksums) -> None:
+        """List a file."""
+        self.files[name] = {"size": entry.size, "crc32": entry.crc32}
+        if entry.blocks:
+            self.block_size, self.blocks[name] = entry.block_size, entry.blocks.hex()
+
+    def checksums(self, name: str) -> Checksums | None:
+        """Checksums of the blocks of the file ``name``; None if it has none."""
+        blocks = self.blocks.get(name)
+        if blocks is None or name not in self.files:
+            return None
+        entry = self.files[name]
+        return Checksums(entry["size"], entry["crc32"], self.block_size, bytes.fromhex(blocks))
+
+    def checksums_below(self, directory: str) -> dict[str, Checksums]:
+        """:meth:`checksums` of the files in ``directory``, by their name in it."""
+        found = {name: self.checksums(name) for name in self.blocks if Path(name).parent.as_posix() == directory}
+        return {Path(name).name: entry for name, entry in found.items() if entry is not None}
 
     @property
     def tp_size(self) -> int:
@@ -92,6 +120,9 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise CheckpointError(f"{path} lists {name!r}, which is outside of the checkpoint.")
             int(entry["size"]), int(entry["crc32"])
+            listed = manifest.checksums(name)
+            if listed is not None and len(listed.blocks) != 4 * -(-listed.size // listed.block_size):
+                raise CheckpointError(f"{path} is damaged: {name!r} has another number of blocks than its size tells.")
     except CheckpointError:
         raise
     except OSError as error:
@@ -104,18 +135,6 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """From here on ``folder`` is a complete checkpoint."""
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-
-
-def file_entry(path: Path, sync: bool = False) -> dict[str, int]:
-    """Size and checksum of a file; with ``sync`` also see to it that it is on the disk."""
-    size = checksum = 0
-    with path.open("rb") as stream:
-        while data := stream.read(_CHUNK):
-            size += len(data)
-            checksum = zlib.crc32(data, checksum)
-        if sync:
-            os.fsync(stream.fileno())
-    return {"size": size, "crc32": checksum}
 
 
 def holds_a_save(folder: Path) -> bool:
@@ -151,15 +170,21 @@ def responsible(name: str, ranks: int) -> int:
     return 0 if match is None else int(next(group for group in match.groups() if group)) % ranks
 
 
-def entries_of_all(folder: Path, since: int, group: Any = None) -> dict[str, dict[str, int]]:
-    """Size and checksum of every new file, each computed by one rank; collective."""
-    mine: dict[str, dict[str, int]] = {}
+def add_new_files(manifest: Manifest, folder: Path, since: int, group: Any = None) -> None:
+    """List every new file, each described by the rank that wrote it; collective.
+
+    What :func:`.checksums.create` has written is on the disk and has its checksums. The rest is read back: a few KB, as
+    long as no library writes large files by name.
+    """
+    mine: dict[str, Checksums] = {}
     with agreed(f"completing {folder}", group):
         ranks = world_size(group)
         for name in new_files(folder, since):
             if responsible(name, ranks) == rank(group):
-                mine[name] = file_entry(folder / name, sync=True)
-    return {name: entry for part in everyone_tells(mine, group) for name, entry in part.items()}
+                mine[name] = take_written(folder / name) or read_back(folder / name, sync=True)
+    for entries in everyone_tells(mine, group):
+        for name, entry in entries.items():
+            manifest.add(name, entry)
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
@@ -179,9 +204,10 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def verify(folder: str | Path, group: Any = None) -> Manifest | None:
-    """Check every file of a checkpoint against its manifest, on all ranks alike; collective.
+    """Check a checkpoint against its manifest before it is loaded, on all ranks alike; collective.
 
-    Each file is read by one rank, before anything of the running job has changed.
+    Every file has to be there in its size. Files without checksums of blocks are read, each by one rank; the others are
+    verified when they are read.
 
     Returns:
         The manifest, or None for a checkpoint without one (of stock Accelerate, or of an earlier version).
@@ -201,15 +227,16 @@ def verify(folder: str | Path, group: Any = None) -> Manifest | None:
             name: entry for name, entry in manifest.files.items() if responsible(name, ranks) == me
         }
         problems = check_sizes(folder, Manifest(files=dict(mine)))
-        if not problems:
-            for name, entry in mine.items():
-                try:
-                    found = file_entry(folder / name)
-                except OSError as error:
-                    problems.append(f"{folder / name} cannot be read ({error.strerror or error})")
-                    continue
-                if found != entry:
-                    problems.append(f"{folder / name} was changed since it was saved (its checksum differs)")
+        for name, entry in mine.items():
+            if problems or name in manifest.blocks:
+                continue
+            try:
+                found = read_back(folder / name)
+            except OSError as error:
+                problems.append(f"{folder / name} cannot be read ({error.strerror or error})")
+                continue
+            if (found.size, found.crc32) != (entry["size"], entry["crc32"]):
+                problems.append(f"{folder / name} was changed since it was saved (its checksum differs)")
         if problems:
             raise CheckpointError(
                 f"the checkpoint {folder} is damaged: {'; '.join(problems[:4])}"

@@ -6,19 +6,23 @@ the former meets an unpickler that knows nothing but the classes of metadata, an
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ..compat.checkpoint_metadata import METADATA_CLASSES
 from ..errors import CheckpointError
+from .checksums import Checksums, VerifiedReader
 from .files import load_plain
 from .shards import LocalShard
 
@@ -43,18 +47,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
-def read_metadata(folder: str | Path) -> Metadata:
-    """The metadata of a DCP directory: names, shapes, dtypes and places of all it holds. No process group is needed.
+def read_metadata(folder: str | Path, checksums: Checksums | None = None) -> Metadata:
+    """The metadata of a DCP directory: names, shapes, dtypes and offsets of all it holds. No process group is needed.
 
     Args:
         folder: a directory with a ``.metadata`` file, such as ``checkpoint-10/pytorch_model_fsdp_0``.
+        checksums: of that file, which is verified while it is read.
 
     Raises:
         CheckpointError: the file is missing, damaged, contains more than metadata, or points outside of its directory.
     """
     path = Path(folder) / METADATA_FILE
     try:
-        with path.open("rb") as stream:
+        with path.open("rb") if checksums is None else VerifiedReader(path, checksums) as stream:
             metadata = _MetadataUnpickler(stream, path).load()
     except CheckpointError:
         raise
@@ -74,29 +79,54 @@ def read_metadata(folder: str | Path) -> Metadata:
     return metadata
 
 
+class _VerifyingFileSystem(FileSystem):
+    """torch's file system, which verifies the files that have checksums while it reads them."""
+
+    def __init__(self, checksums: Mapping[str, Checksums]) -> None:
+        self.checksums = checksums
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        known = self.checksums.get(Path(path).name)
+        with super().create_stream(path, mode) if known is None else VerifiedReader(Path(path), known) as stream:
+            yield stream
+
+
 class SafeFileSystemReader(FileSystemReader):
     """torch's reader of DCP directories with :func:`read_metadata`; use it with :class:`SafeLoadPlanner`.
 
     Args:
         path: the directory.
+        metadata: if it has been read already.
+        checksums: of the files in the directory, by name; they are verified while they are read.
 
     Raises:
-        CheckpointError: naming the file that cannot be read.
+        CheckpointError: naming the file that cannot be read, or was changed.
     """
+
+    def __init__(
+        self, path: str | Path, metadata: Metadata | None = None, checksums: Mapping[str, Checksums] | None = None
+    ) -> None:
+        super().__init__(path)
+        self.fs = _VerifyingFileSystem(checksums or {})
+        self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What torch's reader returns, from a restricted unpickler."""
-        return read_metadata(Path(self.path))
+        return read_metadata(Path(self.path)) if self._metadata is None else self._metadata
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Any:
-        """Like torch's, with the file in the message of an error."""
-        by_file: dict[str, list[ReadItem]] = {}
+        """Like torch's, with the file in the message of an error, and each saved chunk read once."""
+        by_file: dict[str, dict[MetadataIndex, list[ReadItem]]] = {}
         for item in plan.items:
-            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+            chunks = by_file.setdefault(self.storage_data[item.storage_index].relative_path, {})
+            chunks.setdefault(item.storage_index, []).append(item)
         result: Any = super().read_data(LoadPlan([]), planner)
-        for name, items in by_file.items():
+        for name, requests in by_file.items():
+            once = _ReadOnce(planner, requests)
+            items = sorted(once.items, key=lambda item: self.storage_data[item.storage_index].offset)
             try:
-                super().read_data(LoadPlan(items), planner)
+                super().read_data(LoadPlan(items), once)  # type: ignore[arg-type]
             except CheckpointError:
                 raise
             except OSError as error:
@@ -107,6 +137,51 @@ class SafeFileSystemReader(FileSystemReader):
                     f"{error}."
                 ) from error
         return result
+
+
+class _ReadOnce:
+    """A planner for one read of each saved chunk, where ``planner`` wants several parts of it.
+
+    torch reads a saved chunk anew for each part. A packed projection that was saved in one chunk has two on each rank.
+
+    Attributes:
+        items: one request for each saved chunk: the only one, or the bounding box of several.
+    """
+
+    def __init__(self, planner: Any, requests: Mapping[MetadataIndex, list[ReadItem]]) -> None:
+        self._planner, self._requests = planner, requests
+        self.items = [_bounding_box(parts) for parts in requests.values()]
+
+    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        """A value that is not a tensor."""
+        self._planner.load_bytes(item, value)
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        """What torch copies the box into: the destination, or memory of its own."""
+        target = self._planner.resolve_tensor(self._requests[item.storage_index][0])
+        if len(self._requests[item.storage_index]) == 1:
+            return target
+        return torch.empty(item.lengths, dtype=target.dtype)
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        """Hand out the parts of the box."""
+        parts = self._requests[item.storage_index]
+        for part in parts:
+            if len(parts) > 1:
+                target = self._planner.resolve_tensor(part).detach()
+                starts = [at - first for at, first in zip(part.storage_offsets, item.storage_offsets, strict=True)]
+                target.copy_(tensor[tuple(slice(s, s + n) for s, n in zip(starts, part.lengths, strict=True))])
+            self._planner.commit_tensor(part, tensor)
+
+
+def _bounding_box(parts: list[ReadItem]) -> ReadItem:
+    if len(parts) == 1:
+        return parts[0]
+    first = torch.Size(map(min, zip(*(part.storage_offsets for part in parts), strict=True)))
+    ends = [map(sum, zip(part.storage_offsets, part.lengths, strict=True)) for part in parts]
+    last = map(max, zip(*ends, strict=True))
+    lengths = torch.Size(end - start for start, end in zip(first, last, strict=True))
+    return dataclasses.replace(parts[0], storage_offsets=first, lengths=lengths)
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):

@@ -1,4 +1,4 @@
-"""The two forms of a saved state: a DCP directory that each rank reads its pieces of, or one file that rank 0 reads."""
+"""The two forms of a saved state: a DCP directory, whose chunks each rank reads, or one file that rank 0 reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ..core.checkpoint_ranks import agreed, from_dcp, rank, rank_zero_tells
 from ..core.ranks import communication_device
 from ..errors import CheckpointError
 from .files import load_plain
-from .reader import SafeFileSystemReader, SafeLoadPlanner, read_metadata
+from .manifest import Manifest
+from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_metadata
 from .shards import LocalShard
 from .writer import Path_
 
@@ -60,15 +61,18 @@ class DcpSource:
     Args:
         folder: the directory.
         root: the first part of each path ("model", "optimizer"), left out of :attr:`entries`.
+        manifest: of the checkpoint that the directory belongs to; its files are verified while they are read.
 
     Raises:
         CheckpointError: on all ranks.
     """
 
-    def __init__(self, folder: Path, root: str, group: Any = None) -> None:
+    def __init__(self, folder: Path, root: str, manifest: Manifest | None = None, group: Any = None) -> None:
         self.name, self.folder, self.group = str(folder), folder, group
+        checksums = {} if manifest is None else manifest.checksums_below(folder.name)
         with agreed(f"reading {folder}", group):
-            metadata = read_metadata(folder)
+            metadata = read_metadata(folder, checksums.get(METADATA_FILE))
+            self._reader = SafeFileSystemReader(folder, metadata, checksums)
             paths = metadata.planner_data or {}
             self._keys: dict[Path_, str] = {}
             self.entries: dict[Path_, Entry] = {}
@@ -84,12 +88,12 @@ class DcpSource:
                 )
 
     def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
-        """Each rank reads its pieces from the files that hold them."""
+        """Each rank reads its chunks from the files that hold them."""
         state = {self._keys[path]: part for path, part in parts.items()}
         try:
             dcp.load(
                 state,  # type: ignore[arg-type]
-                storage_reader=SafeFileSystemReader(self.folder),
+                storage_reader=self._reader,
                 planner=SafeLoadPlanner(),
                 process_group=self.group,
                 no_dist=not dist.is_initialized(),
@@ -101,23 +105,28 @@ class DcpSource:
 
 class FileSource:
     """A file of ``torch.save``, which rank 0 alone has to see; the others get each tensor from it and keep their
-    pieces.
+    chunks.
+
+    Rank 0 holds the tensors of a verified file in memory until they are handed out, as it did when it gathered them for
+    the save. A file without checksums is mapped.
 
     Args:
         path: the file.
         depth: dictionaries (and lists) that are nested in each other: 1 for weights, 3 for an optimizer.
+        manifest: of the checkpoint that the file belongs to; it is verified while it is read.
 
     Raises:
         CheckpointError: on all ranks.
     """
 
-    def __init__(self, path: Path, depth: int, group: Any = None) -> None:
+    def __init__(self, path: Path, depth: int, manifest: Manifest | None = None, group: Any = None) -> None:
         self.name, self.group = str(path), group
         self._values: dict[Path_, Any] = {}
         entries: dict[Path_, Entry] = {}
         with agreed(f"reading {path}", group):
             if rank(group) == 0:
-                self._values = dict(_flat(load_plain(path, mmap=True), depth))
+                checksums = None if manifest is None else manifest.checksums(path.name)
+                self._values = dict(_flat(load_plain(path, mmap=True, checksums=checksums), depth))
                 for key, value in self._values.items():
                     entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
         self.entries: Mapping[Path_, Entry] = rank_zero_tells(entries, group)
@@ -133,7 +142,7 @@ class FileSource:
                 continue
             entry, device = self.entries[path], communication_device()
             whole = (
-                self._values[path].to(device).contiguous()
+                self._values.pop(path).to(device).contiguous()
                 if rank(self.group) == 0
                 else torch.empty(entry.size or (), dtype=entry.dtype, device=device)
             )

@@ -95,7 +95,9 @@ def _whole(state: State, path: Path) -> Task:
     return write
 
 
-def restore_model(model: nn.Module, folder: Path, index: int = 0, adapter_only: bool = False) -> None:
+def restore_model(
+    model: nn.Module, folder: Path, index: int = 0, adapter_only: bool = False, manifest: Manifest | None = None
+) -> None:
     """Load the weights of ``model`` from a checkpoint, on any mesh or none; collective.
 
     Args:
@@ -103,18 +105,21 @@ def restore_model(model: nn.Module, folder: Path, index: int = 0, adapter_only: 
         folder: the checkpoint.
         index: number of the model among those of an Accelerator.
         adapter_only: the checkpoint may lack the frozen weights of a PEFT model's base.
+        manifest: of the checkpoint, from :func:`.manifest.verify`: files are verified while they are read.
 
     Raises:
         CheckpointError: on all ranks.
     """
     name = f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"
-    load_model(model, _source(folder, f"{MODEL}_{index}", name, "model", 1), adapter_only)
+    load_model(model, _source(folder, f"{MODEL}_{index}", name, "model", 1, manifest), adapter_only)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int = 0) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int = 0, manifest: Manifest | None = None
+) -> None:
     """Load the state of ``optimizer``, which trains ``model``; see :func:`restore_model`."""
     name = f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"
-    load_optimizer(optimizer, model, _source(folder, f"{OPTIMIZER}_{index}", name, "optimizer", 3))
+    load_optimizer(optimizer, model, _source(folder, f"{OPTIMIZER}_{index}", name, "optimizer", 3, manifest))
 
 
 def load_training_state(
@@ -123,7 +128,8 @@ def load_training_state(
     """Load weights, and the state of an optimizer, that this package (or stock Accelerate with FSDP2) has saved.
 
     For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its
-    ``load_state``. Every file is checked first; nothing in a file is run. Collective if there is a process group.
+    ``load_state``. Files are verified, at the latest while they are read; nothing in a file is run. Collective if there
+    is a process group.
 
     Args:
         folder: the checkpoint of ``save_state`` or of a Trainer.
@@ -141,13 +147,13 @@ def load_training_state(
     """
     folder = to_load(folder)
     manifest = verify(folder)
-    restore_model(model, folder, adapter_only=manifest is None or manifest.adapter_only)
+    restore_model(model, folder, adapter_only=manifest is None or manifest.adapter_only, manifest=manifest)
     if optimizer is not None:
-        restore_optimizer(raw_optimizer(optimizer), model, folder)
+        restore_optimizer(raw_optimizer(optimizer), model, folder, manifest=manifest)
     return manifest
 
 
-def _source(folder: Path, directory: str, file: str, root: str, depth: int) -> Source:
+def _source(folder: Path, directory: str, file: str, root: str, depth: int, manifest: Manifest | None) -> Source:
     sharded = False
     with agreed(f"loading {folder}"):
         if rank() == 0:
@@ -158,5 +164,5 @@ def _source(folder: Path, directory: str, file: str, root: str, depth: int) -> S
                     f"from. A checkpoint of save_only_model=True, or of save_model, is for from_pretrained."
                 )
     if rank_zero_tells(sharded):
-        return DcpSource(folder / directory, root)
-    return FileSource(folder / file, depth)
+        return DcpSource(folder / directory, root, manifest)
+    return FileSource(folder / file, depth, manifest)

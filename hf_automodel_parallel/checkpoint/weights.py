@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..errors import ExportError
@@ -20,18 +19,6 @@ from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_m
 _SHARDED, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 
 
-class _Reader(SafeFileSystemReader):
-    """Knows the metadata already, which would be read again for each tensor."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What was read at the beginning."""
-        return self._metadata
-
-
 class ShardedWeights:
     """A directory of torch.distributed.checkpoint.
 
@@ -41,7 +28,7 @@ class ShardedWeights:
 
     def __init__(self, folder: Path) -> None:
         metadata = read_metadata(folder)
-        self._reader = _Reader(folder, metadata)
+        self._reader = SafeFileSystemReader(folder, metadata)  # the metadata is not read again for each tensor
         self._keys: dict[str, str] = {}
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         paths = metadata.planner_data or {}

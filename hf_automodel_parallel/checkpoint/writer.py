@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from ..core.checkpoint_ranks import agreed, from_dcp, rank
+from .checksums import create, renamed
 from .files import naming
 from .shards import LocalShard
 
@@ -22,13 +23,17 @@ from .shards import LocalShard
 Path_ = tuple[str | int, ...]
 
 
-class _NamingFileSystem(FileSystem):
-    """torch's file system with the path in each error."""
+class _ChecksumFileSystem(FileSystem):
+    """torch's file system, which computes checksums of what is written and names the path in each error."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with naming(path), super().create_stream(path, mode) as stream:
+        with naming(path), create(path) if mode == "wb" else super().create_stream(path, mode) as stream:
             yield stream
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        renamed(path, new_path)
 
 
 class FlatSavePlanner(DefaultSavePlanner):
@@ -70,7 +75,7 @@ def save_chunks(
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
         writer = FileSystemWriter(folder)
-        writer.fs = _NamingFileSystem()
+        writer.fs = _ChecksumFileSystem()
         if rank(group) != 0:  # DCP would spread replicated values over the ranks, and they may differ
             state = {key: v for key, v in state.items() if isinstance(v, LocalShard) and not v.replicated}
     try:

@@ -43,7 +43,7 @@ class ParallelTrainer(ParallelEvaluation):
     _tasks: list[Task] | None = None
     #: The checkpoint that goes to the hub when it is complete.
     _to_push: str | None = None
-    #: The checkpoint whose files have been checked, and its manifest.
+    #: The checkpoint that :func:`verify` has looked at, and its manifest.
     _verified: tuple[str, Manifest | None] | None = None
 
     # ---- resuming --------------------------------------------------------------------------------------------------
@@ -73,9 +73,9 @@ class ParallelTrainer(ParallelEvaluation):
         return result
 
     def _manifest_of(self, checkpoint: str) -> Manifest | None:
-        if self._verified is not None and self._verified[0] == str(checkpoint):
-            return self._verified[1]
-        return verify(checkpoint)
+        if self._verified is None or self._verified[0] != str(checkpoint):
+            self._verified = (str(checkpoint), verify(checkpoint))
+        return self._verified[1]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Like the Trainer's, for a checkpoint with a training state of FSDP; there on any mesh, or in one process."""
@@ -83,40 +83,41 @@ class ParallelTrainer(ParallelEvaluation):
         if not (self.is_fsdp_enabled or _has_training_state(folder)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self._manifest_of(resume_from_checkpoint)
-        self._load_weights(folder, self.model if model is None else model)
+        manifest = self._manifest_of(resume_from_checkpoint)
+        self._load_weights(folder, self.model if model is None else model, manifest)
 
-    def _load_weights(self, folder: Path, model: nn.Module) -> None:
+    def _load_weights(self, folder: Path, model: nn.Module, manifest: Manifest | None) -> None:
         logger.info("loading the weights from %s", folder)
         if self.is_fsdp_enabled:
-            checkpoints.load_model(self.accelerator, model, folder, 0, adapter_only=True)
+            checkpoints.load_model(self.accelerator, model, folder, 0, adapter_only=True, manifest=manifest)
         else:
-            restore_model(model, folder, adapter_only=True)
+            restore_model(model, folder, adapter_only=True, manifest=manifest)
 
     def _load_best_model(self) -> None:
-        """Like the Trainer's, after a look at every file."""
+        """Like the Trainer's, from verified files."""
         best = self.state.best_model_checkpoint
         wait_for_saves()
         if best is None or not (self.is_fsdp_enabled or _has_training_state(Path(best))):
             super()._load_best_model()
             return
         folder = to_load(best)
-        verify(folder)
+        manifest = verify(folder)
         logger.info("loading the best model from %s (score: %s)", folder, self.state.best_metric)
-        self._load_weights(folder, self.model)
+        self._load_weights(folder, self.model, manifest)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Like the Trainer's; a checkpoint without an optimizer's state is an error instead of a fresh start."""
         if checkpoint is None or not (self.is_fsdp_enabled or _has_training_state(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
+        folder, manifest = Path(checkpoint), self._manifest_of(checkpoint)
         if self.is_fsdp_enabled:
-            checkpoints.load_optimizer(self.accelerator, self.optimizer, self.model, folder, 0)
+            checkpoints.load_optimizer(self.accelerator, self.optimizer, self.model, folder, 0, manifest)
         else:
-            restore_optimizer(raw_optimizer(self.optimizer), self.model, folder)
+            restore_optimizer(raw_optimizer(self.optimizer), self.model, folder, manifest=manifest)
+        checksums = None if manifest is None else manifest.checksums("scheduler.pt")
         with agreed(f"loading {folder}"):
-            self.lr_scheduler.load_state_dict(load_plain(folder / "scheduler.pt"))
+            self.lr_scheduler.load_state_dict(load_plain(folder / "scheduler.pt", checksums=checksums))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Like the Trainer's, with the file in an error."""

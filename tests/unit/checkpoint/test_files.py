@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import time
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -23,11 +25,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_automodel_parallel import AutoParallelismConfig, compat
+from hf_automodel_parallel.checkpoint import checksums, files, manifest, random_states, reader, training, writer
 from hf_automodel_parallel.checkpoint import commit as directory
-from hf_automodel_parallel.checkpoint import files, manifest, random_states, reader, writer
 from hf_automodel_parallel.checkpoint.shards import LocalShard
 from hf_automodel_parallel.checkpoint.training import How, collect_model, restore_model
 from hf_automodel_parallel.compat.checkpoint_metadata import METADATA_CLASSES
+from hf_automodel_parallel.core.shard_layout import tp_chunks
+from hf_automodel_parallel.core.sharding_spec import ParameterSpec
 from hf_automodel_parallel.errors import CheckpointError, ConfigError
 from hf_automodel_parallel.loading.files import resolve_files
 
@@ -196,6 +200,121 @@ def test_missing_keys_and_other_shapes_are_named(tmp_path):
         load_directory(folder, {"model.bias": torch.zeros(3)})
     with pytest.raises(BaseException, match=r"model.weight \(\(3, 4\) in the checkpoint, \(4, 3\) here\)"):
         load_directory(folder, {"model.weight": torch.zeros(4, 3)})
+
+
+# ---- checksums -----------------------------------------------------------------------------------------------------
+
+
+def bytes_read() -> int:
+    """By this process, from files and pipes, also those that the system has in memory."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(checksums, "BLOCK", 1 << 12)
+
+
+def trained(sharded: bool, folder: Path, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer, list]:
+    """A model of 1.4 MB after a step, its optimizer, and what saves them to ``folder``."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(400, 401), torch.nn.Linear(401, 500))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 400)).sum().backward()
+    optimizer.step()
+    how = training.How(sharded)
+    collect = [
+        lambda: training.collect_model(model, folder, 0, how),
+        lambda: training.collect_optimizer(optimizer, model, folder, 0, how),
+    ]
+    return model, optimizer, collect
+
+
+def save_trained(folder: Path, sharded: bool, seed: int = 0) -> torch.nn.Module:
+    model, _, collect = trained(sharded, folder, seed)
+    begun = directory.begin(folder)
+    for task in collect:
+        task()(None)
+    (folder / "trainer_state.json").write_text("written by a library")
+    directory.complete(begun, manifest.Manifest())
+    return model
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_no_byte_is_read_back_after_a_save_or_twice_in_a_load(tmp_path, small_blocks, sharded):
+    save_trained(tmp_path / "imports", sharded)
+    training.load_training_state(tmp_path / "imports", *trained(sharded, tmp_path, 1)[:2])
+    before = bytes_read()
+    saved = save_trained(tmp_path / "m", sharded)
+    read_at_save = bytes_read() - before
+    size = sum(path.stat().st_size for path in (tmp_path / "m").rglob("*") if path.is_file())
+    model, optimizer, _ = trained(sharded, tmp_path, 1)
+    before = bytes_read()
+    training.load_training_state(tmp_path / "m", model, optimizer)
+    read_at_load = bytes_read() - before
+    assert size > 4_000_000 and all(map(torch.equal, model.parameters(), saved.parameters()))
+    assert read_at_save < size / 20
+    assert size * 0.95 < read_at_load < size * 1.05
+
+
+def test_a_saved_chunk_is_read_once_for_all_chunks_of_a_rank(tmp_path):
+    """[gate; up] was saved in one chunk; this rank holds rows of both."""
+    full = torch.arange(400_000.0).reshape(800, 500)
+    writer.save_chunks({"w": LocalShard.of(full)}, {"w": ("w",)}, tmp_path)
+    chunks = tp_chunks(full.shape, ParameterSpec(dim=0, blocks=2), 1, 4)
+    shard = LocalShard(full.shape, torch.zeros(200, 500), chunks)
+    load_directory(tmp_path, {"w": shard})
+    before = bytes_read()
+    load_directory(tmp_path, {"w": shard})
+    assert bytes_read() - before < full.nbytes * 1.05
+    assert torch.equal(shard.local, torch.cat([full[100:200], full[500:600]]))
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "full"])
+def test_a_flipped_byte_is_found_while_it_is_read(tmp_path, small_blocks, sharded):
+    save_trained(tmp_path / "m", sharded)
+    for path in sorted((tmp_path / "m").rglob("*")):
+        if path.is_dir() or path.name == manifest.MANIFEST:
+            continue
+        content, middle = path.read_bytes(), path.stat().st_size // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} was changed"):
+            training.load_training_state(tmp_path / "m", *trained(sharded, tmp_path, 1)[:2])
+        path.write_bytes(content)
+    training.load_training_state(tmp_path / "m", *trained(sharded, tmp_path, 1)[:2])
+
+
+def test_a_file_that_was_changed_after_it_was_written_is_read_back(tmp_path):
+    begun = directory.begin(tmp_path)
+    for name in ("optimizer.bin", "scheduler.bin"):
+        files.save_plain({"a": 1}, tmp_path / name)
+    with (tmp_path / "optimizer.bin").open("ab") as stream:
+        stream.write(b"more")
+    directory.complete(begun, manifest.Manifest())
+    found = manifest.verify(tmp_path)
+    assert set(found.files) == {"optimizer.bin", "scheduler.bin"} and set(found.blocks) == {"scheduler.bin"}
+
+
+def test_a_manifest_without_blocks_is_verified_before_the_load(tmp_path):
+    """Of an earlier version: every file is read first."""
+    save_trained(tmp_path / "m", True)
+    path = tmp_path / "m" / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    del content["blocks"], content["block_size"]
+    path.write_text(json.dumps(content))
+    model, optimizer, _ = trained(True, tmp_path, 1)
+    training.load_training_state(tmp_path / "m", model, optimizer)
+    file = tmp_path / "m" / "optimizer_0" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-9] + b"x" + file.read_bytes()[-8:])
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp was changed.*Nothing was loaded"):
+        training.load_training_state(tmp_path / "m", model, optimizer)
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (4096, 4096), (3, 100_001)])
+def test_checksum_of_a_concatenation(lengths):
+    first, second = map(os.urandom, lengths)
+    joined = checksums.concatenated(zlib.crc32(first), zlib.crc32(second), len(second))
+    assert joined == zlib.crc32(first + second)
 
 
 # ---- the life of a directory ---------------------------------------------------------------------------------------
