@@ -46,11 +46,11 @@ class PairsOfLayers(DefaultParallelizationStrategy):
 
     def apply_data_parallel(self, context):
         structure = context.structure
-        options = unit_options(context.dp_mesh, context.options)
+        options = unit_options(context.dp_mesh, context.fsdp)
         fully_shard_fn = options.pop("fully_shard_fn")
         for first in range(0, len(structure.layers), 2):
             pair = structure.layers[first : first + 2]
-            fully_shard_fn(pair, **options, reshard_after_forward=context.options.reshard_after_forward)
+            fully_shard_fn(pair, **options, reshard_after_forward=context.fsdp.reshard_after_forward)
         # What is left (embedding, final norm and head, root) is the default's business.
         context.structure = dataclasses.replace(structure, layers=[])
         super().apply_data_parallel(context)

@@ -6,7 +6,7 @@ Only light names are imported here; everything that needs a model or a process g
 
 from typing import TYPE_CHECKING, Any
 
-from .accelerate_plugin.config import AutoParallelismConfig
+from .config import AutoParallelismConfig
 from .errors import (
     AutoParallelError,
     CheckpointError,
@@ -19,6 +19,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .arguments import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .checkpoint.background import wait_for_saves
     from .checkpoint.commit import last_complete_checkpoint
     from .checkpoint.training import load_training_state
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .strategies.base import ParallelizationStrategy
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy, register_parallel_strategy
-    from .trainer_plugin.arguments import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -63,8 +63,8 @@ __all__ = [
 _LAZY = {
     "apply_selective_activation_checkpointing": ".selective_checkpointing",
     "from_pretrained": ".loading",
-    "AutoParallelArgumentsMixin": ".trainer_plugin.arguments",
-    "AutoParallelTrainingArguments": ".trainer_plugin.arguments",
+    "AutoParallelArgumentsMixin": ".arguments",
+    "AutoParallelTrainingArguments": ".arguments",
     "register_optimized_plan": ".plan.sources.registry",
     "register_plan": ".plan.select",
     "verify_plan": ".plan_search.verify",

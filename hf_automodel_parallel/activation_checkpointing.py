@@ -22,10 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
+from .core.options import CHECKPOINTING_MODES
 from .errors import ConfigError, UnsupportedError
-
-#: Values of ``activation_checkpointing``.
-CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
 
 Contexts = Callable[[], tuple[Any, Any]]
 

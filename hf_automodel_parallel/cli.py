@@ -18,6 +18,15 @@ app = typer.Typer(
 )
 
 
+_OPTIONS_TITLE = """\
+# Options
+
+Fields of `AutoParallelismConfig`, in every text form under the same names, besides the sizes of the mesh axes
+(`dp_replicate`, `dp_shard`, `cp`, `tp`, each with or without `_size`). Printed by `hf-automodel-parallel options`; each
+is declared in `hf_automodel_parallel/core/options.py`.
+"""
+
+
 @app.callback()
 def _root() -> None:
     """Keep subcommands even while there is only one."""
@@ -46,7 +55,7 @@ def plan(
     """
     from rich.console import Console
 
-    from .accelerate_plugin.config import AutoParallelismConfig
+    from .config import AutoParallelismConfig
     from .core.model_structure import find_layers
     from .core.model_view import ModelView
     from .plan.analysis.sequence_parallel import derive
@@ -100,6 +109,15 @@ def plan(
         console.print(f"note: {note}", highlight=False)
     for entry in spec.unmatched:
         console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
+
+
+@app.command()
+def options() -> None:
+    """Print the table of all options of AutoParallelismConfig, in Markdown (docs/options.md)."""
+    from .core.option_fields import markdown_table
+    from .core.options import OptionFields
+
+    typer.echo(f"{_OPTIONS_TITLE}\n{markdown_table(OptionFields)}", nl=False)
 
 
 app.command("export", epilog=export_command.EPILOG)(export_command.export)

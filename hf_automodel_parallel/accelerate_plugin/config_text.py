@@ -1,10 +1,7 @@
-"""The text forms of a config: YAML and JSON files, JSON text, ``name=value`` pairs, and JSON-ready pictures of
-values.
-"""
+"""The text forms of a config: YAML and JSON files, JSON text and ``name=value`` pairs."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,35 +10,6 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import yaml
-
-    from .config import AutoParallelismConfig
-
-#: Fields, besides the sizes, that decide which collectives run and in which order: ranks that differ in one wait for
-#: ever. Not among them are where a plan comes from (what it came to is compared when a model is prepared) and what each
-#: rank does alone.
-DECIDE_COLLECTIVES = (
-    *("backend", "megatron_fsdp", "towers", "reshard_after_forward", "forward_prefetch", "backward_prefetch"),
-    *("sequence_parallel", "sequence_parallel_regather", "async_tensor_parallel", "loss_parallel"),
-    *("activation_checkpointing", "compile", "check_optimizer", "audit", "audit_steps", "async_save"),
-)
-
-#: Field -> values that mean another one.
-_SYNONYMS: dict[str, dict[Any, str]] = {
-    "audit": {None: "first_step", True: "first_step", False: "off"},
-    "activation_checkpointing": {True: "full", False: "none"},
-    "towers": {None: "root"},
-}
-
-
-def collective_choices(config: AutoParallelismConfig) -> dict[str, Any]:
-    """The values of :data:`DECIDE_COLLECTIVES`, one for all ways to write it, as text or numbers that ranks can
-    exchange.
-    """
-    values = {name: getattr(config, name) for name in DECIDE_COLLECTIVES}
-    return {
-        name: plain(value if isinstance(value, Mapping) else _SYNONYMS.get(name, {}).get(value, value))
-        for name, value in values.items()
-    }
 
 
 def is_file(text: str) -> bool:
@@ -125,25 +93,8 @@ def _nonempty(parts: Iterable[str]) -> Iterable[str]:
     return (part.strip() for part in parts if part.strip())
 
 
-def plain(value: Any) -> Any:
-    """A JSON-ready picture of a field's value; callables become import paths."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if callable(value) and hasattr(value, "__qualname__") and hasattr(value, "__module__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return repr(value)
-
-
 def restore(name: str, value: Any) -> Any:
-    """Undo :func:`plain` for the fields that are objects."""
-    if name == "plan_order" and isinstance(value, list):
-        return tuple(value)
+    """The value of the field ``name`` from its JSON form: Accelerate's handlers are objects."""
     if name.endswith("_handler") and isinstance(value, Mapping):
         from accelerate.utils import dataclasses as accelerate_dataclasses
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from accelerate.utils import DDPCommunicationHookType, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
@@ -30,6 +31,8 @@ from ..backends.megatron_fsdp.accelerate import watch as watch_megatron
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..context_parallel.buffers import sharded_buffers
 from ..core.mesh import MeshAxes
+from ..core.option_fields import meaning_of
+from ..core.options import ParallelOptions
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..export.gathering import file_dtypes, keep_file_dtypes
@@ -42,17 +45,14 @@ from ..peft.operations import manage_adapters, merge_whole_weights
 from ..strategies.base import refuse_sharded
 from ..strategies.context import ParallelizeContext
 from ..strategies.registry import get_parallelization_strategy
-from ..trainer_plugin.checks import check_trainer, is_of_trainer, remember_trainer
-from ..trainer_plugin.extend import extend_trainer
-from ..trainer_plugin.preemption import adopt_signal_handler, agree_on_signal
 from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
-from .config import AutoParallelismConfig, normalized_audit
 from .data_loaders import gather_for_metrics, prepare_data_loader, prepare_scheduler
 from .generation import guard_generation
+from .hooks import Hooks, hooks_of, set_hooks
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
 from .prepared import PreparedModel, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
 from .sampler_state import skip_first_batches
-from .saving import bind_saving, bind_trainer, save_model
+from .saving import bind_saving, save_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,19 +60,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
+def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -> None:
     """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
 
-    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, and a
-    Trainer extended, so that checkpoints of a parallel run can be read in one process.
+    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, so that
+    checkpoints of a parallel run can be read in one process.
 
     Raises:
         ConfigError: what Accelerate was given beside the config contradicts it.
     """
     if config.device_mesh is None:
-        config.check_accelerator(accelerator)
+        ParallelismConfig._validate_accelerator(config, accelerator)
         accelerator.load_state = types.MethodType(load_state_in_one_process, accelerator)
-        extend_trainer(accelerator)
         return
     plugin = _plugin(accelerator)
     _check_surroundings(accelerator, plugin)
@@ -80,14 +79,11 @@ def install(config: AutoParallelismConfig, accelerator: Accelerator) -> None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     compat.set_distributed_type_fsdp(accelerator)
     accelerator.state.fsdp_plugin = plugin
-    config.check_accelerator(accelerator)
+    ParallelismConfig._validate_accelerator(config, accelerator)  # ours overrides it, and has called this function
     compat.silence_redistribution_hints()
     for name, function in BOUND_METHODS.items():
         setattr(accelerator, name, types.MethodType(function, accelerator))
-    trainer = extend_trainer(accelerator)
-    if trainer is not None:
-        bind_trainer(trainer, accelerator)
-        remember_trainer(accelerator, trainer)
+    set_hooks(accelerator, hooks)
     _leave_cleanly()
 
 
@@ -167,8 +163,8 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
         with raise_on_all_ranks("Accelerator.prepare"):
             _check_arguments(models, device_placement)
             if optimizers:
-                check_trainer(self)
-    adopt_signal_handler()
+                hooks_of(self).check(self)
+    hooks_of(self).before_prepare()
     record = prepared(models[0]) if models else None
     if models and record is None:
         record = _parallelize(self, models[0], optimizers)
@@ -209,11 +205,12 @@ def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[to
 def _shard(
     accelerator: Accelerator, model: nn.Module, raw: list[torch.optim.Optimizer], pending: PendingValues
 ) -> PreparedModel:
-    config: AutoParallelismConfig = accelerator.parallelism_config  # type: ignore[assignment]
+    config: Any = accelerator.parallelism_config
+    options = ParallelOptions.of(config)
     with raise_on_all_ranks("Accelerator.prepare"):
         strategy = get_parallelization_strategy(model)
-        if config.backend == "megatron_fsdp":
-            strategy = megatron_strategy(accelerator, config, strategy)
+        if options.backend == "megatron_fsdp":
+            strategy = megatron_strategy(accelerator, options, strategy)
         if accelerator.verify_device_map(model):
             raise PrepareError(
                 "the model was loaded with a device_map over several devices; load it without device_map."
@@ -225,25 +222,19 @@ def _shard(
             mesh=accelerator.torch_device_mesh,
             pending=pending,
             device=accelerator.device,
-            options=sharding_options(accelerator, config, model),
-            tp_plan=config.tp_plan,
-            plan_order=config.plan_order,
-            sequence_parallel=config.sequence_parallel,
-            sequence_parallel_regather=config.sequence_parallel_regather,
-            loss_parallel=config.loss_parallel,
-            loss_chunk_size=config.loss_chunk_size,
-            async_tensor_parallel=config.async_tensor_parallel,
+            options=options,
+            fsdp=sharding_options(accelerator, options, model),
             context_parallel=config.cp_enabled,
             layer_classes=layer_classes(accelerator.state.fsdp_plugin),
             load_on_rank_zero=bool(accelerator.state.fsdp_plugin.cpu_ram_efficient_loading),
             sharded_checkpoints="SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type),
-            checkpointing=checkpointing(accelerator, config, model),
-            compile_options=compile_options(accelerator, config),
-            offload_activations=offload_activations(accelerator, config, model),
+            checkpointing=checkpointing(accelerator, options, model),
+            compile_options=compile_options(accelerator, options),
+            offload_activations=offload_activations(accelerator, options, model),
         )
         strategy.plan(context)
     strategy.compare_ranks(context)
-    _check_on_shards(config, context, raw, names)
+    _check_on_shards(context, raw, names)
     upcast: list[str] = []
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
@@ -261,7 +252,7 @@ def _shard(
     keep_file_dtypes(model, {name: dtypes[name] for name in upcast})
     remember(model, record)
     for optimizer in raw:
-        _attach(optimizer, record)
+        _attach(accelerator, optimizer, record)
     _watch(model, context)
     if managed_by_megatron(model) is not None:
         watch_megatron(model)
@@ -308,16 +299,15 @@ def _after_unload(plain: nn.Module, record: PreparedModel) -> None:
 
 
 def _check_on_shards(
-    config: AutoParallelismConfig,
     context: ParallelizeContext,
     optimizers: list[torch.optim.Optimizer],
     names: list[list[list[str]]],
 ) -> None:
     """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
-    if not optimizers or not config.check_optimizer:
+    if not optimizers or not context.options.check_optimizer:
         return
     parameters = dict(context.model.named_parameters())
-    if config.backend == "megatron_fsdp":
+    if context.options.backend == "megatron_fsdp":
         from ..backends.megatron_fsdp.optimizer_check import check_elementwise
 
         with raise_on_all_ranks("Accelerator.prepare"):
@@ -332,8 +322,8 @@ def _check_on_shards(
             context.dp_mesh,
             context.tp_mesh,
             context.device,
-            context.options.offload_policy,
-            {name for name, p in parameters.items() if p in context.options.ignored_parameters},
+            context.fsdp.offload_policy,
+            {name for name, p in parameters.items() if p in context.fsdp.ignored_parameters},
         )
 
 
@@ -360,16 +350,16 @@ def _adopt_optimizers(self: Accelerator, record: PreparedModel | None, optimizer
         owner.handed_over_late = not owner.trainable
         names = parameter_names(owner.context.model)
         groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-        _check_on_shards(owner.config, owner.context, [optimizer], [groups])
+        _check_on_shards(owner.context, [optimizer], [groups])
         if managed_by_megatron(owner.context.model) is not None and attached_to(optimizer) is not owner:
             owner.strategy.switch_optimizer(
                 owner.context, optimizer, groups, dict(owner.context.model.named_parameters())
             )
         owner.trainable = True
-        _attach(optimizer, owner)
+        _attach(self, optimizer, owner)
 
 
-def _attach(optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
+def _attach(accelerator: Accelerator, optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
     """What every step of ``optimizer`` needs, once however often it is prepared.
 
     Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is
@@ -378,17 +368,18 @@ def _attach(optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
     """
     if attached_to(optimizer) is record:
         return
+    hooks = hooks_of(accelerator)
     attach(optimizer, record)
     if record.audit is None:
         record.audit = _audit(record)
     record.audit.optimizers.add(optimizer)
-    optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping))
+    optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping, hooks))
     optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.context.model)])  # type: ignore[arg-type,func-returns-value]
 
 
 def _audit(record: PreparedModel) -> Audit:
     context = record.context
-    every = {"off": 0, "every_n_steps": record.config.audit_steps}.get(normalized_audit(record.config.audit))
+    every = {"off": 0, "every_n_steps": context.options.audit_steps}.get(meaning_of(context.options, "audit"))
     compiled = (
         without_units_inside(context.structure.layers)
         if context.compile_options is not None and context.structure
@@ -400,13 +391,13 @@ def _audit(record: PreparedModel) -> Audit:
     return Audit(context.model, trainable, compiled, record.config.tp_size or 1, every)
 
 
-def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer) -> None:
+def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:
     """Sum what is outstanding; in the steps that are audited, look at the gradients."""
     if record.context.tensor_parallel is not None:
         record.context.tensor_parallel.partial.flush()
     if record.audit is not None:
         record.audit.before_step(optimizer)
-    agree_on_signal()
+    hooks.before_step()
 
 
 def _prepare_model(
@@ -420,7 +411,7 @@ def _prepare_model(
     """
     if evaluation_mode and prepared(model) is None:
         refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
-        if not is_of_trainer(self, model):
+        if not hooks_of(self).trains(model):
             return type(self).prepare_model(self, model, device_placement, evaluation_mode)
     return self.prepare(model)
 

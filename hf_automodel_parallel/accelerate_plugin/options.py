@@ -1,6 +1,4 @@
-"""What config, Accelerate's plugins and the model ask for together, as options of the steps; contradictions are
-refused.
-"""
+"""What the options, Accelerate's plugins and the model come to together; contradictions are refused."""
 
 from __future__ import annotations
 
@@ -13,27 +11,29 @@ from torch import nn
 from .. import compat
 from ..activation_checkpointing import normalized_mode
 from ..core.model_view import ModelView
+from ..core.options import ParallelOptions
 from ..errors import ConfigError
 from ..fsdp.dtype_groups import own_dtype_parameters
 from ..fsdp.options import ShardingOptions, without_pinning
-from .config import AutoParallelismConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> ShardingOptions:
+def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> ShardingOptions:
+    """Behaviour of FSDP2 on ``model``."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin = accelerator.state.fsdp_plugin
-    reshard = plugin.reshard_after_forward if config.reshard_after_forward is None else config.reshard_after_forward
+    config: Any = accelerator.parallelism_config
+    reshard = plugin.reshard_after_forward if asked.reshard_after_forward is None else asked.reshard_after_forward
     options = ShardingOptions(
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-        # Without ranks to share with there is nothing to free: the gathered parameter is the shard.
+        # On one rank there is nothing to reshard: the unsharded parameter is the shard.
         reshard_after_forward=bool(reshard) and config.dp_shard_size * config.cp_size > 1,
-        forward_prefetch=config.forward_prefetch,
-        backward_prefetch=config.backward_prefetch,
-        towers=config.towers,
+        forward_prefetch=asked.forward_prefetch,
+        backward_prefetch=asked.backward_prefetch,
+        towers=asked.towers,
     )
     if not isinstance(plugin.cpu_offload, (bool, type(None))):
         options.offload_policy = without_pinning(plugin.cpu_offload, accelerator.device)
@@ -47,14 +47,18 @@ def sharding_options(accelerator: Accelerator, config: AutoParallelismConfig, mo
     return options
 
 
-def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> str:
-    """The mode that config, plugin and model ask for together; two wishes are one too many."""
-    mode = normalized_mode(config.activation_checkpointing)
+def checkpointing(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> str:
+    """The mode that options, plugin and model ask for together.
+
+    Raises:
+        ConfigError: two of them ask for different ones.
+    """
+    mode = normalized_mode(asked.activation_checkpointing)
     if accelerator.state.fsdp_plugin.activation_checkpointing:
-        if config.activation_checkpointing is not None and mode != "full":
+        if asked.activation_checkpointing is not None and mode != "full":
             raise ConfigError(
                 f"fsdp_plugin.activation_checkpointing=True and "
-                f"activation_checkpointing={config.activation_checkpointing!r} contradict each other. Give one of the "
+                f"activation_checkpointing={asked.activation_checkpointing!r} contradict each other. Give one of the "
                 "two."
             )
         mode = "full"
@@ -69,13 +73,13 @@ def checkpointing(accelerator: Accelerator, config: AutoParallelismConfig, model
     return mode
 
 
-def offload_activations(accelerator: Accelerator, config: AutoParallelismConfig, model: nn.Module) -> bool:
+def offload_activations(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> bool:
     """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in
     Accelerate.
     """
     if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
         return False
-    if checkpointing(accelerator, config, model) != "full":
+    if checkpointing(accelerator, asked, model) != "full":
         raise ConfigError(
             "fsdp_plugin.activation_checkpointing_offload=True moves the inputs of fully checkpointed layers to the "
             "CPU. Set activation_checkpointing=True in the fsdp_plugin (or 'full' in AutoParallelismConfig) too, or "
@@ -84,7 +88,7 @@ def offload_activations(accelerator: Accelerator, config: AutoParallelismConfig,
     return True
 
 
-def compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> dict[str, Any] | None:
+def compile_options(accelerator: Accelerator, asked: ParallelOptions) -> dict[str, Any] | None:
     """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.disable:
@@ -94,13 +98,13 @@ def compile_options(accelerator: Accelerator, config: AutoParallelismConfig) -> 
         for k, v in plugin.to_kwargs().items()
         if k in ("mode", "fullgraph", "dynamic", "options") and v is not None
     }
-    if isinstance(config.compile, str) and config.compile not in torch.compiler.list_backends(exclude_tags=()):
+    if isinstance(asked.compile, str) and asked.compile not in torch.compiler.list_backends(exclude_tags=()):
         raise ConfigError(
-            f"compile={config.compile!r} is no torch.compile backend here; there are "
+            f"compile={asked.compile!r} is not a torch.compile backend here; there are "
             f"{', '.join(torch.compiler.list_backends())}. Use true for inductor."
         )
-    if config.compile:
-        return {**options, "backend": "inductor" if config.compile is True else config.compile}
+    if asked.compile:
+        return {**options, "backend": "inductor" if asked.compile is True else asked.compile}
     backend = plugin.backend.value
     return None if backend in (None, "NO") else {**options, "backend": backend.lower()}
 

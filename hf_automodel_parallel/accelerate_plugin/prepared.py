@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from torch import nn
 
 from .. import compat
 from ..audit import Audit
 from ..core.mesh import AXES
+from ..core.options import OptionFields
 from ..errors import PrepareError
 from ..fsdp.shard import free_gathered
 from ..strategies.base import ParallelizationStrategy
 from ..strategies.context import ParallelizeContext
-from .config import AutoParallelismConfig
 
 
 @dataclass
@@ -25,7 +26,7 @@ class PreparedModel:
 
     Attributes:
         context: the finished job.
-        config: the user's config.
+        config: the user's config, for its sizes; its options at the time of preparing are those of the context.
         strategy: what parallelised it.
         trainable: an optimizer holds its parameters; without one the model is for evaluation.
         trainable_names: parameters that were trainable when the user handed the model over.
@@ -36,7 +37,7 @@ class PreparedModel:
     """
 
     context: ParallelizeContext
-    config: AutoParallelismConfig
+    config: ParallelismConfig
     strategy: ParallelizationStrategy
     trainable: bool
     trainable_names: frozenset[str] = frozenset()
@@ -127,7 +128,7 @@ def check_use(model: nn.Module, args: Any) -> None:
         )
 
 
-def _same_mesh(theirs: Any, ours: AutoParallelismConfig) -> bool:
-    return isinstance(theirs, AutoParallelismConfig) and all(
+def _same_mesh(theirs: Any, ours: ParallelismConfig) -> bool:
+    return isinstance(theirs, OptionFields) and all(
         getattr(theirs, f"{axis}_size") == getattr(ours, f"{axis}_size") for axis in AXES
     )

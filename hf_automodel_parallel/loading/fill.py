@@ -130,7 +130,7 @@ class PendingValues:
         if not self.values:
             return
         names = {id(p): name for name, p in context.model.named_parameters() if name in self.values}
-        device = torch.device("cpu") if type(context.options.offload_policy) is CPUOffloadPolicy else context.device
+        device = torch.device("cpu") if type(context.fsdp.offload_policy) is CPUOffloadPolicy else context.device
         with raise_on_all_ranks("reading the model's files", context.group), _progress(len(names)) as step:
 
             def filled(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,8 +156,8 @@ class PendingValues:
                 for slot, parameter in other._parameters.items():
                     if parameter is old:
                         other._parameters[slot] = new
-            context.options.ignored_parameters.discard(old)
-            context.options.ignored_parameters.add(new)
+            context.fsdp.ignored_parameters.discard(old)
+            context.fsdp.ignored_parameters.add(new)
 
 
 def _local_part(parameter: torch.Tensor, value: Value, device: torch.device) -> torch.Tensor:

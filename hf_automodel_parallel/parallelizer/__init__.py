@@ -19,12 +19,12 @@ from ..backends.megatron_fsdp.standalone import megatron_fsdp_strategy_paralleli
 from ..compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
 from ..compile import apply_per_layer_compile
 from ..core.model_structure import all_frozen, largest_container, model_layers, submodule
+from ..core.options import GivenPlan
 from ..fsdp.recursive import apply_fsdp2_sharding_recursively
 from ..fsdp.shard import unshard_fsdp2_model
 from ..plan.sources.registry import PARALLELIZE_FUNCTIONS
 from ..selective_checkpointing import apply_selective_activation_checkpointing
 from ..strategies.base import ParallelizationStrategy, call_arguments
-from ..strategies.context import GivenPlan
 from ..strategies.default import DefaultParallelizationStrategy
 from ..strategies.families.bagel import (
     BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS,

@@ -55,7 +55,7 @@ class ShardedAs(Protocol):
         spec: ``plan`` resolved for the model; replaced by one that includes the new parameters.
         tensor_parallel: the state of tensor parallelism, None without.
         structure: the parts of the model.
-        options: behaviour of FSDP2.
+        fsdp: behaviour of FSDP2.
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         device: where this rank computes.
         tp_mesh, cp_mesh: the axis, None when it has one rank.
@@ -67,7 +67,7 @@ class ShardedAs(Protocol):
     spec: ShardingSpec | None
     tensor_parallel: TensorParallelState | None
     structure: ModelStructure | None
-    options: ShardingOptions
+    fsdp: ShardingOptions
     compile_options: dict[str, Any] | None
     device: torch.device
 
@@ -255,14 +255,14 @@ def _shard_new_parameters(
             members.append(owner)
     for (unit, dtype), members in by_unit.items():
         others = {p for name, p in model.named_parameters() if name not in new or p.dtype != dtype}
-        options = unit_options(context.dp_mesh, context.options)
-        options["ignored_params"] = others | context.options.ignored_parameters
+        options = unit_options(context.dp_mesh, context.fsdp)
+        options["ignored_params"] = others | context.fsdp.ignored_parameters
         # Explicitly: FSDP2 takes a unit that is added later for a root, which it does not reshard after forward.
-        separate_unit(unit, members, **options, reshard_after_forward=context.options.reshard_after_forward)
+        separate_unit(unit, members, **options, reshard_after_forward=context.fsdp.reshard_after_forward)
     if (
         context.structure is not None
         and context.structure.towers
-        and context.options.towers != "layers"
+        and context.fsdp.towers != "layers"
         and context.dp_mesh.size() > 1
     ):
         RootGradients(model, context.dp_mesh, [unit for unit in companions(model) if unit not in before])

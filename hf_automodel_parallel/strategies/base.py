@@ -17,11 +17,12 @@ from ..compile import compile_finished_layer
 from ..core.consistency import check_same_structure, equalize_parameters
 from ..core.model_structure import find_layers
 from ..core.model_view import ModelView
-from ..core.sharding_spec import PLAN_SOURCES
+from ..core.option_fields import options_of
+from ..core.options import GivenPlan
 from ..errors import PrepareError, UnsupportedError
 from ..loading.fill import PendingValues
 from ..optim.handoff import switch_parameters
-from .context import GivenPlan, ParallelizeContext
+from .context import ParallelizeContext
 
 
 class ParallelizationStrategy(ABC):
@@ -72,18 +73,16 @@ class ParallelizationStrategy(ABC):
         refuse_sharded(context.model)
         name = type(self).__name__
         asked = {
-            "ignored_modules": bool(context.options.ignored_parameters),
-            "min_num_params": context.options.minimum_unit_size is not None,
+            "ignored_modules": bool(context.fsdp.ignored_parameters),
+            "min_num_params": context.fsdp.minimum_unit_size is not None,
             "transformer_cls_names_to_wrap": context.layer_classes is not None,
             "activation_checkpointing_offload": context.offload_activations,
-            "loss_parallel": context.loss_parallel is not None,
-            "plan_order": context.plan_order != PLAN_SOURCES,
-            "sequence_parallel_regather": context.sequence_parallel_regather,
-            "loss_chunk_size": context.loss_chunk_size is not None,
             "cp_size": context.cp_mesh is not None,
-            "towers": context.options.towers is not None,
             "hf_automodel_parallel.from_pretrained": context.pending is not None and bool(context.pending.values),
         }
+        for option in options_of(context.options):
+            if option.by_strategy and option.argument is None:
+                asked[option.name] = getattr(context.options, option.name) != option.default
         for field_name, given in asked.items():
             if given:
                 raise UnsupportedError(
@@ -125,25 +124,24 @@ class ParallelizationStrategy(ABC):
 
     def _asked_for(self, context: ParallelizeContext) -> dict[str, tuple[Any, Any]]:
         """Argument of :meth:`parallelize` -> (value, the value that asks for nothing)."""
-        options = context.options
+        fsdp = context.fsdp
         mode: Any = {"none": False, "full": True}.get(context.checkpointing, context.checkpointing)
         return {
-            "mp_policy": (options.mp_policy, MixedPrecisionPolicy()),
-            "offload_policy": (
-                None if type(options.offload_policy) is OffloadPolicy else options.offload_policy,
-                None,
-            ),
-            "sequence_parallel": (context.sequence_parallel, False),
+            **{
+                option.argument: (getattr(context.options, option.name), option.default)
+                for option in options_of(context.options)
+                if option.argument is not None
+            },
+            "mp_policy": (fsdp.mp_policy, MixedPrecisionPolicy()),
+            "offload_policy": (None if type(fsdp.offload_policy) is OffloadPolicy else fsdp.offload_policy, None),
             "activation_checkpointing": (mode, False),
-            "tp_shard_plan": (context.tp_plan, None),
             "dp_replicate_mesh_name": (context.axes.replicate, "dp_replicate"),
             "dp_shard_cp_mesh_name": (context.axes.shard, "dp_shard_cp"),
             "tp_mesh_name": (context.axes.tp, "tp"),
-            "enable_async_tensor_parallel": (context.async_tensor_parallel, False),
             "enable_compile": (False, False),  # prepare compiles afterwards, with the user's backend and mode
-            "fsdp2_backward_prefetch_depth": (options.backward_prefetch, 2),
-            "fsdp2_forward_prefetch_depth": (options.forward_prefetch, 1),
-            "reshard_after_forward": (options.reshard_after_forward, options.reshard_after_forward),
+            "fsdp2_backward_prefetch_depth": (fsdp.backward_prefetch, 2),
+            "fsdp2_forward_prefetch_depth": (fsdp.forward_prefetch, 1),
+            "reshard_after_forward": (fsdp.reshard_after_forward, fsdp.reshard_after_forward),
         }
 
 

@@ -28,6 +28,7 @@ from ..core.consistency import check_same_structure, equalize_parameters, synchr
 from ..core.mesh import MeshAxes
 from ..core.model_structure import find_structure
 from ..core.model_view import ModelView
+from ..core.options import GivenPlan, ParallelOptions
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, UnsupportedError
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
@@ -64,7 +65,7 @@ from ..tensor_parallel.dropout_rng import (
 )
 from ..tensor_parallel.full_parameter_view import install_full_parameter_views
 from .base import ParallelizationStrategy, materialize_empty, refuse_meta, refuse_sharded
-from .context import GivenPlan, ParallelizeContext
+from .context import ParallelizeContext
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if reshard_after_forward is None:
             reshard_after_forward = axes.pipeline_size(device_mesh) == 1
         dp_mesh = axes.data_parallel(device_mesh)
-        options = ShardingOptions(
+        fsdp = ShardingOptions(
             mp_policy=mp_policy or self.mp_policy,
             offload_policy=without_pinning(offload_policy or OffloadPolicy(), device),
             reshard_after_forward=reshard_after_forward and dp_mesh.size(dp_mesh.ndim - 1) > 1,
@@ -151,19 +152,21 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             backward_prefetch=fsdp2_backward_prefetch_depth if enable_fsdp2_prefetch else 0,
             fully_shard_fn=fully_shard_fn,
         )
-        options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
+        fsdp.own_dtype = frozenset(own_dtype_parameters(model, fsdp.mp_policy.param_dtype))
         pending = PendingValues(model)
         context = ParallelizeContext(
             model=model,
             mesh=device_mesh,
             device=device,
-            options=options,
+            options=ParallelOptions(
+                tp_plan=tp_shard_plan,
+                plan_order=self.plan_order,
+                sequence_parallel=sequence_parallel,
+                async_tensor_parallel=enable_async_tensor_parallel,
+            ),
+            fsdp=fsdp,
             axes=axes,
             pending=pending,
-            tp_plan=tp_shard_plan,
-            plan_order=self.plan_order,
-            sequence_parallel=sequence_parallel,
-            async_tensor_parallel=enable_async_tensor_parallel,
             checkpointing=mode_of_argument(activation_checkpointing),
             compile_options={} if enable_compile else None,
             sums_after_backward=True,
@@ -191,22 +194,22 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context.structure = find_structure(context.model, context.layer_classes)
         refuse_own_backward(ModelView.of(context.model).inner, context.structure.layers)
         context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
-        context.options.read_by_other_modules = frozenset(
+        context.fsdp.read_by_other_modules = frozenset(
             name for names in context.cross_module_reads.values() for name in names
         )
-        context.options.towers = placement(context.model, context.structure, context.options, context.layer_classes)
+        context.fsdp.towers = placement(context.model, context.structure, context.fsdp, context.layer_classes)
         if context.dp_mesh.size() > 1:
             if context.structure.towers:
                 skipped = skipped_without_images(context.model, context.structure.main_layers)
                 context.structure = dataclasses.replace(context.structure, skipped=skipped)
-            refuse_layer_drop(context.model, wanted_units(context.structure, context.options))
-        if context.async_tensor_parallel:
+            refuse_layer_drop(context.model, wanted_units(context.structure, context.fsdp))
+        if context.options.async_tensor_parallel:
             check_async_tensor_parallel(
-                context.tp_mesh, context.sequence_parallel, context.compile_options, context.device
+                context.tp_mesh, context.options.sequence_parallel, context.compile_options, context.device
             )
         if context.cp_mesh is not None:
             context.suitable = check_for_context_parallel(
-                context.model, context.structure, context.cp_mesh.size(), context.sequence_parallel
+                context.model, context.structure, context.cp_mesh.size(), context.options.sequence_parallel
             )
         if context.tp_mesh is not None:
             self.select_tensor_parallel(context)
@@ -217,7 +220,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         refuse_expert_parallel(context.model)
         check_trainable_as_shards(context.model)
         check_quantized(
-            context.model, context.options.mp_policy.param_dtype, context.tp_mesh is not None, context.load_on_rank_zero
+            context.model, context.fsdp.mp_policy.param_dtype, context.tp_mesh is not None, context.load_on_rank_zero
         )
         scalars = [name for name, p in context.model.named_parameters() if p.ndim == 0]
         if scalars:
@@ -237,8 +240,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Choose the plan and resolve it on the model."""
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
-        context.plan = select_plan(context.model, context.tp_plan, self.sources(context.plan_order), size, derived_plan)
-        check_sequence_layouts(context.plan, context.sequence_parallel)
+        context.plan = select_plan(
+            context.model, context.options.tp_plan, self.sources(context.options.plan_order), size, derived_plan
+        )
+        check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         validate(context.model, context.spec, size)
         if context.plan.origin != "derived" or replaced_modules(
@@ -246,16 +251,16 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         ):  # a derived one is proven with values, for the class
             complete(context.model, context.spec, context.structure.layers, size, context.plan.strict)  # type: ignore[union-attr]
         check_cross_module_reads(context.spec, context.cross_module_reads)
-        if context.sequence_parallel:
+        if context.options.sequence_parallel:
             derive(context.model, context.spec, context.structure.layers)  # type: ignore[union-attr]
-        if context.sequence_parallel_regather:
+        if context.options.sequence_parallel_regather:
             regather(context.model, context.spec, context.checkpointing)
-        keep_logits_sharded(context.model, context.spec, context.loss_parallel, context.loss_chunk_size)
+        keep_logits_sharded(context.model, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
         if context.compile_options is not None:
             refuse_compiled_dropout(context.model, context.spec)
         shapes = {name: p.shape for name, p in context.model.named_parameters()}
         check_packed_parameters(shapes, context.spec, context.dp_mesh.size(-1))
-        if context.options.ignored_parameters:
+        if context.fsdp.ignored_parameters:
             raise UnsupportedError(
                 "ignored_modules of the fsdp_plugin cannot be combined with tensor parallelism yet: every parameter "
                 "needs a place on the tp axis. Remove ignored_modules or use tp_size=1."
@@ -292,7 +297,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.load_on_rank_zero:
             materialize_empty(context.model, context.pending)
         if context.pending is not None:
-            unmanaged = context.options.ignored_parameters | replicated_parameters(context.structure, context.options)  # type: ignore[arg-type]
+            unmanaged = context.fsdp.ignored_parameters | replicated_parameters(context.structure, context.fsdp)  # type: ignore[arg-type]
             ignored = [name for name, p in context.model.named_parameters() if p in unmanaged]
             context.pending.fill_whole(context, [name for name in ignored if name in context.pending.values])
 
@@ -317,8 +322,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def apply_data_parallel(self, context: ParallelizeContext) -> None:
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
         if context.dp_mesh.size() > 1:
-            keep_layers_together(context.model, wanted_units(context.structure, context.options))  # type: ignore[arg-type]
-        shard_data_parallel(context.model, context.structure, context.dp_mesh, context.options)  # type: ignore[arg-type]
+            keep_layers_together(context.model, wanted_units(context.structure, context.fsdp))  # type: ignore[arg-type]
+        shard_data_parallel(context.model, context.structure, context.dp_mesh, context.fsdp)  # type: ignore[arg-type]
         if context.tp_mesh is not None:
             compat.mark_packed_placements(context.model.parameters())
 
@@ -350,7 +355,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
-        keep = what_is_kept(mode, context.sequence_parallel_regather, context.compile_options is not None)
+        keep = what_is_kept(mode, context.options.sequence_parallel_regather, context.compile_options is not None)
         if context.tensor_parallel is not None:
             if context.spec is not None and context.spec.packed():
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
@@ -360,7 +365,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             checkpoint_module(part)
         if context.compile_options is not None:
             options = context.compile_options
-            if context.async_tensor_parallel:
+            if context.options.async_tensor_parallel:
                 options = with_async_tensor_parallel(options, context.tp_mesh.get_group())  # type: ignore[union-attr]
             compile_layers(layers, mode, keep, **options)
         if mode == "full" or (mode == "selective" and context.compile_options is None):

@@ -1,44 +1,16 @@
-"""Options of the Trainer that would give wrong results on a mesh without a word, and that Accelerate does not hand
-on.
-"""
+"""Options of the Trainer that would silently give wrong results on a mesh."""
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any
 
-from .. import compat
-from ..core.mesh import inherit_timeouts
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_TRAINERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
-
-def remember_trainer(accelerator: Accelerator, trainer: Any) -> None:
-    """Note the Trainer that makes ``accelerator``, and honour its ``ddp_timeout``."""
-    _TRAINERS[accelerator] = weakref.ref(trainer)
-    timeout = getattr(trainer.args, "ddp_timeout_delta", None)
-    if accelerator.device.type == "cpu" and timeout is not None:
-        # TrainingArguments (5.17 to 5.24) tell the process group of ddp_timeout on accelerators only.
-        compat.set_timeout(timeout)
-        inherit_timeouts(accelerator.torch_device_mesh)
-
-
-def is_of_trainer(accelerator: Accelerator, model: Any) -> bool:
-    """True if ``model`` is the one that the Trainer of ``accelerator`` trains."""
-    trainer = _trainer(accelerator)
-    return trainer is not None and getattr(trainer, "model", None) is model
-
-
-def _trainer(accelerator: Accelerator) -> Any | None:
-    reference = _TRAINERS.get(accelerator)
-    return None if reference is None else reference()
-
-
-def check_trainer(accelerator: Accelerator) -> None:
+def check_trainer(accelerator: Accelerator, trainer: Any) -> None:
     """Before a model is prepared for training.
 
     Raises:
@@ -47,9 +19,6 @@ def check_trainer(accelerator: Accelerator) -> None:
             too large. Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and
             ``fp16_full_eval`` beside data parallelism.
     """
-    trainer = _trainer(accelerator)
-    if trainer is None:
-        return
     _check_hub(accelerator, trainer.args)
     for field in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(trainer.args, field, False) and _has_data_parallel_ranks(accelerator):

@@ -68,7 +68,7 @@ def heavy(modules: list[str]) -> set[str]:
 def test_import_loads_no_model_and_no_peft(module):
     """A model's class is seconds of import; PEFT belongs to those who use adapters."""
     modules = loaded_modules(f"import {module}")
-    assert "hf_automodel_parallel.accelerate_plugin.config" in modules
+    assert "hf_automodel_parallel.config" in modules
     assert not heavy(modules)
     assert not {"transformers", "rich", "typer"} & set(modules), "the config alone needs Accelerate only"
 
@@ -84,7 +84,7 @@ def test_the_arguments_load_what_those_of_transformers_load():
         print(json.dumps([theirs, sorted(sys.modules)]))
         """
     )
-    assert "hf_automodel_parallel.accelerate_plugin.config" in all_of_it and heavy(all_of_it) == heavy(theirs)
+    assert "hf_automodel_parallel.config" in all_of_it and heavy(all_of_it) == heavy(theirs)
 
 
 def test_heavy_modules_are_recognised():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from hf_automodel_parallel.accelerate_plugin.config import CONFIG_VARIABLE
+from hf_automodel_parallel.config import CONFIG_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["-m", "hf_automodel_parallel.launch"]

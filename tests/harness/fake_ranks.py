@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from hf_automodel_parallel.core.model_structure import find_layers
 from hf_automodel_parallel.core.model_view import ModelView
+from hf_automodel_parallel.core.options import ParallelOptions
 from hf_automodel_parallel.strategies.context import ParallelizeContext
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 
@@ -49,15 +50,15 @@ def sharded(name: str, tp: int, layers: int, adapter: dict[str, Any] | None, cha
 
     Args:
         changes: called with the model before.
-        options: fields of :class:`ParallelizeContext`, such as ``sequence_parallel``; ``values``: of the model's
+        options: fields of :class:`ParallelOptions`, such as ``sequence_parallel``; ``values``: of the model's
             config.
     """
     model: nn.Module = build_model(name, num_key_value_heads=tp, num_hidden_layers=layers, **options.pop("values", {}))
     model = model if adapter is None else lora(model, **adapter)  # type: ignore[arg-type]
     changes(model)
     mesh = init_device_mesh("cpu", (1, tp), mesh_dim_names=("dp_shard_cp", "tp"))
-    context = ParallelizeContext(model, mesh, torch.device("cpu"), sums_after_backward=True, **options)
-    context.options.mp_policy = MixedPrecisionPolicy()
+    context = ParallelizeContext(model, mesh, torch.device("cpu"), ParallelOptions(**options), sums_after_backward=True)
+    context.fsdp.mp_policy = MixedPrecisionPolicy()
     strategy = DefaultParallelizationStrategy()
     strategy.plan(context)
     strategy.carry_out(context)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...accelerate_plugin.config import AutoParallelismConfig
+from ...core.options import ParallelOptions
 from ...errors import ConfigError, UnsupportedError
 from ...strategies.base import ParallelizationStrategy
 from ...strategies.default import DefaultParallelizationStrategy
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def megatron_strategy(
-    accelerator: Accelerator, config: AutoParallelismConfig, usual: ParallelizationStrategy
+    accelerator: Accelerator, asked: ParallelOptions, usual: ParallelizationStrategy
 ) -> MegatronFsdpStrategy:
     """The strategy for a config with ``backend="megatron_fsdp"``.
 
     Args:
         accelerator: its plugin must not contradict.
-        config: the user's config.
+        asked: the user's options.
         usual: the strategy that the model has with FSDP2.
 
     Raises:
@@ -42,13 +42,13 @@ def megatron_strategy(
             f"backend='megatron_fsdp': this model is parallelised by {type(usual).__name__}, which is written for "
             f"FSDP2. Use backend='fsdp2'."
         )
-    options = MegatronOptions.from_mapping(config.megatron_fsdp)
+    options = MegatronOptions.from_mapping(asked.megatron_fsdp)
     if accelerator.state.fsdp_plugin.reshard_after_forward is False and options.zero_dp_strategy == 3:
         raise ConfigError(
             "fsdp_plugin.reshard_after_forward=False keeps parameters gathered, zero_dp_strategy=3 of megatron_fsdp "
             "frees them. Use megatron_fsdp={'zero_dp_strategy': 2}, or leave reshard_after_forward out."
         )
-    names = config.device_mesh.mesh_dim_names or ()  # type: ignore[union-attr]
+    names = accelerator.torch_device_mesh.mesh_dim_names or ()  # type: ignore[union-attr]
     return MegatronFsdpStrategy(options, "dp_shard", "tp" if "tp" in names else None)
 
 

@@ -9,13 +9,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...core.mesh import MeshAxes
+from ...core.options import GivenPlan, ParallelOptions
 from ...core.ranks import raise_on_all_ranks
-from ...core.sharding_spec import PLAN_SOURCES
 from ...fsdp.options import on_device
 from ...optim.handoff import check_optimizers
 from ...peft.late_adapters import adding
 from ...peft.operations import manage_adapters
-from ...strategies.context import GivenPlan, ParallelizeContext
+from ...strategies.context import ParallelizeContext
 from .options import MegatronOptions
 from .sharding import managed_by_megatron
 from .strategy import MegatronFsdpStrategy
@@ -92,8 +92,7 @@ def megatron_fsdp_strategy_parallelize(
             mesh=device_mesh,
             device=on_device(device_mesh.device_type),
             axes=MeshAxes(shard=dp_shard_dim, tp=tp_dim),
-            tp_plan=tp_shard_plan,
-            plan_order=PLAN_SOURCES,
+            options=ParallelOptions(tp_plan=tp_shard_plan),
             sums_after_backward=True,
         )
         strategy.plan(context)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...core.model_structure import find_structure
+from ...core.option_fields import refuse_for_backend
 from ...errors import ConfigError, UnsupportedError, not_available_yet
 from ...fsdp.quantized import quantization_method
 from ...peft.operations import check_trainable_as_shards
@@ -79,19 +80,16 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
 
     def refuse_options_of_fsdp2(self, context: ParallelizeContext) -> None:
         """Refuse what the user asked of FSDP2 and megatron-fsdp does not have."""
+        refuse_for_backend(context.options, "megatron_fsdp")
         asked = {
-            "cpu_offload": "CPU" in type(context.options.offload_policy).__name__,
-            "ignored_modules": bool(context.options.ignored_parameters),
-            "min_num_params": context.options.minimum_unit_size is not None,
+            "cpu_offload": "CPU" in type(context.fsdp.offload_policy).__name__,
+            "ignored_modules": bool(context.fsdp.ignored_parameters),
+            "min_num_params": context.fsdp.minimum_unit_size is not None,
             "activation_checkpointing_offload": context.offload_activations,
-            "sequence_parallel": context.sequence_parallel,
-            "async_tensor_parallel": context.async_tensor_parallel,
-            "loss_parallel": context.loss_parallel is True,
-            "loss_chunk_size": context.loss_chunk_size is not None,
             "cp_size": context.cp_mesh is not None,
             "state_dict_type=SHARDED_STATE_DICT": context.sharded_checkpoints,
             "init_fsdp_with_meta_device": self.options.init_fsdp_with_meta_device and not context.sums_after_backward,
-            "mixed_precision='fp16'": context.options.mp_policy.param_dtype is torch.float16,
+            "mixed_precision='fp16'": context.fsdp.mp_policy.param_dtype is torch.float16,
         }
         for name, given in asked.items():
             if given:
@@ -140,9 +138,9 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
         # Derived plans have been compared under FSDP2 alone; the refusal names the sources that were asked.
-        order = tuple(source for source in context.plan_order if source != "derived")
-        context.plan = select_plan(context.model, context.tp_plan, order, size)
-        check_sequence_layouts(context.plan, context.sequence_parallel)
+        order = tuple(source for source in context.options.plan_order if source != "derived")
+        context.plan = select_plan(context.model, context.options.tp_plan, order, size)
+        check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         check_local(context.spec)
         validate(context.model, context.spec, size)
@@ -172,7 +170,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             context.device,
             self.has_optimizer,
             context.tensor_parallel,
-            context.options.mp_policy.param_dtype,
+            context.fsdp.mp_policy.param_dtype,
         )
         refuse_changes(context.model)
         if not context.sums_after_backward:  # with an Accelerator, which saves by state dicts

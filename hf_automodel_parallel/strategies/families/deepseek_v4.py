@@ -34,11 +34,7 @@ class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
         """Regions and checkpoints, around modules that stay in their own dtype."""
         for name, module in context.model.named_modules():
             own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-            if (
-                own
-                and context.options.own_dtype.issuperset(own)
-                and not set(self.keeps_dtype).isdisjoint(name.split("."))
-            ):
+            if own and context.fsdp.own_dtype.issuperset(own) and not set(self.keeps_dtype).isdisjoint(name.split(".")):
                 module.forward = InOwnDtype(module, name.rpartition(".")[2] == "lm_head").__call__  # type: ignore[method-assign]
         super().finish_layers(context)
 

@@ -37,12 +37,12 @@ class FamilyParallelizationStrategy(DefaultParallelizationStrategy):
                 f"family: {self.mixes_tokens}, which would need the parts of the sequence on the other ranks. Use "
                 f"cp_size=1 and more dp_shard_size or tp_size."
             )
-        if context.sequence_parallel and self.no_sequence_parallel:
+        if context.options.sequence_parallel and self.no_sequence_parallel:
             raise SequenceParallelUnsupportedError(
                 f"sequence_parallel=True is not available for the {family} family: {self.no_sequence_parallel}. Use "
                 f"sequence_parallel=False; tensor parallelism alone computes the same."
             )
-        context.options.own_dtype |= self.own_dtype(context)
+        context.fsdp.own_dtype |= self.own_dtype(context)
         super().plan(context)
 
     def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,10 +50,10 @@ class FamilyParallelizationStrategy(DefaultParallelizationStrategy):
         return self.plan_order if self.own_plan_first and asked == PLAN_SOURCES else asked
 
     def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
-        """Names of parameters that keep their dtype under ``context.options.mp_policy``, beyond those of every
+        """Names of parameters that keep their dtype under ``context.fsdp.mp_policy``, beyond those of every
         model.
         """
-        return frozenset(wider_parameters(context.model, context.options.mp_policy.param_dtype, self.keeps_dtype))
+        return frozenset(wider_parameters(context.model, context.fsdp.mp_policy.param_dtype, self.keeps_dtype))
 
 
 class SequenceParallelUnsupportedError(UnsupportedError, AssertionError):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from ..context import GivenPlan
+from ...core.options import GivenPlan
 from .video import VideoParallelizationStrategy
 
 

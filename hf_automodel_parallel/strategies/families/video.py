@@ -33,7 +33,7 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
         """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one
         process.
         """
-        context.options.cast_between_layers = False
+        context.fsdp.cast_between_layers = False
         super().plan(context)
 
     def select_tensor_parallel(self, context: ParallelizeContext) -> None:

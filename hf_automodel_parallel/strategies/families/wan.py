@@ -24,7 +24,7 @@ class WanParallelizationStrategy(VideoParallelizationStrategy):
     def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
         """The parameters that the class lists as kept in float32."""
         listed = getattr(ModelView.of(context.model).inner, "_keep_in_fp32_modules", None) or ()
-        return frozenset(wider_parameters(context.model, context.options.mp_policy.param_dtype, listed))
+        return frozenset(wider_parameters(context.model, context.fsdp.mp_policy.param_dtype, listed))
 
     def finish_layers(self, context: ParallelizeContext) -> None:
         """As for every model; then the timesteps are led around the policy's cast of inputs."""

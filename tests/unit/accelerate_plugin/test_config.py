@@ -26,8 +26,8 @@ from hf_automodel_parallel import (
     ConfigError,
     UnsupportedError,
 )
-from hf_automodel_parallel.accelerate_plugin.config_text import DECIDE_COLLECTIVES, collective_choices
 from hf_automodel_parallel.core.mesh import AXES
+from hf_automodel_parallel.core.option_fields import compared_values, options_of
 
 PLAN = {"model.layers.*.self_attn.q_proj": "colwise", "model.layers.*.self_attn.o_proj": "rowwise"}
 
@@ -547,9 +547,9 @@ def test_round_trips():
 
 
 def test_each_field_is_compared_between_ranks_or_left_alone_on_purpose():
-    own = set(AutoParallelismConfig.__annotations__)
-    assert own - set(DECIDE_COLLECTIVES) == {"tp_plan", "plan_order", "loss_chunk_size"}
-    assert set(DECIDE_COLLECTIVES) <= own
+    own = {option.name for option in options_of(AutoParallelismConfig)}
+    assert own - set(compared_values(AutoParallelismConfig())) == {"tp_plan", "plan_order", "loss_chunk_size"}
+    assert len(own) == 19
 
 
 def test_choices_are_compared_as_what_they_mean():
@@ -557,7 +557,7 @@ def test_choices_are_compared_as_what_they_mean():
         AutoParallelismConfig(audit=True, activation_checkpointing=True, towers="root"),
         AutoParallelismConfig(activation_checkpointing="full", audit="first_step"),
     ]
-    assert collective_choices(written[0]) == collective_choices(written[1])
+    assert compared_values(written[0]) == compared_values(written[1])
 
 
 def test_dict_holds_only_what_differs_from_the_defaults():

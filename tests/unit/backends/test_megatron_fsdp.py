@@ -82,9 +82,9 @@ def test_config():
         AutoParallelismConfig(backend="megatron_fsdp", megatron_fsdp={"zero_dp_strategie": 2})
     with pytest.raises(ConfigError, match="did you mean 'megatron_fsdp'"):
         AutoParallelismConfig(backend="megatron-fsdp")
-    with pytest.raises(ConfigError, match="has a meaning with backend='megatron_fsdp' alone"):
+    with pytest.raises(ConfigError, match="is an option of backend='megatron_fsdp' alone"):
         AutoParallelismConfig(megatron_fsdp={})
-    with pytest.raises(ConfigError, match="forward_prefetch=3 is an option of FSDP2"):
+    with pytest.raises(ConfigError, match="forward_prefetch=3 is an option of backend='fsdp2'"):
         AutoParallelismConfig(backend="megatron_fsdp", forward_prefetch=3)
 
 

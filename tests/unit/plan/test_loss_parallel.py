@@ -128,6 +128,6 @@ def test_wrong_values_are_refused(values, message):
 @pytest.mark.parametrize("values", [{"loss_parallel": True}, {"loss_chunk_size": 8}])
 def test_a_tp_axis_is_needed(values):
     config = AutoParallelismConfig(dp_shard_size=2, **values)
-    with pytest.raises(ConfigError, match=f"{next(iter(values))}=.* needs a tp axis"):
+    with pytest.raises(ConfigError, match=f"{next(iter(values))}=.* with tp_size=1 has no effect: the vocabulary"):
         config.resolve_sizes(2)
     AutoParallelismConfig(tp_size=2, **values).resolve_sizes(2)

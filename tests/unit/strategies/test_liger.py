@@ -25,7 +25,7 @@ def test_fused_loss_is_refused_under_tensor_parallelism_only(wrap):
         tp_mesh=object(),
         load_on_rank_zero=False,
         pending=None,
-        options=ShardingOptions(),
+        fsdp=ShardingOptions(),
         sums_after_backward=False,
     )
     with pytest.raises(UnsupportedError, match="use_liger_kernel=True .*use_liger_kernel=False"):
@@ -41,7 +41,7 @@ def test_a_plain_model_passes():
             tp_mesh=object(),
             load_on_rank_zero=False,
             pending=None,
-            options=ShardingOptions(),
+            fsdp=ShardingOptions(),
             sums_after_backward=False,
         )
     )

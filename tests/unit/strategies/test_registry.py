@@ -177,10 +177,17 @@ class Forgetful(ParallelizationStrategy):
     ],
 )
 def test_what_a_strategy_does_not_take_is_refused(strategy, fields, match):
+    from hf_automodel_parallel.core.options import ParallelOptions
     from hf_automodel_parallel.strategies.context import ParallelizeContext
 
-    values = {("checkpointing" if key == "activation_checkpointing" else key): v for key, v in fields.items()}
-    context = ParallelizeContext(build_model("llama"), mesh=None, device=torch.device("cpu"), **values)
+    options = ParallelOptions(**fields)
+    context = ParallelizeContext(
+        build_model("llama"),
+        None,
+        torch.device("cpu"),
+        options,
+        checkpointing=options.activation_checkpointing or "none",
+    )
     with pytest.raises(UnsupportedError, match=match):
         strategy().plan(context)
 

@@ -16,6 +16,7 @@ from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.compile import compile_layers
 from hf_automodel_parallel.core.model_structure import find_layers, find_structure
 from hf_automodel_parallel.core.model_view import ModelView
+from hf_automodel_parallel.core.options import ParallelOptions
 from hf_automodel_parallel.strategies import default
 from hf_automodel_parallel.tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 
@@ -151,11 +152,10 @@ def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
         model=model,
         structure=find_structure(model),
         checkpointing="none",
-        sequence_parallel_regather=False,
+        options=ParallelOptions(async_tensor_parallel=True),
         tensor_parallel=None,
         spec=None,
         compile_options={},
-        async_tensor_parallel=True,
         tp_mesh=SimpleNamespace(get_group=lambda: "the tp group"),
         cp_mesh=None,
         suitable=None,

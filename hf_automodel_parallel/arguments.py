@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..accelerate_plugin.config import AutoParallelismConfig
-from ..accelerate_plugin.config_text import plain
-from ..errors import ConfigError
+from .config import AutoParallelismConfig
+from .core.option_fields import plain
+from .errors import ConfigError
 
 
 @dataclass

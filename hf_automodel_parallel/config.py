@@ -1,0 +1,316 @@
+"""``AutoParallelismConfig``: the one object a user passes, its fields, its text forms and its validation.
+
+It subclasses :class:`accelerate.ParallelismConfig`, so it goes wherever that class goes. ``Accelerator.__init__`` calls
+two of its methods, in this order, with the process group ready: :meth:`AutoParallelismConfig.get_device_mesh`, where
+open sizes are inferred and wrong ones refused, and :meth:`AutoParallelismConfig._validate_accelerator`, where the
+package binds itself to that one ``Accelerator`` instance.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+
+from . import compat
+from .accelerate_plugin.config_text import is_file, load_yaml, parse_pairs, read_file, restore
+from .core.mesh import AXES
+from .core.option_fields import argument_docs, check_tp_axis, check_values, compared_values, plain
+from .core.options import OptionFields
+from .errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
+
+#: Environment variable that holds the text form of a config (set by the launcher, read by it in the workers).
+CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
+
+# Who fills up an unexplained rest of the world, first open axis first. tp changes which kernels run, so it comes last.
+_INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
+
+
+@dataclass(repr=False)
+class AutoParallelismConfig(OptionFields, ParallelismConfig):
+    """How to spread a model over the processes: sizes of the mesh axes, plan, and how FSDP2 behaves.
+
+    The size fields are Accelerate's (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``, ``sp_size``)
+    and mean the same, with one addition: a size that is given neither here nor in the environment is inferred from the
+    world size instead of being 1. ``dp_shard`` takes the rest; if it was given, ``dp_replicate`` does; then ``tp``.
+
+    The other fields are the options of :class:`~.core.options.OptionFields`; ``docs/options.md`` is a table of them.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range, or two contradict each other.
+        UnsupportedError: a ``cp_handler`` asks for ring attention.
+
+    Example:
+        >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
+        >>> config = AutoParallelismConfig.parse("tp=2,dp_shard=4")    # the command-line form
+    """
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        self._read_sizes_from_environment()
+        self._check_fields()
+        self._open_axes = tuple(axis for axis in AXES if getattr(self, f"{axis}_size") is None)
+        # The parent refuses tp with replicas and dp_shard=1, because it would use DDP; FSDP2 runs on an axis of one
+        # rank.
+        dp_shard_size: int | None = self.dp_shard_size  # type: ignore[has-type]
+        self.dp_shard_size = 2
+        super().__post_init__()
+        self._set_size("dp_shard", 1 if dp_shard_size is None else dp_shard_size)
+        self._check_context_parallel()
+        self._check_no_other_accelerator()
+
+    def _check_context_parallel(self) -> None:
+        strategy = getattr(self.cp_handler, "cp_comm_strategy", "allgather")
+        if self.cp_size > 1 and strategy != "allgather":  # type: ignore[operator]
+            raise UnsupportedError(
+                f"cp_handler has cp_comm_strategy={strategy!r}: keys and values are gathered over the cp axis, once "
+                f"per layer. Use cp_comm_strategy='allgather' (the default), or cp_size=1."
+            )
+
+    def _read_sizes_from_environment(self) -> None:
+        """Take sizes that nobody gave from ``accelerate launch``, before the checks, which they have to pass too."""
+        for axis in AXES:
+            variable = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
+            if getattr(self, f"{axis}_size") is not None or variable not in os.environ:
+                continue
+            try:
+                setattr(self, f"{axis}_size", int(os.environ[variable]))
+            except ValueError as error:
+                raise ConfigError(
+                    f"the environment variable {variable}={os.environ[variable]!r} is no whole number."
+                ) from error
+
+    def _check_fields(self) -> None:
+        for axis in AXES:
+            size = getattr(self, f"{axis}_size")
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ConfigError(
+                    f"{axis}_size={size!r}: a mesh axis has a whole number of ranks, at least 1. "
+                    f"Leave it out to have it inferred from the world size."
+                )
+        check_values(self)
+        if self.backend == "megatron_fsdp":
+            from .backends.megatron_fsdp.options import MegatronOptions
+
+            MegatronOptions.from_mapping(self.megatron_fsdp)
+        if self.sp_size is not None and self.sp_size > 1:
+            raise ConfigError(
+                f"sp_size={self.sp_size}: Accelerate's sp axis is DeepSpeed's Ulysses, which does not go with FSDP2. "
+                f"Use sp_size=1."
+            )
+
+    def _check_no_other_accelerator(self) -> None:
+        """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to
+        tell.
+        """
+        state = compat.accelerator_already_exists()
+        if state is None or isinstance(state.parallelism_config, AutoParallelismConfig):
+            return
+        raise ConfigError(
+            "AutoParallelismConfig was created after an Accelerator already exists in this process; Accelerate shares "
+            "one state between all Accelerators and would ignore this config without a word. Create the config before, "
+            "and pass it to, the first Accelerator (or TrainingArguments) of the process."
+        )
+
+    # ---- sizes -------------------------------------------------------------------------------------------------
+
+    def resolve_sizes(self, world_size: int) -> None:
+        """Fill in the sizes that nobody gave, so that the product of all axes is ``world_size``.
+
+        Raises:
+            ConfigError: the given sizes do not divide, or do not multiply to, the world size.
+        """
+        known = 1
+        for axis in AXES:
+            if axis not in self._open_axes:
+                known *= self._sizes[axis]
+        given = ", ".join(f"{axis}_size={self._sizes[axis]}" for axis in AXES if axis not in self._open_axes) or "none"
+        absorber = next((axis for axis in _INFERENCE_ORDER if axis in self._open_axes), None)
+        rest, remainder = divmod(world_size, known)
+        if remainder or (absorber is None and rest != 1):
+            needed = known if absorber is None or known > world_size else f"a multiple of {known}"
+            hint = (
+                " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one "
+                "process, whatever --num_processes says.)"
+            )
+            raise ConfigError(
+                f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
+                f"Start {needed} processes, or change a size so that the product is {world_size}."
+                + (hint if world_size == 1 else "")
+            )
+        if absorber is not None:
+            self._set_size(absorber, rest)
+        check_tp_axis(self, self.tp_size)  # type: ignore[has-type]
+        if getattr(self.tp_handler, "enable_async_tp", False):  # type: ignore[has-type]
+            raise ConfigError(
+                "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. "
+                "Use AutoParallelismConfig(async_tensor_parallel=True)."
+            )
+        if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
+            from accelerate.utils import TorchTensorParallelConfig
+
+            self.tp_handler = TorchTensorParallelConfig()
+
+    @property
+    def dp_shard_enabled(self) -> bool:
+        """True whenever there is a process group: FSDP2 also runs on a ``dp_shard`` axis of size 1 ("TP only")."""
+        return self.dp_shard_size > 1 or self.device_mesh is not None or _world_size() is not None
+
+    def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
+        """Infer open sizes, then build the mesh (Accelerate calls this first, before any other method).
+
+        Returns:
+            The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp), or None in a process without a process group.
+
+        Raises:
+            ConfigError: the sizes do not fit the world size, or the ranks have different configs.
+        """
+        if self.device_mesh is None:
+            world = _world_size()
+            if world is None:
+                _check_alone()
+                self.resolve_sizes(1)
+                return None
+            from .core.consistency import check_same_configs
+            from .core.ranks import raise_on_all_ranks
+
+            with raise_on_all_ranks("AutoParallelismConfig"):
+                self.resolve_sizes(world)
+            check_same_configs(self._sizes, compared_values(self))
+        mesh = super().get_device_mesh(device_type)
+        if mesh is not None:
+            from .core.mesh import inherit_timeouts
+
+            inherit_timeouts(mesh)
+        return mesh
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        # Called at the end of Accelerator.__init__, the only moment at which Accelerate hands us the instance.
+        from .trainer_plugin.extend import install
+
+        install(accelerator, self)
+
+    # ---- text and dict forms -----------------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | AutoParallelismConfig) -> AutoParallelismConfig:
+        """Read a config from any of its forms.
+
+        Args:
+            value: a config (returned as it is), a dict, the path of a YAML or JSON file, a JSON object as text, or a
+                comma-separated list such as ``"tp=2,dp_shard=4,plan_order=registry+hf"`` (a bare name means true).
+
+        Raises:
+            ConfigError: unreadable file, malformed text, unknown field (with the nearest known one).
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if not isinstance(value, (str, os.PathLike)):
+            raise ConfigError(f"cannot read a parallelism config from {type(value).__name__}: {value!r}")
+        text = os.fspath(value).strip()
+        if text.startswith("{"):
+            return cls.from_dict(load_yaml(text, "the given text"))
+        if text.lower().endswith((".yaml", ".yml", ".json")) or is_file(text):
+            return cls.from_dict(read_file(Path(text)))
+        return cls.from_dict(parse_pairs(text))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AutoParallelismConfig:
+        """Build a config from a mapping of field names, with or without the ``_size`` suffix of the axes."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        arguments: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{key}_size" if key in AXES else key
+            if name not in known:
+                hint = difflib.get_close_matches(str(key), sorted(known) + list(AXES), n=1, cutoff=0.5)
+                raise ConfigError(
+                    f"unknown field {key!r} in the parallelism config"
+                    + (f"; did you mean {hint[0]!r}?" if hint else ".")
+                    + f" Known fields: {', '.join(sorted(known))}."
+                )
+            if name in arguments:
+                raise ConfigError(f"the field {name!r} is given twice in the parallelism config.")
+            arguments[name] = restore(name, value)
+        return cls(**arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values of every field that differs from its default; ``from_dict`` restores an equal config."""
+        result: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            axis = field.name.removesuffix("_size")
+            if axis in AXES:
+                if not (axis in self._open_axes and self.device_mesh is None):
+                    result[field.name] = value
+                continue
+            if field.name.endswith(("_backend", "_handler")):
+                if value is not None and self._sizes[field.name.rsplit("_", 1)[0]] > 1:
+                    result[field.name] = plain(value)
+                continue
+            default = field.default
+            if value != default:
+                result[field.name] = plain(value)
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``TrainingArguments.to_dict`` stores (Accelerate's own version returns None)."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}({inner})"
+
+    # A mesh holds process groups: it belongs to one process and is rebuilt, never copied or written to disk.
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
+        try:
+            pickle.dumps(self.tp_plan)
+        except Exception:  # a lambda; the Trainer pickles its arguments with each checkpoint, which must not fail there
+            state["tp_plan"] = plain(self.tp_plan)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoParallelismConfig:
+        result = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            if name != "device_mesh":
+                result.__dict__[name] = copy.deepcopy(value, memo)
+        return result
+
+
+AutoParallelismConfig.__doc__ = f"{AutoParallelismConfig.__doc__}\n    Args:\n{argument_docs(OptionFields)}\n"
+
+
+def _world_size() -> int | None:
+    """Size of the process group, None without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+
+
+def _check_alone() -> None:
+    """Raise if this process was launched as one of several that Accelerate has not connected.
+
+    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its
+    own.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > 1:
+        raise ConfigError(
+            f"{started} processes were started (WORLD_SIZE), but Accelerate found no accelerator device and was not "
+            f"asked for the CPU, so that each of them is alone. On CPU pass Accelerator(cpu=True) or "
+            f"TrainingArguments(use_cpu=True), or set ACCELERATE_USE_CPU=true."
+        )
