@@ -16,7 +16,7 @@ from torch import nn
 from ..backends.megatron_fsdp.accelerate import loading_whole
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..checkpoint.background import background_group, start, wait_for_saves
-from ..checkpoint.commit import Unfinished, abandon, begin, complete, last_complete_checkpoint, rotate, to_load
+from ..checkpoint.commit import StagedSave, commit, last_complete_checkpoint, roll_back, rotate, stage, to_load
 from ..checkpoint.files import load_plain, naming
 from ..checkpoint.manifest import Manifest, verify
 from ..checkpoint.random_states import origin, restore
@@ -124,11 +124,11 @@ def load_optimizer(
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder), index)
 
 
-def finish(save: Unfinished, manifest: Manifest, tasks: list[Task], background: bool, afterwards: Any = None) -> None:
+def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: bool, afterwards: Any = None) -> None:
     """Write what was collected and complete the directory, now or in the background.
 
     Args:
-        save: from :func:`begin`.
+        save: from :func:`stage`.
         manifest: what :func:`describe` returned.
         tasks: what writes the large files.
         background: return at once; a thread does it.
@@ -143,9 +143,9 @@ def finish(save: Unfinished, manifest: Manifest, tasks: list[Task], background: 
         try:
             for task in tasks:
                 task(group)
-            complete(save, manifest, group)
+            commit(save, manifest, group)
         except BaseException:
-            abandon(save, group)
+            roll_back(save, group)
             raise
         logger.info("saved the checkpoint %s", save.folder)
         if afterwards is not None:
@@ -247,7 +247,7 @@ def save_state(
                     f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on "
                     "with."
                 )
-    save = begin(folder)
+    save = stage(folder)
     folder = save.folder
     how = how_to_save(self)
     try:
@@ -277,7 +277,7 @@ def save_state(
             for index, custom in enumerate(self._custom_objects):
                 save_custom_state(custom, str(folder), index, save_on_each_node=project.save_on_each_node)
     except BaseException:
-        abandon(save)
+        roll_back(save)
         raise
     step = self.step or None
 

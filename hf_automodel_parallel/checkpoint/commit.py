@@ -1,8 +1,13 @@
-"""The life of a checkpoint directory: begun, completed or abandoned; which of many is the last complete one.
+"""Staging, commit and rollback of a checkpoint directory; which of several is the last complete one.
 
-A directory that is being written holds a mark, and a complete one a manifest; the manifest comes last and at once.
-Files of a complete checkpoint in the way are set aside into a directory below it until the new one is complete. So at
-any moment a killed job leaves the last complete checkpoint on the disk, and a directory that says what it is.
+* :func:`stage` writes the mark ``checkpoint_incomplete.json``. A complete checkpoint of the same name is backed up
+  into ``.previous/`` below it, by renames.
+* :func:`commit` writes the manifest, atomically and last. From then on the directory is complete; mark and backup go.
+* :func:`roll_back` restores the backup after an error.
+
+So a job that is killed at any moment leaves the last complete checkpoint on the disk, and a directory whose state can
+be told from its mark and manifest. The Trainer and Accelerate choose the directory and write into it themselves, so the
+save cannot be staged in another one and renamed.
 """
 
 from __future__ import annotations
@@ -36,21 +41,21 @@ from .manifest import (
 
 logger = logging.getLogger(__name__)
 
-_SETTING_ASIDE = "setting aside"
+#: In the mark; on the disk of users, so the text stays.
+_BACKING_UP = "setting aside"
 _NUMBERED = re.compile(r"^checkpoint[-_](\d+)$")
 
 
 @dataclass
 class Status:
-    """What a look at a checkpoint directory tells.
+    """State of a checkpoint directory.
 
     Attributes:
         folder: the directory.
         kind: "complete", "incomplete", "damaged" or "unverified" (no manifest: of stock Accelerate or an earlier
-        version).
+            version).
         reason: why it cannot be used; empty if it can.
-        usable: the directory to load from: ``folder``, or the one below it with the files of the previous save; None if
-            there is nothing to load.
+        usable: the directory to load from: ``folder``, or the backup below it; None if there is nothing to load.
     """
 
     folder: Path
@@ -60,7 +65,7 @@ class Status:
 
 
 def status(folder: str | Path) -> Status:
-    """Look at ``folder`` without reading more than the manifest and the sizes of files. Not collective."""
+    """The state of ``folder``, from its manifest and the sizes of its files. Not collective."""
     folder = Path(folder)
     own = _own_status(folder)
     if own.usable is None and (folder / PREVIOUS).is_dir():
@@ -93,41 +98,41 @@ def _own_status(folder: Path) -> Status:
 
 
 @dataclass
-class Unfinished:
-    """A save that has begun.
+class StagedSave:
+    """A save between :func:`stage` and :func:`commit`.
 
     Attributes:
-        folder: where, absolute.
-        since: time of its mark, in nanoseconds of the file system's clock: what is older does not belong to it.
+        folder: absolute path.
+        since: time of its mark, in nanoseconds of the file system's clock; older files do not belong to it.
     """
 
     folder: Path
     since: int
 
 
-def begin(folder: str | Path, group: Any = None) -> Unfinished:
-    """Make ``folder`` a directory that is being written; collective.
+def stage(folder: str | Path, group: Any = None) -> StagedSave:
+    """Mark ``folder`` as incomplete and back up a checkpoint in it; collective.
 
     Raises:
-        CheckpointError: on all ranks: it cannot be written to. What it held before is as it was.
+        CheckpointError: on all ranks: it cannot be written to. Its content is as before.
     """
     folder = Path(folder).absolute()  # a save in the background must not follow the working directory
     since = 0
     with agreed(f"saving to {folder}", group):
         if rank(group) == 0:
-            since = _begin(folder)
-    return Unfinished(folder, rank_zero_tells(since, group))
+            since = _stage(folder)
+    return StagedSave(folder, rank_zero_tells(since, group))
 
 
-def _begin(folder: Path) -> int:
+def _stage(folder: Path) -> int:
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
+        _recover_backup(folder)
         if _own_status(folder).usable is not None:
-            _mark(folder, _SETTING_ASIDE)
-            _set_aside(folder)
+            _mark(folder, _BACKING_UP)
+            _back_up(folder)
         else:
-            _remove_leftovers(folder)
+            _remove_partial_files(folder)
         _mark(folder, "writing")
         (folder / MANIFEST).unlink(missing_ok=True)  # of a damaged one
         return (folder / MARK).stat().st_mtime_ns
@@ -138,21 +143,21 @@ def _mark(folder: Path, phase: str) -> None:
     write_atomically(folder / MARK, json.dumps(content).encode())
 
 
-def _recover(folder: Path) -> None:
-    """If a job was killed while it set files aside, put them back: they are a complete checkpoint."""
+def _recover_backup(folder: Path) -> None:
+    """If a job was killed in the middle of :func:`_back_up`, undo it: the files are a complete checkpoint."""
     try:
         phase = json.loads((folder / MARK).read_text(encoding="utf-8")).get("phase")
     except (OSError, ValueError):
         return
-    if phase == _SETTING_ASIDE and not (folder / MANIFEST).exists():
-        _bring_back(folder)
+    if phase == _BACKING_UP and not (folder / MANIFEST).exists():
+        _restore_backup(folder)
 
 
-def _set_aside(folder: Path) -> None:
+def _back_up(folder: Path) -> None:
     """Move the files of a usable checkpoint to :data:`PREVIOUS`, the manifest first.
 
-    A crash on the way leaves no manifest in ``folder``; what is missing in one of the two places is in the other, and
-    :func:`_bring_back` puts it together.
+    The manifest first: after a crash on the way ``folder`` has none, so it does not count as complete. Each file is in
+    one of the two directories then, and :func:`_restore_backup` joins them.
     """
     previous = folder / PREVIOUS
     if previous.exists():
@@ -170,8 +175,8 @@ def _set_aside(folder: Path) -> None:
         (folder / name).rename(previous / name)
 
 
-def _bring_back(folder: Path) -> bool:
-    """Undo :func:`_set_aside`, after a save that failed or a crash in its midst; False if nothing was set aside."""
+def _restore_backup(folder: Path) -> bool:
+    """Undo :func:`_back_up`, after a failed save or a crash; False if there is no backup."""
     previous = folder / PREVIOUS
     if not previous.is_dir():
         return False
@@ -191,8 +196,8 @@ def _bring_back(folder: Path) -> bool:
     return True
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Drop what an interrupted save of ours left, so that it does not become a part of the next one."""
+def _remove_partial_files(folder: Path) -> None:
+    """Delete large files of an interrupted save, which would become a part of the next one."""
     if not (folder / MARK).exists():
         return
     for name in os.listdir(folder):
@@ -201,11 +206,11 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
-    """Write the manifest of a save that has ended well; collective.
+def commit(save: StagedSave, manifest: Manifest, group: Any = None) -> None:
+    """List all files in the manifest, write it, and delete mark and backup; collective.
 
     Raises:
-        CheckpointError: on all ranks; the directory stays recognisably incomplete.
+        CheckpointError: on all ranks; the directory stays marked as incomplete.
     """
     add_new_files(manifest, save.folder, save.since, group)
     with agreed(f"completing {save.folder}", group):
@@ -216,22 +221,19 @@ def complete(save: Unfinished, manifest: Manifest, group: Any = None) -> None:
                 shutil.rmtree(save.folder / PREVIOUS, ignore_errors=True)
 
 
-def abandon(save: Unfinished, group: Any = None) -> None:
-    """After a save that failed: bring back what was there before, or free the space and leave the mark. Not
+def roll_back(save: StagedSave, group: Any = None) -> None:
+    """After a failed save: delete its large files and restore the backup, or leave the mark if there is none. Not
     collective.
     """
     if rank(group) != 0 or (save.folder / MANIFEST).exists():  # complete: what failed came after
         return
     try:
-        _remove_leftovers(save.folder)
-        if _bring_back(save.folder):
-            logger.warning(
-                "the save to %s failed; the checkpoint that was there before has been brought back", save.folder
-            )
+        _remove_partial_files(save.folder)
+        if _restore_backup(save.folder):
+            logger.warning("the save to %s failed; the previous checkpoint of that name was restored", save.folder)
     except (OSError, CheckpointError) as error:
         logger.warning(
-            "the save to %s failed, and so did the attempt to bring back what was there before (%s); it is complete in "
-            "%s",
+            "the save to %s failed, and the previous checkpoint of that name could not be restored (%s); it is in %s",
             save.folder,
             error,
             save.folder / PREVIOUS,
@@ -254,7 +256,7 @@ def numbered(folder: str | Path) -> list[Path]:
 def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | None:
     """The checkpoint to resume from: the last complete one among ``folder/checkpoint-N`` (or ``checkpoint_N``).
 
-    Rank 0 looks, all ranks get its answer; those that were passed over are named in the log with the reason. A
+    Rank 0 looks, all ranks get its answer; skipped ones are named in the log with the reason. A
     checkpoint without a manifest counts (with a warning), unless its save is known to have been interrupted.
 
     Returns:
@@ -269,7 +271,7 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
     with agreed(f"looking for checkpoints in {folder}", group):
         if rank(group) == 0:
             for path in numbered(folder):
-                _recover_if_possible(path)
+                _try_to_recover(path)
                 found = status(path)
                 if found.kind != "complete":
                     logger.warning(
@@ -287,11 +289,11 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
     return rank_zero_tells(chosen, group)
 
 
-def _recover_if_possible(folder: Path) -> None:
+def _try_to_recover(folder: Path) -> None:
     try:
-        _recover(folder)
+        _recover_backup(folder)
     except (OSError, CheckpointError) as error:
-        logger.warning("the files of %s that were set aside cannot be put back: %s", folder, error)
+        logger.warning("the backup in %s cannot be restored: %s", folder, error)
 
 
 def to_load(folder: str | Path, group: Any = None) -> Path:
@@ -304,7 +306,7 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
     answer: Path | None = None
     with agreed(f"loading {folder}", group):
         if rank(group) == 0:
-            _recover_if_possible(folder)
+            _try_to_recover(folder)
             found = status(folder)
             answer = found.usable
             if answer is None:
@@ -316,7 +318,7 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
                 )
             if found.kind == "unverified":
                 logger.warning(
-                    "%s has no %s: it was saved by stock Accelerate or an earlier version, and nothing can tell "
+                    "%s has no %s: it was saved by stock Accelerate or an earlier version, and it is not known "
                     "whether it is complete",
                     folder,
                     MANIFEST,
@@ -333,8 +335,8 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
 
 
 def _by_time(folders: list[Path]) -> list[Path]:
-    """The last first; all within one second is no time at all (file systems in the cloud), then in the order of
-    ``folders``.
+    """The newest first. In the order of ``folders`` if all times are within one second, as on file systems in the cloud
+    that do not keep them.
     """
     times: dict[Path, float] = {}
     for path in folders:
@@ -351,7 +353,7 @@ def _by_time(folders: list[Path]) -> list[Path]:
 def rotate(folder: str | Path, limit: int | None, keep: set[Path]) -> list[Path]:
     """Delete old checkpoints in ``folder`` until ``limit`` are left: those that cannot be used first. Not collective.
 
-    Which one is old, its time says, as in transformers: a run may begin again with lower numbers beside an earlier one.
+    By time of change, as in transformers: a run may begin again with lower numbers beside an earlier one.
     Never deletes the last complete one or those in ``keep``.
 
     Args:

@@ -24,7 +24,7 @@ from ..accelerate_plugin.checkpoints import (
     optimizer_task,
 )
 from ..checkpoint.background import wait_for_saves
-from ..checkpoint.commit import abandon, begin, last_complete_checkpoint, rotate, to_load
+from ..checkpoint.commit import last_complete_checkpoint, roll_back, rotate, stage, to_load
 from ..checkpoint.files import load_plain, naming, save_plain
 from ..checkpoint.manifest import Manifest, verify
 from ..checkpoint.training import Task, restore_model, restore_optimizer
@@ -149,7 +149,7 @@ class ParallelTrainer(ParallelEvaluation):
         background = asynchronous(self.accelerator) and not self.args.save_only_model
         run_dir = Path(self._get_output_dir(trial=trial)).absolute()
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        save = begin(folder)
+        save = stage(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._tasks = []
         try:
@@ -157,7 +157,7 @@ class ParallelTrainer(ParallelEvaluation):
                 super()._save_checkpoint(model, trial, *args, **kwargs)
             tasks = self._tasks
         except BaseException:
-            abandon(save)
+            roll_back(save)
             raise
         finally:
             self.args.save_total_limit = limit

@@ -51,7 +51,7 @@ def surroundings(root: str) -> dict[str, Any]:
     seen["changed"] = failing(wait_for_saves)
     seen["relative"] = directory.status(Path(root, "relative")).kind
     # What comes after a save fails on one rank.
-    save = directory.begin(Path(root, "after"))
+    save = directory.stage(Path(root, "after"))
 
     def afterwards() -> None:
         if rank == 0:

@@ -232,11 +232,11 @@ def trained(sharded: bool, folder: Path, seed: int) -> tuple[torch.nn.Module, to
 
 def save_trained(folder: Path, sharded: bool, seed: int = 0) -> torch.nn.Module:
     model, _, collect = trained(sharded, folder, seed)
-    begun = directory.begin(folder)
+    begun = directory.stage(folder)
     for task in collect:
         task()(None)
     (folder / "trainer_state.json").write_text("written by a library")
-    directory.complete(begun, manifest.Manifest())
+    directory.commit(begun, manifest.Manifest())
     return model
 
 
@@ -285,12 +285,12 @@ def test_a_flipped_byte_is_found_while_it_is_read(tmp_path, small_blocks, sharde
 
 
 def test_a_file_that_was_changed_after_it_was_written_is_read_back(tmp_path):
-    begun = directory.begin(tmp_path)
+    begun = directory.stage(tmp_path)
     for name in ("optimizer.bin", "scheduler.bin"):
         files.save_plain({"a": 1}, tmp_path / name)
     with (tmp_path / "optimizer.bin").open("ab") as stream:
         stream.write(b"more")
-    directory.complete(begun, manifest.Manifest())
+    directory.commit(begun, manifest.Manifest())
     found = manifest.verify(tmp_path)
     assert set(found.files) == {"optimizer.bin", "scheduler.bin"} and set(found.blocks) == {"scheduler.bin"}
 
@@ -322,7 +322,7 @@ def test_checksum_of_a_concatenation(lengths):
 
 def save(folder: Path, content: str, stop_at: str = "end") -> None:
     """A save that stops before its end, as if the process were killed there."""
-    unfinished = directory.begin(folder)
+    staged = directory.stage(folder)
     if stop_at == "begin":
         return
     (folder / "optimizer.bin").write_text(content)
@@ -330,7 +330,7 @@ def save(folder: Path, content: str, stop_at: str = "end") -> None:
     (folder / "sub" / "b").write_text(content)
     if stop_at == "written":
         return
-    directory.complete(unfinished, manifest.Manifest(step=1))
+    directory.commit(staged, manifest.Manifest(step=1))
 
 
 def content_of(folder: Path) -> str:
@@ -389,16 +389,16 @@ def test_killed_while_setting_aside(tmp_path, monkeypatch, moves):
     assert path == folder and content_of(path) == "one" and manifest.verify(path)
 
 
-def test_abandoned_save_brings_back_what_was_there(tmp_path):
+def test_rollback_restores_the_previous_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-1"
     save(folder, "one")
-    unfinished = directory.begin(folder)
+    staged = directory.stage(folder)
     (folder / "optimizer.bin").write_text("tw")
-    directory.abandon(unfinished)
+    directory.roll_back(staged)
     assert directory.status(folder).kind == "complete" and content_of(folder) == "one"
     assert manifest.verify(folder)
-    other = directory.begin(tmp_path / "checkpoint-2")
-    directory.abandon(other)
+    other = directory.stage(tmp_path / "checkpoint-2")
+    directory.roll_back(other)
     assert directory.status(tmp_path / "checkpoint-2").kind == "incomplete"
 
 
@@ -487,9 +487,9 @@ def test_read_only_directory_is_named(tmp_path, monkeypatch):
     save(tmp_path / "checkpoint-1", "one")
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-2.*Read-only file system"):
-        directory.begin(tmp_path / "checkpoint-2")
+        directory.stage(tmp_path / "checkpoint-2")
     with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-1.*Read-only file system"):
-        directory.begin(tmp_path / "checkpoint-1")
+        directory.stage(tmp_path / "checkpoint-1")
     monkeypatch.undo()
     assert content_of(directory.to_load(tmp_path / "checkpoint-1")) == "one"
 
@@ -602,12 +602,12 @@ def test_what_was_trained_is_loaded_where_it_is_frozen(tmp_path):
     assert torch.equal(other.base_model.model.model.norm.weight, norm)
 
 
-def test_a_complete_checkpoint_is_not_abandoned(tmp_path):
-    save = directory.begin(tmp_path / "checkpoint-1")
+def test_a_complete_checkpoint_is_not_rolled_back(tmp_path):
+    save = directory.stage(tmp_path / "checkpoint-1")
     (save.folder / "optimizer.bin").write_text("x")
     with mock.patch.object(Path, "unlink", side_effect=OSError("stale")), pytest.raises(Exception, match="stale"):
-        directory.complete(save, manifest.Manifest())
-    directory.abandon(save)
+        directory.commit(save, manifest.Manifest())
+    directory.roll_back(save)
     assert directory.status(save.folder).kind == "complete" and (save.folder / "optimizer.bin").exists()
 
 
