@@ -35,7 +35,7 @@ def background_group() -> Any:
 
 
 def start(work: Callable[[], None]) -> None:
-    """Run ``work`` in a thread, after whatever ran before.
+    """Run ``work`` in a thread, after the save before has ended.
 
     Raises:
         CheckpointError: the save before failed.
@@ -78,7 +78,7 @@ _registered = False
 
 
 def _finish_at_exit() -> None:
-    """A failure that nobody waited for is in the log already; the process group must outlive the thread."""
+    """Join the thread before the process group goes. A failure that was not waited for is in the log already."""
     global _registered
     if _registered:
         return

@@ -1,4 +1,4 @@
-"""Single files of a checkpoint: written whole, read without running code, named in every error."""
+"""Single files of a checkpoint: written completely or not at all, read without running code, named in every error."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _written_last(path: str | Path) -> str | Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file, flush it to the disk and rename it to ``path``: whole, or not there."""
+    """Write ``data`` to a temporary file, flush it to the disk and rename it to ``path``: complete, or not there."""
     temporary = path.with_name(f"{path.name}.tmp")
     with naming(path):
         with temporary.open("wb") as stream:

@@ -1,7 +1,7 @@
 """The manifest: what a complete checkpoint consists of, written last, checked first.
 
 Who checks a file's bytes, its entry says. A file with checksums of its blocks was written through
-:func:`.checksums.create`: weights, optimizer state, nearly all of the bytes. It is verified by whoever reads it. Other
+:func:`.checksums.create`: weights, optimizer state, nearly all of the bytes. It is verified while it is read. Other
 files, which Accelerate, transformers and torch write by name, have one checksum, from reading them back after the save;
 :func:`verify` reads them before a load. So does it with all files of an older checkpoint, which has no blocks.
 """
@@ -34,7 +34,7 @@ STATE_NAMES = re.compile(
     r"^(pytorch_model_fsdp|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|dataloader_shuffling|"
     r"custom_checkpoint|trainer_state)([._-].*)?$"
 )
-#: Names of weights that a save may have written, or somebody who exported a model to the same directory.
+#: Names of weights that a save may have written, or an export of a model to the same directory.
 _WEIGHTS_NAMES = re.compile(r"^(pytorch_model|model|adapter_model)([._-].*)?$")
 
 _RANK_IN_NAME = re.compile(r"(?:^__(\d+)_\d+\.distcp|_rank(\d+)\.bin|^(?:rng_state|random_states)_(\d+)\.p\w+)$")
@@ -46,7 +46,7 @@ class Manifest:
 
     Attributes:
         format: version of this layout.
-        step: optimizer steps (the Trainer's ``global_step``), or saves so far, or None where nobody knows.
+        step: optimizer steps (the Trainer's ``global_step``), or saves so far, or None if unknown.
         world_size: processes that saved.
         mesh: sizes of their mesh axes, outermost first.
         data_parallel_size: ranks that read different batches.
@@ -145,8 +145,8 @@ def holds_a_save(folder: Path) -> bool:
 def new_files(folder: Path, since: int) -> list[str]:
     """Files below ``folder`` that belong to the save that began at ``since``, without the bookkeeping of this package.
 
-    They are what the state of a training consists of (whatever time the clock of another node gave them), and all that
-    was written since, in nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be
+    They are the files of a training state (at any time, as clocks of nodes differ), and all that was written since, in
+    nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be
     replaced at any time.
     """
     found = []

@@ -26,14 +26,14 @@ class Entry(NamedTuple):
     """One value of a saved state.
 
     Attributes:
-        size: shape of the whole tensor, None for a value that is no tensor.
+        size: shape of the full tensor, None for a value that is not a tensor.
         dtype: its dtype.
-        whole: it was saved in one piece.
+        one_chunk: it was saved as one chunk.
     """
 
     size: torch.Size | None = None
     dtype: torch.dtype | None = None
-    whole: bool = True
+    one_chunk: bool = True
 
 
 class Source(Protocol):
@@ -51,8 +51,8 @@ class Source(Protocol):
     def entries(self) -> Mapping[Path_, Entry]:
         """What it holds, by path."""
 
-    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
-        """Fill the parts, and return the values of the paths with None; collective."""
+    def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
+        """Fill the local shards, and return the values of the paths with None; collective."""
 
 
 class DcpSource:
@@ -60,7 +60,7 @@ class DcpSource:
 
     Args:
         folder: the directory.
-        root: the first part of each path ("model", "optimizer"), left out of :attr:`entries`.
+        root: the first element of each path ("model", "optimizer"), left out of :attr:`entries`.
         manifest: of the checkpoint that the directory belongs to; its files are verified while they are read.
 
     Raises:
@@ -87,9 +87,9 @@ class DcpSource:
                     else Entry()
                 )
 
-    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
+    def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """Each rank reads its chunks from the files that hold them."""
-        state = {self._keys[path]: part for path, part in parts.items()}
+        state = {self._keys[path]: shard for path, shard in shards.items()}
         try:
             dcp.load(
                 state,  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ class DcpSource:
             )
         except CheckpointException as error:
             raise from_dcp(error, f"reading {self.folder}") from error
-        return {path: state[self._keys[path]] for path, part in parts.items() if part is None}
+        return {path: state[self._keys[path]] for path, shard in shards.items() if shard is None}
 
 
 class FileSource:
@@ -131,23 +131,23 @@ class FileSource:
                     entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
         self.entries: Mapping[Path_, Entry] = rank_zero_tells(entries, group)
 
-    def read(self, parts: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
+    def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """One broadcast per tensor; no rank but the first ever needs memory for more than the largest of them."""
-        plain = rank_zero_tells({p: self._values.get(p) for p, part in parts.items() if part is None}, self.group)
-        for path, part in parts.items():
-            if part is None:
+        plain = rank_zero_tells({p: self._values.get(p) for p, shard in shards.items() if shard is None}, self.group)
+        for path, shard in shards.items():
+            if shard is None:
                 continue
             if not dist.is_initialized():
-                part.fill_from(self._values[path])
+                shard.fill_from(self._values[path])
                 continue
             entry, device = self.entries[path], communication_device()
-            whole = (
+            full = (
                 self._values.pop(path).to(device).contiguous()
                 if rank(self.group) == 0
                 else torch.empty(entry.size or (), dtype=entry.dtype, device=device)
             )
-            dist.broadcast(whole, group=self.group, group_src=0)
-            part.fill_from(whole)
+            dist.broadcast(full, group=self.group, group_src=0)
+            shard.fill_from(full)
         return plain
 
 

@@ -1,4 +1,4 @@
-"""Weights and optimizer state by name, out of and into the parts that each rank holds."""
+"""Weights and optimizer state by name, from and into the local shards of each rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
     Args:
         model: any module, sharded or not.
         adapter_only: leave out the frozen weights of a PEFT model's base; has no effect on other models. All adapters
-            stay, and whatever is trained.
+            stay, and all that is trained.
     """
     state = {
         name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in model.state_dict().items()
@@ -78,11 +78,11 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
                 f"or with another adapter."
             )
         warn_of_dtypes({n: v for n, v in wanted.items() if isinstance(v, torch.Tensor)}, known, source.name)
-        parts: dict[Path_, LocalShard | None] = {
+        shards: dict[Path_, LocalShard | None] = {
             (name,): LocalShard.of(value) if isinstance(value, torch.Tensor) else None for name, value in wanted.items()
         }
     with torch.no_grad():
-        values = source.read(parts)
+        values = source.read(shards)
     if values:  # the extra state of modules, which only their own code can take
         model.load_state_dict({str(path[-1]): value for path, value in values.items()}, strict=False)
 
@@ -210,9 +210,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
             for path, entry in source.entries.items()
             if entry.size is not None
         }
-        parts = {path: LocalShard.of(tensor) for path, tensor in tensors.items()}
+        shards = {path: LocalShard.of(tensor) for path, tensor in tensors.items()}
     with torch.no_grad():
-        values = source.read({**plain, **parts})
+        values = source.read({**plain, **shards})
     with agreed(f"loading {source.name}", source.group):
         saved_groups = _nested_groups({**tensors, **values})
         order = _match_groups(names, saved_groups, source.name)
@@ -230,14 +230,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
 
 
 def _template(parameter: torch.Tensor | None, path: Path_, entry: Entry, name: str) -> torch.Tensor:
-    """An empty tensor for one entry of the state: sharded like the parameter if it has its shape, else whole."""
+    """An empty tensor for one entry of the state: sharded like the parameter if it has its shape, else replicated."""
     size = entry.size or torch.Size(())
     if parameter is not None and size == parameter.shape and size:
         return torch.empty_like(parameter.detach(), dtype=entry.dtype)
-    if not entry.whole and isinstance(parameter, DTensor):
+    if not entry.one_chunk and isinstance(parameter, DTensor):
         raise UnsupportedError(
             f"{name}: the state {path[-1]!r} of {path[1]} has the shape {tuple(size)}, the parameter "
-            f"{tuple(parameter.shape)}, and nothing says how ranks share it."
+            f"{tuple(parameter.shape)}, and its sharding is not known."
         )
     return torch.empty(size, dtype=entry.dtype)
 

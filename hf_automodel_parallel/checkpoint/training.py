@@ -1,4 +1,4 @@
-"""A model's and an optimizer's part of a training checkpoint, in the files that Accelerate and the Trainer name."""
+"""Saving and loading a model and an optimizer, in the files that Accelerate and the Trainer name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class How:
     """How states are saved.
 
     Attributes:
-        sharded: each rank writes its pieces (``SHARDED_STATE_DICT``), or rank 0 gathers whole tensors into one file.
+        sharded: each rank writes its chunks (``SHARDED_STATE_DICT``), or rank 0 gathers full tensors into one file.
         copy: collect copies, because the tensors may change before they are written.
         adapter_only: leave out the frozen weights of a PEFT model's base.
     """
@@ -51,7 +51,7 @@ def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
     check_same_everywhere(state, "the model", fatal=False)
     if how.sharded:
         return _sharded(state, "model", folder / f"{MODEL}_{index}", how)
-    return _whole(state, folder / (f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"))
+    return _full(state, folder / (f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"))
 
 
 def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int, how: How) -> Task:
@@ -61,7 +61,7 @@ def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
     check_same_everywhere(state, type(optimizer).__name__, fatal=True)
     if how.sharded:
         return _sharded(state, "optimizer", folder / f"{OPTIMIZER}_{index}", how)
-    return _whole(state, folder / (f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"))
+    return _full(state, folder / (f"{OPTIMIZER}.bin" if index == 0 else f"{OPTIMIZER}_{index}.bin"))
 
 
 def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
@@ -71,13 +71,13 @@ def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
         for key, path in paths.items():
             value = state[path[1:]]
             if isinstance(value, torch.Tensor):
-                part = LocalShard.of(value)
-                value = part.copied() if how.copy else part
+                shard = LocalShard.of(value)
+                value = shard.copied() if how.copy else shard
             flat[key] = value
     return lambda group: save_chunks(flat, paths, folder, group)
 
 
-def _whole(state: State, path: Path) -> Task:
+def _full(state: State, path: Path) -> Task:
     """Gather tensor after tensor; only rank 0 keeps them, on the CPU."""
     keep = rank() == 0
     gathered: State = {}

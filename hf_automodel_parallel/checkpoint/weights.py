@@ -1,4 +1,4 @@
-"""The weights in a training checkpoint, whole and one at a time, in one process that never was part of the training."""
+"""The weights in a training checkpoint as full tensors, one at a time, in one process without a process group."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ShardedWeights:
                 self.shapes[name] = (described.size, described.properties.dtype)
 
     def fetch(self, name: str) -> torch.Tensor:
-        """The whole tensor ``name``, put together from the pieces of all ranks."""
+        """The full tensor ``name``, from the chunks of all ranks."""
         shape, dtype = self.shapes[name]
         tensor = torch.empty(shape, dtype=dtype)
         dcp.load({self._keys[name]: tensor}, storage_reader=self._reader, planner=SafeLoadPlanner(), no_dist=True)

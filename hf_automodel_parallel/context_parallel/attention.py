@@ -1,11 +1,11 @@
-"""Attention of the queries that a rank holds to the keys and values of the whole sequence.
+"""Attention of the queries that a rank holds to the keys and values of the full sequence.
 
 Keys and values are gathered over the cp axis before attention, as in Llama 3 (2024, arXiv:2407.21783, section 3.3.2):
 with grouped queries they are small beside the rest of a layer, and any attention kernel can be used. Torch's ring
 attention (2.13) overrides the operators of CUDA alone and has no rule for the CPU's.
 
 transformers looks attention up by name in a registry (``AttentionInterface``). Ours is registered under a name of its
-own, and only the attention modules of a prepared model ask for it. What tells it that it has a part of a sequence is
+own, and only the attention modules of a prepared model ask for it. What tells it that it has a sequence shard is
 the attention mask: see :func:`mark`.
 """
 
@@ -36,7 +36,7 @@ _OTHER_MASKS = ("sliding_window", "softcap", "position_bias", "s_aux")
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attention module computes: its part of the sequence, and the ranks that hold the others."""
+    """Where an attention module computes: its sequence shard, and the ranks that hold the others."""
 
     layout: Layout
     group: dist.ProcessGroup
@@ -92,7 +92,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: SDPA, over the whole sequence if the mask says that this is a part of one.
+    """transformers' attention function: SDPA, over the full sequence if the mask says that this is a shard of one.
 
     Args:
         module: the attention module.
@@ -114,7 +114,7 @@ def attention(
     if not _is_mark(attention_mask, key.shape[-2], size):
         if active() is not None:
             raise UnsupportedError(
-                f"cp_size={size}: the mask that tells {type(module).__name__} which part of the sequence it has did "
+                f"cp_size={size}: the mask that tells {type(module).__name__} which shard of the sequence it has did "
                 f"not reach it. Either the model makes a mask of its own, which context parallelism cannot split: use "
                 f"cp_size=1 for it. Or it was called inside of maybe_context_parallel past the forward of the prepared "
                 f"model: call the model that prepare returned."

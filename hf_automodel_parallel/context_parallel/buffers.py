@@ -1,4 +1,4 @@
-"""The context in which the tensors of a batch are the parts that this rank holds
+"""The context in which the tensors of a batch are this rank's sequence shards
 (``accelerator.maybe_context_parallel``).
 """
 
@@ -19,7 +19,7 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class Active:
-    """The context that is entered: forwards in it see parts of sequences of ``length`` tokens."""
+    """The context that is entered: forwards in it see sequence shards of ``length`` tokens."""
 
     length: int
 
@@ -42,16 +42,16 @@ def sharded_buffers(
     dims: list[int] | None,
     no_restore: set[torch.Tensor] | None,
 ) -> Iterator[None]:
-    """Within the block, each of ``buffers`` is the part of it that this rank holds.
+    """Within the block, each of ``buffers`` is replaced by its sequence shard on this rank.
 
-    The tensor objects change their content, so everybody who holds them sees the part. Other views of the same memory
-    keep the whole (torch's own context overwrites it).
+    The tensor objects change their content, so all references to them see the shard. Other views of the same memory
+    keep the full tensor (torch's own context overwrites it).
 
     Args:
         mesh: the cp axis.
         buffers: the tensors of the batch, all with one length along their ``dims``.
         dims: dimension of the sequence of each.
-        no_restore: those that may stay as they are afterwards. The others are whole again after the block.
+        no_restore: those that may stay as they are afterwards. The others are restored after the block.
 
     Raises:
         AutoParallelError: on all ranks alike, before anything has changed.
@@ -156,14 +156,14 @@ def _check_same_batch(everyone: torch.Tensor, mesh: DeviceMesh) -> None:
     if torch.allclose(by_group, by_group[:, :1].expand_as(by_group), rtol=1e-9, atol=0.0):
         return
     raise PrepareError(
-        "the ranks of a cp group were given different batches, so that the parts they hold are of different sequences. "
+        "the ranks of a cp group were given different batches, so that their shards are of different sequences. "
         "Likely cause: rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain "
         "data loader through accelerator.prepare, which gives all ranks of a cp group the same rows."
     )
 
 
 def check_whole(copies: torch.Tensor) -> None:
-    """Raise if what the ranks of a cp group computed is not the same: then it is made of parts of sequences.
+    """Raise if what the ranks of a cp group computed is not the same: then it is made of sequence shards.
 
     Args:
         copies: gathered results, (groups, cp, ...), the same on all ranks.
@@ -177,7 +177,7 @@ def check_whole(copies: torch.Tensor) -> None:
         return
     raise UnsupportedError(
         "gather_for_metrics: the ranks of a cp group have different results for the same samples, because each "
-        "computed a part of every sequence. Inside of maybe_context_parallel only the loss is whole. Evaluate logits "
-        "outside of it, where each rank computes whole sequences; with the Trainer leave out compute_metrics "
+        "computed a shard of every sequence. In maybe_context_parallel only the loss is complete. Evaluate logits "
+        "outside of it, where each rank computes full sequences; with the Trainer leave out compute_metrics "
         "(prediction_loss_only=True)."
     )

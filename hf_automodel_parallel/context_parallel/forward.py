@@ -1,8 +1,8 @@
-"""What a forward inside of the context is given and returns: the mask that stands for the whole sequence, the right
+"""What a forward inside of the context is given and returns: the mask that stands for the full sequence, the right
 loss.
 
 The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so
-the loss that a rank differentiates has to be ``size`` times its part of the mean over all tokens.
+the loss that a rank differentiates has to be ``size`` times its contribution to the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OWN_NUMBERS = 1 << 20
 
 
 def install(model: nn.Module, suitable: Suitable, mesh: DeviceMesh, device: torch.device) -> None:
-    """Let ``model`` compute on parts of sequences inside of ``maybe_context_parallel``; outside it stays as it is.
+    """Let ``model`` compute on sequence shards inside of ``maybe_context_parallel``; outside it stays as it is.
 
     Args:
         model: the sharded model; its other hooks (tensor parallelism, FSDP2) are there already.
@@ -56,10 +56,10 @@ class _Hooks:
         self.warned = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Check the inputs, on all ranks together, and replace what depends on the whole sequence."""
+        """Check the inputs, on all ranks together, and replace what depends on the full sequence."""
         context = active()
         if context is None:
-            self._note_whole_sequences(model)
+            self._note_full_sequences(model)
             return None
         error: Exception | None = None
         try:
@@ -77,7 +77,7 @@ class _Hooks:
         return args, kwargs
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """Show every rank the loss of the whole sequences; its gradient stays that of the own part."""
+        """Show every rank the loss of the full sequences; its gradient stays that of the own shard."""
         if active() is None:
             return output
         loss = output.get("loss") if hasattr(output, "get") else output[0] if isinstance(output, tuple) else None
@@ -89,14 +89,14 @@ class _Hooks:
         output["loss"] = average
         return output
 
-    def _note_whole_sequences(self, model: nn.Module) -> None:
+    def _note_full_sequences(self, model: nn.Module) -> None:
         if self.warned or not (model.training and torch.is_grad_enabled()):
             return
         self.warned = True
         if dist.get_rank() == 0:
             logger.warning(
                 "cp_size=%d: a training forward outside of accelerator.maybe_context_parallel(buffers=...). It is "
-                "right, but each rank of a cp group computes the whole sequences.",
+                "right, but each rank of a cp group computes the full sequences.",
                 self.layout.size,
             )
 
@@ -126,9 +126,7 @@ class _Hooks:
         for name in ("use_cache", "output_attentions", "output_router_logits", "logits_to_keep", "num_logits_to_keep"):
             value = kwargs.get(name)
             if isinstance(value, torch.Tensor) or value:
-                raise UnsupportedError(
-                    f"{where}: {name}={value!r} is not supported on a part of a sequence. Leave it out."
-                )
+                raise UnsupportedError(f"{where}: {name}={value!r} is not supported on a sequence shard. Leave it out.")
         self._check_labels(where, kwargs, length)
         for module in self.suitable.attention:
             if getattr(module.config, "_attn_implementation", None) != attention.NAME:
@@ -145,12 +143,12 @@ class _Hooks:
         if positions is None:
             raise ConfigError(
                 f"{where}: position_ids are missing, and the model would count from 0 on every rank. Pass position_ids "
-                f"of the whole sequences, torch.arange(length).expand(batch, -1), and put them into buffers."
+                f"of the full sequences, torch.arange(length).expand(batch, -1), and put them into buffers."
             )
         expected = self.layout.positions(length, positions.device)
         if positions.shape[-1] != length or not bool((positions == expected).all()):
             raise UnsupportedError(
-                f"{where}: position_ids of shape {tuple(positions.shape)} are not those of one whole sequence per row, "
+                f"{where}: position_ids of shape {tuple(positions.shape)} are not those of one full sequence per row, "
                 f"0, 1, 2, ..., split as the inputs are. Put position_ids into buffers; sequences that were packed "
                 f"into one row or padded at the start are not supported."
             )

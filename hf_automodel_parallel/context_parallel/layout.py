@@ -1,4 +1,4 @@
-"""Which positions of a sequence a rank of the cp axis holds, and how the whole sequence comes back from the ranks."""
+"""Which positions of a sequence a rank of the cp axis holds, and the all-gather of the full sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Layout:
     section 3.3.2).
 
     Attributes:
-        rank: place of this rank on the cp axis.
+        rank: of this process on the cp axis.
         size: number of ranks on the cp axis.
     """
 
@@ -39,12 +39,12 @@ class Layout:
         return self.rank, 2 * self.size - 1 - self.rank
 
     def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of ``tensor`` along ``dim`` (length S -> S / size), in memory of its own."""
+        """This rank's shard of ``tensor`` along ``dim`` (length S -> S / size), in memory of its own."""
         length = tensor.shape[dim] // self.multiple
         return torch.cat([tensor.narrow(dim, chunk * length, length) for chunk in self.chunks], dim)
 
     def positions(self, length: int, device: torch.device) -> torch.Tensor:
-        """The positions in the whole sequence of the ``length`` tokens that this rank holds, int64 of shape
+        """The positions in the full sequence of the ``length`` tokens that this rank holds, int64 of shape
         (length,).
         """
         chunk = length // 2
@@ -53,10 +53,9 @@ class Layout:
         return torch.cat([own + first * chunk, own + second * chunk])
 
     def gather(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        """All ranks' parts in the order of the sequence: (B, H, S / size, D) -> (B, H, S, D).
+        """All-gather in the order of the sequence: (B, H, S / size, D) -> (B, H, S, D).
 
-        Backward sums the ranks' gradients and takes the own part (reduce-scatter), so that a rank's queries reach the
-        keys of all ranks.
+        Backward is a reduce-scatter: a shard of keys gets gradients from the queries of all ranks.
         """
         batch, heads, length, features = x.shape
         parts = _Gather.apply(x, group).view(self.size, batch, heads, 2, length // 2, features)

@@ -1,4 +1,4 @@
-"""Which models can be trained on parts of sequences: everything that mixes positions has to be attention that we
+"""Which models can be trained on sequence shards: everything that mixes positions has to be attention that we
 compute.
 
 Decided by properties of modules and configs, before anything is changed; the errors name what stands in the way.
@@ -40,7 +40,7 @@ class Suitable:
 
 
 def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence_parallel: bool = False) -> Suitable:
-    """Find the attention of ``model`` and refuse what would be wrong on a part of a sequence.
+    """Find the attention of ``model`` and refuse what would be wrong on a sequence shard.
 
     Args:
         model: the model, plain or PEFT-wrapped.
@@ -111,7 +111,7 @@ def _attention_of(inner: nn.Module, structure: ModelStructure, refuse: Any) -> l
         if not any(module in attention for module in parts):
             raise refuse(
                 f"{names[layer]} ({type(layer).__name__}) has no attention that transformers' registry of attention "
-                f"functions can replace, so it mixes positions in a way that stops at the part of a rank."
+                f"functions can replace, so it mixes positions in a way that stops at the sequence shard of a rank."
             )
         for module in parts:
             if isinstance(module, (*_CONVOLUTIONS, *_RECURRENT)):
@@ -123,11 +123,11 @@ def _check_adapters(model: nn.Module, refuse: Any) -> None:
     for config in getattr(model, "peft_config", {}).values() if compat.is_peft_model(model) else ():
         if getattr(config, "is_prompt_learning", False):
             raise refuse(
-                f"PEFT's {config.peft_type.value} puts virtual tokens in front of every rank's part of a sequence.",
+                f"PEFT's {config.peft_type.value} puts virtual tokens in front of every sequence shard.",
                 "Use LoRA or cp_size=1.",
             )
         if getattr(config, "alora_invocation_tokens", None):
-            raise refuse("activated LoRA looks for its invocation tokens in the whole sequence.", "Use plain LoRA.")
+            raise refuse("activated LoRA looks for its invocation tokens in the full sequence.", "Use plain LoRA.")
 
 
 def _why_no_loss(inner: nn.Module, forward: Any) -> str:

@@ -125,7 +125,7 @@ def trainer_evaluation(output_dir):
     rows = Rows(batches_for(model, 2, 8, ragged=True))
     loss = Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"]
     whole = Trainer(model, args, eval_dataset=rows, compute_metrics=lambda prediction: {})
-    with pytest.raises(UnsupportedError, match="only the loss is whole.*prediction_loss_only"):
+    with pytest.raises(UnsupportedError, match="only the loss is complete.*prediction_loss_only"):
         whole.evaluate()
     return loss
 
