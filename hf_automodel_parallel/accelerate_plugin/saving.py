@@ -20,10 +20,10 @@ from .. import compat
 from ..core.ranks import gather_objects
 from ..core.rendezvous import rendezvous
 from ..errors import ConfigError, UnsupportedError
-from ..export.adapters import check_adapter_options, keep_model_card, write_adapters, write_own_adapter
+from ..export.adapters import check_adapter_options
 from ..export.files import completed_at_end
-from ..export.gathering import Fetch, ShardedState, file_dtypes
-from ..export.pretrained import cast, shapes_of, write_configs, write_pretrained
+from ..export.gathering import Fetch, ShardedState, cast, file_dtypes, shapes_of
+from ..export.pretrained import write_model, write_state
 from .prepared import prepared
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ def _save_pretrained(
     hub = {k: options.pop(k) for k in _HUB_OPTIONS if k in options}
     if isinstance(state, Streamed):
         if state.fetch is not None:  # else another rank writes
-            _write(model, directory, options, state.state, state.fetch, state.weights)
+            write_model(model, directory, options, state.state, state.fetch, state.weights)
         return None
     name = f"{type(model).__name__}.save_pretrained()"
     writers = rendezvous(name, {k: str(v) for k, v in options.items()}, main)
     shards = ShardedState(model, dist.get_rank() in writers)
     for writer in writers:
-        written = shards.led_by(writer, lambda fetch: _write(model, directory, options, shards, fetch))
+        written = shards.led_by(writer, lambda fetch: write_model(model, directory, options, shards, fetch))
         if push and written is not None and writer == writers[0]:
             _upload(model, directory, written, hub)
     return None
@@ -171,39 +171,6 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
             "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. "
             "Save the adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
         )
-
-
-def _write(
-    model: nn.Module,
-    directory: Path,
-    options: Mapping[str, Any],
-    shards: ShardedState,
-    fetch: Fetch,
-    weights: bool = True,
-) -> list[Path]:
-    """On the rank that writes."""
-    shapes = shapes_of(shards.tensors, file_dtypes(model))
-    fetch = cast(fetch, shapes)
-    with completed_at_end(directory) as incomplete:
-        if not weights:
-            _write_configs_only(model, incomplete)
-        elif compat.is_peft_model(model):
-            keep_model_card(directory, incomplete)
-            write_adapters(model, shapes, fetch, incomplete, options)
-        elif compat.carries_adapters(model):
-            write_own_adapter(model, shapes, fetch, incomplete, options)
-        else:
-            options = {k: v for k, v in options.items() if k != "save_peft_format"}
-            write_pretrained(model, shapes, fetch, incomplete, **options)
-        return [path.relative_to(incomplete) for path in incomplete.rglob("*") if path.is_file()]
-
-
-def _write_configs_only(model: nn.Module, directory: Path) -> None:
-    if not compat.is_peft_model(model):
-        write_configs(model, directory, next(iter(file_dtypes(model).values()), None))
-        return
-    for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
-        config.save_pretrained(directory if name == "default" else directory / name)
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
@@ -334,8 +301,6 @@ def save_model(
     safe_serialization: bool = True,
 ) -> None:
     """Like ``Accelerator.save_model``, tensor by tensor; stock gathers all weights on rank 0."""
-    from ..export.state_files import write_state
-
     if prepared(model) is None:
         return type(self).save_model(self, model, save_directory, max_shard_size, safe_serialization)
     directory = Path(save_directory)

@@ -1,4 +1,4 @@
-"""Adapter files: PEFT picks what belongs to an adapter from tensors without values, and only that is fetched."""
+"""Adapter files: PEFT picks the weights of an adapter from tensors without values, and only these are fetched."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..core.lazy_graph import Recording
 from ..errors import ConfigError
-from .gathering import Fetch
-from .pretrained import Shapes
-from .recording import Recording
+from .gathering import Fetch, Shapes
 
 
 def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: Mapping[str, Any]) -> None:
     """Write what ``PeftModel.save_pretrained`` writes.
 
     Args:
-        model: the ``PeftModel``; of its weights only what belongs to the adapters is fetched.
+        model: the ``PeftModel``.
         shapes: of its state dict.
-        fetch: gives whole tensors on the CPU.
+        fetch: gives full tensors on the CPU; called for the adapters' weights only.
         directory: exists.
         options: of PEFT's method: ``selected_adapters``, ``save_embedding_layers``, ``safe_serialization``.
     """
@@ -33,16 +32,16 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
     stand_ins: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         if adapter not in model.peft_config:  # type: ignore[operator]
-            break  # PEFT's own error, below
+            break  # PEFT's save_pretrained, below, raises its own error
         recording = Recording()
-        stand_ins = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+        stand_ins = recording.declare(shapes)
         with recording, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT says it again when it saves
+            warnings.simplefilter("ignore")  # PEFT warns again when it saves
             picked = compat.adapter_state(model, dict(stand_ins), adapter, options.get("save_embedding_layers", "auto"))
         for value in picked.values():
-            needed.update(dict.fromkeys(recording.leaves_of(value)))
+            needed.update(dict.fromkeys(recording.names(value)))
     state = {**stand_ins, **{name: fetch(name) for name in needed}}
-    cls: Any = type(model)  # past what is bound on the instance
+    cls: Any = type(model)  # the instance's save_pretrained is our own
     cls.save_pretrained(model, directory, state_dict=state, **options)
 
 
@@ -52,19 +51,19 @@ def write_own_adapter(
     """Write what ``PreTrainedModel.save_pretrained`` writes of a model with adapters of its own: the active adapter.
 
     Args:
-        model: has got its adapters by ``model.add_adapter``, without a ``PeftModel``.
+        model: has adapters by ``model.add_adapter``, without a ``PeftModel``.
         shapes: of its state dict.
-        fetch: gives whole tensors on the CPU.
+        fetch: gives full tensors on the CPU; called for the adapter's weights only.
         directory: exists.
         options: of transformers' method, such as ``save_peft_format``.
     """
-    cls: Any = type(model)  # past what is bound on the instance
+    cls: Any = type(model)  # the instance's save_pretrained is our own
     recording = Recording()
-    state = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+    state = recording.declare(shapes)
     with recording:
         picked = cls.get_adapter_state_dict(model, state_dict=dict(state))
     for value in picked.values():
-        state.update({name: fetch(name) for name in recording.leaves_of(value)})
+        state.update({name: fetch(name) for name in recording.names(value)})
     cls.save_pretrained(model, directory, state_dict=state, **options)
 
 
@@ -72,7 +71,7 @@ def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Refuse what cannot be done on shards, before any rank waits for another.
 
     Raises:
-        ConfigError: an adapter that is not there; an option that would load an adapter while saving.
+        ConfigError: an unknown adapter; an option that would load an adapter while saving.
     """
     known: Any = model.peft_config
     unknown = [name for name in options.get("selected_adapters") or () if name not in known]
@@ -89,6 +88,6 @@ def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def keep_model_card(old: Path, new: Path) -> None:
-    """Let PEFT extend the model card that is there."""
+    """Copy the model card of ``old``, if it has one, so that PEFT extends it."""
     if (old / "README.md").is_file():
         shutil.copy2(old / "README.md", new / "README.md")

@@ -14,12 +14,13 @@ from torch import nn
 
 from .. import compat
 from ..checkpoint.weights import SafetensorsWeights, Weights, open_checkpoint
+from ..core.lazy_graph import Named, Node, Recording, assemble
 from ..errors import ExportError
 from .adapters import write_adapters
 from .files import replaced_at_end
+from .gathering import Progress, Shapes, cast, shapes_of
 from .merged import Merging
-from .pretrained import Progress, Shapes, cast, write_pretrained, write_weights
-from .recording import Recording
+from .pretrained import write_pretrained, write_weights
 
 _PEFT_PREFIX = "base_model.model."
 #: Files of tokenizers and processors, which belong to a model directory.
@@ -240,7 +241,7 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
     fetch = cast(weights.fetch, shapes)
     if _named_by_file(shapes, request.adapter):
         recording = Recording()
-        state = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in sorted(shapes.items())}
+        state = recording.declare(dict(sorted(shapes.items())))
         write_weights(recording, state, fetch, out, "adapter_model.safetensors", 2**62, count)
         config.inference_mode = True
         config.save_pretrained(out)
@@ -325,28 +326,29 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
 
 
 def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
-    """Shape, dtype and value of each weight of ``plain``, whatever it is called and cut into in the files."""
+    """Shape, dtype and value of each weight of ``plain``, from files that may have other names and shapes (one weight
+    for each expert, say): the conversion for saving is recorded, and inverted.
+    """
     recording = Recording()
-    leaves = {n: recording.leaf(n, t.shape, t.dtype) for n, t in plain.state_dict().items()}
+    state = recording.declare(shapes_of(plain.state_dict()))
+    leaves: dict[str, Any] = {name: recording.node(tensor) for name, tensor in state.items()}
     with recording:
-        made = compat.as_in_files(plain, compat.without_tied_duplicates(plain, dict(leaves)))
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in made.items():
-        for leaf in recording.leaves_of(value):
-            parts.setdefault(leaf, {})[name] = value
+        made = compat.as_in_files(plain, compat.without_tied_duplicates(plain, dict(state)))
+    made_of: dict[str, dict[str, Node]] = {}
+    for name, tensor in made.items():
+        for leaf in recording.names(tensor):
+            made_of.setdefault(leaf, {})[name] = recording.node(tensor)
     found: dict[str, tuple[Any, Callable[[], torch.Tensor]]] = {}
-    for leaf, results in parts.items():
-        if all(n in files.shapes and files.shapes[n][0] == value.shape for n, value in results.items()):
+    for leaf, results in made_of.items():
+        if all(n in files.shapes and files.shapes[n][0] == node.shape for n, node in results.items()):
             dtype = files.shapes[next(iter(results))][1]
-            found[leaf] = (
-                (leaves[leaf].shape, dtype),
-                functools.partial(_assembled, recording, leaves[leaf], results, files),
-            )
+            value = functools.partial(_from_results, leaves[leaf], results, files)
+            found[leaf] = (leaves[leaf].shape, dtype), value
     return found
 
 
-def _assembled(recording: Recording, leaf: torch.Tensor, results: dict[str, torch.Tensor], files: Any) -> torch.Tensor:
-    return recording.assemble(leaf, {name: files.fetch(name) for name in results}, results)
+def _from_results(leaf: Named, results: dict[str, Node], files: SafetensorsWeights) -> torch.Tensor:
+    return assemble(leaf, results, {name: files.fetch(name) for name in results})
 
 
 def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> dict[str, str]:
@@ -354,7 +356,7 @@ def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> di
     if not _named_by_file(shapes, adapter):
         return {}
     recording = Recording()
-    stand_ins = {n: recording.leaf(n, t.shape, t.dtype) for n, t in model.state_dict().items()}
+    state = recording.declare(shapes_of(model.state_dict()))
     with recording:
-        picked = compat.adapter_state(model, stand_ins, adapter, "auto")
-    return {leaf: name for name, value in picked.items() for leaf in recording.leaves_of(value)}
+        picked = compat.adapter_state(model, state, adapter, "auto")
+    return {leaf: name for name, value in picked.items() for leaf in recording.names(value)}

@@ -1,12 +1,13 @@
-"""Whole tensors on the rank that writes, one at a time: that rank asks, all others help.
+"""Full tensors of a sharded model on the rank that writes files, one at a time.
 
-The writing rank runs the libraries' code, which no other rank could follow step by step, and its disk may be full in
-the middle. So it leads: before each tensor it tells the others which one, and at the end that it is done or has failed.
+The writing rank runs the libraries' code, which the other ranks could not follow step by step, and its disk may fill up
+in the middle. So the other ranks run a server loop: the writer broadcasts the index of the tensor to gather next, and
+at the end that it is done or has failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,11 +21,16 @@ from ..core.ranks import communication_device
 from ..errors import ExportError
 from ..fsdp.shard import fsdp_units
 
-_DONE, _FAILED = -1, -2
-
+#: From a name in the state dict to the full tensor on the CPU.
 Fetch = Callable[[str], torch.Tensor]
+#: Shape and dtype by name in the state dict, in its order.
+Shapes = Mapping[str, tuple[Iterable[int], torch.dtype]]
+#: Called with name and bytes of each tensor that is written.
+Progress = Callable[[str, int], None]
 T = TypeVar("T")
 
+#: What the writer broadcasts in place of an index.
+_DONE, _FAILED = -1, -2
 #: Attribute of a model: dtype in files by parameter name.
 _FILE_DTYPES = "_automodel_parallel_file_dtypes"
 
@@ -35,7 +41,7 @@ def keep_file_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Non
 
 
 def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Dtypes in files, of all names (tied ones, too) of the parameters whose dtype in files is another one."""
+    """The kept dtypes in files, by every name of a parameter (tied ones have several)."""
     kept = model.__dict__.get(_FILE_DTYPES)
     if not kept:
         return {}
@@ -43,6 +49,16 @@ def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     return {
         name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter
     }
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> Shapes:
+    """Shapes and dtypes of ``tensors``; ``dtypes`` replaces those of some."""
+    return {name: (t.shape, (dtypes or {}).get(name, t.dtype)) for name, t in tensors.items()}
+
+
+def cast(fetch: Fetch, shapes: Shapes) -> Fetch:
+    """``fetch``, with the dtypes of ``shapes``."""
+    return lambda name: fetch(name).to(shapes[name][1])
 
 
 class ShardedState:
@@ -62,72 +78,67 @@ class ShardedState:
         if not any(isinstance(value, DTensor) for value in self.tensors.values()):
             self.tensors = {name: value.cpu() for name, value in self.tensors.items()} if writes else {}
         self._names = list(self.tensors)
-        self._device = communication_device()
         self._index = {name: index for index, name in enumerate(self._names)}
+        self._device = communication_device()
 
-    def led_by(self, leader: int, work: Callable[[Fetch], T]) -> T | None:
-        """Run ``work`` on the rank ``leader``, which may fetch whole tensors; collective.
+    def led_by(self, writer: int, work: Callable[[Fetch], T]) -> T | None:
+        """Run ``work`` on the rank ``writer``, which may fetch full tensors; collective.
 
         Args:
-            leader: global rank.
-            work: gets a function from a name to the whole tensor on the CPU.
+            writer: global rank.
+            work: is given a function from a name to the full tensor on the CPU.
 
         Returns:
-            The result on that rank, None elsewhere.
+            The result on that rank, None on the others.
 
         Raises:
             ExportError: on the other ranks, if ``work`` raised; with its message.
         """
-        if dist.get_rank() != leader:
-            self.follow(leader)
+        if dist.get_rank() != writer:
+            self._serve(writer)
             return None
-        with self.leading() as fetch:
+        with self._leading() as fetch:
             return work(fetch)
 
     @contextmanager
-    def leading(self) -> Iterator[Fetch]:
-        """On the rank that writes: fetch whole tensors by name while the others are in :meth:`follow`."""
+    def _leading(self) -> Iterator[Fetch]:
         try:
             yield self._fetch
         except BaseException as error:
-            self._tell(_FAILED)
+            self._broadcast(_FAILED)
             dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=dist.get_rank(), device=self._device)
             raise
-        self._tell(_DONE)
+        self._broadcast(_DONE)
 
-    def follow(self, leader: int) -> None:
-        """On all other ranks: take part in each gather until ``leader`` is done.
-
-        Raises:
-            ExportError: it failed.
-        """
+    def _serve(self, writer: int) -> None:
+        """Take part in each gather until ``writer`` is done; raise :class:`ExportError` if it failed."""
         command = torch.zeros(1, dtype=torch.int64, device=self._device)
         while True:
-            dist.broadcast(command, src=leader)
+            dist.broadcast(command, src=writer)
             index = int(command.item())
             if index == _DONE:
                 return
             if index == _FAILED:
                 message: list[str] = [""]
-                dist.broadcast_object_list(message, src=leader, device=self._device)
-                raise ExportError(f"saving failed on rank {leader}: {message[0]}")
-            self._whole(self._names[index])
+                dist.broadcast_object_list(message, src=writer, device=self._device)
+                raise ExportError(f"saving failed on rank {writer}: {message[0]}")
+            self._full_tensor(self._names[index])
 
-    def _tell(self, index: int) -> None:
+    def _broadcast(self, index: int) -> None:
         dist.broadcast(torch.tensor([index], dtype=torch.int64, device=self._device), src=dist.get_rank())
 
     def _fetch(self, name: str) -> torch.Tensor:
         if isinstance(self.tensors[name], DTensor):
-            self._tell(self._index[name])
-        return self._whole(name).cpu()
+            self._broadcast(self._index[name])
+        return self._full_tensor(name).cpu()
 
     @torch.no_grad()
-    def _whole(self, name: str) -> torch.Tensor:
+    def _full_tensor(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name]
         if not isinstance(tensor, DTensor):
             return tensor
         mesh = tensor.device_mesh
-        if tensor.device.type != mesh.device_type:  # FSDP2's CPU offload: the collectives need the device
+        if tensor.device.type != mesh.device_type:  # FSDP2's CPU offload, while collectives run on the device
             tensor = DTensor.from_local(
                 tensor.to_local().to(mesh.device_type),
                 mesh,

@@ -21,8 +21,8 @@ from ..core.swap import swapped_parameters
 from ..errors import ConfigError, UnsupportedError
 from ..tensor_parallel.dora import unsharded_weight_norm
 from .files import completed_at_end
-from .gathering import Fetch, ShardedState, file_dtypes
-from .pretrained import Progress, Shapes, shapes_of, write_pretrained
+from .gathering import Fetch, Progress, Shapes, ShardedState, file_dtypes, shapes_of
+from .pretrained import write_pretrained
 
 
 def save_merged(

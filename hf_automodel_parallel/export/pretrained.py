@@ -1,9 +1,9 @@
-"""The files of ``PreTrainedModel.save_pretrained``, from tensors that come one at a time."""
+"""Model files of ``save_pretrained`` and ``Accelerator.save_model``, written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,60 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
-from .gathering import Fetch
-from .recording import Recording, storage_identity
+from ..core.lazy_graph import Recording, StreamingEvaluator
+from .adapters import keep_model_card, write_adapters, write_own_adapter
+from .files import completed_at_end
+from .gathering import Fetch, Progress, Shapes, ShardedState, cast, file_dtypes, shapes_of
 from .safetensors_writer import SafetensorsWriter
 
-#: Shape and dtype by name.
-Shapes = Mapping[str, tuple[Iterable[int], torch.dtype]]
-Progress = Callable[[str, int], None]
+
+def write_model(
+    model: nn.Module,
+    directory: Path,
+    options: Mapping[str, Any],
+    shards: ShardedState,
+    fetch: Fetch,
+    weights: bool = True,
+) -> list[Path]:
+    """Write what ``model.save_pretrained`` writes in one process; on the rank that writes.
+
+    Args:
+        model: a ``PeftModel``, or a transformers model with or without adapters of its own; sharded.
+        directory: of the files; they appear in it when all are complete.
+        options: of ``save_pretrained``.
+        shards: the state dict.
+        fetch: gives its full tensors on the CPU.
+        weights: False for configs alone.
+
+    Returns:
+        The written files, relative to ``directory``.
+    """
+    dtypes = file_dtypes(model)
+    shapes = shapes_of(shards.tensors, dtypes)
+    fetch = cast(fetch, shapes)
+    with completed_at_end(directory) as incomplete:
+        if not weights:
+            _write_configs_only(model, incomplete, next(iter(dtypes.values()), None))
+        elif compat.is_peft_model(model):
+            keep_model_card(directory, incomplete)
+            write_adapters(model, shapes, fetch, incomplete, options)
+        elif compat.carries_adapters(model):
+            write_own_adapter(model, shapes, fetch, incomplete, options)
+        else:
+            options = {name: value for name, value in options.items() if name != "save_peft_format"}
+            write_pretrained(model, shapes, fetch, incomplete, **options)
+        return [path.relative_to(incomplete) for path in incomplete.rglob("*") if path.is_file()]
 
 
-def shapes_of(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, Any]:
-    """Shapes and dtypes of ``tensors``; those in ``dtypes`` are going to be cast."""
-    return {name: (t.shape, (dtypes or {}).get(name, t.dtype)) for name, t in tensors.items()}
-
-
-def cast(fetch: Fetch, shapes: Shapes) -> Fetch:
-    """``fetch``, with the dtypes of ``shapes``."""
-    return lambda name: fetch(name).to(shapes[name][1])
+def _write_configs_only(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
+    if not compat.is_peft_model(model):
+        write_configs(model, directory, dtype)
+        return
+    for name, config in model.peft_config.items():  # type: ignore[operator,union-attr]
+        config.save_pretrained(directory if name == "default" else directory / name)
 
 
 def write_pretrained(
@@ -45,18 +80,18 @@ def write_pretrained(
     """Write config, generation config, weights and index of a transformers model into ``directory``.
 
     Args:
-        model: decides about configs, tied weights and conversions; its own values are not read.
-        shapes: of the state dict, in its order.
-        fetch: gives the whole tensor of a name on the CPU, in the declared dtype.
+        model: says which configs, tied weights and conversions there are; its values are not read.
+        shapes: of the state dict, in its order, with the dtypes in files.
+        fetch: gives full tensors on the CPU, in these dtypes.
         directory: exists.
         max_shard_size: bytes, or text such as ``"5GB"``.
-        variant: ``model.<variant>.safetensors``.
-        save_original_format: with the names that the files of this architecture have.
-        progress: called with the name and the bytes of each tensor that is written.
+        variant: as in ``model.<variant>.safetensors``.
+        save_original_format: with the names and shapes that the files of this architecture have.
+        progress: called for each tensor.
     """
     write_configs(model, directory, next((d for _, d in shapes.values() if d.is_floating_point), None))
     recording = Recording()
-    state = {name: recording.leaf(name, shape, dtype) for name, (shape, dtype) in shapes.items()}
+    state = recording.declare(shapes)
     with recording:
         for name in compat.names_not_saved(model):
             state.pop(name, None)
@@ -68,7 +103,39 @@ def write_pretrained(
     if index is not None:
         index["metadata"] = {"total_parameters": model.num_parameters(), **index["metadata"]}  # type: ignore[operator]
         file = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
-        write_json(directory / file, index)
+        _write_json(directory / file, index)
+
+
+def write_state(
+    shapes: Shapes, fetch: Fetch, directory: Path, max_shard_size: int | str, safe_serialization: bool = True
+) -> None:
+    """Write weights and index as ``Accelerator.save_model`` does: a state dict with all of its names.
+
+    Args:
+        shapes: of the state dict, without second names of tied tensors, with the dtypes in files.
+        fetch: gives full tensors on the CPU, in these dtypes.
+        directory: exists.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+        safe_serialization: False for ``torch.save``, which needs all tensors of a file in memory.
+    """
+    recording = Recording()
+    state = recording.declare(shapes)
+    if safe_serialization:
+        index = write_weights(recording, state, fetch, directory, "model.safetensors", max_shard_size)
+        if index is not None:
+            _write_json(directory / "model.safetensors.index.json", index)
+        return
+    split = split_state_dict_into_shards_factory(
+        state,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="pytorch_model{suffix}.bin",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        torch.save({name: fetch(name) for name in names}, directory / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(directory / "pytorch_model.bin.index.json", index)
 
 
 def write_weights(
@@ -80,7 +147,16 @@ def write_weights(
     max_shard_size: int | str,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
-    """Write ``state``, made by ``recording``, as safetensors files.
+    """Write safetensors files, one tensor at a time.
+
+    Args:
+        recording: of the code that made ``state``.
+        state: by name in the files, tensors on the meta device.
+        fetch: gives the full tensors that ``recording`` declares, on the CPU.
+        directory: exists.
+        name: of a single file; the names of several get a suffix.
+        max_shard_size: bytes, or text such as ``"5GB"``.
+        progress: called for each tensor.
 
     Returns:
         The content of the index, None for one file.
@@ -88,29 +164,34 @@ def write_weights(
     split = split_state_dict_into_shards_factory(
         dict(state),
         get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
-        get_storage_id=storage_identity,
+        get_storage_id=_storage_id,
         filename_pattern=name.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_size,
     )
     order = [(file, tensor) for file, tensors in split.filename_to_tensors.items() for tensor in tensors]
-    recording.expect(state[tensor] for _, tensor in order)
+    evaluator = StreamingEvaluator((recording.node(state[tensor]) for _, tensor in order), fetch)
     with _writers(directory, split.filename_to_tensors, state) as writer:
         for file, tensor in order:
-            value = recording.compute(state[tensor], fetch)
+            value = evaluator.compute(recording.node(state[tensor]))
             writer(file).write(tensor, value)
             if progress is not None:
                 progress(tensor, value.nbytes)
-            del value
+            del value  # before the next one is computed
     if not split.is_sharded:
         return None
     return {"metadata": dict(split.metadata), "weight_map": split.tensor_to_filename}
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    """Equal for meta tensors that are views of one storage: as in one process, these belong into one file."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
 @contextmanager
 def _writers(
     directory: Path, files: Mapping[str, list[str]], state: Mapping[str, torch.Tensor]
 ) -> Iterator[Callable[[str], SafetensorsWriter]]:
-    """Writers by file name; a file is open from its first tensor to its last."""
+    """From a file name to its writer; a file is open from its first tensor to its last."""
     opened: dict[str, SafetensorsWriter] = {}
 
     def writer(file: str) -> SafetensorsWriter:
@@ -132,24 +213,29 @@ def _writers(
 
 
 def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
-    """What ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of
+    """Write what ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of
     transformers.
+
+    Args:
+        model: the model.
+        directory: exists.
+        dtype: of the weights in the files, for ``config.json``.
     """
-    cls: Any = type(model)  # past what is bound on the instance
+    cls: Any = type(model)  # the instance's save_pretrained is our own
     with _quiet():
         cls.save_pretrained(model, directory, state_dict={})
     path = directory / "config.json"
     if dtype is not None and path.exists():
-        # The masters of trained parameters may be float32 while the files are in the dtype that the user loaded.
+        # Trained parameters may be float32 master weights, while files have the dtype in which the model was loaded.
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("dtype") not in (None, str(dtype).removeprefix("torch.")):
             config["dtype"] = str(dtype).removeprefix("torch.")
-            write_json(path, config)
+            _write_json(path, config)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar over no weights."""
+    """Without transformers' progress bar, which would count no weights."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -161,6 +247,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write as transformers does."""
+def _write_json(path: Path, content: Any) -> None:
+    """Write JSON as transformers does."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

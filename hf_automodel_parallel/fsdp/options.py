@@ -45,6 +45,10 @@ class ShardingOptions:
     cast_between_layers: bool = True
     towers: str | None = None
 
+    def shard_device(self, device: torch.device) -> torch.device:
+        """Where shards are between steps: the CPU with FSDP2's CPU offload, else ``device``, where a rank computes."""
+        return torch.device("cpu") if type(self.offload_policy) is CPUOffloadPolicy else device
+
 
 def on_device(kind: str) -> torch.device:
     """The device of ``kind`` ("cpu", "cuda") that this process computes on."""

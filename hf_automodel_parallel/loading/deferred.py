@@ -1,8 +1,8 @@
 """Parameters whose values are still in their files.
 
-A :class:`DeferredTensor` has shape, dtype and device of the parameter it is going to be, and no memory. Whatever only
-asks for those works on it. Casts, moves, copies and views give another one. Everything else reads the values, computes,
-and forgets them again, so that the result is right, whoever asks. Written to, it remembers the tensor that comes out.
+A :class:`DeferredTensor` has the shape, dtype and device that the parameter will have, and no memory. Casts, copies and
+views of it are deferred, too. Any other operator reads the values, computes, and frees them, so that code which knows
+nothing of deferred tensors gets right results. After a write in place the tensor holds the result in memory.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..core.lazy_graph import Given, Node, Operation, read
 from ..errors import UnsupportedError
-from .values import Computed, Given, Value
 
-#: Results that say something about shape and dtype alone.
-_EMPTY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+#: Operators whose result depends on shape and dtype of their input alone, beside ``new_*``.
+_SHAPE_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+#: Operators whose result is an entire tensor, so that a write in place replaces all of its values.
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, compat.cast_operator())
 
 
-class Recorder:
-    """While ``active``, every operator on deferred tensors is put off: transformers' conversions of a checkpoint."""
+class _DeferAll:
+    """Context in which every operator on deferred tensors is deferred: transformers converts a checkpoint there.
+
+    A flag for the whole process, not a dispatch mode, which is local to a thread: transformers takes tensors from files
+    in threads of its own.
+    """
 
     def __init__(self) -> None:
         self.active = False
@@ -33,26 +39,25 @@ class Recorder:
         self.active = False
 
 
-#: For all threads, because transformers takes tensors from files in threads of its own.
-RECORDER = Recorder()
+DEFER_ALL = _DeferAll()
 
 
 class DeferredTensor(torch.Tensor):
     """A tensor without memory that knows where its values come from.
 
     Attributes:
-        value: where.
+        node: its node in the lazy graph.
     """
 
-    value: Value
+    node: Node
 
     @staticmethod
-    def __new__(cls, value: Value, device: torch.device | str = "cpu") -> DeferredTensor:
-        tensor = compat.wrapper_subclass(cls, tuple(value.shape), value.dtype, torch.device(device))
-        tensor.value = value
+    def __new__(cls, node: Node, device: torch.device | str = "cpu") -> DeferredTensor:
+        tensor = compat.wrapper_subclass(cls, tuple(node.shape), node.dtype, torch.device(device))
+        tensor.node = node
         return tensor
 
-    def __init__(self, value: Value, device: torch.device | str = "cpu") -> None:
+    def __init__(self, node: Node, device: torch.device | str = "cpu") -> None:
         super().__init__()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -81,7 +86,7 @@ class DeferredTensor(torch.Tensor):
         deferred = new if isinstance(new, DeferredTensor) else _given(new)
         with compat.without_torch_function():
             torch.Tensor.data.__set__(self, deferred)  # type: ignore[attr-defined]
-        self.value = deferred.value
+        self.node = deferred.node
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,22 +106,23 @@ class DeferredTensor(torch.Tensor):
             return _write(func, written, args, kwargs)
         if func is compat.cast_operator():
             device = kwargs.get("device")
-            keep = device is None or torch.device(device).type == "meta"  # values are not given up
-            return _later(func, args, {"dtype": kwargs.get("dtype")}, args[0].device if keep else device)
-        if schema.name.removeprefix("aten::") in _EMPTY or schema.name.startswith("aten::new_"):
+            # A move to the meta device would give up the values; an init context of a library may ask for it.
+            keep = device is None or torch.device(device).type == "meta"
+            return _defer(func, args, {"dtype": kwargs.get("dtype")}, args[0].device if keep else device)
+        if schema.name.removeprefix("aten::") in _SHAPE_ONLY or schema.name.startswith("aten::new_"):
             args, kwargs = compat.tree_map_only(cls, _shape_of, (args, kwargs))
             return func(*args, **kwargs)
-        puts_off = RECORDER.active and all("Tensor" in str(result.type) for result in schema.returns)
+        defer_all = DEFER_ALL.active and all("Tensor" in str(result.type) for result in schema.returns)
         is_view = bool(aliases) and not any(alias.is_write for alias in aliases.values())
-        if is_view or func is torch.ops.aten.clone.default or puts_off:
-            return _later(func, args, kwargs)
-        args, kwargs = compat.tree_map_only(cls, whole, (args, kwargs))
+        if is_view or func is torch.ops.aten.clone.default or defer_all:
+            return _defer(func, args, kwargs)
+        args, kwargs = compat.tree_map_only(cls, materialize, (args, kwargs))
         return func(*args, **kwargs)
 
 
-def whole(tensor: DeferredTensor) -> torch.Tensor:
-    """All values of ``tensor``, on its device, in memory of their own."""
-    return tensor.value.read().to(tensor.device, tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+def materialize(tensor: DeferredTensor) -> torch.Tensor:
+    """A plain tensor with all values of ``tensor``, on its device, in memory of its own."""
+    return read(tensor.node).to(tensor.device, tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _given(tensor: torch.Tensor) -> DeferredTensor:
@@ -128,42 +134,35 @@ def _shape_of(tensor: DeferredTensor) -> torch.Tensor:
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _later(func: Any, args: Any, kwargs: Any, device: Any = None) -> Any:
+def _defer(func: Any, args: Any, kwargs: Any, device: Any = None) -> Any:
     """The results of ``func`` as deferred tensors."""
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key != "device"}
-    meta = compat.tree_map_only(
-        torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
-    )
-    results = func(*meta[0], **meta[1])
     if device is None:
         device = next(t.device for t in compat.tree_leaves((args, kwargs)) if isinstance(t, DeferredTensor))
-    inputs = compat.tree_map_only(DeferredTensor, lambda tensor: tensor.value, (args, kwargs))
-
-    def deferred(result: torch.Tensor, index: int | None) -> DeferredTensor:
-        return DeferredTensor(Computed(result.shape, result.dtype, func, inputs[0], inputs[1], index), device)
-
-    if isinstance(results, torch.Tensor):
-        return deferred(results, None)
-    return type(results)(deferred(result, index) for index, result in enumerate(results))
+    meta_args, meta_kwargs = compat.tree_map_only(
+        torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
+    )
+    result = func(*meta_args, **meta_kwargs)
+    inputs = compat.tree_map_only(DeferredTensor, lambda tensor: tensor.node, (args, kwargs))
+    deferred = [DeferredTensor(node, device) for node in Operation.results(func, inputs[0], inputs[1], result)]
+    return deferred[0] if isinstance(result, torch.Tensor) else type(result)(deferred)
 
 
 def _write(func: Any, written: list[DeferredTensor], args: Any, kwargs: Any) -> Any:
-    """Write into tensors that are not there: compute what comes out and keep it in memory."""
+    """Run an operator that writes in place on real tensors, which the ``written`` ones hold from then on."""
     for tensor in written:
-        if isinstance(tensor.value, Computed) and tensor.value.operator not in _COPIES:
+        # A view would need a write into its base, which other views of it would have to see.
+        if isinstance(tensor.node, Operation) and tensor.node.operator not in _COPIES:
             raise UnsupportedError(
                 f"writing into a part of a parameter whose values are still in the model's files ({func}, part of "
-                f"shape {tuple(tensor.shape)}) is not possible. Assign the whole parameter instead, or load the model "
+                f"shape {tuple(tensor.shape)}) is not possible. Assign the entire parameter instead, or load the model "
                 f"with its own class's from_pretrained."
             )
-    real = {id(tensor): whole(tensor) for tensor in written}
+    real = {id(tensor): materialize(tensor) for tensor in written}
     real_args, real_kwargs = compat.tree_map_only(
-        DeferredTensor, lambda tensor: real[id(tensor)] if id(tensor) in real else whole(tensor), (args, kwargs)
+        DeferredTensor, lambda tensor: real[id(tensor)] if id(tensor) in real else materialize(tensor), (args, kwargs)
     )
     func(*real_args, **real_kwargs)
     for tensor in written:
-        tensor.value = _given(real[id(tensor)]).value
+        tensor.node = _given(real[id(tensor)]).node
     return written[0] if len(written) == 1 else tuple(written)
-
-
-_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, compat.cast_operator())

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..core.lazy_graph import Leaf, Node, Region
 from ..errors import CheckpointError
 
-_WHOLE = "model.safetensors"
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (
     "pytorch_model.bin",
@@ -31,7 +33,7 @@ class TensorFile:
         """Open ``path`` and check its header against its size.
 
         Raises:
-            CheckpointError: it is missing, truncated, or no safetensors file.
+            CheckpointError: it is missing, truncated, or not a safetensors file.
         """
         self.path = path
         self._open: Any = None
@@ -58,11 +60,11 @@ class TensorFile:
         return self._open
 
     def close(self) -> None:
-        """Give the mapping back; the next read opens the file again."""
+        """Unmap the file; the next read opens it again."""
         self._open = None
 
     def check_unchanged(self) -> None:
-        """Raise :class:`CheckpointError` if the file is another one than when it was opened."""
+        """Raise :class:`CheckpointError` if size or modification time differ from when the file was opened."""
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -75,17 +77,39 @@ class TensorFile:
                 f"{status.st_size} now). Load the model again."
             )
 
-    def read(self, key: str, part: tuple[slice, ...]) -> torch.Tensor:
-        """A part of tensor ``key``, as a view of the mapped file."""
+    def tensor(self, key: str) -> FileTensor:
+        """The tensor ``key`` as a leaf of the lazy graph. Reads none of its pages."""
+        mapped = self.read(key, ())
+        return FileTensor(mapped.shape, mapped.dtype, self, key)
+
+    def read(self, key: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of tensor ``key`` (no slices: all of it), as a view of the mapped file."""
         try:
             source = self._file().get_slice(key)
-            return source[part] if part else source[...]
+            return source[slices or ...]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {key} cannot be read ({error}).") from error
 
 
+@dataclass(eq=False)
+class FileTensor(Leaf):
+    """A tensor of a safetensors file."""
+
+    file: TensorFile
+    key: str
+
+    def read(self, region: Region) -> torch.Tensor:
+        """A view of the mapped file."""
+        return self.file.read(self.key, tuple(slice(first, first + count) for first, count in region))
+
+
+def file_tensors(node: Node) -> list[FileTensor]:
+    """The tensors of files that ``node`` is computed from."""
+    return [leaf for leaf in node.subgraph() if isinstance(leaf, FileTensor)]
+
+
 def _header_digest(path: str) -> str:
-    """Of names, shapes, dtypes and places of all tensors; equal files have equal ones."""
+    """Of the header (names, shapes, dtypes, offsets), so that ranks compare files without reading the values."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
 
@@ -97,13 +121,13 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
         path: a local directory, or the name of a repository.
         variant: as in ``model.<variant>.safetensors``.
         named: the file that the model's config names (``transformers_weights``), None for the usual names.
-        hub: ``subfolder``, ``revision``, ``cache_dir`` and so on, as for ``from_pretrained``.
+        hub: ``subfolder``, ``revision``, ``cache_dir`` and so on, as in ``from_pretrained``.
 
     Raises:
         CheckpointError: there are no safetensors files; one is missing, truncated, or lacks a tensor that the index
             names.
     """
-    names = [named] if named else [_with_variant(_WHOLE, variant), _with_variant(_INDEX, variant)]
+    names = [named] if named else [_with_variant(_SINGLE, variant), _with_variant(_INDEX, variant)]
     found = next((file for name in names if (file := _find(path, name, hub)) is not None), None)
     if found is None:
         raise _without_safetensors(path, names, variant, hub)
@@ -114,7 +138,7 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
     folder = Path(found).parent
     if not os.path.isdir(path):
         for name in shards:
-            _find(path, name, hub)  # into the cache, beside the index
+            _find(path, name, hub)  # downloads into the cache, beside the index
     files = {}
     for name in shards:
         shard = folder / name
@@ -143,7 +167,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 def _find(path: str, name: str, hub: dict[str, Any]) -> str | None:
     if os.path.isdir(path):
-        # Absolute: the files are read in prepare, and the script may change its directory before.
+        # Absolute, because prepare reads the files, and the script may change its working directory before.
         local = os.path.abspath(os.path.join(path, hub.get("subfolder") or "", name))
         return local if os.path.isfile(local) else None
     from transformers.utils import cached_file

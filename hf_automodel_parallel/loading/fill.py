@@ -1,44 +1,39 @@
-"""What ``prepare`` does with a model whose values are still in files: shard it without them, then read each rank's
-part.
-"""
+"""The values of a model that is sharded while they are still in files: each rank reads its own shards afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.lazy_graph import Given, Node, read
 from ..core.ranks import raise_on_all_ranks
 from ..core.shard_layout import chunks_of
 from ..errors import PrepareError
 from ..optim.handoff import replace_parameters
 from .deferred import DeferredTensor
-from .files import TensorFile
-from .values import Given, Value
-
-if TYPE_CHECKING:
-    from ..strategies.context import ParallelizeContext
+from .files import TensorFile, file_tensors
 
 
 class PendingValues:
-    """The values of a model's deferred parameters, while plain parameters on the meta device stand in for them.
+    """Where the values of a model's deferred parameters are, while meta parameters take their place in the model.
 
-    As a context: if the body raises before :meth:`fill` or :meth:`keep`, the deferred parameters come back.
+    As a context: if the body raises before :meth:`keep`, the model and the optimizers hold the deferred parameters
+    again.
 
     Attributes:
-        values: of each parameter by its first name; empty for a model that is in memory.
+        values: nodes of the lazy graph by the first name of each parameter; empty for a model that is in memory.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None) -> None:
-        self.values: dict[str, Value] = {}
+        self.values: dict[str, Node] = {}
         self._model, self._optimizers = model, optimizers or []
         self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._kept = False
@@ -53,7 +48,7 @@ class PendingValues:
             self._exchange({id(new): old for old, new in self._replaced.values()})
 
     def begin(self) -> None:
-        """Check that the files are still those that the model was loaded from, and put stand-ins in the model's place.
+        """Check that the files are still those that the model was loaded from, and replace the deferred parameters.
 
         Raises:
             CheckpointError: a file has changed or disappeared.
@@ -62,14 +57,14 @@ class PendingValues:
         for name, parameter in self._model.named_parameters():
             if not isinstance(parameter, DeferredTensor):
                 continue
-            value = parameter.value
-            if isinstance(value, Given):  # written by the user, the same on each rank or not
-                replacement = nn.Parameter(value.read().to(parameter.device, parameter.dtype), parameter.requires_grad)
+            node = parameter.node
+            if isinstance(node, Given):  # written in place by the user, perhaps differently on each rank
+                replacement = nn.Parameter(read(node).to(parameter.device, parameter.dtype), parameter.requires_grad)
             else:
-                self.values[name] = value
+                self.values[name] = node
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 replacement = nn.Parameter(empty, parameter.requires_grad)
-            replacement.__dict__.update({key: held for key, held in vars(parameter).items() if key != "value"})
+            replacement.__dict__.update({key: held for key, held in vars(parameter).items() if key != "node"})
             new[id(parameter)] = replacement
             self._replaced[id(parameter)] = (parameter, replacement)
         for file in self.files:
@@ -88,13 +83,13 @@ class PendingValues:
             replace_parameters(optimizer, held | new)
 
     def keep(self) -> None:
-        """From here on the model changes; there is no way back."""
+        """Do not restore the deferred parameters on an error: the model is changed from here on."""
         self._kept = True
 
     @property
     def files(self) -> list[TensorFile]:
-        """The files that values come from."""
-        found = {id(leaf.file): leaf.file for value in self.values.values() for leaf in value.files()}
+        """The files that the values come from."""
+        found = {id(leaf.file): leaf.file for node in self.values.values() for leaf in file_tensors(node)}
         return list(found.values())
 
     def compare_ranks(self, group: dist.ProcessGroup | None) -> None:
@@ -118,55 +113,66 @@ class PendingValues:
                     f"Give all nodes the same checkpoint."
                 )
 
-    def fill(self, context: ParallelizeContext) -> None:
-        """Give each sharded parameter its rank's part of the values. Every rank reads for itself.
+    def fill(self, model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """Give each parameter its values, of which every rank reads its own shard.
 
         Args:
-            context: its model is sharded; what is set aside is still on the meta device.
+            model: sharded; the parameters with pending values are on the meta device.
+            device: of the shards.
+            group: the ranks that shard the model.
 
         Raises:
-            CheckpointError: a file cannot be read; on the other ranks PrepareError, so that none waits for it.
+            CheckpointError: a file cannot be read; on the other ranks PrepareError.
         """
         if not self.values:
             return
-        names = {id(p): name for name, p in context.model.named_parameters() if name in self.values}
-        device = torch.device("cpu") if type(context.fsdp.offload_policy) is CPUOffloadPolicy else context.device
-        with raise_on_all_ranks("reading the model's files", context.group), _progress(len(names)) as step:
+        names = {id(p): name for name, p in model.named_parameters() if name in self.values}
+        with raise_on_all_ranks("reading the model's files", group), _progress(len(names)) as step:
 
             def filled(tensor: torch.Tensor) -> torch.Tensor:
                 name = names.get(id(tensor))
                 if name is None:
                     return tensor
                 step()
-                return _local_part(tensor, self.values[name], device)
+                return _local_shard(tensor, self.values[name], device)
 
             with torch.no_grad():
-                compat.apply_to_tensors(context.model, filled)
+                compat.apply_to_tensors(model, filled)
         self.values = {}
 
-    def fill_whole(self, context: ParallelizeContext, names: list[str]) -> None:
-        """Give parameters that nobody shards all of their values."""
+    def fill_ignored(
+        self, model: nn.Module, names: list[str], device: torch.device, ignored: set[nn.Parameter]
+    ) -> None:
+        """Give the parameters ``names``, which FSDP2 ignores, all of their values before the model is sharded.
+
+        Args:
+            model: has them, on the meta device.
+            names: first names of parameters.
+            device: of the new parameters.
+            ignored: FSDP2's ignored parameters, updated.
+        """
         for name in names:
-            owner, _, key = name.rpartition(".")
-            module = context.model.get_submodule(owner)
-            old: nn.Parameter = module._parameters[key]  # type: ignore[assignment]
-            value = self.values.pop(name).read().to(context.device, old.dtype, copy=True)
-            new = nn.Parameter(value, old.requires_grad)
-            for other in context.model.modules():
-                for slot, parameter in other._parameters.items():
+            old = model.get_parameter(name)
+            new = nn.Parameter(read(self.values.pop(name)).to(device, old.dtype, copy=True), old.requires_grad)
+            for module in model.modules():
+                for slot, parameter in module._parameters.items():
                     if parameter is old:
-                        other._parameters[slot] = new
-            context.fsdp.ignored_parameters.discard(old)
-            context.fsdp.ignored_parameters.add(new)
+                        module._parameters[slot] = new
+            ignored.discard(old)
+            ignored.add(new)
 
 
-def _local_part(parameter: torch.Tensor, value: Value, device: torch.device) -> torch.Tensor:
-    """A DTensor like ``parameter`` that holds this rank's shard of ``value``."""
-    if not isinstance(parameter, DTensor):
-        return value.read().to(device, parameter.dtype, copy=True, memory_format=torch.contiguous_format)
-    local = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=device)
+def _local_shard(parameter: torch.Tensor, node: Node, device: torch.device) -> torch.Tensor:
+    """This rank's shard of ``node``, cast and on ``device``: a DTensor like ``parameter``, or plain if that is plain.
+
+    It is read chunk by chunk, because a shard of a packed projection is not contiguous in the full tensor.
+    """
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local = torch.empty(local.shape, dtype=parameter.dtype, device=device)
     for chunk in chunks_of(parameter):
-        chunk.of_local(local).copy_(value.read(chunk.region))
+        chunk.of_local(local).copy_(read(node, chunk.region))
+    if not isinstance(parameter, DTensor):
+        return local
     return DTensor.from_local(
         local,
         parameter.device_mesh,
@@ -179,7 +185,7 @@ def _local_part(parameter: torch.Tensor, value: Value, device: torch.device) -> 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """A bar on rank 0, if transformers' bars are enabled."""
+    """A progress bar on rank 0, if transformers' bars are enabled; yields the function that advances it."""
     from transformers.utils import logging
 
     if dist.get_rank() != 0:

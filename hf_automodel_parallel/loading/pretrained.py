@@ -1,4 +1,4 @@
-"""``from_pretrained`` without values: transformers' own loading, on tensors that stay in their files."""
+"""``from_pretrained`` on deferred tensors: transformers' own loading, while the values stay in their files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import nn
 
 from ..core.ranks import raise_on_all_ranks
 from ..errors import CheckpointError, ConfigError, UnsupportedError
-from .deferred import RECORDER, DeferredTensor, whole
-from .files import TensorFile, resolve_files
-from .values import FromFile
+from .deferred import DEFER_ALL, DeferredTensor, materialize
+from .files import TensorFile, file_tensors, resolve_files
 
 #: Arguments that say where the files are.
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -109,13 +108,13 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
         ConfigError: ``path`` is an adapter, or its config names a quantisation.
         UnsupportedError: an argument that cannot be honoured, by name.
     """
-    with _agreed():
+    with _on_all_ranks():
         return _load(model_class, os.fspath(path), kwargs)
 
 
-def _agreed() -> contextlib.AbstractContextManager[None]:
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return raise_on_all_ranks("from_pretrained") if together else contextlib.nullcontext()
+def _on_all_ranks() -> contextlib.AbstractContextManager[None]:
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return raise_on_all_ranks("from_pretrained") if distributed else contextlib.nullcontext()
 
 
 def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
@@ -134,12 +133,12 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
     config, rest = _config(model_class, path, hub, kwargs)
     concrete, config = _concrete(model_class, config)
     files = resolve_files(path, variant, getattr(config, "transformers_weights", None), hub)
-    tensors = {key: _from_file(file, key) for file in files for key in file.keys}
+    tensors = {key: DeferredTensor(file.tensor(key)) for file in files for key in file.keys}
     wants_info = loader.pop("output_loading_info", False)
     tolerant = loader.pop("ignore_mismatched_sizes", False)
     loader.setdefault("generation_config", _generation_config(path, hub))
-    with RECORDER, _no_progress_bar():
-        # With mismatches allowed, transformers tells all of them, and the error below can name their files.
+    with DEFER_ALL, _no_progress_bar():
+        # With mismatches allowed transformers reports all of them, so that the error below can name their files.
         model, info = concrete.from_pretrained(
             None,
             config=config,
@@ -159,11 +158,6 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
     return (model, info) if wants_info else model
 
 
-def _from_file(file: TensorFile, key: str) -> DeferredTensor:
-    found = file.read(key, ())
-    return DeferredTensor(FromFile(found.shape, found.dtype, file, key))
-
-
 def _refuse_adapter(path: str, hub: dict[str, Any]) -> None:
     folder = os.path.join(path, hub.get("subfolder") or "")
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
@@ -174,7 +168,7 @@ def _refuse_adapter(path: str, hub: dict[str, Any]) -> None:
 
 
 def _config(model_class: Any, path: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model's config, and the arguments that are left for its constructor."""
+    """The model's config, and the remaining keyword arguments, which go to its constructor."""
     from transformers import AutoConfig, PreTrainedConfig
 
     config = kwargs.pop("config", None)
@@ -194,8 +188,8 @@ def _config(model_class: Any, path: str, hub: dict[str, Any], kwargs: dict[str, 
 
 
 def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
-    """The class that an Auto class chooses for ``config``, and the config that it gets (of a part of a composite
-    model).
+    """The class that an Auto class chooses for ``config``, and its config, which is a sub-config where the class is the
+    text model of a multimodal one.
     """
     from transformers import PreTrainedModel
 
@@ -203,14 +197,14 @@ def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
         return model_class, config
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         concrete = type(model_class.from_config(copy.deepcopy(config)))
-    part = config.sub_configs.get("text_config")
-    if part is not None and concrete.config_class is part:
+    text_config = config.sub_configs.get("text_config")
+    if text_config is not None and concrete.config_class is text_config:
         config = config.get_text_config()
     return concrete, config
 
 
 def _generation_config(path: str, hub: dict[str, Any]) -> Any:
-    """What transformers reads beside the weights; None: it derives one from the config."""
+    """The checkpoint's generation config; None where transformers derives one from the model's config."""
     from transformers import GenerationConfig
 
     try:
@@ -221,7 +215,7 @@ def _generation_config(path: str, hub: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Nothing is read here; the bar comes when the ranks read."""
+    """Without transformers' bar: nothing is read here. The bar is shown when the ranks read."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -247,11 +241,11 @@ def _mismatch(mismatched: Any, files: list[TensorFile]) -> str:
 
 
 def _check_kinds(model: nn.Module) -> None:
-    """Refuse whole numbers where the model has floating-point ones: transformers would cast them silently."""
+    """Refuse integer tensors where the model has floating-point ones: transformers would cast them silently."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not isinstance(tensor, DeferredTensor) or not tensor.is_floating_point():
             continue
-        wrong = next((leaf for leaf in tensor.value.files() if not leaf.dtype.is_floating_point), None)
+        wrong = next((leaf for leaf in file_tensors(tensor.node) if not leaf.dtype.is_floating_point), None)
         if wrong is not None:
             raise CheckpointError(
                 f"{wrong.file.path}: tensor {wrong.key} holds {wrong.dtype}, the model expects {tensor.dtype} for "
@@ -260,7 +254,8 @@ def _check_kinds(model: nn.Module) -> None:
 
 
 def _read_buffers(model: nn.Module) -> None:
+    """Buffers are small and not sharded: every rank reads them at once."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if isinstance(buffer, DeferredTensor):
-                module._buffers[name] = whole(buffer)
+                module._buffers[name] = materialize(buffer)

@@ -299,7 +299,12 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.pending is not None:
             unmanaged = context.fsdp.ignored_parameters | replicated_parameters(context.structure, context.fsdp)  # type: ignore[arg-type]
             ignored = [name for name, p in context.model.named_parameters() if p in unmanaged]
-            context.pending.fill_whole(context, [name for name in ignored if name in context.pending.values])
+            context.pending.fill_ignored(
+                context.model,
+                [name for name in ignored if name in context.pending.values],
+                context.device,
+                context.fsdp.ignored_parameters,
+            )
 
     def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
@@ -331,7 +336,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Let each rank read its part of what is still in files, now that it is known."""
         if context.pending is None:
             return
-        context.pending.fill(context)
+        context.pending.fill(context.model, context.fsdp.shard_device(context.device), context.group)
         if context.tp_mesh is not None:
             compat.mark_packed_placements(context.model.parameters())
 

@@ -1,8 +1,6 @@
-"""The safetensors writer and the lazy tensor graph of an export."""
+"""The safetensors writer."""
 
 from __future__ import annotations
-
-import warnings
 
 import torch
 
@@ -26,25 +24,3 @@ def test_the_writer_makes_the_file_that_safetensors_makes(tmp_path):
         writer.write(name, value)
     writer.close()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def test_a_recording_fetches_each_input_once_and_frees_it():
-    from hf_automodel_parallel.export.recording import Recording
-
-    value, fetched = torch.arange(24.0).reshape(4, 6), []
-    recording = Recording()
-    leaf, other = recording.leaf("a", (4, 6), torch.float32), recording.leaf("b", (6,), torch.float32)
-    with recording:
-        parts = [part.t().contiguous() for part in leaf.chunk(2, dim=1)] + [other + 1]
-    recording.expect(parts)
-
-    def fetch(name: str) -> torch.Tensor:
-        fetched.append(name)
-        return value if name == "a" else value[0]
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        results = [recording.compute(part, fetch) for part in parts]
-    assert all(torch.equal(r, e) for r, e in zip(results, [*(p.t() for p in value.chunk(2, dim=1)), value[0] + 1]))
-    assert fetched == ["a", "b"] and not recording._values
-    assert recording.leaves_of(parts[0]) == ["a"]
