@@ -1,5 +1,5 @@
-"""Files of a Hugging Face model from shards, one tensor at a time: on live models and from training checkpoints.
+"""Files of a Hugging Face model, one tensor at a time: from sharded models and from training checkpoints.
 
-No rank ever holds more of the model than what is being written, and nothing in here decides what the files look like:
-the libraries' own code does (tied weights, weight conversions, splitting, adapters), run on tensors without values.
+No rank holds more than its shard and the tensors that are being written. What the files look like is decided by the
+libraries' own code (tied weights, weight conversions, splitting, adapters), which runs on tensors without values.
 """

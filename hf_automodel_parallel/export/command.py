@@ -47,7 +47,7 @@ def export(
 ) -> None:
     """Turn a training checkpoint into a model or adapter directory: without GPUs, in one process, tensor by tensor.
 
-    The checkpoint may come from any number of processes and any mesh. Nothing in it is run: its pickled parts are read
+    The checkpoint may come from any number of processes and any mesh. No code in it is run: its pickled files are read
     by an unpickler that knows tensors and numbers only. OUT appears when it is complete.
     """
     from rich.console import Console

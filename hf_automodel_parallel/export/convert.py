@@ -1,4 +1,4 @@
-"""A training checkpoint becomes a model directory or an adapter directory, tensor by tensor, in one process."""
+"""Make a model directory or an adapter directory of a training checkpoint, tensor by tensor, in one process."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .. import compat
 from ..checkpoint.weights import SafetensorsWeights, Weights, open_checkpoint
 from ..core.lazy_graph import Named, Node, Recording, assemble
 from ..errors import ExportError
-from .adapters import write_adapters
+from .adapters import keep_model_card, write_adapters
 from .files import replaced_at_end
 from .gathering import Progress, Shapes, cast, shapes_of
 from .merged import Merging
 from .pretrained import write_pretrained, write_weights
 
 _PEFT_PREFIX = "base_model.model."
-#: Files of tokenizers and processors, which belong to a model directory.
-_COMPANIONS = (
+#: Patterns of the tokenizer and processor files of a model directory.
+_PROCESSOR_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,7 +40,7 @@ _COMPANIONS = (
 
 @dataclass
 class Request:
-    """What to make of what.
+    """Arguments of :func:`export`.
 
     Attributes:
         checkpoint: the training checkpoint.
@@ -50,8 +50,8 @@ class Request:
         merge: merge the adapter into the base weights.
         adapter: its name, if the checkpoint has several.
         dtype: of floating-point weights in the files, None for those in the checkpoint.
-        max_shard_size: of a file, bytes or text.
-        force: replace ``out`` if there is something.
+        max_shard_size: of a file, bytes or text such as ``"5GB"``.
+        force: replace ``out`` if it is not empty.
     """
 
     checkpoint: Path
@@ -67,7 +67,7 @@ class Request:
 
 @dataclass
 class Summary:
-    """What was made: "model", "adapter" or "merged model"; the number of tensors, and their bytes."""
+    """What was made ("model", "adapter" or "merged model"), and how many tensors and bytes were written."""
 
     kind: str
     tensors: int = 0
@@ -75,14 +75,14 @@ class Summary:
 
 
 def export(request: Request, progress: Callable[[str, int, int], None] | None = None) -> Summary:
-    """Carry out ``request``.
+    """Make the directory that ``request`` describes.
 
     Args:
-        request: what to do.
+        request: what to make.
         progress: called for each tensor with its name, its bytes, and the bytes of all tensors of the checkpoint.
 
     Raises:
-        ExportError: something is missing, or does not fit; nothing was changed.
+        ExportError: something is missing, or does not fit together; nothing was changed.
     """
     if request.out.exists() and not request.out.is_dir():
         raise ExportError(f"{request.out} is a file. Give a directory that does not exist yet.")
@@ -100,7 +100,7 @@ def export(request: Request, progress: Callable[[str, int, int], None] | None = 
             progress(name, size, total)
 
     if not adapters and (request.merge or request.base is not None):
-        raise ExportError(f"{request.checkpoint} holds a whole model and no adapter; leave out --merge and --base.")
+        raise ExportError(f"{request.checkpoint} holds an entire model and no adapter; leave out --merge and --base.")
     if request.base is not None and not request.merge:
         raise ExportError("--base is the model to merge into; give --merge with it, or leave it out.")
     with replaced_at_end(request.out) as out:
@@ -117,19 +117,20 @@ def _bytes(entry: tuple[Iterable[int], torch.dtype]) -> int:
     return torch.Size(entry[0]).numel() * entry[1].itemsize
 
 
-def _cast(shapes: Shapes, dtype: torch.dtype | None) -> dict[str, Any]:
+def _with_dtype(shapes: Shapes, dtype: torch.dtype | None) -> dict[str, Any]:
+    """``shapes`` with another dtype (None: the same) of all floating-point tensors."""
     return {n: (s, dtype if dtype is not None and d.is_floating_point else d) for n, (s, d) in shapes.items()}
 
 
-# ---- a whole model ---------------------------------------------------------------------------------------------------
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 def _model(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
     model = empty_model(_config_directory(request, beside, "config.json"), request)
     shapes = _in_order(model, weights.shapes, request.checkpoint)
-    shapes = _cast(shapes, request.dtype)
+    shapes = _with_dtype(shapes, request.dtype)
     write_pretrained(model, shapes, cast(weights.fetch, shapes), out, request.max_shard_size, progress=count)
-    _copy_companions([request.config, beside], out)
+    _copy_processor_files([request.config, beside], out)
 
 
 def _in_order(model: nn.Module, shapes: Shapes, where: Path) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _in_order(model: nn.Module, shapes: Shapes, where: Path) -> dict[str, Any]:
 
 
 def empty_model(directory: Path | str, request: Request | None = None) -> nn.Module:
-    """The model that a config describes, on the meta device, with its generation config."""
+    """The model that the config in ``directory`` describes, on the meta device, with its generation config."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -165,7 +166,7 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
     cls = getattr(transformers, name, None)
     if name and cls is None:
         raise ExportError(
-            f"{directory}: the architecture {name!r} is no class of transformers; a model with code of its own is "
+            f"{directory}: the architecture {name!r} is not a class of transformers; a model with custom code is "
             f"exported in the training job with model.save_pretrained()."
         )
     with torch.device("meta"):
@@ -176,7 +177,7 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
 
 
 def _config_directory(request: Request, beside: Path, file: str) -> Path:
-    """The directory that has ``file``."""
+    """The first directory that has ``file``: the given one, or the checkpoint's."""
     for candidate in (request.config, beside):
         if candidate is None:
             continue
@@ -188,11 +189,11 @@ def _config_directory(request: Request, beside: Path, file: str) -> Path:
     raise ExportError(f"there is no {file} in {beside}. Give the directory that has one with --config.")
 
 
-def _copy_companions(folders: Iterable[Path | None], out: Path) -> None:
+def _copy_processor_files(folders: Iterable[Path | None], out: Path) -> None:
     for folder in folders:
         if folder is None or not folder.is_dir():
             continue
-        found = [path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()]
+        found = [path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern) if path.is_file()]
         for path in found:
             shutil.copy2(path, out / path.name)
         if found:
@@ -203,6 +204,7 @@ def _copy_companions(folders: Iterable[Path | None], out: Path) -> None:
 
 
 def _adapter_config(request: Request, beside: Path) -> tuple[Path, Any]:
+    """The directory that has ``adapter_config.json``, and this config."""
     from peft import PeftConfig
 
     name = request.adapter
@@ -231,13 +233,13 @@ def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
 
 
 def _named_by_file(shapes: Mapping[str, Any], adapter: str) -> bool:
-    """Accelerate saves a sharded adapter under the names of PEFT's files, without that of the adapter."""
+    """Accelerate saves a sharded adapter under the names of PEFT's files, which leave out the adapter's name."""
     return not any(adapter in name.split(".") for name in shapes)
 
 
 def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
     folder, config = _adapter_config(request, beside)
-    shapes = _cast(weights.shapes, request.dtype)
+    shapes = _with_dtype(weights.shapes, request.dtype)
     fetch = cast(weights.fetch, shapes)
     if _named_by_file(shapes, request.adapter):
         recording = Recording()
@@ -264,14 +266,12 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
         write_adapters(model, shapes, counted, out, {"selected_adapters": [request.adapter]})
         if request.adapter != "default":
             _lift(out / request.adapter, out)
-    for card in (folder / "README.md",):
-        if card.is_file():
-            shutil.copy2(card, out / card.name)
-    _copy_companions([request.config, beside], out)
+    keep_model_card(folder, out)
+    _copy_processor_files([request.config, beside], out)
 
 
 def _lift(folder: Path, out: Path) -> None:
-    """One adapter alone stands in the directory itself."""
+    """Move the files up: a single adapter has no folder of its own."""
     for path in list(folder.iterdir()):
         path.replace(out / path.name)
     folder.rmdir()
@@ -306,7 +306,7 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
             known[name] = functools.partial(weights.fetch, own)
         elif plain in from_files:
             shapes[name], known[name] = from_files[plain]
-        else:  # a tied one, or something that the error below names
+        else:  # tied to another weight, or missing, which fetch() below reports
             shapes[name] = (stand_in.shape, stand_in.dtype)
         if torch.Size(shapes[name][0]) != stand_in.shape:
             raise ExportError(
@@ -321,8 +321,8 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
             )
         return known[name]()
 
-    merging.write(_cast(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count)
-    _copy_companions([request.config, beside, base], out)
+    merging.write(_with_dtype(shapes, request.dtype), fetch, out, request.max_shard_size, progress=count)
+    _copy_processor_files([request.config, beside, base], out)
 
 
 def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
@@ -352,7 +352,7 @@ def _from_results(leaf: Named, results: dict[str, Node], files: SafetensorsWeigh
 
 
 def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> dict[str, str]:
-    """Name in the model -> name in a checkpoint that was written under the names of PEFT's files."""
+    """Name in the model -> name in a checkpoint that has the names of PEFT's files."""
     if not _named_by_file(shapes, adapter):
         return {}
     recording = Recording()

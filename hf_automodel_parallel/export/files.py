@@ -1,4 +1,4 @@
-"""A directory that gets its files at the end, all of them or none."""
+"""Directories whose files appear when all of them are complete, or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _INDEX = re.compile(r"(.*)\.(safetensors|bin)\.index\.(?:(.*)\.)?json")
 
 @contextmanager
 def completed_at_end(directory: Path) -> Iterator[Path]:
-    """A temporary directory inside ``directory``, whose files move there when the block has ended well.
+    """A temporary directory inside ``directory``, whose files move up when the block ends without an error.
 
-    An interrupted save leaves what was there before. Weights of an earlier save in another number of files are removed
-    with their index (transformers removes the shards): ``from_pretrained`` would read a single old file rather than new
-    shards.
+    An interrupted save leaves the earlier files. After a complete one, weights of an earlier save in another number of
+    files are removed with their index: ``from_pretrained`` would read an old single file rather than new shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     incomplete = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory))
@@ -34,7 +33,7 @@ def completed_at_end(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_at_end(directory: Path) -> Iterator[Path]:
-    """A temporary directory beside ``directory``, which takes its place when the block has ended well."""
+    """A temporary directory beside ``directory``, which replaces it when the block ends without an error."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     incomplete = Path(tempfile.mkdtemp(prefix=f".{directory.name}.incomplete-", dir=directory.parent))
     old = incomplete.with_name(incomplete.name.replace("incomplete", "replaced"))
@@ -42,7 +41,7 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
         yield incomplete
         mode = os.umask(0)
         os.umask(mode)
-        incomplete.chmod(0o777 & ~mode)  # mkdtemp's is for its owner alone
+        incomplete.chmod(0o777 & ~mode)  # mkdtemp gives access to the owner alone
         if directory.exists():
             directory.rename(old)
         incomplete.rename(directory)
@@ -53,8 +52,7 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
 
 def _move(source: Path, target: Path) -> None:
     written = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    # An index comes last: whoever reads the directory meanwhile finds an index that fits the shards, or none of the
-    # new.
+    # The index moves last: a process that reads the directory meanwhile finds no index without its shards.
     for path in sorted(written, key=lambda p: p.name.endswith(".index.json")):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)
@@ -66,7 +64,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _weights_name(name: str) -> str | None:
-    """What a file of weights and all shards and the index of the same weights have in common; None for other files."""
+    """The name of the weights that a file belongs to, equal for all shards and the index; None for other files."""
     index = _INDEX.fullmatch(name)
     if index is not None:
         return ".".join(part for part in (index[1], index[3], index[2]) if part)

@@ -1,6 +1,7 @@
-"""A model with its adapters merged into the base weights, written layer by layer; the model itself stays as it is.
+"""A model with its adapters merged into the base weights, written layer by layer; the model itself stays unmerged.
 
-PEFT's own ``merge`` runs on each layer, with whole tensors in the places of the shards, on the rank that writes.
+PEFT's own ``merge`` runs on one layer after the other, on the rank that writes, with full tensors in place of the
+shards.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def save_merged(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
 ) -> None:
-    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. On all
-    ranks.
+    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. Called on
+    all ranks.
 
     Args:
-        model: a ``PeftModel`` that was prepared (its shards are gathered one layer at a time), or a plain one.
+        model: a ``PeftModel`` that was prepared (its shards are gathered one layer at a time), or an unsharded one.
         directory: of the model.
         adapters: names of the adapters to merge, None for the active ones.
         max_shard_size: bytes, or text such as ``"5GB"``.
@@ -45,7 +46,7 @@ def save_merged(
     Raises:
         ConfigError: ``model`` has no adapters, or not these.
         UnsupportedError: adapters or base weights that cannot be merged layer by layer.
-        ExportError: on the other ranks, if the writing rank failed; or a rank did not come.
+        ExportError: on the other ranks, if the writing rank failed; or a rank did not call it in time.
     """
     if not compat.is_peft_model(model):
         raise ConfigError(f"save_merged() needs a PeftModel; this is a {type(model).__name__}: use save_pretrained().")
@@ -69,7 +70,14 @@ def save_merged(
 
 @dataclass
 class _Layer:
-    """A PEFT layer and the module below it that keeps the merged weights."""
+    """A PEFT layer and the module below it that keeps the merged weights.
+
+    Attributes:
+        path: of ``outer`` in the model, with a full stop at the end.
+        outer: the outermost PEFT layer.
+        tuners: it and the PEFT layers nested in it.
+        base: the module inside of them, and its path.
+    """
 
     path: str
     outer: nn.Module
@@ -79,11 +87,15 @@ class _Layer:
 
 
 class Merging:
-    """Which weight of the plain model comes from where.
+    """Which weight of the plain model (the transformers model without adapters) comes from which of a ``PeftModel``.
 
     Args:
         model: the ``PeftModel``, sharded or on the meta device.
         adapters: to merge, None for the active ones.
+
+    Attributes:
+        sources: name in the plain model -> name in the state dict of ``model``.
+        layers: name in the plain model -> the layer that has to be merged first.
     """
 
     def __init__(self, model: nn.Module, adapters: list[str] | None = None) -> None:
@@ -93,7 +105,9 @@ class Merging:
             raise ConfigError(f"adapters={adapters!r}: this model has {list(model.peft_config)}.")  # type: ignore[arg-type]
         prompts = [n for n, c in model.peft_config.items() if c.is_prompt_learning]  # type: ignore[union-attr,operator]
         if prompts:
-            raise UnsupportedError(f"the adapter {prompts[0]!r} learns a prompt, which cannot be merged into weights.")
+            raise UnsupportedError(
+                f"the adapter {prompts[0]!r} is a learned prompt, which cannot be merged into weights."
+            )
         view = ModelView.of(model)
         self.inner, self.prefix = view.inner, view.prefix
         if any(getattr(module, "quant_state", None) is not None for module in model.modules()):
@@ -101,9 +115,7 @@ class Merging:
                 "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, "
                 "load the base model unquantised, and merge there (`hf-automodel-parallel export ... --merge --base`)."
             )
-        #: name in the plain model -> name in the state dict of ``model``
         self.sources: dict[str, str] = {}
-        #: name in the plain model -> the layer that has to be merged first
         self.layers: dict[str, _Layer] = {}
         self._find()
         self._values: dict[str, torch.Tensor] = {}
@@ -130,7 +142,8 @@ class Merging:
                 for name in base.state_dict():
                     if any(isinstance(m, tuner) for m in base.modules()):
                         raise UnsupportedError(
-                            f"{path[:-1]}: adapters inside of an adapted layer cannot be merged one by one."
+                            f"{path[:-1]}: adapters inside of an adapted layer cannot be merged layer by layer; merge "
+                            f"in one process."
                         )
                     self.sources[plain + name], self.layers[plain + name] = below + name, layer
                 for weight in base.parameters():
@@ -150,13 +163,13 @@ class Merging:
 
         tied: dict[int, list[str]] = {}
         visit(self.inner, "", self.prefix)
-        for key, layer in shared.items():  # a head that is tied to an adapted embedding changes with it
+        for key, layer in shared.items():  # the merge changes a head that is tied to an adapted embedding, too
             for name in tied.get(key, ()):
                 self.layers[name] = layer
                 self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
 
     def _inside_wrapper(self, wrapper: Any) -> str:
-        """The path below one of PEFT's wrappers of the module that stays, as PEFT's unloading decides."""
+        """The path below one of PEFT's auxiliary wrappers of the module that PEFT's unloading would keep."""
         if hasattr(wrapper, "token_adapter"):
             return "token_adapter"
         if not hasattr(wrapper, "modules_to_save"):
@@ -167,10 +180,10 @@ class Merging:
         return f"modules_to_save.{active[0]}" if active else "original_module"
 
     def plain_model(self) -> nn.Module:
-        """The transformers model inside, on the meta device and without adapters.
+        """The plain model on the meta device, built from its config.
 
         Raises:
-            UnsupportedError: it was changed after it was built, so that its config does not say what it is.
+            UnsupportedError: the model was changed after it was built, so that its config does not describe it.
         """
         with torch.device("meta"):
             plain = type(self.inner)(copy.deepcopy(self.inner.config))
@@ -181,14 +194,10 @@ class Merging:
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
             raise UnsupportedError(
-                f"save_merged(): {type(self.inner).__name__} built from its config and the model inside of the "
-                f"adapters differ in {', '.join(other)}. Merge in one process."
+                f"save_merged(): {type(self.inner).__name__} built from its config and the model under the adapters "
+                f"differ in {', '.join(other)}. Merge in one process."
             )
         return plain
-
-    def shapes(self, shapes: Shapes, order: list[str]) -> Shapes:
-        """Of the plain model, from those of the model with adapters."""
-        return {name: shapes[self.sources[name]] for name in order}
 
     def write(
         self,
@@ -202,15 +211,15 @@ class Merging:
         """Write the plain model.
 
         Args:
-            shapes: of the state dict of the model with adapters, with the dtypes for the files.
-            fetch: gives its tensors, whole and on the CPU.
+            shapes: of the state dict of the model with adapters, with the dtypes in files.
+            fetch: gives its full tensors on the CPU.
             directory: exists.
-            max_shard_size: bytes, or text.
-            variant: part of the names of the files.
+            max_shard_size: bytes, or text such as ``"5GB"``.
+            variant: as in ``model.<variant>.safetensors``.
             progress: called for each tensor.
         """
         plain = self.plain_model()
-        wanted = self.shapes(shapes, list(plain.state_dict()))
+        wanted = {name: shapes[self.sources[name]] for name in plain.state_dict()}
         self._values.clear()
         write_pretrained(
             plain,
@@ -223,7 +232,7 @@ class Merging:
         )
 
     def value(self, name: str, fetch: Fetch) -> torch.Tensor:
-        """The merged weight ``name`` of the plain model; what a layer has beside it is kept until it is asked for."""
+        """The merged weight ``name`` of the plain model; other weights of its layer are kept until they are written."""
         layer = self.layers.get(name)
         if layer is None:
             return fetch(self.sources[name])

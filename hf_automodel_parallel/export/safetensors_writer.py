@@ -1,10 +1,10 @@
-"""Safetensors files written tensor by tensor: the header first, from known shapes and dtypes, then each tensor in its
-place.
+"""Safetensors files written tensor by tensor: first the header, from known shapes and dtypes, then each tensor at its
+offset.
 
-``safetensors.torch.save_file`` wants all tensors of a file at once, and a file has 50 GB by default. The format is
-small (https://github.com/huggingface/safetensors#format): eight bytes with the length of a JSON header, the header, the
-data. The order of the tensors (alignment, then name) and the padding are those of the library, so the files are equal
-in every byte.
+``safetensors.torch.save_file`` needs all tensors of a file in memory, up to 50 GB by default. The format is small
+(https://github.com/huggingface/safetensors#format): the length of a JSON header in eight bytes, the header, the data.
+The order of the tensors (alignment, then name) and the padding are those of the library, so that files are equal to its
+files in every byte.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
-#: The library's order of dtypes (its enum, declared by alignment); larger ones come first in a file.
+#: The order of the library's enum of dtypes, by alignment; in a file, later ones come first.
 _ORDER = (
     "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 "
     "F64 I64 U64"
 ).split()
-#: Bytes written in one call, so that a slow file system does not make a copy of a whole tensor.
+#: Bytes written in one call, so that a slow file system does not copy an entire tensor.
 _CHUNK = 64 * 2**20
 
 
 class SafetensorsWriter:
-    """One file; its tensors may be written in any order.
+    """One file, whose tensors may be written in any order.
 
     Args:
-        path: of the file; it is created.
+        path: of the file, which is created.
         tensors: shape and dtype by name.
         metadata: text by key for the header.
 
@@ -95,7 +95,7 @@ class SafetensorsWriter:
         self._file.truncate(self._start + position)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Put ``value``, which has the declared shape and dtype and is anywhere in memory, into its place."""
+        """Write ``value``, of the declared shape and dtype and on any device, at its offset."""
         shape, dtype = self._tensors[name]
         if value.shape != shape or value.dtype != dtype:
             raise ValueError(f"{name}: got {value.dtype} {tuple(value.shape)}, declared was {dtype} {tuple(shape)}")
@@ -106,7 +106,7 @@ class SafetensorsWriter:
         self.missing.discard(name)
 
     def close(self) -> None:
-        """Finish the file and wait until it is on the disk.
+        """Close the file when it is on the disk.
 
         Raises:
             ValueError: a declared tensor was not written.
@@ -119,5 +119,5 @@ class SafetensorsWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Close the file as it is."""
+        """Close the file, complete or not."""
         self._file.close()

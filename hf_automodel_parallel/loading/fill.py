@@ -16,6 +16,7 @@ from .. import compat
 from ..core.lazy_graph import Given, Node, read
 from ..core.ranks import raise_on_all_ranks
 from ..core.shard_layout import chunks_of
+from ..core.swap import exchange, stand_ins
 from ..errors import PrepareError
 from ..optim.handoff import replace_parameters
 from .deferred import DeferredTensor
@@ -74,10 +75,7 @@ class PendingValues:
     def _exchange(self, new: dict[int, nn.Parameter]) -> None:
         if not new:
             return
-        for module in self._model.modules():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in new:
-                    module._parameters[name] = new[id(parameter)]
+        exchange(stand_ins(self._model, lambda _, parameter: new.get(id(parameter))))
         for optimizer in self._optimizers:
             held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
             replace_parameters(optimizer, held | new)
@@ -154,10 +152,7 @@ class PendingValues:
         for name in names:
             old = model.get_parameter(name)
             new = nn.Parameter(read(self.values.pop(name)).to(device, old.dtype, copy=True), old.requires_grad)
-            for module in model.modules():
-                for slot, parameter in module._parameters.items():
-                    if parameter is old:
-                        module._parameters[slot] = new
+            exchange(stand_ins(model, lambda _, parameter, old=old, new=new: new if parameter is old else None))  # type: ignore[misc]
             ignored.discard(old)
             ignored.add(new)
 

@@ -37,7 +37,9 @@ PUSHED_DOWN = {
     "split with sizes": lambda a, b: a.split([1, 3, 2], dim=-1)[1],
     "stack": lambda a, b: torch.stack([a, b], dim=-1),
     "cat": lambda a, b: torch.cat([a, b], dim=1),
-    "several": lambda a, b: torch.cat([a.transpose(0, 1), torch.stack([b[0], b[1]]).t()], 1).chunk(2)[1].half(),
+    "several": lambda a, b: (
+        torch.cat([a.transpose(0, 1), torch.stack([b[0], b[1]]).transpose(0, 1)], 1).chunk(2)[1].half()
+    ),
 }
 RUN_IN_FULL = {
     "strided slice": lambda a, b: a[:, ::2],
