@@ -82,7 +82,7 @@ def test_mistakes_and_malice_are_friendly_errors_that_leave_everything_as_it_was
         ((full, tmp_path / "out"), "holds no weights"),
         ((where, full), "is not empty. Give another directory, or --force"),
         ((where, tmp_path / "out", "--config", tmp_path / "other"), r"it lacks model.layers.2"),
-        ((where, tmp_path / "out", "--merge"), "holds a whole model and no adapter"),
+        ((where, tmp_path / "out", "--merge"), "holds an entire model and no adapter"),
         ((where, tmp_path / "out", "--dtype", "int4"), "--dtype int4"),
         ((where, tmp_path / "out", "--max-shard-size", "big"), "--max-shard-size big"),
         ((where / "pytorch_model_fsdp_0", tmp_path / "out", "--config", full), "no config.json in"),
