@@ -141,7 +141,7 @@ def is_parameter_adapter(module: nn.Module) -> bool:
     return wrapper is not None and _kind(module) is wrapper
 
 
-def edits_rows(adapter: nn.Module | None) -> bool:
+def trains_rows(adapter: nn.Module | None) -> bool:
     """True for PEFT's layer that trains some rows of a table, which it reads beside the forward of the layer below."""
     return hasattr(adapter, "trainable_tokens_delta")
 

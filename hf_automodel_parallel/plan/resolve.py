@@ -1,10 +1,10 @@
-"""From a plan to a sharding spec: which parameter of this model goes where, and where activations cross the
-boundary.
-"""
+"""From a plan to a sharding spec: the placement of each parameter of this model, and the tp hooks of each module."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import nn
 
@@ -30,14 +30,16 @@ from .layer_kinds import (
     as_matrix,
     check_adapter,
     check_peft_method,
-    edits_rows,
     expand_wrappers,
     is_parameter_adapter,
     only_looks_up,
-    parameter_adapter_out_dim,
+    trains_rows,
 )
 from .patterns import pattern_regex, precision
+from .peft_placement import feature_vector, place_adapter, place_parameter_adapters, place_trained_rows
 from .styles import EMBEDDING_STYLES, LINEAR_STYLES, MODULE_STYLES
+
+T = TypeVar("T")
 
 
 def resolve(model: nn.Module, plan: Plan, tp_size: int) -> ShardingSpec:
@@ -49,11 +51,11 @@ def resolve(model: nn.Module, plan: Plan, tp_size: int) -> ShardingSpec:
         tp_size: number of ranks on the tp axis.
 
     Returns:
-        The spec of every sharded or partially differentiated parameter and of every module with a boundary.
+        The spec of every parameter that is sharded or has a Partial gradient, and of every module with tp hooks.
 
     Raises:
-        PlanError: an explicit entry matches nothing, a style does not fit the layer it names, a dimension does not
-        divide.
+        PlanError: an explicit entry matches nothing, a style does not fit the layer it names, or a dimension does not
+            divide.
         UnsupportedError: a PEFT or quantised layer that cannot be sharded.
     """
     return _Resolver(model, plan, tp_size).run()
@@ -68,12 +70,12 @@ class _Resolver:
 
     def run(self) -> ShardingSpec:
         check_peft_method(self.model)
-        view = ModelView.of(self.model)
-        inner, self.prefix = view.inner, view.prefix
+        self.view = ModelView.of(self.model)
+        inner = self.view.inner
         self.config = getattr(inner, "config", None)
         self.spec.notes.extend(self.plan.notes)
-        modules, parameters = self._addressable()
-        matches = self._match(modules, parameters)
+        modules, parameters = self._plan_targets()
+        matches = self._match_entries(modules, parameters)
         if not matches:
             raise PlanError(
                 f"none of the {len(self.plan.entries)} entries of the {self.plan.origin} plan matches a module or "
@@ -84,31 +86,15 @@ class _Resolver:
 
         matches, notes = read_torch_styles(matches, modules, parameters)
         self.spec.notes.extend(notes)
-        placements: dict[str, str] = {}
-        for name, entry in matches.items():
-            if name in parameters:
-                placements[entry.pattern] = self._parameter(name, parameters[name], entry)
-        first_names: dict[int, str] = {}  # a module with several names gets one boundary
-        for name, entry in matches.items():
-            if name not in modules:
-                continue
-            first = first_names.setdefault(id(modules[name]), name)
-            if first == name:
-                placements[entry.pattern] = self._module(name, modules[name], entry)
-            elif matches[first].style == entry.style:
-                placements.setdefault(entry.pattern, placements[matches[first].pattern])
-            else:
-                raise PlanError(
-                    f"{first} and {name} are one module, which the plan entries {matches[first].pattern!r} and "
-                    f"{entry.pattern!r} shard in different ways. Leave one of them out."
-                )
-        self._tie(modules)
-        self._check_experts()
-        # transformers writes its plans for classes that take the number from the tensor; a derived plan says what
-        # counts.
+        placements = self._place_entries(matches, modules, parameters)
+        self._place_tied_parameters()
+        self._check_experts_are_sharded()
+        # Plans of transformers are for classes that infer the number of heads from the tensor, and a derived plan
+        # names the attributes that count.
         if self.plan.origin not in ("hf", "derived"):
             self.spec.head_counts |= local_head_counts(self.model, self.spec, self.tp_size)
-        self._local_attributes(modules)
+        self._divide_counts(modules)
+        self._note_head_arguments(modules)
         for name in replicate_key_value_heads(self.model, self.spec, self.tp_size):
             if name in matches:
                 placements[matches[name].pattern] = "Replicate, ranks share heads"
@@ -120,14 +106,14 @@ class _Resolver:
 
     # ---- matching ----------------------------------------------------------------------------------------------
 
-    def _addressable(self) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
-        """Modules and parameters a plan can name: those of the model, not what PEFT added inside its layers."""
+    def _plan_targets(self) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+        """Modules and parameters that a plan can name: the model's own, without those that PEFT added inside layers."""
         tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
         modules: dict[str, nn.Module] = {}
         parameters: dict[str, nn.Parameter] = {}
 
         def visit(name: str, module: nn.Module, is_base_layer: bool) -> None:
-            if not is_base_layer:  # an adapter answers to the name of the layer below it
+            if not is_base_layer:  # in a plan, the name of a base layer means the adapter around it
                 modules[name] = module
             for key, parameter in module.named_parameters(recurse=False):
                 parameters[f"{name}.{key}" if name else key] = parameter
@@ -143,10 +129,12 @@ class _Resolver:
         visit("", self.model, False)
         return modules, parameters
 
-    def _match(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> dict[str, PlanEntry]:
-        """Name -> entry, most precise pattern first; complains about explicit entries that match nothing."""
+    def _match_entries(
+        self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]
+    ) -> dict[str, PlanEntry]:
+        """Name -> the matching entry with the fewest wildcards; raises if an explicit entry matches nothing."""
         names = [*modules, *parameters]
-        short = {name: without_wrappers(plan_name(name, self.prefix)) for name in names}
+        short = {name: without_wrappers(plan_name(name, self.view.prefix)) for name in names}
         best: dict[str, PlanEntry] = {}
         for pattern, entry in self.plan.entries.items():
             regex = pattern_regex(pattern)
@@ -166,9 +154,34 @@ class _Resolver:
             )
         return best
 
-    # ---- parameters named by the plan --------------------------------------------------------------------------
+    # ---- parameters and modules named by the plan --------------------------------------------------------------
 
-    def _parameter(self, name: str, parameter: nn.Parameter, entry: PlanEntry) -> str:
+    def _place_entries(
+        self, matches: dict[str, PlanEntry], modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]
+    ) -> dict[str, str]:
+        """Fill the spec from the matched entries; pattern -> placement, for the plan table."""
+        placements: dict[str, str] = {}
+        for name, entry in matches.items():
+            if name in parameters:
+                placements[entry.pattern] = self._place_parameter(name, parameters[name], entry)
+        first_names: dict[int, str] = {}  # a module with several names gets its hooks once
+        for name, entry in matches.items():
+            if name not in modules:
+                continue
+            first = first_names.setdefault(id(modules[name]), name)
+            if first == name:
+                for target_name, target in expand_wrappers(name, modules[name]):
+                    placements[entry.pattern] = self._place_module(target_name, target, entry)
+            elif matches[first].style == entry.style:
+                placements.setdefault(entry.pattern, placements[matches[first].pattern])
+            else:
+                raise PlanError(
+                    f"{first} and {name} are one module, which the plan entries {matches[first].pattern!r} and "
+                    f"{entry.pattern!r} shard in different ways. Leave one of them out."
+                )
+        return placements
+
+    def _place_parameter(self, name: str, parameter: nn.Parameter, entry: PlanEntry) -> str:
         style, rank = entry.style, parameter.ndim
         if style == "replicate":
             spec = REPLICATED
@@ -186,19 +199,8 @@ class _Resolver:
             )
         self._check_divides(name, tuple(parameter.shape), spec)
         self.spec.parameters[name] = spec
-        self._parameter_adapters(name, spec)
+        place_parameter_adapters(self.model, self.spec, name, self.tp_size)
         return str(spec)
-
-    def _parameter_adapters(self, name: str, spec: ParameterSpec) -> None:
-        """LoRA on a bare parameter: its two factors follow the side of the parameter that is sharded."""
-        owner, _, leaf = name.rpartition(".")
-        while owner.endswith(".base_layer"):
-            owner = owner.removesuffix(".base_layer")
-            adapter = self.model.get_submodule(owner)
-            if getattr(adapter, "parameter_name", None) == leaf and spec.dim is not None:
-                check_adapter(owner, adapter)
-                side = "out" if spec.dim == parameter_adapter_out_dim(adapter) else "in"
-                self._lora(owner, adapter, side, spec.blocks)
 
     def _check_divides(self, name: str, shape: tuple[int, ...], spec: ParameterSpec) -> None:
         if spec.dim is None:
@@ -212,26 +214,18 @@ class _Resolver:
                 "out of the plan."
             )
 
-    # ---- modules named by the plan -----------------------------------------------------------------------------
-
-    def _module(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
-        shown = ""
-        for target_name, target in expand_wrappers(name, module):
-            shown = self._one_module(target_name, target, entry)
-        return shown
-
-    def _one_module(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
+    def _place_module(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         style = entry.style
         if not isinstance(style, str) or style not in (*LINEAR_STYLES, *EMBEDDING_STYLES, *MODULE_STYLES):
-            return self._foreign(name, module, entry)
+            return self._place_native_style(name, module, entry)
         tuner = compat.peft_tuner_layer_type()
         adapter, base_name, base = None, name, module
         while tuner is not None and isinstance(base, tuner):
             check_adapter(base_name, base)
             adapter = None if is_parameter_adapter(base) else base
             base_name, base = f"{base_name}.base_layer", base.base_layer  # type: ignore[assignment]
-        if edits_rows(adapter) and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
-            return self._edited_rows(name, adapter, base_name, base)  # type: ignore[arg-type]
+        if trains_rows(adapter) and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
+            return place_trained_rows(self.spec, name, adapter, base_name, base, self.tp_size)  # type: ignore[arg-type]
         if style in LINEAR_STYLES:
             matrix = as_matrix(base, name)
             if matrix is None:
@@ -239,107 +233,41 @@ class _Resolver:
                     f"the plan entry {entry.pattern!r} has the style {style!r}, which shards linear layers, but {name} "
                     f"is a {type(base).__name__}. Name its parameters instead, or use another style."
                 )
-            return self._linear(name, base_name, matrix, adapter, entry)
+            return self._place_linear(name, base_name, matrix, adapter, entry)
         if style in EMBEDDING_STYLES:
-            return self._embedding(base_name, base, entry)
-        return self._activation_style(name, module, entry)
+            return self._place_embedding(base_name, base, entry)
+        return self._place_hooks(name, module, entry)
 
-    def _linear(self, name: str, base_name: str, matrix: Matrix, adapter: nn.Module | None, entry: PlanEntry) -> str:
-        style = self._fitting_style(name, matrix, entry.style)
+    def _place_linear(
+        self, name: str, base_name: str, matrix: Matrix, adapter: nn.Module | None, entry: PlanEntry
+    ) -> str:
+        style = self._style_that_divides(name, matrix, entry.style)
         if style is None:
             return "Replicate"
         row = LINEAR_STYLES[style]
         weight = ParameterSpec(matrix.dim(row.side), row.blocks)
         self._check_divides(f"{base_name}.weight", tuple(matrix.weight.shape), weight)
         self.spec.parameters[f"{base_name}.weight"] = weight
-        self._parameter_adapters(f"{base_name}.weight", weight)
+        place_parameter_adapters(self.model, self.spec, f"{base_name}.weight", self.tp_size)
         has_bias = getattr(matrix.module, "bias", None) is not None
         if has_bias and row.side == "out":
-            self.spec.parameters[f"{base_name}.bias"] = self._features(row.blocks)
-        if (
-            row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features
-        ):  # Conv1D reshapes its output to this
+            self.spec.parameters[f"{base_name}.bias"] = feature_vector(row.blocks, self.tp_size)
+        if row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features:
+            # transformers' Conv1D reshapes its output to nf features
             self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
         deferred = has_bias and row.side == "in"
-        if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D cannot do without its bias
+        if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D needs its bias
             self.spec.parameters[f"{base_name}.bias"] = RANK_ZERO_ONLY
             deferred = False
         self.spec.modules[name] = ModuleSpec(
             row.input, row.output, deferred_bias=base_name.removeprefix(name).lstrip(".") if deferred else None
         )
-        if hasattr(adapter, "ia3_l"):
-            self._ia3(name, adapter, row.side, row.blocks)  # type: ignore[arg-type]
-        elif adapter is not None:
-            self._lora(name, adapter, row.side, row.blocks)
+        if adapter is not None:
+            place_adapter(self.spec, name, adapter, row.side, row.blocks, self.tp_size)
         return str(weight) + ("" if style == entry.style else f" ({style})")
 
-    def _features(self, blocks: int) -> ParameterSpec:
-        """One number for each sharded output feature.
-
-        Packed along its only dimension it would have none left for FSDP2 to shard, so it stays whole at rest.
-        """
-        if blocks == 1:
-            return ParameterSpec(0)
-        return ParameterSpec(None, blocks, partial_gradient=True, forward_shard_dim=0, forward_shards=self.tp_size)
-
-    def _lora(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
-        """Adapters are linear, so they live between the boundaries of their base layer and add no collective to
-        them.
-        """
-        for key in adapter.lora_A:  # type: ignore[union-attr]
-            a, b = f"{name}.lora_A.{key}.weight", f"{name}.lora_B.{key}.weight"
-            if side == "out":
-                self.spec.parameters[a] = PARTIAL_GRADIENT
-                self.spec.parameters[b] = ParameterSpec(0, blocks)
-            else:
-                self.spec.parameters[a] = ParameterSpec(1, blocks)
-                self.spec.parameters[b] = PARTIAL_GRADIENT
-            if getattr(adapter.lora_B[key], "bias", None) is not None:  # type: ignore[index,union-attr]
-                bias = f"{name}.lora_B.{key}.bias"
-                self.spec.parameters[bias] = self._features(blocks) if side == "out" else RANK_ZERO_ONLY
-        for key in getattr(adapter, "lora_magnitude_vector", {}):
-            magnitude = f"{name}.lora_magnitude_vector.{key}"
-            self.spec.parameters[f"{magnitude}.weight"] = self._features(blocks) if side == "out" else PARTIAL_GRADIENT
-            if side == "in":
-                self.spec.reduced_dora_norms.append(magnitude)
-
-    def _ia3(self, name: str, adapter: nn.Module, side: str, blocks: int) -> None:
-        """A vector that scales the input or the output features; on the side that is not sharded it scales summands."""
-        own = "in" if adapter.is_feedforward else "out"
-        module = self.spec.modules[name]
-        if own == "out" and module.deferred_bias is not None:
-            raise UnsupportedError(
-                f"{name} has a bias and is row-wise; IA3 on its output would have to scale the bias too, which is "
-                "added after the reduction. List it in feedforward_modules, exclude it from target_modules, or use "
-                "tp_size=1."
-            )
-        for key in adapter.ia3_l:  # type: ignore[union-attr]
-            sharded = self._features(blocks) if own == "out" else ParameterSpec(1, blocks)
-            spec = sharded if own == side else PARTIAL_GRADIENT
-            self.spec.parameters[f"{name}.ia3_l.{key}"] = spec
-
-    def _edited_rows(self, name: str, adapter: nn.Module, base_name: str, base: nn.Module) -> str:
-        """PEFT replaces rows of the whole table, so the table (and a head tied to it) is sharded on the hidden
-        dimension.
-        """
-        hidden = base.weight.shape[1]  # type: ignore[union-attr,index]
-        if hidden % self.tp_size:
-            self.spec.notes.append(f"{name}: {hidden} features do not divide by tp_size={self.tp_size}; replicated.")
-            return "Replicate"
-        shard = ParameterSpec(1)
-        self.spec.parameters[f"{base_name}.weight"] = shard
-        for key in adapter.trainable_tokens_delta:  # type: ignore[union-attr]
-            self.spec.parameters[f"{name}.trainable_tokens_delta.{key}"] = shard
-        is_table = isinstance(base, nn.Embedding)
-        self.spec.modules[name] = (
-            ModuleSpec(output=OutputHook.GATHER)
-            if is_table
-            else ModuleSpec(InputHook.SCATTER, OutputHook.REDUCE_FROM_TP)
-        )
-        return f"{shard} (rows are trained)"
-
-    def _fitting_style(self, name: str, matrix: Matrix, style: str) -> str | None:
-        """``style``, or its swap when this side does not divide and the layer's outer activations stay the same."""
+    def _style_that_divides(self, name: str, matrix: Matrix, style: str) -> str | None:
+        """``style``; or its swap, which needs the same activations around the layer, if this side does not divide."""
         row = LINEAR_STYLES[style]
         if row.swap is None or matrix.size(row.side) % self.tp_size == 0:
             return style
@@ -354,7 +282,7 @@ class _Resolver:
         self.spec.notes.append(f"{name}: neither side divides by tp_size={self.tp_size}; replicated.")
         return None
 
-    def _embedding(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
+    def _place_embedding(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         if not isinstance(module, nn.Embedding):
             raise PlanError(
                 f"the plan entry {entry.pattern!r} has the style {entry.style!r}, which shards an nn.Embedding, but "
@@ -364,11 +292,13 @@ class _Resolver:
             others = ", ".join(key for key, _ in module.named_parameters() if key != "weight")
             reason = f"{name} ({type(module).__name__}) has parameters beside its table ({others})"
             if self.plan.strict:
-                raise PlanError(f"{reason}, which would meet the rows of one rank alone; leave it out of the plan.")
-            self.spec.notes.append(f"{reason}, so it is left whole on every rank.")
+                raise PlanError(
+                    f"{reason}, which would be applied to the rows of one rank alone; leave it out of the plan."
+                )
+            self.spec.notes.append(f"{reason}, so it is replicated.")
             return "Replicate"
         if module.max_norm is not None or module.scale_grad_by_freq:
-            what = "max_norm set, which renormalises whole rows in place"
+            what = "max_norm set, which renormalises full rows in place"
             if module.max_norm is None:
                 what = "scale_grad_by_freq=True, and a rank sees the tokens of its own rows only"
             raise PlanError(f"{name} has {what}; leave it out of the plan.")
@@ -393,22 +323,23 @@ class _Resolver:
             else ModuleSpec(InputHook.NONE, OutputHook.GATHER)
         )
 
-    def _activation_style(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
+    def _place_hooks(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         style = entry.style
         if style == "replicated_with_grad_allreduce":
             for parameter_name, _ in module.named_parameters():
                 self.spec.parameters.setdefault(f"{name}.{parameter_name}", PARTIAL_GRADIENT)
             return str(PARTIAL_GRADIENT)
-        boundary = {
+        hooks = {
             "all_reduce": ModuleSpec(output=OutputHook.REDUCE_FROM_TP),
             "moe_tp_experts": ModuleSpec(InputHook.COPY_ALL_TO_TP, OutputHook.REDUCE_FROM_TP),
             "moe_identity_expert": ModuleSpec(InputHook.DIVIDE),
         }.get(style)
         if style == "mla_kv_a_proj":
-            boundary = ModuleSpec(output=OutputHook.COPY_TAIL_TO_TP, tail=self._rope_features(name))
-        if boundary is not None:
-            self.spec.modules[name] = boundary
-        return "activations" if boundary is not None else "Replicate"
+            hooks = ModuleSpec(output=OutputHook.COPY_TAIL_TO_TP, tail=self._rope_features(name))
+        if hooks is None:
+            return "Replicate"
+        self.spec.modules[name] = hooks
+        return "activations"
 
     def _rope_features(self, name: str) -> int:
         tail = getattr(self.model.get_submodule(name.rpartition(".")[0]), "qk_rope_head_dim", None)
@@ -416,17 +347,17 @@ class _Resolver:
             tail = getattr(self.config.get_text_config(), "qk_rope_head_dim", None)
         if not tail:
             raise PlanError(
-                f"{name} has the style 'mla_kv_a_proj', which needs qk_rope_head_dim in the model's config to tell the "
-                f"rotary part of its output; it is missing."
+                f"{name} has the style 'mla_kv_a_proj', which needs qk_rope_head_dim in the model's config (the number "
+                f"of rotary features of its output); it is missing."
             )
         return int(tail)
 
-    def _foreign(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
+    def _place_native_style(self, name: str, module: nn.Module, entry: PlanEntry) -> str:
         tuner = compat.peft_tuner_layer_type()
         if tuner is not None and isinstance(module, tuner):
             raise PlanError(
                 f"{name} carries a PEFT adapter, and the plan entry {entry.pattern!r} has a style of torch or of your "
-                f"own ({entry.style_name}), whose engine does not know adapters. Use a style name, or exclude it from "
+                f"own ({entry.style_name}), whose engine cannot handle adapters. Use a style name, or exclude it from "
                 "PEFT."
             )
         style = entry.style
@@ -435,8 +366,8 @@ class _Resolver:
         self.spec.modules[name] = ModuleSpec(native_style=style)
         return f"by {entry.style_name}"
 
-    def _check_experts(self) -> None:
-        """A sum over the ranks is right only for experts whose weights are sharded; whole ones would count tp times."""
+    def _check_experts_are_sharded(self) -> None:
+        """Experts behind an all-reduce must be sharded: replicated ones would be added tp_size times."""
         for name, module in self.spec.modules.items():
             if module.input is not InputHook.COPY_ALL_TO_TP:
                 continue
@@ -447,55 +378,53 @@ class _Resolver:
                     f"the experts instead of modules_to_save, or add entries for the weights, or use tp_size=1."
                 )
 
-    def _local_attributes(self, modules: dict[str, nn.Module]) -> None:
-        """What the plan says of attributes that count what is sharded, and of arguments that have a value for each
-        head.
-        """
-        for pattern, attributes in self.plan.counts.items():
-            regex = pattern_regex(pattern)
-            for name, module in modules.items():
-                if not regex.fullmatch(plan_name(name, self.prefix)):
-                    continue
-                for attribute in attributes:
-                    value = getattr(module, attribute)
-                    if value % self.tp_size:
-                        raise PlanError(
-                            f"{name}.{attribute}={value} does not divide by tp_size={self.tp_size}, and each rank "
-                            f"works on an equal part. Choose a tp_size that divides it, or tp_size=1."
-                        )
-                    self.spec.head_counts.setdefault(name, {})[attribute] = value // self.tp_size
-        for pattern, arguments in self.plan.head_arguments.items():
-            regex = pattern_regex(pattern)
-            for name, module in modules.items():
-                if regex.fullmatch(plan_name(name, self.prefix)):
-                    self.spec.head_arguments[name] = {
-                        argument: (dim, getattr(module, attribute)) for argument, (dim, attribute) in arguments.items()
-                    }
+    def _divide_counts(self, modules: dict[str, nn.Module]) -> None:
+        """Local values of the attributes that, says the plan, count sharded features."""
+        for name, attributes in self._modules_matching(self.plan.counts, modules):
+            for attribute in attributes:
+                value = getattr(modules[name], attribute)
+                if value % self.tp_size:
+                    raise PlanError(
+                        f"{name}.{attribute}={value} does not divide by tp_size={self.tp_size}, and each rank "
+                        f"works on an equal part. Choose a tp_size that divides it, or tp_size=1."
+                    )
+                self.spec.head_counts.setdefault(name, {})[attribute] = value // self.tp_size
 
-    # ---- shared parameters -------------------------------------------------------------------------------------
+    def _note_head_arguments(self, modules: dict[str, nn.Module]) -> None:
+        """Arguments that, says the plan, have a value for each head."""
+        for name, arguments in self._modules_matching(self.plan.head_arguments, modules):
+            self.spec.head_arguments[name] = {
+                argument: (dim, getattr(modules[name], attribute)) for argument, (dim, attribute) in arguments.items()
+            }
 
-    def _tie(self, modules: dict[str, nn.Module]) -> None:
-        """Give every place of a shared parameter the same placement, or say why that is impossible."""
-        places: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(name)
-        for names in places.values():
+    def _modules_matching(self, table: Mapping[str, T], modules: dict[str, nn.Module]) -> Iterator[tuple[str, T]]:
+        for pattern, value in table.items():
+            regex = pattern_regex(pattern)
+            for name in modules:
+                if regex.fullmatch(plan_name(name, self.view.prefix)):
+                    yield name, value
+
+    # ---- tied parameters ---------------------------------------------------------------------------------------
+
+    def _place_tied_parameters(self) -> None:
+        """Give every name of a tied parameter the same placement, or raise if that is impossible."""
+        for names in self.view.names_of.values():
             planned = {self.spec.parameters[n] for n in names if n in self.spec.parameters}
             if len(names) < 2 or not planned:
                 continue
             if len(planned) > 1:
                 raise PlanError(
                     f"the parameter shared by {', '.join(names)} is planned in different ways "
-                    f"({', '.join(sorted(map(str, planned)))}). Plan all its places alike, for example "
+                    f"({', '.join(sorted(map(str, planned)))}). Plan all its names alike, for example "
                     f"'embedding_rowwise' with 'colwise_gather_output'."
                 )
             (spec,) = planned
             for name in names:
                 if name not in self.spec.parameters:
-                    self._adopt(name, spec, names)
+                    self._place_tied_name(name, spec, names)
 
-    def _adopt(self, name: str, spec: ParameterSpec, names: list[str]) -> None:
-        """Plan a place of a shared parameter that no entry named, so that it agrees with the others."""
+    def _place_tied_name(self, name: str, spec: ParameterSpec, names: list[str]) -> None:
+        """Place a name of a tied parameter that no entry matched, like the other ``names``."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         known = [n.rpartition(".")[0] for n in names if n in self.spec.parameters]
@@ -505,9 +434,9 @@ class _Resolver:
         if spec.dim is not None:
             matrix = as_matrix(owner, owner_name)
             adapters = self.model.named_modules()
-            editor = next(((n, m) for n, m in adapters if edits_rows(m) and m.base_layer is owner), None)
-            if editor is not None and spec == ParameterSpec(1):  # it reads the table, so the boundary is its
-                self._edited_rows(*editor, owner_name, owner)
+            editor = next(((n, m) for n, m in adapters if trains_rows(m) and m.base_layer is owner), None)
+            if editor is not None and spec == ParameterSpec(1):  # it reads the table, so it gets the hooks
+                place_trained_rows(self.spec, *editor, owner_name, owner, self.tp_size)
             elif editor is None and isinstance(owner, nn.Embedding) and only_looks_up(owner):
                 self._shard_embedding(owner_name, spec.dim)
             elif (
@@ -523,7 +452,8 @@ class _Resolver:
             else:
                 raise PlanError(
                     f"{name} shares its parameter with {', '.join(n for n in names if n != name)}, which the plan "
-                    f"shards, but a {type(owner).__name__} cannot follow. Untie them or leave both out of the plan."
+                    f"shards, but a {type(owner).__name__} cannot be sharded alike. Untie them, or leave both out of "
+                    "the plan."
                 )
         self.spec.parameters[name] = replace(spec)
-        self.spec.notes.append(f"{name}: follows the parameter it is tied to ({spec}).")
+        self.spec.notes.append(f"{name}: placed like the parameter it is tied to ({spec}).")

@@ -1022,7 +1022,7 @@ def test_a_tied_place_that_no_entry_names_follows_the_other(named):
     assert spec.modules["lm_head"].output is OutputHook.GATHER
     assert spec.modules["model.embed_tokens"].input is InputHook.MASK_IDS
     (note,) = spec.notes
-    assert "follows the parameter it is tied to" in note
+    assert "placed like the parameter it is tied to" in note
 
 
 def test_conflicting_plans_for_tied_weights():
