@@ -1,8 +1,8 @@
-"""PEFT's operations on a sharded model: switching, merging, unloading, loading; what cannot be done is refused.
+"""PEFT's operations on a sharded model: switch, merge, unload and load adapters; others raise.
 
-PEFT computes with whole weights and knows nothing of shards. So its own code runs, on whole tensors: one layer at a
-time is gathered, PEFT merges it, and each rank keeps its part of the result. That is right for every method, placement
-and mesh, and never holds more than one whole layer.
+PEFT computes with full weights. So its own code runs on full tensors: one layer at a time is all-gathered, PEFT merges
+it, and each rank writes its shard of the result. That is right for every PEFT method, placement and mesh, and never
+holds more than one full layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..tensor_parallel.dora import unsharded_weight_norm
 if TYPE_CHECKING:
     from ..tensor_parallel.apply import TensorParallelState
 
-#: They change which parameters are trainable or there, which has to happen to the shards and not to gathered copies.
+#: Methods that change ``requires_grad`` or the set of parameters. That has to happen to the sharded parameters, and not
+#: to the unsharded ones that FSDP2 shows after a forward.
 SWITCHING = (
     "set_adapter",
     "delete_adapter",
@@ -42,31 +43,32 @@ SWITCHING = (
     "unmerge_adapter",
     "load_adapter",
 )
-#: They add parameters, for which no unit of FSDP2 and no place on the tp axis exists.
+#: Methods that add parameters, which would belong to no FSDP unit and have no placement on the tp axis.
 ADDING = ("add_adapter", "add_weighted_adapter", "inject_adapter", "initialize_peft_layers")
-#: They put the base layers back into the place of PEFT's.
+#: Methods that replace PEFT's layers by the base layers.
 UNLOADING = ("merge_and_unload", "unload")
 
 
-#: PEFT's methods whose model reads the weights of all layers outside of the layers' forward, where they are shards.
+#: PEFT methods that read the weights of all layers outside of the layers' forward, where they are shards.
 _OUTSIDE_OF_LAYERS = {"ADALORA": "adds a penalty on the weights of its layers to the loss"}
 
 
 def check_trainable_as_shards(model: nn.Module) -> None:
-    """Refuse what sharding would train wrong in silence, on every mesh.
+    """Raise for models that would be trained wrong, without an error, once they are sharded.
 
     Raises:
-        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and it gets
-            only a part of the gradient), two parameters are views of the same memory, or a PEFT method works with all
-            weights outside of the layers.
+        UnsupportedError: a parameter has hooks on its gradient (the sharded parameter is another object, and its
+            gradient is a shard), two parameters are views of the same memory, or a PEFT method reads all weights
+            outside of the layers.
     """
     hooked = [name for name, parameter in model.named_parameters() if compat.has_gradient_hooks(parameter)]
     if hooked:
         raise UnsupportedError(
             f"{len(hooked)} parameters have gradient hooks ({', '.join(hooked[:3])}{', ...' if hooked[3:] else ''}), "
-            f"which the shards that take their place would not have. If they belong to a layer-wise optimizer (LOMO, "
-            f"layer-wise GaLore and APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), another "
-            f"method; else change the gradients, which are shards, between accelerator.backward and optimizer.step."
+            f"which the sharded parameters that replace them would not have. If they belong to a layer-wise optimizer "
+            f"(LOMO, layer-wise GaLore and APOLLO), use one that works in step(); if to a PEFT method (OSF, CPT), "
+            f"another method; else change the gradients, which are shards, between accelerator.backward and "
+            f"optimizer.step."
         )
     check_no_views(model)
     for adapter, config in (getattr(model, "peft_config", None) or {}).items():
@@ -79,10 +81,10 @@ def check_trainable_as_shards(model: nn.Module) -> None:
 
 
 def check_no_views(model: nn.Module) -> None:
-    """Refuse trainable parameters that share memory as different objects: what a step writes to one changes the other.
+    """Raise for trainable parameters that are different objects with common memory: a step changes both at once.
 
-    Their shards have memory of their own, so they would come apart. (A parameter with several names is one object and
-    stays one.)
+    Their shards have memory of their own, so they would become different. (A tied parameter is one object with several
+    names, and stays one.)
     """
     trained = _ever_trained(model)
     by_storage: dict[int, list[tuple[range, str, nn.Parameter]]] = {}
@@ -91,9 +93,8 @@ def check_no_views(model: nn.Module) -> None:
             key = StorageWeakRef(parameter.untyped_storage()).cdata
             by_storage.setdefault(key, []).append((_bytes(parameter), name, parameter))
     for group in by_storage.values():
-        reaching: list[
-            tuple[range, str, nn.Parameter]
-        ] = []  # to where the next one begins; a file's mapping holds many
+        # Those that reach to where the next one begins; the memory map of a file holds many parameters.
+        reaching: list[tuple[range, str, nn.Parameter]] = []
         for own, name, parameter in sorted(group, key=lambda entry: entry[0].start):
             reaching = [entry for entry in reaching if entry[0].stop > own.start]
             for _, other_name, other in reaching:
@@ -103,7 +104,7 @@ def check_no_views(model: nn.Module) -> None:
 
 
 def _ever_trained(model: nn.Module) -> set[int]:
-    """Ids of the parameters that are trainable, and of the adapters, which ``set_adapter`` may make so."""
+    """Ids of the trainable parameters, and of those of all adapters, which ``set_adapter`` may make trainable."""
     result = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     tuner = compat.peft_tuner_layer_type()
     for layer in model.modules() if tuner is not None else ():
@@ -122,7 +123,7 @@ def _bytes(tensor: torch.Tensor) -> range:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True if two views whose bytes reach into each other have a number in common; columns of one matrix have none."""
+    """True if two views whose byte ranges overlap have an element in common; columns of one matrix have none."""
     if one.dtype != other.dtype:
         return True
     size = max(_bytes(one).stop, _bytes(other).stop) // one.element_size()
@@ -157,15 +158,15 @@ def manage_adapters(
     on_unload: Callable[[nn.Module], None],
     add: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> None:
-    """Let PEFT's operations on ``model`` do what they do in one process, or say why they cannot.
+    """Let PEFT's operations on ``model`` do the same as in one process, or raise.
 
     Args:
-        model: the sharded model: a ``PeftModel``, or a model that carries adapters without one.
+        model: the sharded model: a ``PeftModel``, or a model with adapters of its own (transformers' integration).
         state: its tensor parallelism, None without.
         on_unload: called with the plain model after ``merge_and_unload`` or ``unload``.
-        add: makes of a ``PeftModel``'s ``add_adapter`` the one for the sharded model.
+        add: a ``PeftModel``'s ``add_adapter`` -> the one for the sharded model.
     """
-    if model.__dict__.get(_MANAGED):  # by a strategy that runs the default one inside of its own flow
+    if model.__dict__.get(_MANAGED):  # a strategy may run the default strategy inside of its own flow
         return
     model.__dict__[_MANAGED] = True
     model.register_load_state_dict_pre_hook(_shard_loaded_values)
@@ -175,7 +176,7 @@ def manage_adapters(
         if not isinstance(owner, nn.Module):
             continue
         for name in SWITCHING:
-            _bind(owner, name, lambda original: _at_rest(model, original))
+            _bind(owner, name, lambda original: _resharded(model, original))
             if name == "load_adapter" and compat.is_peft_model(owner):
                 _bind(owner, name, _readable_everywhere)
         # transformers' own load_adapter() always makes a new one.
@@ -187,12 +188,12 @@ def manage_adapters(
         for name in UNLOADING:
             _bind(owner, name, lambda original: _unloading(model, inner, state, original, on_unload))
     if compat.peft_tuner_layer_type() is not None:
-        # Before FSDP2's hook, which gathers the parameters of the root.
+        # Before FSDP2's hook, which unshards the parameters of the root.
         model.register_forward_pre_hook(_unmerge_disabled, prepend=True)
 
 
 def merge_whole_weights(model: nn.Module) -> None:
-    """Let the PEFT layers of ``model`` merge and unmerge whole weights; may be called again for layers that are new."""
+    """Let the PEFT layers of ``model`` merge and unmerge full weights; may be called again for new layers."""
     tuner, auxiliary = compat.peft_tuner_layer_type(), compat.peft_auxiliary_wrapper_type()
     for layer in model.modules():
         if tuner is not None and isinstance(layer, (tuner, auxiliary)):  # type: ignore[arg-type]
@@ -202,13 +203,13 @@ def merge_whole_weights(model: nn.Module) -> None:
 
 
 def _bind(owner: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace the method ``name`` of this one object, if its class (and not an object that it forwards to) has it."""
+    """Replace the method ``name`` of ``owner`` if its class has it. (A PeftModel also answers for its inner model.)"""
     if callable(getattr(type(owner), name, None)):
         owner.__dict__[name] = wrap(getattr(owner, name))
 
 
-def _at_rest(model: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-    """``original``, called when all parameters are shards: after a forward some units show gathered copies instead."""
+def _resharded(model: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, called when all units are resharded: after a forward some of them show unsharded parameters."""
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -220,9 +221,7 @@ def _at_rest(model: nn.Module, original: Callable[..., Any]) -> Callable[..., An
 
 
 def _readable_everywhere(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_adapter``, after all ranks have seen that they can read the adapter's config: a rank may lack the
-    files.
-    """
+    """``load_adapter``, which raises on all ranks if one of them cannot read the adapter's config."""
 
     @functools.wraps(original)
     def load_adapter(model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,8 +240,8 @@ def _refusal(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
             f"{name}() on a model that is sharded already: the new parameters would belong to no FSDP2 unit and have "
-            f"no place on the tp axis, so each rank would train its own copy. Use add_adapter() or load_adapter() of "
-            f"the PeftModel instead, or do it before accelerator.prepare."
+            f"no placement on the tp axis, so each rank would train its own replica. Use add_adapter() or "
+            f"load_adapter() of the PeftModel instead, or do it before accelerator.prepare."
         )
 
     return refuse
@@ -259,17 +258,17 @@ def _on_whole_weights(layer: nn.Module, original: Callable[..., Any]) -> Callabl
                 f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises "
                 f"them anew. Save the adapter, load the base model unquantised in one process, and merge there."
             )
-        with whole(layer):
+        with full_parameters(layer):
             return original(*args, **kwargs)
 
     return call
 
 
 @contextmanager
-def whole(layer: nn.Module) -> Iterator[None]:
-    """Show the parameters of ``layer`` as whole plain tensors; what is written to them is kept, each rank its part.
+def full_parameters(layer: nn.Module) -> Iterator[None]:
+    """Show the parameters of ``layer`` as full plain tensors; each rank writes its shard of changed values back.
 
-    Collective: all ranks enter it for the same layers in the same order. The parameters must be at rest.
+    Collective: all ranks enter it for the same layers in the same order, between forwards.
     """
 
     @torch.no_grad()
@@ -291,8 +290,8 @@ def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:
 
 
 def _unmerge_disabled(model: nn.Module, args: Any) -> None:
-    """Unmerge switched-off adapters before the forward; PEFT does it inside, where it would write to gathered
-    copies.
+    """Unmerge disabled adapters before the forward. PEFT does it inside, where it would change unsharded parameters and
+    not the shards.
     """
     tuner = compat.peft_tuner_layer_type()
     for layer in model.modules():
@@ -312,9 +311,7 @@ def _unloading(
     original: Callable[..., Any],
     on_unload: Callable[[nn.Module], None],
 ) -> Callable[..., Any]:
-    """``merge_and_unload`` or ``unload``: what was attached to PEFT's layers moves to the layers that take their
-    place.
-    """
+    """``merge_and_unload`` or ``unload``, with TP hooks and FSDP units moved from PEFT's layers to the base layers."""
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> nn.Module:
@@ -342,14 +339,12 @@ def _unloading(
 
 
 def _around(old: nn.Module, new: nn.Module) -> list[nn.Module]:
-    """``old`` and what stood between it and ``new`` inside of it: nobody calls these any more. A copy that stood beside
-    stays.
-    """
+    """``old`` and the modules between it and ``new``, which no forward calls any more; not copies beside ``new``."""
     return [m for m in old.modules() if m is old or (m is not new and any(inner is new for inner in m.modules()))]
 
 
 def _gather_with(module: nn.Module, unit: Any) -> None:
-    """Gather the parameters of ``unit``, whose own forward nobody calls any more, while ``module`` runs."""
+    """Unshard the parameters of ``unit``, whose own forward is not called any more, while ``module`` runs."""
     module.register_forward_pre_hook(lambda *_: unit.unshard() and None, prepend=True)
     module.register_forward_hook(lambda *_: unit.reshard(), always_call=True)
 
@@ -358,7 +353,7 @@ def _gather_with(module: nn.Module, unit: Any) -> None:
 
 
 def _shard_loaded_values(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let whole plain tensors be loaded into shards: every rank reads the same file and keeps its part."""
+    """Let full plain tensors be loaded into sharded parameters: each rank takes its shard of them."""
     for unit in fsdp_units(module):
         unit.reshard()
     for name, parameter in module.named_parameters(remove_duplicate=False):

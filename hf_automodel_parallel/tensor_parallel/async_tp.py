@@ -1,13 +1,12 @@
-"""Async tensor parallelism: the collectives of sequence parallelism in pieces, under the matrix products beside them.
+"""Async tensor parallelism: overlap the collectives of sequence parallelism with the matrix products beside them.
 
 Inductor replaces an all-gather before a matrix product, and a reduce-scatter after one, by an operator that exchanges
-pieces through symmetric memory while other pieces are multiplied (Wang et al., 2023, "Overlap communication with
-dependent computation via decomposition"; torch's ``symm_mem`` operators). It needs such pairs, a compiled graph that
-holds them, and memory that the GPUs of the group can read from each other.
+chunks through symmetric memory while other chunks are multiplied (Wang et al., 2023, "Overlap communication with
+dependent computation via decomposition"; torch's ``symm_mem`` operators). It needs such pairs in one compiled graph,
+and GPUs that can read each other's memory.
 
-Two things keep it to our tensor-parallel group: inductor is told so in the options of our compiled layers alone, not in
-its global config, and symmetric memory is enabled for the tp group, without which inductor leaves a collective as it
-is.
+It is limited to the tp group in two ways: the inductor option is set for the compiled layers only and not in the global
+config, and symmetric memory is enabled for the tp group only, without which inductor leaves a collective as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def check_async_tensor_parallel(
 
     Args:
         mesh: the tp axis, None without tensor parallelism.
-        sequence_parallel: activations are sharded along the sequence between the boundaries.
+        sequence_parallel: activations outside of attention and MLP are sharded along the sequence.
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         device: where this rank computes.
 
@@ -47,7 +46,7 @@ def check_async_tensor_parallel(
     if not sequence_parallel:
         raise ConfigError(
             f"{_FIELD} needs sequence_parallel=True: all-gathers before and reduce-scatters after matrix products can "
-            "be cut into pieces, the all-reduces of plain tensor parallelism cannot. Set it, or remove "
+            "be split into chunks, the all-reduces of plain tensor parallelism cannot. Set it, or remove "
             "async_tensor_parallel."
         )
     if compile_options is None:
@@ -73,7 +72,7 @@ def check_async_tensor_parallel(
 
 
 def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
-    """What keeps the GPUs of the tp group from reading each other's memory, "" if nothing is known to."""
+    """Why the GPUs of the tp group cannot read each other's memory; "" if no reason is known."""
     if not dist.is_nccl_available():
         return "this build of torch has no NCCL"
     ranks = sorted(mesh.mesh.flatten().tolist())
@@ -82,7 +81,7 @@ def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
         return f"ranks {ranks[0]} and {ranks[-1]} of one group are on different machines ({local} ranks on each)"
     mine = torch.cuda.current_device() if device.index is None else device.index
     others = [rank % local for rank in ranks if rank % local != mine]
-    if torch.cuda.device_count() >= local:  # else each process sees its own device alone, which says nothing
+    if torch.cuda.device_count() >= local:  # else each process sees its own device only
         blocked = next((other for other in others if not torch.cuda.can_device_access_peer(mine, other)), None)
         if blocked is not None:
             return f"GPU {mine} cannot access the memory of GPU {blocked}"
@@ -90,9 +89,7 @@ def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
 
 
 def with_async_tensor_parallel(compile_options: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
-    """``compile_options`` for layers whose collectives over ``group`` are to be overlapped; enables its symmetric
-    memory.
-    """
+    """Enable symmetric memory for ``group``, and return ``compile_options`` with overlapped collectives."""
     compat.enable_symmetric_memory(group)
     plain = {key: value for key, value in compile_options.items() if key != "mode"}
     return {**plain, "options": {**(plain.get("options") or {}), compat.ASYNC_TENSOR_PARALLEL_OPTION: True}}

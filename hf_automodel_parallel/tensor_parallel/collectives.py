@@ -1,7 +1,8 @@
 """The collectives of tensor parallelism, as autograd functions that torch.compile can trace.
 
 Each takes a tensor that is a plain local tensor on every rank of ``group``. The pairs of forward and backward are those
-of Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053, section 3).
+of Megatron-LM: f is :func:`copy_to_tp`, g is :func:`reduce_from_tp` (Shoeybi et al., 2019, arXiv:1909.08053,
+section 3), and the same along the sequence (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2).
 """
 
 from __future__ import annotations
@@ -80,36 +81,33 @@ class _Split(torch.autograd.Function):
 
 
 def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Hand a replicated activation to sharded consumers: identity forward, all-reduce backward.
+    """Copy a replicated activation to sharded consumers (Megatron's f): identity forward, all-reduce backward.
 
-    Costs nothing when no gradient flows to ``x``: it is then returned as it is.
+    Without a gradient for ``x`` it is returned as it is.
     """
     return _Copy.apply(x, group) if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def reduce_from_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Turn per-rank summands into the replicated sum: all-reduce forward, identity backward."""
+    """Partial -> Replicate (Megatron's g): all-reduce forward, identity backward."""
     return _Reduce.apply(x, group)
 
 
 def gather_from_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
-    """Turn shards of the last dim ``(..., n / size)`` into the replicated whole ``(..., n)``; backward takes the own
-    slice.
-    """
+    """Shard ``(..., n / size)`` -> Replicate ``(..., n)``: all-gather of the last dim, backward takes the own slice."""
     return _Gather.apply(x, group, rank, size)
 
 
 def split_to_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
-    """Take this rank's slice ``(..., n / size)`` of a replicated activation ``(..., n)``; backward all-gathers."""
+    """Replicate ``(..., n)`` -> Shard ``(..., n / size)``: this rank's slice of the last dim, backward all-gathers."""
     return _Split.apply(x, group, rank, size)
 
 
-# ---- along the sequence (dimension 1)
-# ------------------------------------------------------------------------------------
+# ---- along the sequence (dimension 1) --------------------------------------------------------------------------------
 #
-# Every rank's share has ceil(length / size) tokens. What is missing at the end is padded in here and cut in here, so
-# nobody else meets it. Activations are padded with their last token, which is as harmless to a norm as any other token;
-# gradients with zeros, so that padding contributes to no parameter.
+# Every rank's sequence shard has ceil(length / size) tokens. Padding at the end is added and removed in this section
+# only. Activations are padded with their last token, which a norm can divide by like any other; gradients with zeros,
+# so that padding contributes to no parameter.
 
 
 def _pad(x: torch.Tensor, size: int, zeros: bool = False) -> torch.Tensor:
@@ -121,8 +119,8 @@ def _pad(x: torch.Tensor, size: int, zeros: bool = False) -> torch.Tensor:
 
 
 def _all_gather_tokens(x: torch.Tensor, group: dist.ProcessGroup, length: int) -> torch.Tensor:
-    whole = compat.all_gather_dim(x.contiguous(), 1, group)
-    return whole if whole.shape[1] == length else whole[:, :length].contiguous()
+    full = compat.all_gather_dim(x.contiguous(), 1, group)
+    return full if full.shape[1] == length else full[:, :length].contiguous()
 
 
 def _reduce_scatter_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -139,7 +137,7 @@ class _GatherSequence(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
         ctx.rank, ctx.size = rank, size
         if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)  # all that reaches it may have gone to the share directly
+            ctx.set_materialize_grads(False)  # partial_view() may have taken the entire gradient to the shard
         return _all_gather_tokens(x, group, length)
 
     @staticmethod
@@ -151,11 +149,9 @@ class _GatherSequence(torch.autograd.Function):
 
 class _PartialView(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, shard: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
         ctx.group, ctx.size = group, size
-        return whole.view_as(whole)
+        return full.view_as(full)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
@@ -163,16 +159,14 @@ class _PartialView(torch.autograd.Function):
 
 
 class _WatchedView(torch.autograd.Function):
-    """:class:`_PartialView` that is connected with ``whole`` as well, for the case that somebody looks at its
-    gradient.
-    """
+    """:class:`_PartialView` that is connected with ``full`` as well, in case the user looks at its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int, *seen: TensorWeakRef
+        ctx: Any, shard: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, size: int, *seen: TensorWeakRef
     ) -> torch.Tensor:
         ctx.group, ctx.size, ctx.seen = group, size, seen
-        return whole.view_as(whole)
+        return full.view_as(full)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -205,8 +199,8 @@ class _SplitSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int, length: int) -> torch.Tensor:
-    """Turn shares ``(batch, ceil(length / size), ...)`` into the whole ``(batch, length, ...)``, for consumers whose
-    gradient is the same on all ranks: backward takes the own share."""
+    """Sequence shards ``(batch, ceil(length / size), ...)`` -> the full sequence ``(batch, length, ...)``, for
+    consumers whose gradient is replicated: backward takes the own shard."""
     return _GatherSequence.apply(x, group, rank, size, length)
 
 
@@ -215,47 +209,48 @@ def is_gathered(x: torch.Tensor) -> bool:
     return type(x.grad_fn).__name__ == f"{_GatherSequence.__name__}Backward"
 
 
-def partial_view(share: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
-    """``whole``, as gathered from ``share``, for consumers whose gradients are summands: backward reduce-scatters.
+def partial_view(shard: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
+    """``full``, as gathered from ``shard``, for consumers whose gradients are Partial: backward reduce-scatters.
 
     No communication and no memory in forward.
     """
-    if not (torch.is_grad_enabled() and share.requires_grad):
-        return whole.detach()
-    return _PartialView.apply(share, whole.detach(), group, size)
+    if not (torch.is_grad_enabled() and shard.requires_grad):
+        return full.detach()
+    return _PartialView.apply(shard, full.detach(), group, size)
 
 
 def watched_view(
-    share: torch.Tensor, whole: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup, size: int
+    shard: torch.Tensor, full: torch.Tensor, x: torch.Tensor, group: dist.ProcessGroup, size: int
 ) -> torch.Tensor:
-    """:func:`partial_view` of ``x``, a plain view of ``whole``, for a ``whole`` that the model's caller can see.
+    """:func:`partial_view` of ``x``, a plain view of ``full``, for a ``full`` that the model returns to its caller.
 
-    If one of the two is watched by the time of the backward, the gradient takes the way through them, complete.
+    If one of the two is watched (:func:`is_watched`) at the time of the backward, the gradient is all-reduced and flows
+    through them.
     """
-    if not (torch.is_grad_enabled() and share.requires_grad):
+    if not (torch.is_grad_enabled() and shard.requires_grad):
         return x.detach()
-    seen = [TensorWeakRef(tensor) for tensor in ((whole,) if x is whole else (whole, x))]
-    return _WatchedView.apply(share, x, group, size, *seen)
+    seen = [TensorWeakRef(tensor) for tensor in ((full,) if x is full else (full, x))]
+    return _WatchedView.apply(shard, x, group, size, *seen)
 
 
-#: Packages whose hooks on a gradient of an activation ask whether one comes, and do not look at it.
+#: Packages whose hooks on the gradient of an activation only note that it has arrived.
 _INDIFFERENT = (__name__.partition(".")[0], "torch.distributed.fsdp")
 
 
 def is_watched(x: torch.Tensor) -> bool:
-    """True if somebody has put a hook on the gradient of ``x``, or wants it kept."""
+    """True if the gradient of ``x`` has a hook of the user, or is retained."""
     return x.retains_grad or any(
         not str(getattr(hook, "__module__", "")).startswith(_INDIFFERENT) for hook in compat.gradient_hooks(x)
     )
 
 
 def scatter_sequence(x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
-    """Turn per-rank summands ``(batch, length, ...)`` into shares ``(batch, ceil(length / size), ...)`` of their sum:
+    """Partial ``(batch, length, ...)`` -> sequence shards ``(batch, ceil(length / size), ...)`` of the sum:
     reduce-scatter forward, all-gather backward."""
     return _ScatterSequence.apply(x, group, size)
 
 
 def split_sequence(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
-    """Take this rank's share ``(batch, ceil(length / size), ...)`` of a replicated activation ``(batch, length, ...)``;
-    backward all-gathers."""
+    """Replicate ``(batch, length, ...)`` -> this rank's sequence shard ``(batch, ceil(length / size), ...)``; backward
+    all-gathers."""
     return _SplitSequence.apply(x, group, rank, size)

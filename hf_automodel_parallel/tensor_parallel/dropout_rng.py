@@ -1,11 +1,11 @@
-"""Random numbers under tensor parallelism: equal where activations are replicated, different where they are sharded.
+"""Dropout under tensor parallelism: equal masks on replicated activations, different ones on sharded activations.
 
-The ranks of a tp group start from one random state (:func:`..synchronize.synchronize_rng`), so what they draw is equal.
-That is right for dropout on replicated activations, whose masks must agree. Two places need different numbers on each
-rank: the dropout of an adapter whose input is sharded, and whatever draws between a column-wise and a row-wise layer
-(attention probabilities, activations inside an MLP).
+The ranks of a tp group start from one random state (:func:`~..core.consistency.synchronize_rng`), so they draw equal
+numbers. That is right for dropout on replicated activations. Two kinds of dropout need different masks on each rank:
+that of an adapter whose input is sharded, and any between a column-wise and a row-wise layer (attention probabilities,
+activations inside an MLP). The former is :class:`ShardedDropout`, the latter runs under :class:`TPRngTracker`.
 
-Nothing here keeps a state of its own: what a rank draws follows from the common state and its rank alone, so a
+The TP-local numbers have no state of their own: they follow from the common state and the rank. So an activation
 checkpoint that restores the common state recomputes with the same masks.
 """
 
@@ -26,19 +26,19 @@ from ..errors import UnsupportedError
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-#: Odd, and far from any power of two: seeds of neighbouring ranks have nothing in common.
+#: Odd, and far from any power of two, so that the seeds of neighbouring ranks differ in many bits.
 _STRIDE = 0x9E3779B97F4A7C15
 
 
 class ShardedDropout(nn.Dropout):
-    """Dropout of an activation whose last dimension is sharded: each rank takes its part of one mask for all.
+    """Dropout of an activation whose last dimension is sharded: each rank applies its slice of one mask.
 
-    The mask of all ranks is drawn at once, so the common random state moves alike on every rank, and the masks of the
-    ranks are independent. Bytes for ``size`` times the local activation are needed for a moment.
+    Every rank draws the masks of all ranks, so the common random state advances equally on all of them, and the masks
+    are independent. This needs temporary memory of ``size`` bytes for each element of the local activation.
 
     Args:
         p: probability of an element to be zeroed.
-        rank: place of this rank on the tp axis.
+        rank: coordinate of this rank on the tp axis.
         size: number of ranks on the tp axis.
     """
 
@@ -57,50 +57,50 @@ class ShardedDropout(nn.Dropout):
 
 
 class TPRngTracker:
-    """Switch of a model between the random numbers that all tp ranks share and those of this rank alone.
+    """Switches the default generator between the random state that all tp ranks share and a TP-local one.
 
     Args:
-        rank: place of this rank on the tp axis.
+        rank: coordinate of this rank on the tp axis.
         device: where the model's activations are.
     """
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self.rank = rank
         self.generator = _default_generator(device)
-        self.common: Any = None  # while this rank draws its own numbers: how to go back
+        self.common: Any = None  # the shared seed or state, while TP-local numbers are drawn
         self.untouched = b""
 
     def enter(self, *_: Any) -> None:
-        """Draw this rank's own numbers from here on. For use as a forward hook."""
+        """Draw TP-local numbers from here on. For use as a forward hook."""
         if self.common is not None or torch.compiler.is_compiling():
             return
         generator = self.generator
         if generator.device.type == "cuda":
-            # A counter-based generator: another seed at the same place, no tensor and no synchronisation with the
-            # device.
-            self.common, place = generator.initial_seed(), generator.get_offset()
+            # A counter-based generator: another seed at the same offset needs no tensor and no synchronisation with
+            # the device.
+            self.common, offset = generator.initial_seed(), generator.get_offset()
             generator.manual_seed(self._mixed(self.common))
-            generator.set_offset(place)
+            generator.set_offset(offset)
         else:
             self.common = generator.get_state()
             generator.manual_seed(self._mixed(int.from_bytes(_digest(self.common), "little")))
             self.untouched = _digest(generator.get_state())
 
     def leave(self, *_: Any) -> None:
-        """Go back to the numbers that all tp ranks share. For use as a forward (pre-)hook; does nothing if already
-        there.
-        """
+        """Draw the numbers that all tp ranks share again. For use as a forward (pre-)hook; may be called twice."""
         if self.common is None or torch.compiler.is_compiling():
             return
         generator, common, self.common = self.generator, self.common, None
         if generator.device.type == "cuda":
-            place = generator.get_offset()  # equal on all ranks, whose shards are equally large
+            offset = generator.get_offset()  # equal on all ranks, because their shards have equal sizes
             generator.manual_seed(common)
-            generator.set_offset(place)
+            generator.set_offset(offset)
         else:
             drew = _digest(generator.get_state()) != self.untouched
             generator.set_state(common)
-            if drew:  # move on, so that the next own numbers are others; else the stream stays that of one process
+            # Advance the shared state, or the next TP-local numbers would repeat these. Without any drawn, the shared
+            # numbers stay those of one process.
+            if drew:
                 torch.randint(2, (), generator=generator, device=generator.device)
 
     def _mixed(self, seed: int) -> int:
@@ -119,7 +119,7 @@ def _default_generator(device: torch.device) -> torch.Generator:
 
 
 def install_sharded_dropout(model: nn.Module, spec: ShardingSpec, mesh: DeviceMesh) -> None:
-    """Let adapters whose input is sharded over the tp axis ``mesh`` draw different masks on its ranks."""
+    """Replace the dropout of adapters whose input is sharded over the tp axis ``mesh`` by :class:`ShardedDropout`."""
     tuner = compat.peft_tuner_layer_type()
     if tuner is None:
         return
@@ -141,22 +141,20 @@ def install_tp_rng(
     device: torch.device,
     hook: Callable[[nn.Module, Callable[[nn.Module], Any]], None],
 ) -> TPRngTracker:
-    """Let what draws between column-wise and row-wise layers draw different numbers on each rank of the tp axis
-    ``mesh``.
+    """Draw TP-local numbers between column-wise and row-wise layers.
 
-    A rank's own numbers begin where a column-wise layer ends. They end where the next layer begins whose activations
-    are not sharded on both sides: one with a boundary, or one that owns a replicated parameter with a complete
-    gradient.
+    They begin at the output of a column-wise layer, and end at the input of the next module whose activations are not
+    sharded on both sides: one with TP hooks, or one with a replicated parameter whose gradient is not Partial.
 
     Args:
         model: the model.
         spec: its sharding spec.
         mesh: the tp axis.
         device: where the model's activations are.
-        hook: puts a hook, given by what registers it, on a module.
+        hook: called with a module and a function that registers a hook on it.
 
     Returns:
-        The switch.
+        The tracker, which the hooks of the model share.
     """
     numbers = TPRngTracker(mesh.get_local_rank(), device)
     tuner = compat.peft_tuner_layer_type()
@@ -173,9 +171,9 @@ def install_tp_rng(
 
 
 def synchronize_at_first_forward(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let the tp ranks agree on their random state once more at the first training forward.
+    """Synchronise the random state over the tp axis once more, at the first training forward.
 
-    A script may seed each process differently after ``prepare`` as well as before it.
+    A script may seed each process differently after ``prepare``, too.
     """
 
     def hook(module: nn.Module, args: Any) -> None:
@@ -217,7 +215,7 @@ def active_dropouts(module: nn.Module) -> dict[str, float]:
 
 
 def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
-    """Refuse to compile blocks that draw random numbers on sharded activations.
+    """Raise for compiled layers that draw random numbers on sharded activations.
 
     Inside of a graph the random state cannot be switched, so the masks of the ranks would be equal.
 
@@ -226,8 +224,8 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
         spec: its sharding spec.
 
     Raises:
-        UnsupportedError: a module around a column-wise layer, or one that works on shares of a sequence, has a dropout
-            that is not zero.
+        UnsupportedError: a module around a column-wise layer, or one that runs on sequence shards, has a dropout that
+            is not zero.
     """
     for name, boundary in spec.modules.items():
         parent_name = name.rpartition(".")[0]
@@ -253,7 +251,7 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
                 shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
                 raise UnsupportedError(
                     f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on "
-                    f"shares of the sequence. Inside of a compiled layer its masks would be equal on all tp ranks. Set "
+                    f"sequence shards. Inside of a compiled layer its masks would be equal on all tp ranks. Set "
                     f"it to 0 in the model's config, or leave out compile."
                 )
 

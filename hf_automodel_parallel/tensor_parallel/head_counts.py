@@ -1,4 +1,4 @@
-"""Attention modules that count their heads themselves, and have to count those of their rank when these are sharded."""
+"""Head counts that attention modules keep as attributes: set to those of one rank when the heads are sharded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..plan.validate import config_with_heads
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
-#: On an attention: the number of ranks that its counts have been divided by.
+#: Attribute of an attention: the number of ranks that its counts have been divided by.
 _MARK = "_heads_per_rank_of"
 
 
@@ -27,7 +27,7 @@ def attention_is_head_sharded(model_parallel_plan: Mapping[str, Any]) -> bool:
 
     Args:
         model_parallel_plan: path -> style name, torch style or :class:`PlanEntry`. A projection is recognised by its
-            place: in a module, or a list, with "attn" or "attention" in its name.
+            path: below a module, or a list, with "attn" or "attention" in its name.
     """
     for path, style in model_parallel_plan.items():
         if not any(map(_sounds_like_attention, path.split(".")[-3:-1])):
@@ -45,13 +45,13 @@ def attention_is_head_sharded(model_parallel_plan: Mapping[str, Any]) -> bool:
 
 
 def update_attention_head_counts_for_tp(model: nn.Module, tp_size: int) -> None:
-    """Let the attentions in the layers of ``model`` count the heads of one rank. The config is not touched.
+    """Divide the head counts of the attentions in the layers of ``model`` by ``tp_size``; not those of the config.
 
-    For plans that shard every attention by heads. Repeating the call changes nothing.
+    For plans that shard every attention by heads. A second call changes nothing.
 
     Args:
-        model: any model; attentions are the modules below its layers that have a count of heads as attribute.
-        tp_size: number of ranks that share the heads.
+        model: any model; attentions are the modules below its layers that have a head count as attribute.
+        tp_size: number of ranks that the heads are sharded over.
 
     Raises:
         PlanError: a count does not divide.
@@ -60,16 +60,16 @@ def update_attention_head_counts_for_tp(model: nn.Module, tp_size: int) -> None:
         return
     inner = ModelView.of(model).inner
     config = config_with_heads(inner)
-    towers = [m for m in inner.modules() if config is not None and type(getattr(m, "config", None)) is type(config)]
-    for layer in find_layers(towers[0] if towers else inner):
+    parts = [m for m in inner.modules() if config is not None and type(getattr(m, "config", None)) is type(config)]
+    for layer in find_layers(parts[0] if parts else inner):
         for name, module in layer.named_modules():
-            # Not the mixer of a state-space layer, which counts heads of another kind and stays whole.
+            # Not the mixer of a state-space layer, whose heads are of another kind and not sharded.
             if _sounds_like_attention(name.rpartition(".")[2]) or _sounds_like_attention(type(module).__name__):
                 _count_locally(name, module, tp_size)
 
 
 def set_local_counts(attention: nn.Module, counts: Mapping[str, int], tp_size: int) -> None:
-    """Give ``attention`` the counts of one of ``tp_size`` ranks, as the plan's resolution found them."""
+    """Set ``counts``, resolved from the plan for one of ``tp_size`` ranks, as attributes of ``attention``."""
     for attribute, count in counts.items():
         setattr(attention, attribute, count)
     setattr(attention, _MARK, tp_size)

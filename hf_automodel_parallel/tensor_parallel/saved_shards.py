@@ -1,13 +1,13 @@
-"""Keep this rank's share of what a layer gathered along the sequence, and gather it once more in backward.
+"""Save this rank's sequence shard of an all-gathered activation, and re-all-gather it in backward.
 
-Under sequence parallelism the inputs of attention and MLP are gathered, and the column-wise layers keep them whole for
-the gradients of their weights: what is saved of norms and residuals is paid for there (Korthikanti et al., 2022,
-arXiv:2205.05198, section 4.2.2, gather again for this reason). Here nothing but the share is kept. Where a backward
-asks for the whole, it is gathered, once for all consumers; the last of them lets it go.
+Under sequence parallelism the inputs of attention and MLP are all-gathered, and the column-wise layers save the full
+sequence for the gradients of their weights, which costs the memory that sharded norms and residuals have saved
+(Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2, re-all-gather for this reason). With these hooks only the
+shard is saved. Backward all-gathers it once for all consumers, and frees it after the last of them.
 
-Done by hooks on what autograd saves, so that it does not matter who consumes the activation: projections, adapters, a
-router. Compiled layers have no such hooks; there the compiler is told to recompute the all-gathers, see
-:func:`.activation_checkpointing.gathering_contexts`.
+It works by hooks on the tensors that autograd saves, so it covers every consumer of the activation: projections,
+adapters, a router. Compiled layers have no such hooks; there the compiler recomputes the all-gathers, see
+:func:`~..activation_checkpointing.gathering_contexts`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,41 @@ from .. import compat
 
 
 class SavedShards:
-    """One gathered activation.
+    """One all-gathered activation.
 
     Attributes:
-        share: what it was gathered from; its values stay, since autograd forbids that they are written to.
-        gather: share -> whole, contiguous; collective. Every rank's backward asks in the same order.
+        shard: the sequence shard that it was gathered from.
+        gather: shard -> full sequence, contiguous; collective. The backwards of all ranks call it in the same order.
+        waiting: number of saved views that backward has not restored yet.
+        full: the re-all-gathered activation, while views are waiting.
     """
 
-    def __init__(self, share: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.share, self.gather = share.detach(), gather
-        self.version = compat.version_of(self.share)
-        self.waiting = 0  # saved places that have not asked yet
-        self.whole: torch.Tensor | None = None
+    def __init__(self, shard: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.shard, self.gather = shard.detach(), gather
+        self.version = compat.version_of(self.shard)
+        self.waiting = 0
+        self.full: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
-        """The whole, for one of the places."""
-        if compat.version_of(self.share) != self.version:
-            raise RuntimeError(_CHANGED)
-        whole = self.whole
-        if whole is None:
+        """The full activation, for one of the saved views.
+
+        Raises:
+            RuntimeError: the shard was modified in place.
+        """
+        if compat.version_of(self.shard) != self.version:
+            raise RuntimeError(_MODIFIED)
+        full = self.full
+        if full is None:
             with torch.no_grad():
-                whole = self.gather(self.share)
+                full = self.gather(self.shard)
         self.waiting -= 1
-        # A second backward through the same graph finds no more places waiting, and gathers for each of them.
-        self.whole = whole if self.waiting > 0 else None
-        return whole
+        # In a second backward through the same graph no views are waiting, and each restored view gathers anew.
+        self.full = full if self.waiting > 0 else None
+        return full
 
 
-class _Place:
-    """A view of a gathered activation, saved by one consumer."""
+class _SavedView:
+    """A view of an all-gathered activation, saved by one consumer."""
 
     def __init__(self, source: SavedShards, view: torch.Tensor) -> None:
         self.source = source
@@ -61,34 +67,34 @@ class _Place:
         return self.source.take().as_strided(self.shape, self.strides, self.offset)
 
 
-class _Kept:
-    """Any other saved tensor. Hooks switch autograd's own check for changes in place off, so it is made here."""
+class _SavedTensor:
+    """Any other saved tensor. With hooks autograd does not check for modifications in place, so this class does."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.version = tensor.detach(), compat.version_of(tensor)  # detached: an output would hold itself
 
     def restore(self) -> torch.Tensor:
         if compat.version_of(self.tensor) != self.version:
-            raise RuntimeError(_CHANGED)
+            raise RuntimeError(_MODIFIED)
         return self.tensor
 
 
-_CHANGED = (
+_MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation, inside of a layer "
     "under sequence_parallel_regather=True. Without that option, torch.autograd.set_detect_anomaly(True) shows where."
 )
 
 
 def saving_shards(find: Callable[[torch.Tensor], SavedShards | None]) -> AbstractContextManager[Any]:
-    """Context of a forward: of a saved tensor for which ``find`` names its source, nothing is kept but that."""
+    """Context of a forward: where ``find`` knows the source of a saved tensor, only the source is saved."""
 
-    def pack(tensor: torch.Tensor) -> _Place | _Kept:
+    def pack(tensor: torch.Tensor) -> _SavedView | _SavedTensor:
         source = find(tensor)
-        return _Kept(tensor) if source is None else _Place(source, tensor)
+        return _SavedTensor(tensor) if source is None else _SavedView(source, tensor)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.restore())
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two tensors, both alive, share their memory and type of numbers."""
+    """True if two tensors, both alive, share memory and dtype."""
     return a.dtype == b.dtype and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0

@@ -40,10 +40,9 @@ from .collectives import (
     watched_view,
 )
 from .dropout_rng import TPRngTracker
-from .hook_warnings import warn_of_hooks
-from .inplace_guard import note_version, refuse_changed
 from .local_parameters import LocalParamForward
 from .saved_shards import SavedShards, same_storage, saving_shards
+from .sequence_guards import note_version, refuse_changed, warn_of_hooks
 
 logger = logging.getLogger(__name__)
 

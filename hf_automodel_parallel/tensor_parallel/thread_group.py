@@ -1,4 +1,7 @@
-"""A process group whose ranks are threads."""
+"""A process group whose ranks are threads of one process, for numerical checks of a plan on a tiny proxy model.
+
+Its own module, below the collectives: they dispatch on it, and the plan search runs on it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 
-#: Seconds that a rank waits for the others; they run on the same small model.
+#: Seconds that a rank waits for the others, which run the same tiny model.
 _PATIENCE = 120.0
 
 
@@ -17,8 +20,8 @@ class ThreadGroup:
     Args:
         rank: its rank.
         size: number of ranks.
-        barrier: where all of them meet.
-        slots: what each of them brings.
+        barrier: shared by the threads, for ``size`` parties.
+        slots: shared by the threads, one item for each rank.
     """
 
     device_type = "cpu"
@@ -27,7 +30,7 @@ class ThreadGroup:
         self.rank, self._size, self._barrier, self._slots = rank, size, barrier, slots
 
     def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What each rank brings, in the order of ranks."""
+        """The tensors of all ranks, in the order of ranks."""
         self._slots[self.rank] = x.detach()
         self._barrier.wait(_PATIENCE)
         values = list(self._slots)
@@ -40,13 +43,13 @@ class ThreadGroup:
         return values.sum(0) if operation == "sum" else values.amax(0)
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The parts of all ranks along ``dim``."""
+        """The tensors of all ranks, concatenated along ``dim``."""
         return torch.cat(self.exchange(x), dim)
 
-    # What the boundaries ask of a mesh of one axis.
+    # The methods of a 1-D device mesh that TP hooks call.
 
     def get_group(self) -> ThreadGroup:
-        """Itself: the axis has no other dimension."""
+        """The group of the only axis: itself."""
         return self
 
     def get_local_rank(self) -> int:

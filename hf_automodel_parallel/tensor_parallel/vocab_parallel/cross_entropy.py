@@ -1,10 +1,10 @@
-"""Cross entropy and its relatives on logits whose vocabulary is spread over the tp axis.
+"""Cross entropy and its relatives on logits that are sharded over the vocabulary.
 
-No rank ever holds a whole row. What a row needs of the other ranks are three numbers (its maximum, the sum of its
-exponentials, the logit of its target), and its gradient needs nothing more: softmax minus one-hot of the own slice of
-the vocabulary (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053, section 3). Rows are processed in chunks, so that
-float32 logits exist for one chunk only, and softmax is computed again in backward instead of being kept (the idea of
-Liger's chunked loss, Hsu et al., 2024, arXiv:2410.10989).
+No rank ever holds a full row. For each row the ranks exchange three numbers: its maximum, the sum of its exponentials,
+and the logit of its target. The gradient needs no more than these: softmax minus one-hot, on the own slice of the
+vocabulary (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053, section 3). Rows are processed in chunks, so that
+float32 logits exist for one chunk only, and backward recomputes the softmax instead of saving it (the idea of Liger's
+chunked loss, Hsu et al., 2024, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ DEFAULT_CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How the last dimension is spread.
+    """How the last dimension is sharded.
 
     Attributes:
         group: the ranks that hold the slices, in order.
-        rank, size: this rank's place in the group and the number of ranks.
+        rank, size: this rank's coordinate in the group, and the number of ranks.
         chunk_rows: rows (tokens) whose logits are in float32 at a time; None: as many as fit in 64 MiB.
     """
 
@@ -51,7 +51,7 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _own(index: torch.Tensor, width: int, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions in the own slice, 0 for foreign ones, and which ones are not foreign."""
+    """Positions in the own slice (0 for those in other slices), and a mask of those in the own slice."""
     local = index - vocabulary.rank * width
     mine = (local >= 0) & (local < width)
     return local.masked_fill(~mine, 0), mine
@@ -117,7 +117,7 @@ class _RowStatistics(torch.autograd.Function):
 
 
 class _Select(torch.autograd.Function):
-    """(rows, width) and whole positions (rows, k) -> the logits there (rows, k), replicated."""
+    """(rows, width) and positions in the full vocabulary (rows, k) -> the logits there (rows, k), replicated."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, positions: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
@@ -135,9 +135,7 @@ class _Select(torch.autograd.Function):
 
 
 def _check_bounds(index: torch.Tensor, classes: int) -> None:
-    """Let torch complain about a class that does not exist, as it does in one process: at once on CPU, else
-    asynchronously.
-    """
+    """Fail for a class that does not exist, as torch does in one process: at once on CPU, else asynchronously."""
     if index.device.type == "cpu":
         wrong = index[(index < 0) | (index >= classes)]
         if wrong.numel():
@@ -147,11 +145,11 @@ def _check_bounds(index: torch.Tensor, classes: int) -> None:
 
 
 def logsumexp(logits: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """Log of the sum of exponentials over the whole vocabulary; two small all-reduces.
+    """Log of the sum of exponentials over the full vocabulary; two small all-reduces.
 
     Args:
         logits: (..., V / size), this rank's slice, of any floating dtype.
-        vocabulary: how the last dimension is spread.
+        vocabulary: how the last dimension is sharded.
 
     Returns:
         (...), float32 (float64 for float64), equal on all ranks.
@@ -161,7 +159,7 @@ def logsumexp(logits: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
 
 
 def select(logits: torch.Tensor, positions: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """``logits.gather(-1, positions)`` on the whole vocabulary; one small all-reduce.
+    """``logits.gather(-1, positions)`` on the full vocabulary; one small all-reduce.
 
     Args:
         logits: (..., V / size), this rank's slice.
@@ -189,16 +187,15 @@ def cross_entropy(
 ) -> torch.Tensor:
     """:func:`torch.nn.functional.cross_entropy` with class indices; two small all-reduces forward, none backward.
 
-    The first takes the maxima of the rows, the second the sums (exponentials, target, and the logits where smoothing
-    wants them).
+    The first takes the maxima of the rows, the second the sums (exponentials, target, and with smoothing the logits).
 
     Args:
         logits: (rows, V / size), this rank's slice, of any floating dtype.
         target: (rows,), long, in [0, V) or ``ignore_index``, equal on all ranks.
-        vocabulary: how the last dimension is spread.
+        vocabulary: how the last dimension is sharded.
         ignore_index: target of rows that do not count.
         reduction: "mean" (over the rows that count), "sum" or "none".
-        label_smoothing: share of the target's probability that is spread over all classes.
+        label_smoothing: fraction of the target's probability that is distributed over all classes.
 
     Returns:
         A scalar, or (rows,) for "none"; float32 (float64 for float64), equal on all ranks.

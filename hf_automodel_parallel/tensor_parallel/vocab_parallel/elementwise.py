@@ -1,8 +1,8 @@
-"""What :class:`ShardedLogits` can do without its whole values: one table of torch's functions.
+"""Handlers of :class:`ShardedLogits` for gradients, element-wise functions and views of the leading dimensions.
 
 A handler is called with the function and its arguments and returns its result, or ``NotImplemented`` where these
-arguments need whole values. Functions without a handler always do (:func:`on_whole`). Functions over the vocabulary
-stand in :mod:`.sharded_losses`.
+arguments need the full logits. Functions without a handler always get the full logits (:func:`.logits.on_full`).
+Functions over the vocabulary are in :mod:`.reductions`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from ..collectives import copy_to_tp, split_to_tp
-from .logits import HANDLERS, METADATA, ShardedLogits, _functions, handles, with_whole
+from .logits import HANDLERS, METADATA, ShardedLogits, _functions, handles, with_full
 
 # ---- metadata ------------------------------------------------------------------------------------------------------
 
 
 def _getter(name: str) -> Any:
-    """What stands for reading the attribute ``name`` in torch's function protocol."""
+    """The function that ``__torch_function__`` gets when the attribute ``name`` is read."""
     return getattr(torch.Tensor, name).__get__
 
 
-#: Attributes that give numbers, and those of gradients, which reach the slice; all others describe the tensor.
+#: Attributes with values, and those of gradients, which belong to the slice; all others are metadata.
 _WITH_NUMBERS = {
     "data",
     "grad",
@@ -59,14 +59,12 @@ def _is_contiguous(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @handles("register_hook")
 def _register_hook(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hook sees the whole gradient, sharded like the logits, of all that was computed from them."""
+    """The hook gets the complete gradient of the logits, sharded like them."""
     logits, hook = args
     if not logits.requires_grad:
-        return NotImplemented  # torch's own complaint
-    v, dtype = (
-        logits.vocabulary,
-        logits.dtype,
-    )  # not the logits: their graph, which holds the hook, would never be freed
+        return NotImplemented  # torch raises
+    # The hook must not hold the logits: their graph holds the hook, and would never be freed.
+    v, dtype = logits.vocabulary, logits.dtype
 
     def on_slice(gradient: torch.Tensor) -> torch.Tensor | None:
         changed = hook(ShardedLogits(gradient, v, dtype))
@@ -110,12 +108,12 @@ def _requires_grad_(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _gradient_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.autograd.grad``: with respect to sharded logits it is sharded likewise."""
+    """``torch.autograd.grad``: a gradient with respect to sharded logits is sharded like them."""
     outputs, inputs, *rest = args if len(args) > 1 else (*args, kwargs.pop("inputs", None))
     if inputs is None or any(
         isinstance(x, ShardedLogits) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])
     ):
-        return function(with_whole(outputs), inputs, *with_whole(rest), **with_whole(kwargs))
+        return function(with_full(outputs), inputs, *with_full(rest), **with_full(kwargs))
     wanted = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     parts = [x.stored() if isinstance(x, ShardedLogits) else x for x in wanted]
     results = function(outputs, parts, *rest, **kwargs)
@@ -133,13 +131,13 @@ HANDLERS[torch.Tensor.requires_grad_] = _requires_grad_
 HANDLERS[torch.autograd.grad] = _gradient_of
 
 
-# ---- each number on its own ----------------------------------------------------------------------------------------
+# ---- element-wise --------------------------------------------------------------------------------------------------
 
 
 def _own_operand(value: Any, logits: ShardedLogits) -> Any:
-    """What meets the slice in the place of an operand, NotImplemented if only the whole logits can meet it.
+    """The operand to combine with the slice in the place of ``value``; NotImplemented if it needs the full logits.
 
-    A replicated operand that is used with every rank's slice collects a gradient on every rank, which is summed.
+    The gradient of a replicated operand that is combined with every rank's slice is Partial, so it is copied to TP.
     """
     if isinstance(value, ShardedLogits):
         return value.own() if value.vocabulary.group is logits.vocabulary.group else NotImplemented
@@ -189,7 +187,7 @@ def _elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @handles("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def _like(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A plain whole tensor; the logits give shape, dtype and device only."""
+    """A plain tensor of the full shape; the logits give shape, dtype and device only."""
     logits = args[0]
     return function(torch.empty(1, dtype=logits.dtype, device=logits.device).expand(logits.shape), *args[1:], **kwargs)
 
@@ -228,7 +226,7 @@ def _to(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         torch.empty(0, dtype=logits.dtype, device=logits.device), *with_metadata(args[1:]), **with_metadata(kwargs)
     )
     if not isinstance(probe, torch.Tensor):
-        return probe  # the name of the type
+        return probe  # type() without arguments: a string
     if probe.device != logits.device:
         return NotImplemented  # the group's collectives may not work there
     part = logits.stored()
@@ -243,7 +241,7 @@ def _to(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def with_metadata(value: Any) -> Any:
-    """Arguments of ``to`` and ``type_as``, of which a tensor gives its dtype and device only."""
+    """Arguments of ``to`` and ``type_as``, which read only dtype and device of a tensor: tensors without elements."""
     if isinstance(value, torch.Tensor):
         return torch.empty(0, dtype=value.dtype, device=value.device)
     if isinstance(value, tuple):
@@ -252,7 +250,7 @@ def with_metadata(value: Any) -> Any:
 
 
 @handles("detach", "contiguous")
-def _same_numbers(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _same_values(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     logits = args[0]
     part = logits.stored()
     result = function(part, *args[1:], **kwargs)
@@ -269,7 +267,7 @@ def _views(logits: ShardedLogits, result: Any) -> Any:
 
 
 def _consumed(index: Any) -> int | None:
-    """Dimensions that one part of an index uses up; None for what needs a closer look than it is worth."""
+    """The number of dimensions that one item of an index uses up; None for items that are not supported."""
     if index is None:
         return 0
     if isinstance(index, bool):
@@ -321,9 +319,7 @@ def _view(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @handles("view_as", "reshape_as")
 def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Also what autograd does with a tensor that a custom function returns as it came (the backward hooks of
-    modules).
-    """
+    """Autograd calls this, too, if a custom function returns its input unchanged (the backward hooks of modules)."""
     logits = args[0]
     other = args[1] if len(args) > 1 else kwargs.get("other")
     if not isinstance(logits, ShardedLogits) or other is None:
@@ -334,11 +330,12 @@ def _view_as(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def dim_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, default: int | None = None) -> Any:
+    """The argument ``dim``, given at ``position`` or by name."""
     return args[position] if len(args) > position else kwargs.get("dim", default)
 
 
 def _on_other_dims(position: int, default: int | None, names: str, added: int = 0) -> None:
-    """Functions of one dimension (their argument at ``position``) that leave the others alone."""
+    """Handle functions of one dimension (their argument at ``position``) that leave the other dimensions alone."""
 
     def handler(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits = args[0] if args else None

@@ -1,15 +1,12 @@
-"""``ShardedLogits``: what the output projection returns under loss parallelism: a tensor that stays sharded while it
-can.
+"""``ShardedLogits``: the output of the output projection under loss parallelism, sharded as long as possible.
 
-To whoever looks at it, it is the whole logits: shape, dtype, device, gradient function. Inside it holds this rank's
-slice of the vocabulary. Functions that act on each number or on leading dimensions alone run on the slice; cross
-entropy and its relatives run vocabulary-parallel (:mod:`.loss`); *everything else* gathers the slices, once, and gets a
-plain tensor. So a model's own scaling, soft-capping and loss, whatever they are, need no replacement, and whoever wants
-whole logits has them.
+From outside it is the full logits: shape, dtype, device, gradient function. Inside it holds this rank's slice of the
+vocabulary. Element-wise functions and views of the leading dimensions run on the slice; cross entropy and its relatives
+run vocabulary-parallel (:mod:`.cross_entropy`); every other function gathers the slices, once, and gets a plain tensor.
 
-The table is in :mod:`.sharded_functions` and :mod:`.sharded_losses`; it works through ``__torch_function__``, so
-autograd records operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) meets
-a wrapper that is part of the same graph.
+The handlers (:mod:`.elementwise`, :mod:`.reductions`) run in ``__torch_function__``, above autograd, so autograd
+records operations on slices only. Code below that protocol (C++, custom autograd functions, collectives) gets the
+wrapper itself, which is part of the same graph.
 """
 
 from __future__ import annotations
@@ -31,17 +28,21 @@ from .cross_entropy import Vocabulary
 class ShardedLogits(torch.Tensor):
     """Logits (..., V) of which this rank holds the slice (..., V / size); made by :func:`shard_logits`.
 
-    Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing says
-    what it is and reads nothing. Changes in place reach the slice, and with it all views that were taken of it.
+    Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing reads no
+    values. A change in place reaches the slice, and with it all views that were taken of it.
 
-    An upcast (``logits.float()``, as losses begin) is noted and done where the numbers are used, so that the loss can
-    do it chunk by chunk; ``dtype`` then differs from the dtype of the slice.
+    An upcast (``logits.float()``, with which losses begin) is deferred to where the values are used, so that the loss
+    can do it chunk by chunk; until then ``dtype`` differs from the dtype of the slice.
+
+    Private state: ``_slice``; ``_full``, the gathered logits, and the versions of it and of the slice at that time;
+    ``_noted``, the version of the slice when this object was made; ``_family``, shared by the views of one upcast, the
+    id of the one that was changed in place (0: none).
     """
 
     vocabulary: Vocabulary
     _slice: torch.Tensor
-    _whole: torch.Tensor | None
-    _whole_versions: tuple[int, int]
+    _full: torch.Tensor | None
+    _full_versions: tuple[int, int]
     _noted: int
     _family: list[int]
 
@@ -53,11 +54,11 @@ class ShardedLogits(torch.Tensor):
     def __init__(self, part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
         self.vocabulary = vocabulary
         self._slice = part
-        self._whole = None
+        self._full = None
         self._noted = compat.version_of(part)
         self._family = [0]
 
-    # ---- the numbers -------------------------------------------------------------------------------------------
+    # ---- values ------------------------------------------------------------------------------------------------
 
     @property
     def is_upcast(self) -> bool:
@@ -65,9 +66,16 @@ class ShardedLogits(torch.Tensor):
         return self._slice.dtype != self.dtype
 
     def stored(self) -> torch.Tensor:
-        """This rank's slice (..., V / size), maybe in a narrower dtype than ``dtype``."""
-        if self._whole is not None and compat.version_of(self._whole) != self._whole_versions[0]:
-            self.replace(self._whole)  # somebody has written into a view of the whole logits
+        """This rank's slice (..., V / size), maybe in a narrower dtype than ``dtype``.
+
+        Not a plain getter: it takes over changes that were written into a view of the gathered logits, and connects the
+        slice with an autograd function that has recorded the wrapper only.
+
+        Raises:
+            UnsupportedError: the slice was changed in place after these logits were taken of it in another dtype.
+        """
+        if self._full is not None and compat.version_of(self._full) != self._full_versions[0]:
+            self.replace(self._full)  # a view of the gathered logits was changed in place
         if self.is_upcast and (compat.version_of(self._slice) != self._noted or self._family[0] not in (0, id(self))):
             raise UnsupportedError(
                 "the logits were modified in place after this copy or view of them in another dtype was taken; do not "
@@ -75,7 +83,7 @@ class ShardedLogits(torch.Tensor):
                 "loss_parallel=False."
             )
         if torch.is_grad_enabled() and self.requires_grad and not self._slice.requires_grad:
-            # The result of somebody's autograd function, which has recorded the wrapper alone.
+            # The result of a custom autograd function, which has recorded the wrapper only.
             with compat.without_torch_function():
                 self._slice = _Leave.apply(self, self._slice)
         return self._slice
@@ -84,18 +92,18 @@ class ShardedLogits(torch.Tensor):
         """This rank's slice (..., V / size) in ``dtype``."""
         return self.stored().to(self.dtype)
 
-    def whole(self) -> torch.Tensor:
-        """The whole logits (..., V) as a plain tensor, gathered at the first call; a collective of the tp group."""
+    def full(self) -> torch.Tensor:
+        """The full logits (..., V) as a plain tensor, gathered at the first call; a collective of the tp group."""
         part = self.stored()
         version = compat.version_of(part)
         graph_is_missing = (
-            self._whole is not None and torch.is_grad_enabled() and part.requires_grad and not self._whole.requires_grad
+            self._full is not None and torch.is_grad_enabled() and part.requires_grad and not self._full.requires_grad
         )
-        if self._whole is None or graph_is_missing or self._whole_versions[1] != version:
+        if self._full is None or graph_is_missing or self._full_versions[1] != version:
             v = self.vocabulary
-            whole = gather_from_tp(part, v.group, v.rank, v.size).to(self.dtype)
-            self._whole, self._whole_versions = whole, (compat.version_of(whole), version)
-        return self._whole
+            full = gather_from_tp(part, v.group, v.rank, v.size).to(self.dtype)
+            self._full, self._full_versions = full, (compat.version_of(full), version)
+        return self._full
 
     def writable(self) -> torch.Tensor:
         """The slice in ``dtype``, to be changed in place; call :meth:`written` after."""
@@ -105,19 +113,17 @@ class ShardedLogits(torch.Tensor):
         return self.stored()
 
     def written(self) -> None:
-        """The slice has changed in place: let the gathered copy go, and the wrapper's place in the autograd graph
-        follow.
-        """
-        self._whole = None
+        """After a change of the slice in place: drop the gathered logits, and update the wrapper's ``grad_fn``."""
+        self._full = None
         if torch.is_grad_enabled() and self._slice.requires_grad:
             with compat.without_torch_function():
                 _Follow.apply(self._slice, self)
 
-    def replace(self, whole: torch.Tensor) -> None:
-        """Make the values of ``whole`` (..., V), equal on all ranks, those of these logits, in place."""
-        self._whole = None
+    def replace(self, full: torch.Tensor) -> None:
+        """Overwrite these logits in place with ``full`` (..., V), which is equal on all ranks."""
+        self._full = None
         v = self.vocabulary
-        own = split_to_tp(whole, v.group, v.rank, v.size)
+        own = split_to_tp(full, v.group, v.rank, v.size)
         self.writable().copy_(own)
         self.written()
 
@@ -141,26 +147,22 @@ class ShardedLogits(torch.Tensor):
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        pass
-
         if function in METADATA:
             return super().__torch_function__(function, types, args, kwargs or {})
         handler = HANDLERS.get(function)
         result = NotImplemented if handler is None else handler(function, *in_order(args, kwargs or {}))
-        return on_whole(function, args, kwargs or {}) if result is NotImplemented else result
+        return on_full(function, args, kwargs or {}) if result is NotImplemented else result
 
     @classmethod
     @torch.compiler.disable
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Below autograd, which has recorded the wrapper itself: compute with whole values."""
-        pass
-
+        """Below autograd, which has recorded the wrapper itself: compute with the full values."""
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (logits,) = args
             return ShardedLogits(logits.stored().detach(), logits.vocabulary, logits.dtype)
-        args, kwargs = with_whole((args, kwargs or {}))
+        args, kwargs = with_full((args, kwargs or {}))
         return function(*args, **kwargs)
 
     def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
@@ -172,7 +174,7 @@ class ShardedLogits(torch.Tensor):
 
 
 class _Enter(torch.autograd.Function):
-    """A slice -> the wrapper around it; backward takes the own slice of a whole gradient."""
+    """A slice -> the wrapper around it; backward takes the own slice of a full gradient."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype) -> torch.Tensor:
@@ -185,7 +187,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Follow(torch.autograd.Function):
-    """The same for a wrapper whose slice has changed in place."""
+    """:class:`_Enter` again, for an existing wrapper whose slice was changed in place."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, wrapper: ShardedLogits) -> torch.Tensor:
@@ -199,7 +201,7 @@ class _Follow(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """A wrapper that autograd knows -> its slice; the gradient goes back sharded likewise."""
+    """A wrapper that autograd has recorded -> its slice; the gradient is sharded in the same way."""
 
     @staticmethod
     def forward(ctx: Any, wrapper: ShardedLogits, part: torch.Tensor) -> torch.Tensor:
@@ -219,7 +221,7 @@ def _own_part(gradient: torch.Tensor, ctx: Any) -> torch.Tensor:
 
 
 def shard_logits(part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype | None = None) -> ShardedLogits:
-    """Show ``part`` (..., V / size), this rank's slice of logits, as the whole logits (..., V).
+    """Wrap ``part`` (..., V / size), this rank's slice of logits, as the full logits (..., V).
 
     Args:
         part: a plain tensor, connected by autograd or not.
@@ -230,14 +232,12 @@ def shard_logits(part: torch.Tensor, vocabulary: Vocabulary, dtype: torch.dtype 
     if part.requires_grad and not torch.is_grad_enabled():
         part = part.detach()
     result = _Enter.apply(part, vocabulary, dtype)
-    result._slice = part  # not what autograd's function was given, which is outside of the graph
+    result._slice = part  # in forward() the function got a tensor that is not part of the graph
     return result
 
 
 class KeepSharded:
-    """Hook of a column-wise output projection: while gradients are recorded its output stays sharded and looks
-    whole.
-    """
+    """Hook of a column-wise output projection: its output becomes :class:`ShardedLogits` while autograd records."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -245,9 +245,8 @@ class KeepSharded:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         v = self.vocabulary
-        if (
-            not torch.is_grad_enabled()
-        ):  # evaluation reads logits, often on one rank alone, which must not be a collective
+        # Evaluation reads logits, often on one rank only, where no collective may run.
+        if not torch.is_grad_enabled():
             return map_tensor(output, lambda x: gather_from_tp(x, v.group, v.rank, v.size))
         return map_tensor(output, lambda x: shard_logits(x, v))
 
@@ -255,19 +254,21 @@ class KeepSharded:
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-#: Functions of the wrapper itself, which knows shape, dtype, device and its place in the autograd graph.
+#: Functions that the wrapper answers by itself: shape, dtype, device and ``grad_fn`` are its own.
 METADATA: set[Any] = set()
 
-
+#: torch function -> its handler; filled by :mod:`.elementwise` and :mod:`.reductions`.
 HANDLERS: dict[Any, Handler] = {}
 
 
 def _functions(names: Iterable[str]) -> list[Any]:
-    """torch's functions of these names: as methods, in ``torch`` and in ``torch.nn.functional``."""
+    """torch's functions with these names: methods of Tensor, in ``torch`` and in ``torch.nn.functional``."""
     return [getattr(space, name) for name in names for space in (torch.Tensor, torch, F) if hasattr(space, name)]
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Decorator of a handler for the torch functions with these ``names``."""
+
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(_functions(names), handler))
         return handler
@@ -275,50 +276,47 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def with_whole(value: Any) -> Any:
-    """``value`` (arguments, nested in tuples, lists and dicts) with whole plain tensors in the place of sharded
-    logits.
-    """
+def with_full(value: Any) -> Any:
+    """``value`` (arguments, nested in tuples, lists and dicts) with sharded logits replaced by full plain tensors."""
     if isinstance(value, ShardedLogits):
-        return value.whole()
+        return value.full()
     if isinstance(value, (tuple, list)):
-        items = [with_whole(item) for item in value]
+        items = [with_full(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        return {key: with_whole(item) for key, item in value.items()}
+        return {key: with_full(item) for key, item in value.items()}
     return value
 
 
-#: What torch calls an argument by numpy's names -> its own name.
+#: numpy's name for an argument, which torch accepts -> torch's name.
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments as handlers read them: the tensor first, wherever a function takes it by name, and torch's own
-    names.
+    """The arguments as handlers read them: the tensor first, also if it was given by name, and torch's own names.
 
-    New objects where something is moved: whole values are computed with the arguments as they came.
+    They are new objects: :func:`on_full` needs the arguments as they were given.
     """
     named = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
-    # torch.where has its tensor in the second place.
+    # torch.where has its tensor in the second position.
     name = None if args or "condition" in named else next((n for n in ("input", "x", "a", "x1") if n in named), None)
     return (args if name is None else (named.pop(name),)), named
 
 
-def on_whole(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call ``function`` with gathered logits; what it writes into them is written back into the slices."""
+def on_full(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``function`` with gathered logits; its changes in place are written back into the slices."""
     name = getattr(function, "__name__", "")
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     if in_place:
         args, kwargs = in_order(args, kwargs)
     if in_place and args and isinstance(args[0], ShardedLogits):
         logits: ShardedLogits = args[0]
-        whole = logits.whole().clone()
-        result = function(whole, *with_whole(args[1:]), **with_whole(kwargs))
-        if whole.shape != logits.shape or whole.dtype != logits.dtype or (result is not None and result is not whole):
+        full = logits.full().clone()
+        result = function(full, *with_full(args[1:]), **with_full(kwargs))
+        if full.shape != logits.shape or full.dtype != logits.dtype or (result is not None and result is not full):
             raise UnsupportedError(
                 f"{name} on sharded logits; make a copy (logits.clone()[:]) or set loss_parallel=False."
             )
-        logits.replace(whole)
+        logits.replace(full)
         return None if result is None else logits
-    return function(*with_whole(args), **with_whole(kwargs))
+    return function(*with_full(args), **with_full(kwargs))

@@ -1,4 +1,4 @@
-"""Functions of :class:`ShardedLogits` over the vocabulary: cross entropy and what else losses are made of."""
+"""Handlers of :class:`ShardedLogits` for functions over the vocabulary: cross entropy and parts of other losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _is_last(dim: Any, logits: ShardedLogits) -> bool:
 
 
 def _result_dtype(function: Any, logits: ShardedLogits, *args: Any, **kwargs: Any) -> torch.dtype:
-    """The dtype that ``function`` gives to logits of this dtype: autocast may have a say."""
+    """The dtype of ``function``'s result for logits of this dtype; autocast may change it."""
     if not torch.is_autocast_enabled(logits.device.type):
         return kwargs.get("dtype") or logits.dtype
     return function(torch.zeros(1, 1, dtype=logits.dtype, device=logits.device), *args, **kwargs).dtype

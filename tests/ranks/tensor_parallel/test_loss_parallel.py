@@ -161,7 +161,7 @@ def compare_functions(dtype: torch.dtype, chunk_rows: int | None) -> dict[str, t
         problems, count = [], len(gathered)
         if (got.shape, got.dtype) != (want.shape, want.dtype):
             problems.append(f"{got.shape} {got.dtype} instead of {want.shape} {want.dtype}")
-        values = got.whole() if isinstance(got, ShardedLogits) else got
+        values = got.full() if isinstance(got, ShardedLogits) else got
         if not torch.allclose(values.float(), want.float(), **tolerance):
             problems.append("values")
         if got.requires_grad != want.requires_grad:
@@ -198,7 +198,7 @@ def as_a_tensor() -> dict[str, Any]:
     text = repr(logits)
     seen = []
     logits.register_hook(seen.append)
-    (flat_loss(logits) + logits.whole().sum()).backward()
+    (flat_loss(logits) + logits.full().sum()).backward()
     plain = logits.detach()
     stacked = torch.empty(size * SHAPE[0], *SHAPE[1:])
     dist.all_gather_into_tensor(stacked, plain)
@@ -211,7 +211,7 @@ def as_a_tensor() -> dict[str, Any]:
     return {
         "tensor": torch.is_tensor(logits) and not isinstance(logits, DTensor),
         "text": "slice" in text and str(SHAPE) in text,
-        "hook": torch.allclose(seen[0].whole(), asked.whole() + 1),
+        "hook": torch.allclose(seen[0].full(), asked.full() + 1),
         "copy": torch.equal(copy.deepcopy(plain), whole) and torch.equal(pickle.loads(pickle.dumps(plain)), whole),
         "numpy": (plain.numpy() == whole.numpy()).all() and plain.tolist() == whole.tolist(),
         "collective": torch.equal(stacked, torch.cat([whole] * size)),
