@@ -1,4 +1,4 @@
-"""The audit of a training step: no lost gradient, no flipped ``requires_grad``, no replica that drifts."""
+"""The audit of a training step: no lost gradient, no changed ``requires_grad``, no diverging replicas."""
 
 from .first_step import Audit, GradientAuditError
 

@@ -1,4 +1,4 @@
-"""When the audit looks, what it finds, and what it says. Nothing is left behind between the looks but one counter."""
+"""When the audit runs, what it checks, and its messages. Between audited steps only a counter remains."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .replica_check import compare_replicas
 
 logger = logging.getLogger(__name__)
 
-#: Replicas start out equal to the bit, and their fingerprints up to the order of summation; later, equal gradients may
-#: round differently on different ranks.
+#: At first replicas are equal to the bit, and their fingerprints up to the order of summation. Later, equal gradients
+#: may round differently on different ranks.
 FIRST_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-4
 
 
 class GradientAuditError(AutoParallelError, RuntimeError):
-    """Training would go wrong without a sign; the message names the parameters, the likely cause and the remedy."""
+    """Training would be wrong without an error; the message names parameters, likely cause and remedy."""
 
 
 class Audit:
-    """Looks at a model right before an optimizer step, the first one or every n-th.
+    """Checks a model right before an optimizer step: the first one, or every n-th.
 
     Args:
         model: the prepared model.
-        trainable: names of the parameters that were trainable when the user handed the model over.
+        trainable: names of the parameters that were trainable when the model was prepared.
         compiled: layers whose forward is compiled.
         tp_size: number of ranks of a tp group.
-        every: look again after so many optimizer steps; None for the first step alone, 0 for never.
+        every: audit again after so many optimizer steps; None for the first step only, 0 for never.
     """
 
     def __init__(
@@ -51,80 +51,79 @@ class Audit:
         self.done = 0
         self.steps = 0
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._witnesses: ReachabilityHooks | None = None
+        self._hooks: ReachabilityHooks | None = None
         if every != 0:
             self._arm()
 
     def again(self, trainable: set[str]) -> None:
-        """Look at the next step as at a first one, because parameters were added; ``trainable`` are all that may train
-        now.
-        """
+        """Audit the next step as a first one, because parameters were added; ``trainable`` are all trainable names."""
         self.trainable, self.done = trainable, 0
-        if self._witnesses is not None:  # they do not know the new modules
-            self._witnesses.dismiss()
-            self._witnesses = None
+        if self._hooks is not None:  # they are not on the new modules
+            self._hooks.remove()
+            self._hooks = None
         if self.every != 0:
             self._arm()
 
     def _arm(self) -> None:
         model = self._model()
-        if model is not None and self._witnesses is None:
-            self._witnesses = ReachabilityHooks(model, self.compiled)
+        if model is not None and self._hooks is None:
+            self._hooks = ReachabilityHooks(model, self.compiled)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before each step of ``optimizer``, with complete gradients. Collective in the steps that are audited.
 
         Raises:
-            GradientAuditError: on all ranks alike.
+            GradientAuditError: on all ranks.
         """
         if (self.every is None and self.done) or self.every == 0:
             return
-        if self._witnesses is not None and not self._look(self._witnesses, optimizer):
-            return  # nothing to see in this step (no gradients yet, or an overflow): look at the next one
+        if self._hooks is not None and not self._check(self._hooks, optimizer):
+            return  # this step cannot be audited (no gradients yet, or an overflow): try the next one
         self.steps += 1
-        if self._witnesses is not None:
+        if self._hooks is not None:
             self.done += 1
-            self._witnesses.dismiss()
-            self._witnesses = None
+            self._hooks.remove()
+            self._hooks = None
         if self.every is not None and self.steps % self.every == 0:
             self._arm()  # for the step that begins now
 
-    def _look(self, witnesses: ReachabilityHooks, optimizer: torch.optim.Optimizer) -> bool:
+    def _check(self, hooks: ReachabilityHooks, optimizer: torch.optim.Optimizer) -> bool:
+        """True if the step could be audited."""
         model = self._model()
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
-        problems = [*self._flags(model, optimizer), *self._lost(model, witnesses)]
+        problems = [*self._flags(model, optimizer), *self._lost(model, hooks)]
         tolerance = LATER_TOLERANCE if self.steps else FIRST_TOLERANCE
-        copies = compare_replicas(model, tolerance, witnesses.inputs, self.tp_size, bool(problems))
-        if copies.gradients is None:
+        replicas = compare_replicas(model, tolerance, hooks.inputs, self.tp_size, bool(problems))
+        if replicas.gradients is None:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
-        if copies.inputs:
+        if replicas.inputs:
             problems.append(
                 "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: "
                 "rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data "
                 "loader through accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows "
                 "by the rank among the data-parallel ones."
             )
-        if copies.gradients:
-            problems.append(_forgotten_sum(copies.gradients))
-        if copies.values:
+        if replicas.gradients:
+            problems.append(_forgotten_sum(replicas.gradients))
+        if replicas.values:
             problems.append(
-                f"{_named(copies.values, 'replicated parameters have')} different values on the ranks that should hold "
-                f"copies of them. Likely cause: something changed them on some ranks only after accelerator.prepare (a "
-                "callback on rank 0, a checkpoint loaded on some ranks). Remedy: change parameters on all ranks "
-                "alike, or before prepare."
+                f"{_named(replicas.values, 'replicated parameters have')} different values on the ranks that should "
+                f"hold replicas of them. Likely cause: something changed them on some ranks only after "
+                f"accelerator.prepare (a callback on rank 0, a checkpoint loaded on some ranks). Remedy: change "
+                f"parameters equally on all ranks, or before prepare."
             )
-        if problems or copies.troubled:
+        if problems or replicas.troubled:
             _raise_on_all(problems)
         if not self.done:
-            logger.info("audit: gradients, flags and copies of the first step are in order")
+            logger.info("audit: gradients, flags and replicas of the first step are in order")
         return True
 
     def _flags(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
         def parameters_of(one: torch.optim.Optimizer) -> set[int]:
             return {id(p) for group in one.param_groups for p in group["params"]}
 
-        stepping = parameters_of(optimizer)  # those of others may be frozen meanwhile
+        stepping = parameters_of(optimizer)  # parameters of other optimizers may be frozen now
         held = {p for one in self.optimizers for p in parameters_of(one)}
         switched_on, switched_off = _adapter_parameters(model)
         unfrozen, frozen, orphaned, hooked, early = [], [], [], [], []
@@ -161,19 +160,19 @@ class Audit:
             )
         if hooked:
             problems.append(
-                f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which nobody calls: "
-                f"FSDP2 writes the gradients of shards past them. Remedy: change parameter.grad, a shard, between "
-                f"accelerator.backward and optimizer.step."
+                f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which are never "
+                f"called: FSDP2 writes the gradients of shards without autograd. Remedy: change parameter.grad, a "
+                f"shard, between accelerator.backward and optimizer.step."
             )
         if early:
             problems.append(
                 f"{_named(early, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), "
-                f"which see the part of this rank, before gradients are complete over the tp axis. Remedy: change "
+                f"which see this rank's contribution, before gradients are complete over the tp axis. Remedy: change "
                 f"parameter.grad, a shard, between accelerator.backward and optimizer.step."
             )
         return problems
 
-    def _lost(self, model: nn.Module, witnesses: ReachabilityHooks) -> list[str]:
+    def _lost(self, model: nn.Module, hooks: ReachabilityHooks) -> list[str]:
         _, inactive = _adapter_parameters(model)
         missing = {
             name
@@ -185,7 +184,7 @@ class Audit:
             logger.warning(
                 "audit: %d of %d trainable parameters have no gradient in this step", len(missing), trainable
             )
-        lost = witnesses.lost(model, missing) if missing else []
+        lost = hooks.lost(model, missing) if missing else []
         if not lost:
             return []
         return [
@@ -198,12 +197,12 @@ class Audit:
 
 
 def _has_part(parameter: nn.Parameter) -> bool:
-    """False where this rank holds nothing of ``parameter``, and so nothing of its gradient either (megatron-fsdp)."""
+    """False if this rank's shard of ``parameter`` is empty, and so has no gradient (megatron-fsdp)."""
     return not isinstance(parameter, DTensor) or parameter.to_local().numel() > 0
 
 
 def _named(names: list[str], what: str) -> str:
-    """ "3 parameters were (a, b, ...)", which reads on with what they were."""
+    """``what`` with number and names: "3 parameters (a, b, c) were"."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     noun, verb = what.rsplit(" ", 1)
     return f"{len(names)} {noun} ({shown}) {verb}"
@@ -213,8 +212,8 @@ def _forgotten_sum(names: list[str]) -> str:
     pattern = layer_pattern(names[0])
     owner = pattern.removeprefix("base_model.model.").rpartition(".")[0]
     return (
-        f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold copies of them; "
-        f"training on would let the copies drift apart. Likely cause: they see sharded activations and the plan does "
+        f"{_named(names, 'replicated parameters have')} different gradients on the ranks that hold replicas of "
+        f"them; the replicas would diverge. Likely cause: they are combined with sharded activations and the plan does "
         f"not say so. Remedy: pass tp_plan={{**model.tp_plan, {owner!r}: 'replicated_with_grad_allreduce'}}, or leave "
         f"the projections around them out of the plan, or use tp_size=1. Other causes: random numbers drawn on some "
         f"ranks only, or different batches on the ranks of one tp group."
@@ -222,9 +221,9 @@ def _forgotten_sum(names: list[str]) -> str:
 
 
 def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Names of the parameters of adapters that take part in a forward, and of those that do not (PEFT freezes these).
+    """Names of the parameters of adapters that a forward uses, and of those that it does not (PEFT freezes these).
 
-    Not taking part: adapters that are not active, disabled, or merged into the weights they adapt.
+    Unused are adapters that are not active, disabled, or merged into the base weights.
     """
     types = compat.peft_wrapper_types()
     on: set[str] = set()

@@ -1,8 +1,8 @@
-"""Hooks that see, during the audited step only, which modules ran and whether a gradient came back to them.
+"""Reachability hooks: which modules ran in the audited step, and whether a gradient reached their outputs.
 
-A parameter without a gradient is often right: an expert that no token chose, a tower that this batch did not need, a
-head whose output nobody used. It is lost if its module ran and a gradient reached the module's output all the same, or
-if the module ran in training and recorded nothing to differentiate.
+A parameter without a gradient is often right: an expert without tokens, a vision encoder without images, a head whose
+output is not used. Its gradient is lost if its module ran and a gradient reached the module's output all the same, or
+if the module ran in training and its output does not require a gradient.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .. import compat
 
 @dataclass
 class Seen:
-    """What one module did since the witnesses were called.
+    """What was seen of one module since the hooks were registered.
 
     Attributes:
         ran: its forward ran with gradients enabled and returned floating-point numbers.
-        severed: it returned nothing that a backward could follow.
+        severed: no output required a gradient.
         reached: a backward arrived at its output.
     """
 
@@ -33,18 +33,18 @@ class Seen:
 
 
 class ReachabilityHooks:
-    """Forward hooks on every module that has trainable parameters below it, until they are dismissed.
+    """Forward hooks on every module with trainable parameters, until they are removed.
 
     Args:
         model: the prepared model.
-        compiled: modules whose forward is compiled as a whole; there is no hook inside of them, where it would become
-            part of the graph.
+        compiled: modules whose entire forward is compiled. The modules inside get no hooks, which would become part of
+            the graph.
     """
 
     def __init__(self, model: nn.Module, compiled: list[nn.Module]) -> None:
         self.seen: dict[nn.Module, Seen] = {}
         self.compiled = {id(module) for module in compiled}
-        self.inputs = torch.zeros(2, dtype=torch.float64)  # of all forwards of the step: a sum and a weighted sum
+        self.inputs = torch.zeros(2, dtype=torch.float64)  # fingerprint of the inputs of all forwards of the step
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)]
         hidden = {id(inner) for module in compiled for inner in module.modules() if inner is not module}
         for module in model.modules():
@@ -52,15 +52,15 @@ class ReachabilityHooks:
                 self.seen[module] = Seen()
                 self._handles.append(module.register_forward_hook(self._hook))
 
-    def dismiss(self) -> None:
+    def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the inputs; forget what was seen of a step that was not taken (skipped by a scaler, a forward to warm
-        up).
+        """Add to the fingerprint of the inputs. While no parameter has a gradient, forget earlier forwards: no step has
+        followed them (a warm-up, a step that a scaler skipped).
         """
         if not torch.is_grad_enabled():
             return
@@ -76,7 +76,9 @@ class ReachabilityHooks:
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        given = {id(tensor) for tensor in _tensors_in(args)}  # what comes back unchanged says nothing about the module
+        given = {
+            id(tensor) for tensor in _tensors_in(args)
+        }  # an input that is returned unchanged says nothing about the module
         tensors = [t for t in _tensors_in(output) if t.is_floating_point() and id(t) not in given]
         if not tensors:
             return
@@ -107,9 +109,9 @@ class ReachabilityHooks:
         if tuner is not None:
             seen = self.seen.get(modules[tuner])
             if seen is not None and seen.ran:
-                # An adapter adds to the output of its layer: where that matters, the adapter does.
+                # An adapter adds to the output of its layer, so a gradient of that output is one of the adapter.
                 return seen.reached or seen.severed
-        opaque: str | None = None  # the outermost module below the first that ran, inside of which nobody sees
+        opaque: str | None = None  # the outermost compiled module up to the first that ran: no hooks inside
         path = owner
         while not ((seen := self.seen.get(modules[path])) is not None and seen.ran):
             if compat.is_compiled(modules[path]):
@@ -123,7 +125,7 @@ class ReachabilityHooks:
             return True
         if not seen.reached:
             return False
-        # Parameters of a leaf live together; if others of them have a gradient, this one was not used.
+        # A leaf uses its parameters together; if others of them have a gradient, this one was not used.
         is_leaf = path == owner and not any(True for _ in modules[path].children())
         return (is_leaf and all_missing(path)) or (opaque is not None and all_missing(opaque))
 

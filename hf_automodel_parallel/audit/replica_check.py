@@ -1,9 +1,10 @@
 """Replicas of one parameter on several ranks: their gradients and their values must be equal.
 
-A plan says which replicated parameters see sharded activations, so that their gradients are summed. Where it forgets
-one (a learnable activation between two sharded projections, say), each rank would train its own copy, without an error
-and with a loss that looks right. Complete gradients of copies are computed alike and come out equal; forgotten ones
-differ by as much as they are large, so one look tells. Values are equal from the start and stay so if gradients do.
+A plan says which replicated parameters are combined with sharded activations, so that their Partial gradients are
+summed. If it forgets one (a learnable activation between two sharded projections, say), each rank would train its own
+replica, without an error and with a loss that looks right. Complete gradients of replicas are equal; Partial ones
+differ by about their own size, so one comparison finds them. Values are equal at first, and stay equal if gradients
+are.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from ..core.ranks import communication_device, gather_tensors
 
 #: Replicas may differ by rounding (kernels with atomics); a forgotten sum differs by about the gradient itself.
 GRADIENT_TOLERANCE = 1e-2
-#: Gradients below this part of the largest one are rounding noise of something that is zero in exact arithmetic.
+#: A norm below this fraction of the largest one is rounding noise of a gradient that is zero in exact arithmetic.
 NOISE_FLOOR = 1e-5
-#: Numbers of a fingerprint are summed over this many elements at a time, to bound the temporary memory.
+#: A fingerprint is summed over this many elements at a time, to bound the temporary memory.
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """What a comparison of the copies found.
+    """The result of a comparison of replicas.
 
     Attributes:
-        gradients: names of the parameters whose copies have different gradients; None if a gradient is not finite,
-            which says nothing about copies.
-        values: names of the parameters whose copies have different values.
+        gradients: names of the parameters whose replicas have different gradients; None if a gradient is not finite, so
+            that they cannot be compared.
+        values: names of the parameters whose replicas have different values.
         inputs: the ranks of a tp group were given different inputs.
         troubled: a rank has a problem of its own.
     """
@@ -48,20 +49,20 @@ class Replicas:
 
 @torch.no_grad()
 def compare_replicas(model: nn.Module, tolerance: float, inputs: torch.Tensor, tp_size: int, trouble: bool) -> Replicas:
-    """Compare gradients and values of the parameters that several ranks hold copies of.
+    """Compare gradients and values of the parameters that several ranks hold replicas of.
 
-    Collective over all ranks, one gather of three numbers per parameter; call it after outstanding partial gradients
-    were summed and before the step.
+    Collective over all ranks: one all-gather of three numbers per parameter. To be called after Partial gradients were
+    summed, and before the step.
 
     Args:
-        model: the sharded model, its parameters at rest.
-        tolerance: relative difference that the values' fingerprints may have.
-        inputs: two numbers made of what this rank's forwards were given, float64 of shape (2,).
-        tp_size: number of ranks of a tp group, which are neighbours; they have to be given the same.
-        trouble: this rank has a problem of its own that the others should know of.
+        model: the sharded model, all units resharded.
+        tolerance: relative difference that the fingerprints of values may have.
+        inputs: fingerprint of the inputs of this rank's forwards, float64 of shape (2,).
+        tp_size: number of ranks of a tp group, which have consecutive ranks and need equal inputs.
+        trouble: this rank has found a problem of its own.
     """
-    # Every copied parameter, trainable or not, has its row: what a rank finds must not decide about a collective.
-    copied = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and _is_copied(p)}
+    # Every replicated parameter, trainable or not, has a row, so that all ranks gather tables of the same size.
+    copied = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and _is_replicated(p)}
     device = communication_device()
     rows = [torch.cat([_gradient_norm(p), _fingerprint(p.to_local())]).to(device) for p in copied.values()]
     mine = torch.stack(
@@ -74,14 +75,14 @@ def compare_replicas(model: nn.Module, tolerance: float, inputs: torch.Tensor, t
     norms = table[:, :, 0]
     largest = norms.max() if norms.numel() else torch.zeros(())
 
-    def differing_gradients(copies: torch.Tensor) -> bool:
-        spread = copies[:, 0].max() - copies[:, 0].min()
-        return bool(spread > GRADIENT_TOLERANCE * copies[:, 0].max() and spread > NOISE_FLOOR * largest)
+    def differing_gradients(replicas: torch.Tensor) -> bool:
+        spread = replicas[:, 0].max() - replicas[:, 0].min()
+        return bool(spread > GRADIENT_TOLERANCE * replicas[:, 0].max() and spread > NOISE_FLOOR * largest)
 
-    def differing_values(copies: torch.Tensor) -> bool:
-        prints = copies[:, 1:]
+    def differing_values(replicas: torch.Tensor) -> bool:
+        prints = replicas[:, 1:]
         if torch.equal(prints.nan_to_num(), prints[:1].nan_to_num().expand_as(prints)):
-            return False  # also where all of them are infinite or not a number
+            return False  # also if all of them are infinite or nan
         return not bool((prints.amax(0) - prints.amin(0) <= tolerance * prints[:, 0].max()).all())
 
     finite = bool(torch.isfinite(norms).all())
@@ -93,7 +94,7 @@ def compare_replicas(model: nn.Module, tolerance: float, inputs: torch.Tensor, t
     )
 
 
-def _is_copied(tensor: DTensor) -> bool:
+def _is_replicated(tensor: DTensor) -> bool:
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     return any(placement.is_replicate() and size > 1 for placement, size in sizes)
 
@@ -105,7 +106,7 @@ def _gradient_norm(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _fingerprint(local: torch.Tensor) -> torch.Tensor:
-    """Norm and weighted sum of ``local``, float64 of shape (2,), equal for equal content."""
+    """Norm and weighted sum of ``local``, float64 of shape (2,); equal for equal values."""
     flat = local.detach().reshape(-1)
     result = torch.zeros(2, dtype=torch.float64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
@@ -116,10 +117,11 @@ def _fingerprint(local: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _copied_axes(tensor: DTensor) -> tuple[DeviceMesh, list[int]]:
+def _replicated_axes(tensor: DTensor) -> tuple[DeviceMesh, list[int]]:
     """A mesh of all ranks, the same on each of them, and its axes over which ``tensor`` is replicated.
 
-    What FSDP2 leaves alone (a replicated tower) knows of the tp axis only, and is a copy along the others.
+    A parameter that FSDP2 leaves alone (of a replicated modality encoder) is a DTensor on the tp axis only, and is
+    replicated over the other axes.
     """
     mesh, placements = tensor.device_mesh, list(tensor.placements)
     if mesh.size() < dist.get_world_size():
@@ -133,11 +135,11 @@ def _disagreeing(rows: Mapping[str, DTensor], table: torch.Tensor, wrong: Callab
     """Names of the rows whose numbers differ, by ``wrong``, along a mesh axis over which the tensor is replicated."""
     found = []
     for index, (name, tensor) in enumerate(rows.items()):
-        mesh, copied = _copied_axes(tensor)
-        by_place = table[mesh.mesh.cpu(), index]  # mesh shape, then the numbers
-        for axis in copied:
-            lines = by_place.movedim(axis, -2).flatten(0, -3)  # (places, copies, numbers)
-            if any(wrong(line) for line in lines):
+        mesh, axes = _replicated_axes(tensor)
+        by_rank = table[mesh.mesh.cpu(), index]  # (*mesh shape, 3)
+        for axis in axes:
+            groups = by_rank.movedim(axis, -2).flatten(0, -3)  # (groups, replicas, 3)
+            if any(wrong(group) for group in groups):
                 found.append(name)
                 break
     return found

@@ -177,7 +177,10 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 FAULTS = {
     "early_hook": (early_hook, r"up_proj\.lora_B.*post_accumulate.*before gradients are complete"),
     "summand_past_its_hook": (summand_past_its_hook, r"1 replicated parameters .*up_proj\.lora_A.*different gradients"),
-    "hooked": (hooked_gradient, r"1 parameters \(.*up_proj\.lora_B.*\) have hooks on their gradients.*nobody calls"),
+    "hooked": (
+        hooked_gradient,
+        r"1 parameters \(.*up_proj\.lora_B.*\) have hooks on their gradients.*are never called",
+    ),
     "compiled": (compiled_without_gradients, r"layers\.1\.self_attn.*no gradient.*compiled while gradients were off"),
     "compiled_call": (compiled_call_without_gradients, r"layers\.1\.self_attn.*no gradient"),
     "detached_adapter": (detached_adapter, r"layers\.0\.mlp\.down_proj\.lora_A.*no gradient"),
