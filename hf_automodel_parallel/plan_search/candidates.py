@@ -1,8 +1,8 @@
-"""Which linear layers of a model may be pairs of a column-wise and a row-wise projection: guesses, to be proven.
+"""Which linear layers of a model may be pairs of a column-wise and a row-wise projection: guesses, to be verified.
 
-One forward of the miniature is watched. Layers that read the *same tensor* are columns (q, k and v; gate and up); the
-next one that writes features of the width they read is their row (o, down). Everything else that multiplies by a matrix
-can still be sharded on its own, with its output gathered.
+One forward of the tiny proxy model is hooked. Layers that read the *same tensor* are columns (q, k and v; gate and up);
+the next one whose output has the width of that tensor is their row (o, down). All other linear layers can still be
+sharded on their own, with a gathered output.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Group:
     """Linear layers that belong together, by their patterns.
 
     Attributes:
-        columns: those that read the same activation.
-        row: the one that writes the result, or "" for columns without one.
+        columns: layers that read the same activation.
+        row: the layer that writes the result, or "" for columns without one.
     """
 
     columns: tuple[str, ...]
@@ -44,7 +44,7 @@ class Variant:
         styles: pattern -> style.
         counts: pattern of modules -> attributes that count what is sharded.
         head_arguments: pattern of modules -> argument -> (dimension, attribute that counts the heads).
-        inside: the activations between columns and row stay sharded.
+        inside: the activations between columns and row stay sharded; else the outputs are gathered.
     """
 
     styles: dict[str, str]
@@ -62,14 +62,14 @@ class _Call:
 
 
 class Observed:
-    """What one forward of the miniature shows.
+    """What one forward of the tiny proxy model shows.
 
     Args:
-        model: the miniature.
+        model: the tiny proxy model.
         inputs: its batch.
 
     Attributes:
-        groups: in the order in which they run, each set of patterns once.
+        groups: groups of layers in the order in which they run, each set of patterns once.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Observed:
     # ---- ways to shard a group -----------------------------------------------------------------------------------
 
     def variants(self, group: Group) -> Iterator[Variant]:
-        """Ways to try, the best first: sharded inside, then each layer on its own."""
+        """Variants to try, the best first: sharded inside, then each layer on its own."""
         if group.row:
             yield from self._sharded_inside(group)
             gathered = dict.fromkeys(group.columns, "colwise_gather_output") | {group.row: "rowwise_split_input"}
@@ -214,7 +214,7 @@ def _common_owner(patterns: tuple[str, ...]) -> str:
 def _read_by_owner(model: nn.Module, name: str) -> bool:
     """True if the class of the module around a linear layer hands its weight to a kernel of some devices (Mamba).
 
-    What a config decides is tried on the miniature; what the device decides is not.
+    The proxy model runs the branches that a config selects, but on the CPU only.
     """
     owner, _, leaf = name.rpartition(".")
     cls: Any = type(model.get_submodule(owner))

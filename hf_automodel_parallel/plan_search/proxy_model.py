@@ -1,8 +1,8 @@
-"""A miniature of a model: the same class and the same switches of its config, with few layers of small sizes.
+"""A tiny proxy model: the same class and the same switches of its config, with few layers of small sizes.
 
-Which number of a config is a size, and of what, is told by its name (:data:`SIZES`): there is no other way to know. A
-class that contradicts itself then cannot be built, which is an answer, too. Sizes are chosen apart from each other
-(heads, width of a head, batch, length), so that a number says what it counts.
+Which number of a config is a size, and of what, only its name tells (:data:`SIZES`). Where small sizes contradict each
+other, the class cannot be built, and there is no proxy model. Sizes differ from each other (heads, width of a head,
+batch, length), so that a size says what it counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH, LENGTH, LONGER = 3, 7, 40
 
 _MIXER_HEAD_DIM = r"mamba_(d_head|head_?dim)"
 
-#: Whole names of integer fields of a config -> their value in the miniature; the first that matches wins.
+#: Pattern of the full name of an integer field of a config -> its small value; the first match wins.
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(type|task_type)_vocab_size", 2),
     (r".*vocab_size.*", VOCABULARY),
@@ -151,17 +151,17 @@ def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
 
 
 def build_proxy_model(model: nn.Module) -> nn.Module:
-    """A miniature of ``model`` (unwrapped, on any device), in float32 on the CPU, random without zeros, in evaluation
-    mode.
+    """A tiny proxy model of ``model`` (unwrapped, on any device), in float32 on the CPU and in evaluation mode, with
+    random parameters without zeros.
 
-    The global random state is left alone; equal classes and configs give equal miniatures on all ranks.
+    The global random state is left alone; equal classes and configs give equal proxy models on all ranks.
 
     Raises:
         PlanError: it has no config, or its class cannot be built with the small one.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise PlanError(f"{type(model).__name__} has no config to make a miniature of.")
+        raise PlanError(f"{type(model).__name__} has no config to make a tiny proxy model of.")
     try:
         small = _build(type(model), proxy_config(config))
     except Exception as error:  # code of the model, which may raise anything
@@ -169,7 +169,7 @@ def build_proxy_model(model: nn.Module) -> nn.Module:
             small = _build(type(model), proxy_config(config, each=2))
         except Exception:
             raise PlanError(
-                f"no miniature of {type(model).__name__} can be built from its config: {type(error).__name__}: "
+                f"no tiny proxy model of {type(model).__name__} can be built from its config: {type(error).__name__}: "
                 f"{first_line(error)}."
             ) from error
     return small.eval()
@@ -189,14 +189,14 @@ def _build(cls: Any, config: Any) -> nn.Module:
 
 
 def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
-    """A batch for a forward of a miniature: token ids, with padding at the end of one row.
+    """A batch for a forward of a proxy model: token ids, with padding at the end of one row.
 
     Raises:
         PlanError: its forward takes no ``input_ids``.
     """
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" not in accepted:
-        raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so it cannot be tried.")
+        raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so no plan of it can be verified.")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, VOCABULARY, (BATCH, length), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -212,10 +212,9 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
 
 
 def replaced_modules(model: nn.Module) -> list[str]:
-    """Modules of ``model`` that are of another class than where its class builds it: somebody has replaced them
-    afterwards.
+    """Modules of ``model`` whose class is not the one that the model's class builds: they were replaced afterwards.
 
-    What PEFT wrapped counts as what is inside. Empty too if no miniature can be built.
+    A module that PEFT wrapped counts as the module inside. Empty, too, if no proxy model can be built.
     """
     inner = ModelView.of(model).inner
     try:

@@ -1,4 +1,4 @@
-"""Search for a plan that is proven on the miniature: group by group, the best way of each that computes the same."""
+"""Search for a plan on a tiny proxy model: for each group of layers, the best variant that matches one process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch import nn
 from .. import compat
 from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import AutoParallelError, PlanError
+from ..plan.validate import config_with_heads, counted_heads
 from .candidates import Group, Observed, Variant, pattern_of
-from .proof import Prover
+from .parity_check import ParityCheck
 from .proxy_model import HEADS, LONGER, build_proxy_model, inputs_for
 
 logger = logging.getLogger(__name__)
 
-SOURCE = "derived and proven on a miniature"
+SOURCE = "derived and verified on a tiny proxy model"
 _RANKS = 2
 
 
@@ -50,9 +51,9 @@ _KNOWN: dict[tuple[type, str, bool], Plan | str] = {}
 
 
 def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
-    """A plan for ``model`` that was proven on a miniature of it, in this process and without communication.
+    """A plan for ``model`` that was verified on a tiny proxy model, in this process and without communication.
 
-    The same on every rank, since it follows from class and config alone; found once per class and config in a process.
+    The same on every rank, since it depends on class and config alone; searched once per class and config in a process.
 
     Args:
         model: the model, unwrapped, on any device including meta. Only its class and its config are used.
@@ -60,10 +61,10 @@ def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
             heads.
 
     Returns:
-        The plan, with notes on what stays whole and why.
+        The plan, with notes on what stays replicated and why.
 
     Raises:
-        PlanError: there is no miniature, or nothing of it can be sharded; with the reason.
+        PlanError: there is no proxy model, or nothing of it can be sharded; with the reason.
     """
     by_heads = _heads_divide(model, tp_size)
     key = (type(model), _fingerprint(model), by_heads)
@@ -84,8 +85,6 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:
-    from ..plan.validate import config_with_heads, counted_heads
-
     config = config_with_heads(model)
     return tp_size is None or config is None or all(count % tp_size == 0 for count in counted_heads(config).values())
 
@@ -94,45 +93,47 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
     started = time.monotonic()
     small = build_proxy_model(model)
     try:
-        prover = Prover(small, _RANKS)
+        check = ParityCheck(small, _RANKS)
         observed = Observed(copy.deepcopy(small), inputs_for(small))
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model, which may raise anything
         raise PlanError(
-            f"a miniature of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
+            f"a tiny proxy model of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
         ) from error
     draft = _Draft()
     for group in observed.groups:
-        draft = _with_group(draft, group, observed, prover, by_heads)
+        draft = _with_group(draft, group, observed, check, by_heads)
     if not draft.styles:
         raise PlanError(
-            f"no linear layer of {type(model).__name__} can be seen to be sharded right"
+            f"no linear layer of {type(model).__name__} computes the same when it is sharded"
             + "".join(f"; {name}: {reason}" for name, reason in list(draft.left_out.items())[:2])
         )
-    draft = _with_ends(draft, small, prover)
-    failure = _again(draft.plan(), small, prover)
+    draft = _with_ends(draft, small, check)
+    failure = _entire_plan_failure(draft.plan(), small, check)
     if failure is not None:
         raise PlanError(
-            f"the derived plan of {type(model).__name__} does not compute the same on a miniature: {failure}."
+            f"the derived plan of {type(model).__name__} does not compute the same on a tiny proxy model: {failure}."
         )
     seconds = time.monotonic() - started
-    notes = [f"derived in {seconds:.1f} s; outputs and every gradient of a miniature are equal on {_RANKS} ranks."]
+    notes = [
+        f"derived in {seconds:.1f} s; outputs and every gradient of a tiny proxy model are equal on {_RANKS} ranks."
+    ]
     if draft.gathered:
         notes.append(
-            f"{', '.join(draft.gathered)}: sharded one by one, the activations between them are whole on each rank."
+            f"{', '.join(draft.gathered)}: each sharded on its own, the activations between them are replicated."
         )
-    notes += [f"{name}: whole on each rank ({reason})." for name, reason in draft.left_out.items()]
+    notes += [f"{name}: replicated ({reason})." for name, reason in draft.left_out.items()]
     return draft.plan(tuple(notes))
 
 
-def _again(plan: Plan, small: nn.Module, prover: Prover) -> str | None:
-    """The whole plan once more, and on sequences long enough for what begins with longer ones (windows, chunks)."""
-    failure = prover.failure(plan)
+def _entire_plan_failure(plan: Plan, small: nn.Module, check: ParityCheck) -> str | None:
+    """Check the entire plan, also on sequences that are longer than windows and chunks."""
+    failure = check.failure(plan)
     if failure is not None:
         return failure
     try:
-        longer = Prover(small, _RANKS, LONGER)
+        longer = ParityCheck(small, _RANKS, LONGER)
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model
@@ -140,7 +141,7 @@ def _again(plan: Plan, small: nn.Module, prover: Prover) -> str | None:
     return longer.failure(plan)
 
 
-def _with_group(draft: _Draft, group: Group, observed: Observed, prover: Prover, by_heads: bool) -> _Draft:
+def _with_group(draft: _Draft, group: Group, observed: Observed, check: ParityCheck, by_heads: bool) -> _Draft:
     if any(pattern in draft.styles for pattern in (*group.columns, group.row)):
         return draft
     reason = ""
@@ -149,9 +150,9 @@ def _with_group(draft: _Draft, group: Group, observed: Observed, prover: Prover,
             reason = "its heads do not divide"
             continue
         candidate = draft.with_variant(variant)
-        failure = prover.failure(_only(variant).plan())
+        failure = check.failure(_only(variant).plan())
         if failure is None and len(draft.styles) and set(variant.counts) & set(draft.counts):
-            failure = prover.failure(candidate.plan())
+            failure = check.failure(candidate.plan())
         if failure is None:
             return candidate
         reason = reason or failure
@@ -171,7 +172,7 @@ def _has_heads(observed: Observed, group: Group) -> bool:
     return False
 
 
-def _with_ends(draft: _Draft, model: nn.Module, prover: Prover) -> _Draft:
+def _with_ends(draft: _Draft, model: nn.Module, check: ParityCheck) -> _Draft:
     """The input embedding and the output projection, sharded over the vocabulary, if that is right."""
     ends: dict[str, str] = {}
     embedding, head = compat.input_embedding_module(model), compat.lm_head_module(model)
@@ -182,6 +183,6 @@ def _with_ends(draft: _Draft, model: nn.Module, prover: Prover) -> _Draft:
             ends[name] = "colwise_gather_output"
     for chosen in (ends, *({name: style} for name, style in ends.items())):
         candidate = _Draft(draft.styles | chosen, draft.counts, draft.head_arguments, draft.gathered, draft.left_out)
-        if chosen and prover.failure(candidate.plan()) is None:
+        if chosen and check.failure(candidate.plan()) is None:
             return candidate
     return draft

@@ -1,4 +1,4 @@
-"""Does a plan compute the same as one process? For users, before they train: no processes, no GPU, a second or two."""
+"""``verify_plan``: compare a plan with one process before training. No processes, no GPU, a second or two."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..core.model_view import ModelView
 from ..core.sharding_spec import PLAN_SOURCES, Plan
 from ..errors import PlanError
 from ..plan.select import select_plan
-from .proof import OF_TOTAL, RELATIVE, Prover
+from .parity_check import OF_TOTAL, RELATIVE, ParityCheck
 from .proxy_model import build_proxy_model
 from .search import derived_plan
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was shown.
+    """What was compared.
 
     Attributes:
         plan: the plan, with the source of each entry.
-        ranks: number of ranks it was tried on.
+        ranks: number of simulated ranks.
         parameters: number of parameters whose gradients were compared.
         outputs: number of output tensors that were compared.
     """
@@ -41,19 +41,18 @@ def verify_plan(
     plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     plan_order: tuple[str, ...] = PLAN_SOURCES,
 ) -> Verified:
-    """Compare a tensor-parallel plan with one process on a miniature of a model: outputs and the gradient of each
-    parameter.
+    """Compare a tensor-parallel plan with one process on a tiny proxy model: outputs and all gradients.
 
     The plan is taken as ``prepare`` takes it: completed, where it leaves out a norm of heads, for example.
 
-    The miniature has the class and the switches of the model's config with two small layers (more if layers differ).
-    Its ranks are threads that run the boundaries of this package on slices of the weights, in float32 on the CPU. What
-    it cannot show is what only the real sizes have: dimensions that do not divide are found at ``prepare``.
+    The proxy model has the class and the switches of the model's config with two small layers (more if layers differ).
+    Its ranks are threads that run the TP hooks of this package on shards of the weights, in float32 on the CPU.
+    Dimensions that do not divide show only with the real sizes; ``prepare`` finds them.
 
     Args:
-        model: a model on any device including meta, plain or PEFT-wrapped (adapters are not part of the trial); or a
+        model: a model on any device including meta, plain or PEFT-wrapped (the proxy model has no adapters); or a
             config of transformers, of which ``AutoModelForCausalLM`` makes one.
-        tp: number of ranks, 2 or 4 (the miniature has 4 heads).
+        tp: number of ranks, 2 or 4 (the proxy model has 4 heads).
         plan: a plan in any form of ``AutoParallelismConfig.tp_plan``; None: the one that the model would get.
         plan_order: sources to try without ``plan``.
 
@@ -61,7 +60,7 @@ def verify_plan(
         What was compared.
 
     Raises:
-        PlanError: there is no plan, no miniature, or they differ; the message says where.
+        PlanError: there is no plan or no proxy model, or the results differ; the message says where.
 
     Example:
         >>> verify_plan(AutoConfig.from_pretrained("gpt2"), tp=2).plan.origin
@@ -78,13 +77,13 @@ def verify_plan(
             inner = AutoModelForCausalLM.from_config(model)
     small = build_proxy_model(inner)
     chosen = select_plan(small, plan, plan_order, tp, derived_plan)
-    prover = Prover(small, tp)
-    failure = prover.failure(chosen, completed=chosen.origin != "derived")
+    check = ParityCheck(small, tp)
+    failure = check.failure(chosen, completed=chosen.origin != "derived")
     if failure is not None:
         raise PlanError(
             f"the {chosen.origin} plan of {type(inner).__name__} does not compute what one process does on {tp} ranks: "
             f"{failure} (more than {RELATIVE:g} of its norm and {OF_TOTAL:g} of all). Correct the tp_plan, or use "
             "tp_size=1 (FSDP2)."
         )
-    compared = sum(gradient is not None for gradient in prover.want.gradients.values())
-    return Verified(chosen, tp, compared, len(prover.want.outputs))
+    compared = sum(gradient is not None for gradient in check.want.gradients.values())
+    return Verified(chosen, tp, compared, len(check.want.outputs))

@@ -16,10 +16,10 @@ from hf_automodel_parallel.errors import PlanError
 from hf_automodel_parallel.plan.analysis.replication_check import complete
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
-from hf_automodel_parallel.plan_search import proxy_model as miniature
-from hf_automodel_parallel.plan_search.proof import run_once
+from hf_automodel_parallel.plan_search import proxy_model
+from hf_automodel_parallel.plan_search.parity_check import parallel_copy, run_once
 from hf_automodel_parallel.plan_search.proxy_model import replaced_modules
-from hf_automodel_parallel.plan_search.simulated_ranks import parallel_copy, run_ranks
+from hf_automodel_parallel.tensor_parallel.thread_group import run_ranks
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")
@@ -137,7 +137,7 @@ def test_a_replaced_module_whose_name_begins_like_a_wrapped_one(monkeypatch):
     def built(*_: Any) -> nn.Module:
         return nn.ModuleDict({"base_layer_norm": nn.ModuleDict({"base_layer_norm": nn.LayerNorm(4)})})
 
-    monkeypatch.setattr(miniature, "build_proxy_model", built)
+    monkeypatch.setattr(proxy_model, "build_proxy_model", built)
     model = built()
     assert replaced_modules(model) == []
     model["base_layer_norm"]["base_layer_norm"] = nn.Identity()

@@ -1,4 +1,4 @@
-"""Deriving plans in one process: what is found, what is refused, and that a wrong plan is not proven."""
+"""Deriving plans in one process: what is found, what is refused, and that a wrong plan is not accepted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_automodel_parallel import verify_plan
 from hf_automodel_parallel.core.sharding_spec import Plan, PlanEntry
 from hf_automodel_parallel.errors import PlanError
 from hf_automodel_parallel.plan.select import select_plan
-from hf_automodel_parallel.plan_search.proof import Prover
+from hf_automodel_parallel.plan_search.parity_check import ParityCheck
 from hf_automodel_parallel.plan_search.proxy_model import build_proxy_model, proxy_config
 from hf_automodel_parallel.plan_search.search import derived_plan
-from hf_automodel_parallel.plan_search.simulated_ranks import run_ranks
+from hf_automodel_parallel.tensor_parallel.thread_group import run_ranks
 
 
 def styles(plan: Plan) -> dict[str, str]:
@@ -50,7 +50,7 @@ def test_heads_that_do_not_divide_are_gathered():
 
 
 HYBRIDS = {
-    # where its attention is, which a miniature has to show too
+    # where its attention is, which a proxy model has to show too
     "bamba": ({"attn_layer_indices": [9, 18, 27]}, "model.layers.*.self_attn"),
     # one attention for several layers, so that two of them are needed; it reads more than the hidden states
     "zamba": ({}, "model.layers.*.shared_transf.self_attn"),
@@ -62,7 +62,7 @@ HYBRIDS = {
 
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_hybrids_of_state_space_layers_and_attention(model_type):
-    """At their real sizes: a miniature keeps what the sizes have to do with each other, and each kind of layer."""
+    """At their real sizes: a proxy model keeps what the sizes have to do with each other, and each kind of layer."""
     fields, attention = HYBRIDS[model_type]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
@@ -82,14 +82,14 @@ def test_what_kernels_read_is_left_whole():
         }
 
 
-def test_a_plan_that_forgets_something_is_not_proven():
+def test_a_plan_that_forgets_something_fails_the_check():
     """The proof is what makes a derived plan safe, so it has to see every kind of mistake."""
     small = build_proxy_model(build_model("gpt2"))
-    prover = Prover(small, 2)
+    check = ParityCheck(small, 2)
 
     def failure(changes: dict[str, str], counts: dict[str, tuple[str, ...]]) -> str | None:
         wanted = {k: v for k, v in (GPT2 | changes).items() if v}
-        return prover.failure(Plan("derived", {k: PlanEntry(k, v, "") for k, v in wanted.items()}, counts=counts))
+        return check.failure(Plan("derived", {k: PlanEntry(k, v, "") for k, v in wanted.items()}, counts=counts))
 
     right = {"transformer.h.*.attn": ("split_size",)}
     assert failure({}, right) is None
@@ -97,7 +97,7 @@ def test_a_plan_that_forgets_something_is_not_proven():
     assert failure({"transformer.h.*.attn.c_attn": "colwise"}, right) is not None, "q, k and v are mixed up"
     assert failure({"transformer.h.*.mlp.c_fc": ""}, right) is not None
     # Only a gradient shows this one: the norm's output enters the sharded region through no boundary.
-    qwen = Prover(build_proxy_model(build_model("qwen3")), 2)
+    qwen = ParityCheck(build_proxy_model(build_model("qwen3")), 2)
     entries = select_plan(build_model("qwen3")).entries
     assert qwen.failure(Plan("explicit", dict(entries))) is None
     forgotten = {k: v for k, v in entries.items() if "norm" not in k}

@@ -9,7 +9,7 @@ from hf_automodel_parallel.plan.analysis.replication_check import complete
 from hf_automodel_parallel.plan.heads import local_head_counts
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
-from hf_automodel_parallel.plan_search.proof import Prover
+from hf_automodel_parallel.plan_search.parity_check import ParityCheck
 
 SQUARE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 
@@ -32,7 +32,7 @@ def test_values_with_as_many_heads_as_each_is_wide():
     model = AutoModelForCausalLM.from_config(config).eval()
     randomize(model)
     styles = {pattern: entry.style for pattern, entry in select_plan(model).entries.items()}
-    assert Prover(model, 2).failure(select_plan(model, styles), completed=True) is None
+    assert ParityCheck(model, 2).failure(select_plan(model, styles), completed=True) is None
 
 
 def test_counts_and_widths_of_all_heads_are_divided():

@@ -1,4 +1,9 @@
-"""Does a plan compute what one process computes? Outputs and every gradient of a small model, on threads for ranks."""
+"""Does a plan compute what one process computes? Outputs and every gradient of a small model are compared.
+
+The ranks are threads (:mod:`..tensor_parallel.thread_group`) that run the package's own TP hooks and local-parameter
+scopes. So a plan is verified anywhere, before there is a process group, in a fraction of a second. Only the collectives
+are others, and a parameter is its local shard between forwards, too, instead of a DTensor.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +21,24 @@ from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.replication_check import complete
 from ..plan.resolve import resolve
 from ..plan.validate import validate
-from ..tensor_parallel.thread_group import ThreadGroup
+from ..tensor_parallel.apply import (
+    TensorParallelState,
+    install_boundary,
+    install_head_arguments,
+    install_local_parameters,
+)
+from ..tensor_parallel.grad_sync import PartialGradients
+from ..tensor_parallel.head_counts import set_local_counts
+from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
 from .proxy_model import LENGTH, inputs_for
-from .simulated_ranks import parallel_copy, run_ranks
 
-#: A difference of a gradient, relative to its norm and to that of all gradients, that rounding in float32 explains.
+#: Largest difference of a gradient that rounding in float32 explains: relative to its norm, and to that of all.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one forward and backward gave.
+    """Results of one forward and backward.
 
     Attributes:
         outputs: every floating-point tensor of the model's output.
@@ -50,8 +62,8 @@ def run_once(model: nn.Module, inputs: dict[str, Any]) -> Result:
     return Result([x.detach() for x in outputs], gradients)
 
 
-class Prover:
-    """Compares plans with one model.
+class ParityCheck:
+    """Compares plans with one process.
 
     Args:
         model: a small model in evaluation mode on the CPU, which has not run yet. It is only copied.
@@ -59,19 +71,19 @@ class Prover:
         length: tokens in each row of the batch.
 
     Raises:
-        AutoParallelError: the model cannot be tried, or it replaces its own modules when it runs (BigBird does so for
-            short sequences), so that the trial would say nothing of others.
+        AutoParallelError: the model cannot be run, or its forward replaces its own modules (BigBird does so for short
+            sequences), so that other runs would compute something else.
     """
 
     def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
         self.model, self.size = model, size
         self.inputs = inputs_for(model, length)
-        used = copy.deepcopy(model)  # some modules keep states of a forward, which cannot be copied
+        used = copy.deepcopy(model)  # `model` itself must not run: some modules keep state that cannot be copied
         before = [(name, id(module)) for name, module in used.named_modules()]
         self.want = run_once(used, self.inputs)
         if before != [(name, id(module)) for name, module in used.named_modules()]:
             raise PlanError(
-                f"{type(model).__name__} replaces modules of its own in its forward, so a trial proves nothing."
+                f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
             )
         names = {module: name for name, module in model.named_modules()}
         try:
@@ -81,11 +93,11 @@ class Prover:
         self.norm = sum(float(g.norm()) ** 2 for g in self.want.gradients.values() if g is not None) ** 0.5
 
     def failure(self, plan: Plan, completed: bool = False) -> str | None:
-        """None if ``plan`` computes on :attr:`size` ranks what the model does, else what differs first.
+        """None if ``plan`` computes on :attr:`size` ranks what one process does, else the first difference.
 
         Args:
             plan: any plan.
-            completed: look at it as ``prepare`` takes it, with what its run without values adds.
+            completed: complete the plan first, as ``prepare`` does after its run on fake tensors.
         """
         try:
             spec = resolve(self.model, plan, self.size)
@@ -118,7 +130,9 @@ class Prover:
             return f"{name} gets no gradient"
         place = spec.parameters.get(name, REPLICATED)
         if place.partial_gradient:
-            present = [torch.stack(present).mean(0)]  # see tensor_parallel.partial_gradients
+            present = [
+                torch.stack(present).mean(0)
+            ]  # contributions are scaled by tp_size, see tensor_parallel.grad_sync
         for rank, gradient in enumerate(present):
             part = local_slice(want, place, rank, self.size)
             if gradient.shape != part.shape or not _close(gradient, part, float(want.norm()), self.norm):
@@ -128,3 +142,45 @@ class Prover:
 
 def _close(got: torch.Tensor, want: torch.Tensor, norm: float, total: float = 0.0) -> bool:
     return float((got - want).norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for what is not a number
+
+
+def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh: ThreadGroup) -> nn.Module:
+    """A copy of ``model`` that is one rank of ``mesh``: local shards, TP hooks and local-parameter scopes.
+
+    Args:
+        model: the unsharded model on the CPU; only read.
+        spec: its resolved plan, without native torch styles and without sequence parallelism.
+        layers: names of the layers; each is a local-parameter scope.
+        mesh: the rank.
+
+    Raises:
+        PlanError: the plan has a native torch style.
+    """
+    native = [name for name, module in spec.modules.items() if module.native_style is not None]
+    if native:
+        raise PlanError(
+            f"{native[0]} has a native torch ParallelStyle, which runs in real processes only and is not verified."
+        )
+    result = copy.deepcopy(model)
+    axis: Any = mesh
+    state = TensorParallelState(axis, PartialGradients(axis), local=True)
+    for name, module in spec.modules.items():
+        install_boundary(result, name, module, state)
+    install_head_arguments(result, spec, state)
+    # With the original parameter, because ids are unique among living objects only.
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for owner_name, owner in result.named_modules():
+        for key, parameter in list(owner._parameters.items()):
+            if parameter is None:
+                continue
+            name = f"{owner_name}.{key}" if owner_name else key
+            place = spec.parameters.get(name, REPLICATED)
+            if id(parameter) not in made:
+                local = local_slice(parameter.detach(), place, mesh.rank, mesh.size())
+                made[id(parameter)] = (parameter, nn.Parameter(local, parameter.requires_grad))
+            owner._parameters[key] = made[id(parameter)][1]
+            state.place(owner, name, place)
+    for name, attributes in spec.head_counts.items():
+        set_local_counts(result.get_submodule(name), attributes, mesh.size())
+    install_local_parameters(result, [result.get_submodule(name) for name in layers], state, {})
+    return result
