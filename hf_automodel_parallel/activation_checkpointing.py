@@ -1,18 +1,19 @@
-"""Activation checkpointing: none, full, submodule or selective; never reentrant, random state preserved.
+"""Activation checkpointing: none, full, submodule or selective; never reentrant, with the random state preserved.
 
-A checkpoint is put around a module's ``forward``, so no module is wrapped and no name changes. What it recomputes runs
-through the module's region again (:mod:`tensor_parallel.in_flight`), hooks of FSDP2 stay outside.
+A checkpoint is put around a module's ``forward``, so no module is wrapped and no name changes. Its recomputation runs
+through the module's local-parameter scope again (:mod:`.tensor_parallel.local_parameters`). Hooks of FSDP2 stay
+outside.
 
-A reentrant checkpoint runs its first forward without gradients; anything compiled inside it then yields a graph without
-a backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
+A reentrant checkpoint runs its first forward without gradients. Anything compiled inside of it then yields a graph
+without a backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import compat
+from .core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
 from .core.options import CHECKPOINTING_MODES
 from .errors import ConfigError, UnsupportedError
-
-Contexts = Callable[[], tuple[Any, Any]]
-
-#: Marks a layer that :func:`apply_selective_activation_checkpointing` has seen.
-_MARK = "_selective_checkpoint"
 
 
 def normalized_mode(value: str | bool | None) -> str:
@@ -44,7 +41,7 @@ def mode_of_argument(value: str | bool | None) -> str:
             "off" means "none".
 
     Raises:
-        ConfigError: a word that is no mode.
+        ConfigError: the word does not name a mode.
     """
     if value is None or isinstance(value, bool):
         return normalized_mode(value)
@@ -58,45 +55,134 @@ def mode_of_argument(value: str | bool | None) -> str:
     return mode
 
 
-class Checkpointed:
+# ---- policies --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """Which results a checkpoint saves for the backward; the others are recomputed.
+
+    Attributes:
+        name: for messages and debuggers.
+        context_fn: argument of torch's checkpoint; None: it saves its inputs alone. A function of a module: dynamo
+            refuses bound methods, and would take the numbers in a partial function for dynamic sizes.
+        eager: worth its memory where the layer is not compiled, too.
+    """
+
+    name: str
+    context_fn: Callable[[], tuple[Any, Any]] | None = None
+    eager: bool = True
+
+
+def selective_contexts(every: int = 2, all_gathers: bool = True) -> tuple[Any, Any]:
+    """Contexts of one checkpoint that saves matrix products, attention and collectives: of forward and recomputation.
+
+    Args:
+        every: save one of so many matrix products.
+        all_gathers: save the results of all-gathers, too.
+    """
+    counts = {False: 0, True: 0}  # by is_recompute: forward and recomputation see the same sequence of products
+    gathering = {False: False, True: False}  # the last collective was an all-gather that is not saved
+    saved: dict[int, StorageWeakRef] = {}
+
+    def saves(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
+        if operator in _ALWAYS_SAVED:
+            if not all_gathers and operator in _COLLECTIVES:
+                if operator not in _WAITS:
+                    gathering[is_recompute] = operator in _ALL_GATHERS
+                return not gathering[is_recompute]
+            # The recomputation starts from the random state of the forward: an operator that draws and is not repeated
+            # would shift the stream under all that follow.
+            return not _draws(operator, args, kwargs)
+        if operator in _MATMULS:
+            counts[is_recompute] += 1
+            return counts[is_recompute] % every == 1 % every
+        return False
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if not context.is_recompute and operator._schema.is_mutable:
+            _refuse_writing(operator, args, kwargs, saved)
+        if not saves(operator, args, kwargs, context.is_recompute):
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        output = getattr(context, "op_output", None)  # torch 2.11 has no such attribute; writes go unnoticed there
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if type(tensor) is torch.Tensor:  # not while the compiler traces: its graph has no writes in place
+                reference = StorageWeakRef(tensor.untyped_storage())
+                saved[reference.cdata] = reference
+        return CheckpointPolicy.MUST_SAVE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _regathering_selective_contexts() -> tuple[Any, Any]:
+    return selective_contexts(all_gathers=False)
+
+
+def _regathering_contexts() -> tuple[Any, Any]:
+    return selective_contexts(every=1, all_gathers=False)
+
+
+#: The inputs of the layer alone.
+FULL = SavePolicy("full")
+
+#: Half of the matrix products: the middle between the memory of saving all and the time of saving none (torchtitan's
+#: rule).
+SELECTIVE = SavePolicy("selective", selective_contexts)
+
+#: The same under ``sequence_parallel_regather``.
+SELECTIVE_REGATHER = SavePolicy("selective, all-gathers repeated", _regathering_selective_contexts)
+
+#: All that is expensive but all-gathers: how the compiler is told ``sequence_parallel_regather``. What is cheap it
+#: recomputes as it would without a checkpoint. Code that is not compiled would save all these results whether a
+#: backward needs them or not; there hooks repeat the all-gathers (:mod:`.tensor_parallel.saved_shards`).
+REGATHER = SavePolicy("all-gathers repeated", _regathering_contexts, eager=False)
+
+
+def layer_policy(mode: str, regather: bool, compiled: bool) -> SavePolicy | None:
+    """The policy for the checkpoints of whole layers, None if they have none.
+
+    Args:
+        mode: of ``activation_checkpointing``.
+        regather: ``sequence_parallel_regather``.
+        compiled: the layers are compiled.
+    """
+    if mode == "full":
+        return FULL
+    if mode == "selective":
+        return SELECTIVE_REGATHER if regather else SELECTIVE
+    return REGATHER if regather and compiled else None
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Checkpointed(ForwardWrapper):
     """A forward under a non-reentrant checkpoint; without gradients it is called directly.
 
     Args:
-        forward: the callable to checkpoint.
-        keep: a context function of torch's checkpoint that says which operators' results are kept (see
-            :func:`selective_contexts`); None: the inputs alone.
-        offload: keep what the checkpoint saves in the memory of the CPU (pinned on a GPU machine).
+        policy: what the checkpoint saves.
+        offload: save it in the memory of the CPU (pinned on a GPU machine).
     """
 
-    def __init__(self, forward: Callable[..., Any], keep: Contexts | None = None, offload: bool = False) -> None:
-        functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
-        # Bound methods, here and in `checkpoint_module`: dynamo guards an object that is called by its identity, which
-        # would cost a graph per layer (and, past its limit of recompilations, the compilation of deep models), a method
-        # by its code.
-        self.put_inside(forward)
-        self.offload, self.keep = offload, keep
-        self.options: dict[str, Any] = {"context_fn": keep} if keep else {}
-
-    def put_inside(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Checkpoint ``forward`` from now on; returns what a module's forward should be."""
-        self.forward = forward if inspect.isroutine(forward) else forward.__call__  # type: ignore[operator]
-        return self.__call__
+    def __init__(self, policy: SavePolicy = FULL, offload: bool = False) -> None:
+        self.policy, self.offload = policy, offload
+        self.options: dict[str, Any] = {"context_fn": policy.context_fn} if policy.context_fn else {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
+            return self.inner(*args, **kwargs)
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if self.offload else nullcontext():
-            return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
+            return checkpoint(self.inner, *args, use_reentrant=False, **self.options, **kwargs)
 
 
-def checkpoint_module(module: nn.Module, keep: Contexts | None = None, offload: bool = False) -> None:
-    """Put a checkpoint around ``module.forward``, in place; see :class:`Checkpointed`."""
-    module.forward = Checkpointed(module.forward, keep, offload).__call__  # type: ignore[method-assign]
+def checkpoint_module(module: nn.Module, policy: SavePolicy = FULL, offload: bool = False) -> None:
+    """Put a checkpoint around the forward of ``module``, in place; see :class:`Checkpointed`."""
+    ForwardStack.of(module).push(ForwardSlot.CHECKPOINT, Checkpointed(policy, offload))
 
 
 def is_checkpointed(module: nn.Module) -> bool:
     """True if :func:`checkpoint_module` has put a checkpoint around ``module``."""
-    return isinstance(getattr(module.forward, "__self__", None), Checkpointed)
+    return ForwardSlot.CHECKPOINT in ForwardStack.of(module)
 
 
 def is_checkpoint_wrapped(module: nn.Module) -> bool:
@@ -132,8 +218,8 @@ def shares_keys_and_values(model: nn.Module) -> bool:
 def switch_cache_off(model: nn.Module) -> None:
     """Pass ``use_cache=False`` in training forwards: a recomputed layer would fill a cache twice.
 
-    To every model inside that names the argument, because a model around others (vision and language) may hand it on
-    unnamed. The config, which would be saved, is not touched; evaluation and generation keep their cache.
+    Every model inside that names the argument gets it, because a model around others (vision and language) may not pass
+    it on. The config, which would be saved, is not touched; evaluation and generation keep their cache.
     """
     from transformers import PreTrainedModel
 
@@ -146,6 +232,9 @@ def switch_cache_off(model: nn.Module) -> None:
         is_model = module is model or isinstance(module, PreTrainedModel)
         if is_model and "use_cache" in inspect.signature(module.forward).parameters:
             module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
 
 
 def _operators(*names: str) -> set[Any]:
@@ -181,8 +270,9 @@ _ALWAYS_SAVED = _COLLECTIVES | _operators(
 
 
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if this call of ``operator`` draws random numbers; attention with ``dropout_p=0`` is tagged random, but does
-    not.
+    """True if this call of ``operator`` draws random numbers.
+
+    Attention is tagged random, but does not draw with ``dropout_p=0``.
     """
     if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
         return False
@@ -194,92 +284,20 @@ def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 
 def _refuse_writing(
-    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: dict[int, StorageWeakRef]
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: dict[int, StorageWeakRef]
 ) -> None:
-    """Raise if ``operator`` has written into something kept: the recomputation would start from the changed value.
+    """Raise if ``operator`` has written into something saved: the recomputation would start from the changed value.
 
     torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version,
-    so the gradients would be wrong without a word.
+    so the gradients would be silently wrong.
     """
     for position, argument in enumerate(operator._schema.arguments):
         written = args[position] if position < len(args) else kwargs.get(argument.name)
         if argument.alias_info is None or not argument.alias_info.is_write or type(written) is not torch.Tensor:
             continue
-        if StorageWeakRef(written.untyped_storage()).cdata in kept:
+        if StorageWeakRef(written.untyped_storage()).cdata in saved:
             raise UnsupportedError(
                 f"activation_checkpointing='selective': the model changes the result of a matrix product, of attention "
-                f"or of a collective in place ({operator}), so that it cannot be kept for the backward. Use 'full' or "
+                f"or of a collective in place ({operator}), so that it cannot be saved for the backward. Use 'full' or "
                 "'submodule'."
             )
-
-
-def selective_contexts(every: int = 2, gathered: bool = True) -> tuple[Any, Any]:
-    """Contexts of one selective checkpoint: keep attention, collectives and every second matrix product.
-
-    Args:
-        every: keep one of so many matrix products.
-        gathered: keep the results of all-gathers, too.
-
-    Keeping half of the matrix products is the middle between the memory of keeping all and the time of keeping none
-    (torchtitan's rule). Counted separately in forward and recomputation, which see the same sequence.
-
-    Whatever draws random numbers is recomputed, also attention with dropout: the recomputation starts from the random
-    state of the forward, and one operator that is not repeated would shift the stream under all that follow.
-    """
-    counts = {False: 0, True: 0}
-    gathering = {False: False, True: False}  # the last collective was an all-gather that is not kept
-    kept: dict[int, StorageWeakRef] = {}
-
-    def keep(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
-        if operator in _ALWAYS_SAVED:
-            if not gathered and operator in _COLLECTIVES:
-                if operator not in _WAITS:
-                    gathering[is_recompute] = operator in _ALL_GATHERS
-                return not gathering[is_recompute]
-            return not _draws(operator, args, kwargs)
-        if operator in _MATMULS:
-            counts[is_recompute] += 1
-            return counts[is_recompute] % every == 1 % every
-        return False
-
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if not context.is_recompute and operator._schema.is_mutable:
-            _refuse_writing(operator, args, kwargs, kept)
-        if not keep(operator, args, kwargs, context.is_recompute):
-            return CheckpointPolicy.PREFER_RECOMPUTE
-        output = getattr(context, "op_output", None)  # torch 2.11 does not tell, and nothing is noticed there
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
-            if type(tensor) is torch.Tensor:  # not while the compiler traces: its graph has no writes in place
-                reference = StorageWeakRef(tensor.untyped_storage())
-                kept[reference.cdata] = reference
-        return CheckpointPolicy.MUST_SAVE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def selective_gathering_contexts() -> tuple[Any, Any]:
-    """:func:`selective_contexts` that gather again in backward (``sequence_parallel_regather``)."""
-    return selective_contexts(gathered=False)
-
-
-def gathering_contexts() -> tuple[Any, Any]:
-    """Contexts that keep whatever is expensive to recompute but all-gathers: ``sequence_parallel_regather`` for the
-    compiler.
-
-    What is cheap to recompute the compiler decides by itself, as it does without a checkpoint. Not for code that is not
-    compiled, which would keep the results of all these operators whether a backward needs them or not.
-    """
-    return selective_contexts(every=1, gathered=False)
-
-
-def what_is_kept(mode: str, regather: bool, compiled: bool) -> Contexts | None:
-    """The context function for the checkpoints of layers.
-
-    Args:
-        mode: of ``activation_checkpointing``.
-        regather: ``sequence_parallel_regather``.
-        compiled: the layers are compiled; otherwise hooks gather again (:mod:`tensor_parallel.gathered_again`).
-    """
-    if mode == "selective":
-        return selective_gathering_contexts if regather else selective_contexts
-    return gathering_contexts if regather and compiled else None

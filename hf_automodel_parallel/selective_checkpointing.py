@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from .activation_checkpointing import _MARK, checkpoint_module, is_checkpointed, selective_contexts, switch_cache_off
+from .activation_checkpointing import SELECTIVE, checkpoint_module, switch_cache_off
+from .compile import compile_layers
+from .core.forward_stack import ForwardSlot, ForwardStack
 from .core.model_structure import find_layers
 from .core.model_view import ModelView
 from .errors import UnsupportedError
+
+# Where the checkpoint of a layer can stand; the fallback has one of its own.
+_CHECKPOINTS = (ForwardSlot.CHECKPOINT, ForwardSlot.GRAPH_CHECKPOINT, ForwardSlot.GRAPH_FALLBACK)
 
 
 def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
@@ -26,25 +31,20 @@ def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile
         UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
             ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
     """
-
     inner = ModelView.of(model).inner
     layers = find_layers(inner)
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no repeated layers that could be checkpointed.")
     if any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()) or any(
-        hasattr(layer, _MARK) or is_checkpointed(layer) for layer in layers
+        slot in ForwardStack.of(layer) for layer in layers for slot in _CHECKPOINTS
     ):
         raise UnsupportedError(
             f"the layers of {type(model).__name__} are checkpointed already; they would be recomputed twice. "
             f"Checkpoint them once: leave out gradient_checkpointing_enable() or this call."
         )
     if enable_compile:
-        from .compile import compile_layers
-
-        compile_layers(layers, "selective", selective_contexts)
+        compile_layers(layers, SELECTIVE)
     else:
         for layer in layers:
-            checkpoint_module(layer, selective_contexts)
-    for layer in layers:
-        setattr(layer, _MARK, True)
+            checkpoint_module(layer, SELECTIVE)
     switch_cache_off(inner)

@@ -1,18 +1,17 @@
-"""FSDP2 units whose parameters differ in dtype.
+"""FSDP2 units whose parameters differ in dtype: several param groups.
 
-FSDP2 gathers and reduces all parameters of a unit in one dtype. A unit that mixes them (a float32 ``A_log`` or router
-bias among bfloat16 weights, trainable adapters of another precision) becomes several FSDP2 groups here, one per dtype,
-that are gathered and freed together: the largest belongs to the unit itself, each of the others to a
-:class:`ParamGroupModule`, a module without parameters of its own that is called around the unit's forward. So it does
+FSDP2 all-gathers and reduces all parameters of a param group in one dtype. A unit that mixes them (a float32 ``A_log``
+or router bias among bfloat16 weights, trainable adapters of another precision) becomes several groups here, one per
+dtype, that are unsharded and resharded together. The largest is the unit's own. Each other one belongs to a
+:class:`ParamGroupModule`, a module without parameters of its own that is called around the unit's forward, so it does
 not matter which module owns a parameter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from .. import compat
+from ..core.forward_stack import Forward, ForwardSlot, ForwardStack, ForwardWrapper
 from ..core.model_view import ModelView, plan_name
 from ..errors import UnsupportedError
 from .unused_gradients import shard_counting
@@ -28,91 +28,79 @@ _NAME = "companion_{}"
 
 
 class ParamGroupModule(nn.Module):
-    """The FSDP2 unit of parameters of another unit that cannot belong to it: of another dtype, or added later.
+    """An extra FSDP param group of a unit: parameters of another dtype, or added after sharding.
 
-    Its forward is the other's.
-
-    FSDP2 looks for the owners of parameters below the modules it is given, so while this one is sharded the unit is its
-    child; afterwards it is a child of the unit (without parameters, so no name changes), where FSDP2 finds it for
+    FSDP2 looks for the owners of parameters below the modules it is given, so while this module is sharded the unit is
+    its child. Afterwards it is a child of the unit (without parameters, so no name changes), where FSDP2 finds it for
     ``no_sync``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.around: Callable[..., Any] | None = None
+        self.around: Forward | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the unit's own forward, between this module's gathering and freeing."""
+        """Run the unit's own forward, while this group is unsharded."""
         return self.around(*args, **kwargs)  # type: ignore[misc]
 
 
-class GroupedForward:
-    """A forward that is called through a companion."""
+class GroupedForward(ForwardWrapper):
+    """A forward that is called through the module of an extra param group."""
 
-    def __init__(self, companion: ParamGroupModule, forward: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, forward)  # first: it copies the attributes of a forward that is an object, too
-        companion.around = forward
-        self.companion = companion
+    as_method = False
+
+    def __init__(self, group: ParamGroupModule) -> None:
+        self.group = group
+
+    def wrap(self, inner: Forward) -> Forward:
+        """Stand around ``inner`` from now on."""
+        self.group.around = inner
+        return super().wrap(inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.companion(*args, **kwargs)
-
-    @property
-    def inside(self) -> Callable[..., Any]:
-        """The forward that is called."""
-        return self.companion.around  # type: ignore[return-value]
-
-    def put_inside(self, forward: Callable[..., Any]) -> GroupedForward:
-        """Call ``forward`` instead; returns self."""
-        self.companion.around = forward
-        return self
+        return self.group(*args, **kwargs)
 
 
-def companions(unit: nn.Module) -> list[ParamGroupModule]:
-    """The companions of ``unit``."""
+def extra_groups(unit: nn.Module) -> list[ParamGroupModule]:
+    """The modules of the extra param groups of ``unit``."""
     return [child for child in unit.children() if isinstance(child, ParamGroupModule)]
 
 
 def install_param_groups(model: nn.Module) -> None:
-    """Let the companions in ``model`` be called around the forwards of their units; the last step, outside of all
-    others.
-    """
+    """Let the extra param groups in ``model`` be called around the forwards of their units."""
     for module in list(model.modules()):
-        for companion in companions(module):
-            if companion.around is None:
-                module.forward = GroupedForward(companion, module.forward)  # type: ignore[method-assign]
+        for group in extra_groups(module):
+            if group.around is None:
+                ForwardStack.of(module).push(ForwardSlot.PARAM_GROUPS, GroupedForward(group))
 
 
 def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> None:
-    """Make the parameters of ``owners``, modules below ``unit``, an FSDP2 unit that is called around the forward of
-    ``unit``.
-
-    For parameters that come after ``unit`` itself was sharded, and so cannot belong to it.
+    """Make the parameters of ``owners``, which were added after ``unit`` was sharded, an extra param group of it.
 
     Args:
         unit: a sharded module.
-        owners: the modules that hold the parameters.
+        owners: modules below it that hold the parameters.
         options: of ``fully_shard``.
     """
-    companion = ParamGroupModule()
+    group = ParamGroupModule()
     members = list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
     for index, owner in enumerate(owners):
-        companion.add_module(str(index), owner)
+        group.add_module(str(index), owner)
     ignored = options.get("ignored_params") or ()
-    shard_counting(
-        options.pop("fully_shard_fn", fully_shard), companion, [p for p in members if p not in ignored], **options
-    )
+    shard = options.pop("fully_shard_fn", fully_shard)
+    shard_counting(shard, group, [p for p in members if p not in ignored], **options)
     for index in range(len(owners)):
-        delattr(companion, str(index))
-    unit.add_module(_NAME.format(len(companions(unit))), companion)
-    unit.forward = GroupedForward(companion, unit.forward)  # type: ignore[method-assign]
+        delattr(group, str(index))
+    unit.add_module(_NAME.format(len(extra_groups(unit))), group)
+    ForwardStack.of(unit).push(ForwardSlot.PARAM_GROUPS, GroupedForward(group))
 
 
 def shard_unit(
     modules: nn.Module | list[nn.Module], own_dtype: Iterable[nn.Parameter] = (), agree: bool = False, **options: Any
 ) -> None:
-    """Like ``fully_shard(modules, **options)``, for parameters of any dtypes. :func:`install_param_groups` completes
-    it.
+    """Like ``fully_shard(modules, **options)``, for parameters of any dtypes.
+
+    :func:`install_param_groups` completes it.
 
     Args:
         modules: one module, or several that form one unit.
@@ -129,52 +117,66 @@ def shard_unit(
     policy: MixedPrecisionPolicy = options.pop("mp_policy", None) or MixedPrecisionPolicy()
     shard = options.pop("fully_shard_fn", fully_shard)
     own = {id(p) for p in own_dtype}
-    places = _places(roots, ignored)
-    shared = {key for key, (_, owners, _) in places.items() if len(owners) > 1}
-    main, others = _groups([places[key][0] for key in places], own, policy, shared)
+
+    def shard_group(target: Any, members: list[nn.Parameter], others: set[nn.Parameter]) -> None:
+        group_policy = _policy_of(members[0], own, policy) if members else policy
+        group_options = {"ignored_params": others or None, "mp_policy": group_policy, **options}
+        if agree:
+            shard_counting(shard, target, members, **group_options)
+        else:
+            shard(target, **group_options)
+
+    managed = _managed(roots, ignored)
+    shared = {key for key, entry in managed.items() if len(entry.roots) > 1}
+    main, extra = _groups([entry.parameter for entry in managed.values()], own, policy, shared)
     made: list[tuple[nn.Module, ParamGroupModule]] = []
-    for group in others:
-        per_root: dict[nn.Module, set[nn.Parameter]] = {}
-        for parameter in group:
-            owners = places[id(parameter)][1]
-            if len(owners) > 1:
-                raise UnsupportedError(
-                    f"a parameter of shape {tuple(parameter.shape)} and {parameter.dtype} is shared by {len(owners)} "
-                    f"modules that are one FSDP2 unit of another dtype. Store both ends of the model in one dtype."
-                )
-            per_root.setdefault(owners[0], set()).add(parameter)
-        for root, members in per_root.items():
-            companion = ParamGroupModule()
-            companion.add_module("unit", root)
-            rest = {entry[0] for entry in places.values()} - members
-            unit: dict[str, Any] = {
-                "ignored_params": ignored | rest,
-                "mp_policy": _policy_of(group[0], own, policy),
-                **options,
-            }
-            if agree:
-                shard_counting(shard, companion, list(members), **unit)
-            else:
-                shard(companion, **unit)
-            del companion.unit
-            made.append((root, companion))
-            sharded = {places[id(p)][2] for p in members}
-            ignored |= {owner._parameters[name] for owner, name in sharded}  # type: ignore[misc]
-    main_policy = _policy_of(main[0], own, policy) if main else policy
-    options = {"ignored_params": ignored or None, "mp_policy": main_policy, **options}
-    if agree:
-        shard_counting(shard, modules, main, **options)
-    else:
-        shard(modules, **options)
-    for root, companion in made:
-        root.add_module(_NAME.format(len(companions(root))), companion)
+    for members in extra:
+        for root, own_members in _by_root([managed[id(p)] for p in members]).items():
+            group = ParamGroupModule()
+            group.add_module("unit", root)
+            parameters = [entry.parameter for entry in own_members]
+            shard_group(group, parameters, ignored | {e.parameter for e in managed.values()} - set(parameters))
+            del group.unit
+            made.append((root, group))
+            ignored |= {entry.owner._parameters[entry.name] for entry in own_members}  # type: ignore[misc]  # now sharded
+    shard_group(modules, main, ignored)
+    for root, group in made:
+        root.add_module(_NAME.format(len(extra_groups(root))), group)
+    if len(roots) > 1:
+        for root in roots:
+            root.register_forward_hook(_unshard_in_backward)
 
 
-def _places(
-    roots: list[nn.Module], ignored: set[nn.Parameter]
-) -> dict[int, tuple[nn.Parameter, list[nn.Module], tuple[nn.Module, str]]]:
-    """What FSDP2 would manage here: ``id -> (parameter, the roots that have it, one owner and the name there)``."""
-    found: dict[int, tuple[nn.Parameter, list[nn.Module], tuple[nn.Module, str]]] = {}
+@torch.compiler.disable
+def _unshard_in_backward(module: FSDPModule, _: Any, output: Any) -> None:  # type: ignore[misc]
+    """Output hook of each module of a unit of several: unshard the unit where the output is differentiated.
+
+    FSDP2 (torch 2.11 to 2.13) watches the output of that module alone which runs last. Final norm and head are such a
+    unit. Let one forward's loss use the norm's output and not the logits, and another forward's loss its logits, before
+    one backward of both: after the second forward's part of the backward the unit is resharded, and the norm of the
+    first reads freed memory, which ends the process. Unsharding what is unsharded costs nothing.
+    """
+
+    def unshard(_: torch.Tensor) -> None:
+        module.unshard()
+
+    for tensor in output if isinstance(output, tuple) else (output,):
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(unshard)
+
+
+class _Managed(NamedTuple):
+    """A parameter that FSDP2 would manage here: the roots that have it, one owner and the name there."""
+
+    parameter: nn.Parameter
+    roots: list[nn.Module]
+    owner: nn.Module
+    name: str
+
+
+def _managed(roots: list[nn.Module], ignored: set[nn.Parameter]) -> dict[int, _Managed]:
+    """By id, as FSDP2 finds them: below the roots, but not in units further inside."""
+    found: dict[int, _Managed] = {}
 
     def visit(root: nn.Module, module: nn.Module, seen: set[int]) -> None:
         if id(module) in seen or (module is not root and isinstance(module, FSDPModule)):
@@ -183,9 +185,9 @@ def _places(
         for name, parameter in module._parameters.items():
             if parameter is None or parameter in ignored:
                 continue
-            entry = found.setdefault(id(parameter), (parameter, [], (module, name)))
-            if root not in entry[1]:
-                entry[1].append(root)
+            entry = found.setdefault(id(parameter), _Managed(parameter, [], module, name))
+            if root not in entry.roots:
+                entry.roots.append(root)
         for child in module.children():
             visit(root, child, seen)
 
@@ -194,14 +196,27 @@ def _places(
     return found
 
 
+def _by_root(members: list[_Managed]) -> dict[nn.Module, list[_Managed]]:
+    """The members of an extra group by the module of the unit that has them."""
+    result: dict[nn.Module, list[_Managed]] = {}
+    for member in members:
+        if len(member.roots) > 1:
+            raise UnsupportedError(
+                f"a parameter of shape {tuple(member.parameter.shape)} and {member.parameter.dtype} is shared by "
+                f"{len(member.roots)} modules that are one FSDP2 unit of another dtype. Store both ends of the model "
+                "in one dtype."
+            )
+        result.setdefault(member.roots[0], []).append(member)
+    return result
+
+
 def _groups(
     parameters: list[nn.Parameter], own: set[int], policy: MixedPrecisionPolicy, shared: set[int]
 ) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
-    """The parameters of the unit itself, and the other groups. Only trainable ones have to agree in dtype within a
-    group.
+    """The parameters of the unit itself, and the extra groups; only trainable ones have to agree in dtype in a group.
 
-    What modules of the unit share (tied ends) belongs to the unit itself, which is gathered for the first of them that
-    runs.
+    Parameters that modules of the unit share (tied ends) belong to the unit itself, which is unsharded for the first of
+    the modules that runs.
     """
     groups: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
     frozen: dict[bool, list[nn.Parameter]] = {}
@@ -215,7 +230,8 @@ def _groups(
         like = [key for key in groups if key[0] == keeps]
         home = max(like, key=lambda key: sum(p.numel() for p in groups[key])) if like else (keeps, members[0].dtype)
         groups[home] = groups.get(home, []) + members
-    # Else the largest of those that follow the policy, so that the unit's inputs are cast as the policy says.
+    # First the group with shared parameters, else the largest of those that follow the policy, so that FSDP2 casts the
+    # unit's inputs as the policy says.
     order = sorted(
         groups,
         key=lambda key: (
@@ -229,7 +245,7 @@ def _groups(
 
 
 def _policy_of(parameter: nn.Parameter, own: set[int], policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """``policy``, or that of parameters that are computed and reduced in the dtype they are stored in."""
+    """``policy``, or one that computes and reduces in the stored dtype if ``parameter`` is of those."""
     if id(parameter) not in own or policy.param_dtype in (None, parameter.dtype):
         return policy
     return dataclasses.replace(
@@ -241,9 +257,9 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
     """Names of the parameters of ``model`` that should not be cast to ``param_dtype`` for compute.
 
     Those that the model's class lists as kept in float32; and, in a model that is stored in ``param_dtype``, vectors
-    outside of matrix layers that somebody stored in a wider dtype nevertheless (a norm, an ``A_log``, a routing bias).
-    In one process neither the model's code nor autocast would cast them. Adapters are not meant: PEFT keeps them in
-    float32 for the optimizer.
+    outside of matrix layers that are stored in a wider dtype nevertheless (a norm, an ``A_log``, a routing bias). In
+    one process neither the model's code nor autocast would cast them. Not adapters: PEFT keeps them in float32 for the
+    optimizer.
     """
     if param_dtype is None:
         return []
@@ -278,9 +294,7 @@ def own_dtype_parameters(model: nn.Module, param_dtype: torch.dtype | None) -> l
 
 
 def wider_parameters(model: nn.Module, param_dtype: torch.dtype | None, components: Iterable[str]) -> list[str]:
-    """Names of parameters with one of ``components`` in their path that are stored in a wider dtype than
-    ``param_dtype``.
-    """
+    """Names of parameters stored in a wider dtype than ``param_dtype``, with one of ``components`` in their path."""
     wanted = set(components)
     return [
         name

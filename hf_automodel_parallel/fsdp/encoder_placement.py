@@ -25,7 +25,7 @@ from .. import compat
 from ..core.modality_encoders import PLACEMENTS, layers_of_modality_encoders
 from ..core.model_structure import ModelStructure
 from ..errors import ConfigError, UnsupportedError
-from .dtype_groups import ParamGroupModule, companions
+from .dtype_groups import ParamGroupModule, extra_groups
 from .options import ShardingOptions
 
 
@@ -119,7 +119,7 @@ class RootGradients:
         self.slots = _own_parameters(root)
         self.mesh = mesh
         self.root = root
-        for unit in (root, *companions(root)) if units is None else units:
+        for unit in (root, *extra_groups(root)) if units is None else units:
             compat.before_reduction(unit, self.agree)
 
     def trained(self) -> list[nn.Parameter]:
@@ -134,7 +134,7 @@ class RootGradients:
             return
         # Where image features are added to frozen embeddings, only ranks with images have a gradient at the input of
         # the first layer. On the others FSDP2 would reduce that layer after the root.
-        compat.reduce_all_but((self.root, *companions(self.root)))
+        compat.reduce_all_but((self.root, *extra_groups(self.root)))
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         present = _max_over_ranks(present.to(self.mesh.device_type), self.mesh)
         for parameter, anywhere in zip(parameters, present.tolist(), strict=True):

@@ -23,10 +23,9 @@ from .. import compat
 from ..core.model_structure import ModelStructure
 from ..core.sharding_spec import ShardingSpec
 from ..errors import UnsupportedError
-from .dtype_groups import ParamGroupModule, companions, shard_unit
+from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
 from .encoder_placement import keep_ranks_in_step, replicated_parameters
 from .options import ShardingOptions, on_device
-from .shared_unit import gather_again_in_backward
 
 
 def shard_data_parallel(
@@ -79,7 +78,6 @@ def shard_data_parallel(
     tail = tail if _separable_together(model, tail) else separable(model, tail)
     if tail:
         shard_unit(tail, **common, reshard_after_forward=False)
-        gather_again_in_backward(tail)
     if options.minimum_unit_size is not None:
         in_root = [] if options.towers == "layers" else [*structure.towers, *structure.skipped]
         _shard_large_modules(
@@ -96,7 +94,7 @@ def shard_data_parallel(
     if outermost["agree"] and mesh.size() > 1:
         # A unit whose input needs no gradient is reduced when backward reaches it, or else at the end, after the root.
         # Backward may reach it on some ranks only, so all ranks reduce it before the root.
-        compat.before_reduction(model, lambda: compat.reduce_all_but((model, *companions(model))))
+        compat.before_reduction(model, lambda: compat.reduce_all_but((model, *extra_groups(model))))
 
 
 def wanted_units(structure: ModelStructure, options: ShardingOptions) -> list[nn.Module]:
@@ -228,7 +226,7 @@ def set_prefetch(units: list[FSDPModule], reshard: bool, options: ShardingOption
 
 
 def _with_param_groups(units: list[FSDPModule]) -> list[FSDPModule]:
-    return [member for unit in units for member in (unit, *companions(unit))]  # type: ignore[arg-type,misc]
+    return [member for unit in units for member in (unit, *extra_groups(unit))]  # type: ignore[arg-type,misc]
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:

@@ -28,7 +28,7 @@ from ..core.ranks import broadcast_from_rank_zero, raise_on_all_ranks
 from ..core.sharding_spec import Plan, ShardingSpec
 from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
-from ..fsdp.dtype_groups import ParamGroupModule, companions, separate_unit
+from ..fsdp.dtype_groups import ParamGroupModule, extra_groups, separate_unit
 from ..fsdp.encoder_placement import RootGradients
 from ..fsdp.options import ShardingOptions
 from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options
@@ -238,7 +238,7 @@ def _shard_new_parameters(
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
     if context.tensor_parallel is not None:
         for old, wrapper in replaced.items():
-            context.tensor_parallel.move_boundaries(old, wrapper)
+            context.tensor_parallel.move_hooks(old, wrapper)
         spec = resolve(model, context.plan, context.tensor_parallel.mesh.size())  # type: ignore[arg-type]
         carry_over(context.spec, spec, names)  # type: ignore[arg-type]
         context.spec = spec
@@ -247,7 +247,7 @@ def _shard_new_parameters(
         if draws_random_numbers(model):
             synchronize_rng(context.tensor_parallel.mesh)
             synchronize_at_first_forward(model, context.tensor_parallel.mesh)
-    before = companions(model)
+    before = extra_groups(model)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):
         members = by_unit[_unit_around(model, name), model.get_parameter(name).dtype]
@@ -265,7 +265,7 @@ def _shard_new_parameters(
         and context.fsdp.towers != "layers"
         and context.dp_mesh.size() > 1
     ):
-        RootGradients(model, context.dp_mesh, [unit for unit in companions(model) if unit not in before])
+        RootGradients(model, context.dp_mesh, [unit for unit in extra_groups(model) if unit not in before])
     if context.tensor_parallel is not None:
         context.tensor_parallel.partial.resolve()
 

@@ -326,7 +326,7 @@ def _unloading(
                 continue
             for gone in _around(old, new):
                 if state is not None:
-                    state.move_boundaries(gone, new)
+                    state.move_hooks(gone, new)
                 if isinstance(gone, FSDPModule):
                     _gather_with(new, gone)
         if model is not inner and isinstance(model, FSDPModule):

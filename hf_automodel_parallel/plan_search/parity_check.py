@@ -23,8 +23,8 @@ from ..plan.resolve import resolve
 from ..plan.validate import validate
 from ..tensor_parallel.apply import (
     TensorParallelState,
-    install_boundary,
     install_head_arguments,
+    install_hooks,
     install_local_parameters,
 )
 from ..tensor_parallel.grad_sync import PartialGradients
@@ -165,7 +165,7 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
     axis: Any = mesh
     state = TensorParallelState(axis, PartialGradients(axis), local=True)
     for name, module in spec.modules.items():
-        install_boundary(result, name, module, state)
+        install_hooks(result, name, module, state)
     install_head_arguments(result, spec, state)
     # With the original parameter, because ids are unique among living objects only.
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}

@@ -14,12 +14,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from .. import compat
 from ..activation_checkpointing import (
+    FULL,
     checkpoint_module,
     checkpointable_parts,
+    layer_policy,
     mode_of_argument,
     shares_keys_and_values,
     switch_cache_off,
-    what_is_kept,
 )
 from ..compile import compile_layers
 from ..context_parallel import forward as context_parallel
@@ -71,17 +72,16 @@ logger = logging.getLogger(__name__)
 
 
 class DefaultParallelizationStrategy(ParallelizationStrategy):
-    """The flow for every Hugging Face model without one of its own.
+    """The steps for every Hugging Face model whose family has no strategy of its own.
 
-    :meth:`plan` only reads and raises everything a user can have got wrong; :meth:`carry_out` changes the model.
-    Between the two the ranks agree that nobody failed, so an error on one of them is an error on all.
+    :meth:`plan` decides, without a collective or a change, and raises all user errors. Then the ranks compare what they
+    planned, and an error of one is raised on all. :meth:`carry_out` changes the model; it is the table of contents.
     """
 
-    #: Order in which :meth:`parallelize` looks for a plan, that of the reference API. ``Accelerator.prepare`` has its
-    #: own.
+    #: Order in which :meth:`parallelize` looks for a plan; that of the reference API, not of ``Accelerator.prepare``.
     plan_order = ("registry", "hf", "default")
 
-    #: What :meth:`parallelize` computes in if no policy is given, that of the reference API.
+    #: Dtypes of :meth:`parallelize` if no policy is given; those of the reference API.
     mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
 
     def parallelize(  # type: ignore[override]
@@ -114,7 +114,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             device_mesh: root mesh with the axes named below; ``pp`` may be one of them.
             mp_policy: dtypes of FSDP2; None: parameters in bfloat16, reduction and output in float32.
             offload_policy: FSDP2's; None keeps shards on the device.
-            sequence_parallel: shard activations between the boundaries along the sequence.
+            sequence_parallel: shard activations along the sequence between attention and MLP blocks.
             activation_checkpointing: False, True (whole layers), "submodule" or "selective".
             tp_shard_plan: explicit plan in any form of ``AutoParallelismConfig.tp_plan``.
             dp_replicate_mesh_name: axis of replicas, used if it has more than one rank.
@@ -123,14 +123,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             enable_async_tensor_parallel: overlap tensor-parallel collectives with matrix products.
             enable_compile: compile each layer in place.
             enable_fsdp2_prefetch: False switches both prefetch depths off.
-            fsdp2_backward_prefetch_depth: units to gather ahead in backward.
-            fsdp2_forward_prefetch_depth: units to gather ahead in forward.
-            reshard_after_forward: free gathered layers after forward; None: yes, except under pipeline parallelism,
-                which would gather them again for each micro-batch.
+            fsdp2_backward_prefetch_depth: FSDP units to all-gather ahead in backward.
+            fsdp2_forward_prefetch_depth: FSDP units to all-gather ahead in forward.
+            reshard_after_forward: reshard layers after their forward; None: yes, except under pipeline parallelism,
+                which would all-gather them again for each micro-batch.
             fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
 
         Raises:
-            AutoParallelError: what cannot be honoured, on all ranks alike, before anything has changed.
+            AutoParallelError: an argument cannot be honoured; on all ranks, before anything has changed.
         """
         axes = MeshAxes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
         axes.check(device_mesh)
@@ -186,10 +186,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         )
         return context.model
 
-    # ---- deciding: no collective, no change ----------------------------------------------------------------------
+    # ---- plan: no collective, no change --------------------------------------------------------------------------
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Select, resolve and validate everything; raises on the first thing that cannot be honoured."""
+        """Decide everything; raise the first thing that cannot be honoured."""
         self.check_model(context)
         context.structure = find_structure(context.model, context.layer_classes)
         refuse_own_backward(ModelView.of(context.model).inner, context.structure.layers)
@@ -215,7 +215,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             self.select_tensor_parallel(context)
 
     def check_model(self, context: ParallelizeContext) -> None:
-        """Refuse models that cannot be sharded from here."""
+        """Refuse models that FSDP2 or tensor parallelism cannot shard."""
         refuse_sharded(context.model)
         refuse_expert_parallel(context.model)
         check_trainable_as_shards(context.model)
@@ -233,11 +233,11 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             refuse_meta(context)
 
     def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """The order of sources of plans for this family, where the config asks for ``asked``."""
+        """Where to look for a plan of this family, in this order, if the config asks for ``asked``."""
         return asked
 
     def select_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Choose the plan and resolve it on the model."""
+        """Choose the tensor-parallel plan and resolve it on the model."""
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
         context.plan = select_plan(
@@ -246,9 +246,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         validate(context.model, context.spec, size)
-        if context.plan.origin != "derived" or replaced_modules(
-            context.model
-        ):  # a derived one is proven with values, for the class
+        # A derived plan has been verified against one process, for the class as it is.
+        if context.plan.origin != "derived" or replaced_modules(context.model):
             complete(context.model, context.spec, context.structure.layers, size, context.plan.strict)  # type: ignore[union-attr]
         check_cross_module_reads(context.spec, context.cross_module_reads)
         if context.options.sequence_parallel:
@@ -266,29 +265,39 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
                 "needs a place on the tp axis. Remove ignored_modules or use tp_size=1."
             )
 
-    # ---- carrying out: the same steps on every rank --------------------------------------------------------------
+    # ---- apply: the same steps on every rank ---------------------------------------------------------------------
 
     def compare_ranks(self, context: ParallelizeContext) -> None:
-        """Raise on all ranks unless they hold the same model and planned the same."""
+        """Raise on all ranks unless all hold the same model and planned the same."""
         check_same_structure(context.model, context.spec, context.group, context.choices)
         if context.pending is not None:
             context.pending.compare_ranks(context.group)
 
     def carry_out(self, context: ParallelizeContext) -> None:
-        """Shard the model, in place, in the order tp -> FSDP2 -> regions."""
+        """Parallelise the model, in place: the steps, and why each stands where it does.
+
+        Every rank takes the same steps. Each is a method that a family may override; the order stays.
+        """
+        # Values first: later steps move and shard them.
         self.load_values(context)
+        # Before sharding, after which ranks hold different slices and cannot be compared any more.
         equalize_parameters(context.model, context.group)
+        # Before the first forward of the layers, which would convert quantised weights to another layout.
         keep_layout(context.model)
-        if context.cp_mesh is not None:
-            synchronize_rng(
-                context.cp_mesh
-            )  # before tp, so that all ranks with one batch have the state of their first
+        # Before anything draws. cp before tp, so that all ranks with one batch get the state of the first of them.
+        for mesh in (context.cp_mesh, context.tp_mesh):
+            if mesh is not None:
+                synchronize_rng(mesh)
+        # Before FSDP2, which shards once more what TP leaves of a parameter, and unshards within its own axis alone.
         if context.tp_mesh is not None:
-            synchronize_rng(context.tp_mesh)
             self.apply_tensor_parallel(context)
+        # After TP, whose DTensors it needs; before the layers are wrapped, whose wrappers ask which units there are.
         self.apply_data_parallel(context)
+        # After both, because only now it is known which slices of the files a rank holds.
         self.read_values(context)
+        # After TP and FSDP2, so that its hooks on the model are the last to run before the forward.
         self.apply_context_parallel(context)
+        # After FSDP2, whose param groups are called around the forwards. Checkpoints and compile come with it.
         self.finish_layers(context)
         self.report(context)
 
@@ -307,7 +316,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             )
 
     def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Turn parameters into DTensors on the tp axis and hook the boundaries in."""
+        """Turn parameters into DTensors on the tp axis and register the input and output hooks."""
         context.tensor_parallel = apply_tensor_parallel(context.model, context.spec, context.tp_mesh, context.device)  # type: ignore[arg-type]
         context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
@@ -333,7 +342,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             compat.mark_packed_placements(context.model.parameters())
 
     def read_values(self, context: ParallelizeContext) -> None:
-        """Let each rank read its part of what is still in files, now that it is known."""
+        """Read this rank's shards of the values that are still in files."""
         if context.pending is None:
             return
         context.pending.fill(context.model, context.fsdp.shard_device(context.device), context.group)
@@ -341,7 +350,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             compat.mark_packed_placements(context.model.parameters())
 
     def apply_context_parallel(self, context: ParallelizeContext) -> None:
-        """Let attention see whole sequences where a rank holds a part of each. After the other hooks of the model."""
+        """Shard sequences over the cp axis, and all-gather keys and values in attention."""
         if context.cp_mesh is None:
             return
         if draws_random_numbers(context.model):
@@ -349,33 +358,36 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context_parallel.install(context.model, context.suitable, context.cp_mesh, context.device)  # type: ignore[arg-type]
 
     def finish_layers(self, context: ParallelizeContext) -> None:
-        """Regions, checkpoints and compilation of the layers, from the inside out.
+        """Wrap the forwards of the layers: local parameters, checkpoints, compile, extra FSDP param groups.
 
-        A checkpoint stands around what is compiled; only the selective one stands inside, where the compiler can see
-        which operators to keep. Either way no DTensor is inside of the graph.
+        How they nest, and why, is written in :class:`~hf_automodel_parallel.core.forward_stack.ForwardSlot`.
         """
         layers, mode = without_units_inside(context.structure.layers), context.checkpointing  # type: ignore[union-attr]
+        compiled = context.compile_options is not None
+        policy = layer_policy(mode, context.options.sequence_parallel_regather, compiled)
         inner = ModelView.of(context.model).inner
         parts: dict[nn.Module, list[nn.Module]] = {}
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
-        keep = what_is_kept(mode, context.options.sequence_parallel_regather, context.compile_options is not None)
+        # Before compile, which looks at the scopes of the layers, and before the views, which they look through.
         if context.tensor_parallel is not None:
             if context.spec is not None and context.spec.packed():
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_local_parameters(context.model, layers, context.tensor_parallel, parts)
             install_full_parameter_views(context.model, context.cross_module_reads)
+        # Checkpoints of parts are compiled with the layer.
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
-        if context.compile_options is not None:
-            options = context.compile_options
+        # A selective checkpoint of a compiled layer is in its graph; each other one stands around the layer.
+        if compiled:
+            options = context.compile_options or {}
             if context.options.async_tensor_parallel:
                 options = with_async_tensor_parallel(options, context.tp_mesh.get_group())  # type: ignore[union-attr]
-            compile_layers(layers, mode, keep, **options)
-        if mode == "full" or (mode == "selective" and context.compile_options is None):
+            compile_layers(layers, policy, mode == "submodule", **options)
+        if policy is not None and (policy is FULL or not compiled):
             for layer in layers:
-                checkpoint_module(layer, keep, offload=context.offload_activations)
+                checkpoint_module(layer, policy, offload=context.offload_activations)
         install_param_groups(context.model)
         if mode != "none":
             switch_cache_off(inner)
@@ -394,9 +406,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
 
 
 def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` for a depth that is no whole number of units, or a flag that is neither true nor
-    false.
-    """
+    """Raise :class:`ConfigError` for a depth that is not a natural number or a flag that is not a bool."""
     for name, depth in depths.items():
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
@@ -408,8 +418,8 @@ def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
 def refuse_fused_loss(model: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if Liger has replaced the model's own forward.
 
-    Its loss multiplies hidden states with ``lm_head.weight`` in a kernel of its own, beside the head's forward, where
-    under tensor parallelism the weight is a DTensor.
+    Its kernel multiplies hidden states with ``lm_head.weight`` outside of the head's forward, where the weight is a
+    DTensor under tensor parallelism.
     """
     inner = ModelView.of(model).inner
     if str(getattr(inner.forward, "__module__", "")).startswith("liger_kernel"):

@@ -1,4 +1,4 @@
-"""Carry out a sharding spec on a model: parameters become DTensors, boundaries are hooked in, regions run local."""
+"""Apply a sharding spec to a model: parameters become DTensors, modules get hooks, layers local-parameter scopes."""
 
 from __future__ import annotations
 
@@ -17,63 +17,65 @@ from . import boundary_hooks as boundaries
 from .dora import sum_weight_norm
 from .grad_sync import PartialGradients
 from .head_counts import set_local_counts
-from .local_parameters import Entry, LocalParamForward
-from .sequence_parallel import ScatterOutput, SequenceParallel
+from .local_parameters import LocalParamForward, ParamBinding
+from .sequence_parallel import SequenceParallel
+from .shared_sequence import ScatterOutput
 from .vocab_parallel.cross_entropy import Vocabulary
 from .vocab_parallel.logits import KeepSharded
 
 
 @dataclass
 class TensorParallelState:
-    """What tensor parallelism leaves behind on a model, for the later steps.
+    """What the later steps need to know of tensor parallelism on a model.
 
     Attributes:
         mesh: the tp axis.
-        partial: registry of partial gradients.
-        copies: copy boundaries by module name, waiting for the region that they share inputs in.
-        foreign: modules that run on an engine of torch's; their DTensors stay DTensors in flight.
-        places: (owner, attribute) of a parameter -> how it takes part in forward and backward. By object, because a
-            module that several layers share has several names.
-        deferred: owner of a bias -> the boundary that adds it after the reduction.
-        hooks: module -> its boundaries, each as the handle of the hook and what registers the same hook on a module.
-        regions: module -> the region around its forward.
-        sequence: what sequence parallelism put on the model, None without it.
+        partial: the Partial gradients.
+        copies: copies to TP by module name; those of one layer will share their inputs.
+        native_styles: modules that run on native torch ParallelStyles; their DTensors stay DTensors during forward.
+        places: (owner, attribute) of a parameter -> its placement and that of its gradient. By object, because a module
+            that several layers share has several names.
+        deferred: owner of a bias -> the output hook that adds it after the all-reduce.
+        hooks: module -> its input and output hooks, each as its handle and what registers the same hook on a module.
+        scopes: module -> the local-parameter scope of its forward.
+        local: parameters are local tensors between forwards, too.
+        sequence: the hooks of sequence parallelism, None without it.
     """
 
     mesh: DeviceMesh
     partial: PartialGradients
     copies: dict[str, boundaries.CopyInput] = field(default_factory=dict)
-    foreign: list[nn.Module] = field(default_factory=list)
+    native_styles: list[nn.Module] = field(default_factory=list)
     places: dict[tuple[nn.Module, str], ParameterSpec] = field(default_factory=dict)
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
-    regions: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
+    scopes: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
     local: bool = False
     sequence: SequenceParallel | None = None
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
-        """Put a boundary on ``module``."""
+        """Register an input or output hook on ``module``."""
         self.hooks.setdefault(module, []).append((register(module), register))
 
-    def move_boundaries(self, old: nn.Module, new: nn.Module) -> None:
-        """Take the boundaries off ``old`` and put them on ``new``, which has taken its place in the model."""
+    def move_hooks(self, old: nn.Module, new: nn.Module) -> None:
+        """Move the hooks of ``old`` to ``new``, which has replaced it in the model."""
         for handle, register in self.hooks.pop(old, []):
             handle.remove()
             self.hook(new, register)
 
     def place(self, module: nn.Module, name: str, spec: ParameterSpec) -> None:
-        """Note how the parameter ``name`` of the model, which ``module`` owns, takes part in forward and backward."""
+        """Note the placement of the parameter ``name`` of the model, which ``module`` owns, and of its gradient."""
         key = name.rpartition(".")[2]
         self.places[module, key] = spec
         if spec.partial_gradient:
             self.partial.add(module, key)
 
-    def entries_of(self, modules: Iterable[nn.Module]) -> list[Entry]:
-        """What regions exchange of the parameters that ``modules`` own themselves."""
-        foreign = {id(inner) for module in self.foreign for inner in module.modules()}
+    def bindings_of(self, modules: Iterable[nn.Module]) -> list[ParamBinding]:
+        """What scopes replace of the parameters that ``modules`` own themselves."""
+        native = {id(inner) for module in self.native_styles for inner in module.modules()}
         result = []
         for owner in modules:
-            if id(owner) in foreign:
+            if id(owner) in native:
                 continue
             for key, parameter in owner._parameters.items():
                 if parameter is None:
@@ -83,12 +85,14 @@ class TensorParallelState:
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = spec.rank_zero_only and self.mesh.get_local_rank() > 0
                 result.append(
-                    Entry(owner, key, hook, spec.on_sequence_shards, bias_of, zero, self._part(spec), self.local)
+                    ParamBinding(
+                        owner, key, hook, spec.on_sequence_shards, bias_of, zero, self._forward_shard(spec), self.local
+                    )
                 )
         return result
 
-    def _part(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
-        """(dimension, blocks, index, number) of what this rank computes with, where that is a part of the parameter."""
+    def _forward_shard(self, spec: ParameterSpec) -> tuple[int, int, int, int] | None:
+        """:attr:`ParamBinding.forward_shard` of this rank."""
         if spec.forward_shard_dim is None:
             return None
         return (
@@ -99,25 +103,23 @@ class TensorParallelState:
         )
 
     def grow(self, model: nn.Module, spec: ShardingSpec, names: list[str], device: torch.device) -> None:
-        """Give the parameters ``names``, which were added to the sharded ``model``, their places; ``spec`` is the new
-        one.
-        """
+        """Shard the parameters ``names``, which were added to the sharded ``model``; ``spec`` is the new one."""
         _shard_parameters(model, spec, self, device)
-        by_region: dict[nn.Module, list[Entry]] = {}
+        by_scope: dict[nn.Module, list[ParamBinding]] = {}
         for name in names:
             path, _, key = name.rpartition(".")
-            (entry,) = [e for e in self.entries_of([model.get_submodule(path)]) if e.name == key]
+            (binding,) = [b for b in self.bindings_of([model.get_submodule(path)]) if b.name == key]
             around = [path[:end] for end in range(len(path), -1, -1) if end == len(path) or path[end] == "."]
-            regions = [module for part in [*around, ""] if (module := model.get_submodule(part)) in self.regions]
-            for module in regions if any(m is not model for m in regions) else [_nearest_caller(model, path)]:
-                by_region.setdefault(module, []).append(entry)
-        for module, entries in by_region.items():
-            if module in self.regions:
-                self.regions[module].entries.extend(entries)
+            scopes = [module for part in [*around, ""] if (module := model.get_submodule(part)) in self.scopes]
+            for module in scopes if any(m is not model for m in scopes) else [_nearest_caller(model, path)]:
+                by_scope.setdefault(module, []).append(binding)
+        for module, bindings in by_scope.items():
+            if module in self.scopes:
+                self.scopes[module].bindings.extend(bindings)
             else:
-                self.regions[module] = LocalParamForward(module, entries, None)
+                self.scopes[module] = LocalParamForward.install(module, bindings)
                 if self.sequence is not None:
-                    self.sequence.tell(self.regions[module])
+                    self.sequence.connect(self.scopes[module])
 
 
 def apply_tensor_parallel(
@@ -126,7 +128,7 @@ def apply_tensor_parallel(
     """Shard ``model`` over the tp axis ``mesh``, in place.
 
     Every parameter becomes a DTensor on ``mesh``, the ones without a spec replicated, so that optimizers, clipping and
-    checkpoints meet one kind of parameter. A parameter that several modules share stays one parameter.
+    checkpoints see one kind of parameter. A parameter that several modules share stays one parameter.
 
     Args:
         model: the model with equal, full parameters on every rank.
@@ -143,10 +145,10 @@ def apply_tensor_parallel(
     for name, module_spec in spec.modules.items():
         if module_spec.native_style is not None:
             module = model.get_submodule(name)
-            _apply_foreign(module, name, module_spec.native_style, mesh)
-            state.foreign.append(module)
+            _apply_native_style(module, name, module_spec.native_style, mesh)
+            state.native_styles.append(module)
         else:
-            install_boundary(model, name, module_spec, state)
+            install_hooks(model, name, module_spec, state)
     install_head_arguments(model, spec, state)
     _shard_parameters(model, spec, state, device)
     for name, attributes in spec.head_counts.items():
@@ -174,13 +176,13 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
             state.place(module, name, parameter_spec)
 
 
-def install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
-    """Put the hooks of one boundary on the module ``name`` of ``model``."""
+def install_hooks(model: nn.Module, name: str, spec: ModuleSpec, state: TensorParallelState) -> None:
+    """Register the input and output hooks of ``spec`` on the module ``name`` of ``model``."""
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    # Innermost: pre-hooks run last and hooks first, so that hooks which are there already (NEFTune's noise on the
-    # embedding) see what they would see in one process.
+    # Innermost: input hooks run last and output hooks first, so that hooks which are there already (NEFTune's noise on
+    # the embedding) see what they would see in one process.
 
     def before(hook: Callable[..., Any]) -> None:
         state.hook(module, lambda m: m.register_forward_pre_hook(hook, with_kwargs=True))
@@ -221,14 +223,14 @@ def install_boundary(model: nn.Module, name: str, spec: ModuleSpec, state: Tenso
 
 
 def install_head_arguments(model: nn.Module, spec: ShardingSpec, state: TensorParallelState) -> None:
-    """Let modules see the values of their heads alone, in arguments that have one for each head."""
+    """Slice arguments that have a value for each head, so that modules get those of this rank's heads."""
     group, rank, size = state.mesh.get_group(), state.mesh.get_local_rank(), state.mesh.size()
     for name, arguments in spec.head_arguments.items():
         own = boundaries.OwnHeads(arguments, group, rank, size)
         state.hook(model.get_submodule(name), lambda m, own=own: m.register_forward_pre_hook(own, with_kwargs=True))  # type: ignore[misc]
 
 
-def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
+def _apply_native_style(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:
     """Apply a torch ``ParallelStyle``, or a layer object registered with transformers, on its own engine."""
     from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -243,54 +245,57 @@ def _apply_foreign(module: nn.Module, name: str, style: object, mesh: DeviceMesh
 def install_local_parameters(
     model: nn.Module, units: list[nn.Module], state: TensorParallelState, parts: dict[nn.Module, list[nn.Module]]
 ) -> None:
-    """Make parameters local in flight, and let the consumers inside a unit share their copy boundaries.
+    """Make parameters local during forward, and let the copies to TP inside of a layer share their inputs.
 
     Args:
         model: the model after tensor parallelism and FSDP2.
-        units: modules that become one region each (decoder layers); elsewhere every module that owns parameters is its
-            own region, so that outside of its forward its weight is an honest DTensor (losses that read
+        units: modules that become one scope each (decoder layers). Elsewhere every module that owns parameters is a
+            scope of its own, so that outside of its forward its weight is a DTensor (losses that read
             ``lm_head.weight``).
         state: what :func:`apply_tensor_parallel` returned.
-        parts: modules inside of each unit that are recomputed on their own, so they need a region of their own too.
+        parts: modules inside of each unit that are recomputed on their own, so they need a scope of their own too.
     """
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     taken: set[tuple[int, str]] = set()
-    entries_of = state.entries_of
-
     for unit in units:
         prefix = names[unit]
         shared = boundaries.SharedInputs() if state.sequence is None else state.sequence.memory(prefix)
         for name, copy in state.copies.items():
             if name.startswith(f"{prefix}."):
                 copy.shared = shared
-        entries = entries_of(unit.modules())
-        taken.update((id(entry.owner), entry.name) for entry in entries)
+        bindings = state.bindings_of(unit.modules())
+        taken.update((id(binding.owner), binding.name) for binding in bindings)
         for part in parts.get(unit, []):
-            state.regions[part] = LocalParamForward(part, entries_of(part.modules()), shared)
-        state.regions[unit] = LocalParamForward(unit, entries, shared)
-
-    callers: dict[nn.Module, list[Entry]] = {}
-    for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
-        entries = [e for e in entries_of([owner]) if (id(owner), e.name) not in taken]
-        if entries:
-            callers.setdefault(_nearest_caller(model, name), []).extend(entries)
-        while entries and name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it
-            name = name.removesuffix(".base_layer")
-            callers.setdefault(model.get_submodule(name), []).extend(entries)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if entries and isinstance(
-            parent, nn.MultiheadAttention
-        ):  # torch's attention reads the weights of its child out_proj
-            callers.setdefault(parent, []).extend(entries)
-    for caller, entries in callers.items():
-        state.regions[caller] = LocalParamForward(caller, entries, None)
+            state.scopes[part] = LocalParamForward.install(part, state.bindings_of(part.modules()), shared)
+        state.scopes[unit] = LocalParamForward.install(unit, bindings, shared)
+    for caller, bindings in _callers(model, state, taken).items():
+        state.scopes[caller] = LocalParamForward.install(caller, bindings)
     if state.sequence is not None:
-        state.sequence.complete(state.regions, [copy for copy in state.copies.values() if copy.shared is None])
+        state.sequence.complete(state.scopes, [copy for copy in state.copies.values() if copy.shared is None])
     state.partial.resolve()
 
 
+def _callers(
+    model: nn.Module, state: TensorParallelState, taken: set[tuple[int, str]]
+) -> dict[nn.Module, list[ParamBinding]]:
+    """The modules whose forwards read the parameters that are not ``taken``, (id of the owner, name), by a layer."""
+    callers: dict[nn.Module, list[ParamBinding]] = {}
+    for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
+        bindings = [b for b in state.bindings_of([owner]) if (id(owner), b.name) not in taken]
+        if not bindings:
+            continue
+        callers.setdefault(_nearest_caller(model, name), []).extend(bindings)
+        while name.endswith(".base_layer"):  # PEFT's layer may read the weight of the layer below it
+            name = name.removesuffix(".base_layer")
+            callers.setdefault(model.get_submodule(name), []).extend(bindings)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):  # torch's attention reads the weights of its child out_proj
+            callers.setdefault(parent, []).extend(bindings)
+    return callers
+
+
 def _nearest_caller(model: nn.Module, name: str) -> nn.Module:
-    """The module itself, or the nearest one above it whose forward somebody calls (a ``ParameterDict`` has none)."""
+    """The module itself, or the nearest one above it that has a forward (a ``ParameterDict`` has none)."""
     module = model.get_submodule(name)
     while name and not compat.has_implemented_forward(module):
         name = name.rpartition(".")[0]

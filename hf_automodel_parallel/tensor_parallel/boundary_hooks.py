@@ -1,4 +1,4 @@
-"""The places where an activation enters or leaves a sharded region, as module hooks.
+"""Input and output hooks of sharded modules, where activations change their placement on the tp axis.
 
 A hook object holds what it needs and is called by the module it is registered on, so class, name and ``forward`` of the
 module stay what they are, and ``torch.compile`` traces through it.
@@ -15,21 +15,22 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.forward_stack import ForwardWrapper
 from .collectives import copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
 
 
 class SharedInputs:
-    """One copy boundary per activation, however many consumers read it.
+    """One copy to TP per activation, however many consumers read it.
 
-    Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the boundary exactly
-    among the sharded consumers, whatever the architecture: whoever else reads the activation (a router, a residual)
-    reads the original, so no gradient is counted twice. Cleared at the end of the layer's forward, so nothing outlives
-    it.
+    Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the copy exactly among
+    the sharded consumers, whatever the architecture: a router or a residual reads the original, so no gradient is
+    counted twice. Cleared at the end of the layer's forward, so nothing outlives it.
 
     Attributes:
-        length: under sequence parallelism, the tokens of the whole sequence while the layer runs on shares of it.
-        regather: under sequence parallelism, what the layer gathers is gathered again in backward.
-        told_compiler: the layer is compiled together with what tells the compiler to do that.
+        known: (activation, its version, its copy).
+        length: under sequence parallelism, the tokens of the full sequence while the layer works on sequence shards.
+        regather: under sequence parallelism, what the layer all-gathers is re-all-gathered in backward.
+        told_compiler: the layer is compiled with the policy that makes the compiler do that.
     """
 
     length: int | None = None
@@ -37,7 +38,7 @@ class SharedInputs:
     told_compiler = False
 
     def __init__(self) -> None:
-        self.known: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # what is read, its version, its copy
+        self.known: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
     def copy(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """:func:`copy_to_tp`, once per tensor object."""
@@ -48,14 +49,14 @@ class SharedInputs:
         return copied if copied is x else self.remember(x, copied)
 
     def copied(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What :meth:`remember` was told about ``x``, if that has not been changed in place since."""
+        """The copy of ``x``, None if there is none or ``x`` has been changed in place since."""
         for source, version, copied in self.known:
             if source is x and version == _version(x):
                 return copied
         return None
 
     def remember(self, x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
-        """Let all who read ``x`` share ``copied``, and return it."""
+        """Let later consumers of ``x`` share ``copied``, and return it."""
         self.known.append((x, _version(x), copied))
         return copied
 
@@ -64,8 +65,21 @@ class SharedInputs:
         self.known.clear()
 
     def resumed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` so that it finds, also when a checkpoint calls it again, the :attr:`length` of now."""
+        """``function``, which finds the present :attr:`length` also when a checkpoint calls it again."""
         return function
+
+
+class SharedInputsForward(ForwardWrapper):
+    """The forward of a module, which clears ``shared`` at its end."""
+
+    def __init__(self, shared: SharedInputs) -> None:
+        self.shared = shared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self.shared.clear()
 
 
 def _version(x: torch.Tensor) -> int:
@@ -93,11 +107,11 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 class CopyInput:
-    """Pre-hook of a column-wise layer: its input enters the region."""
+    """Input hook of a column-wise layer: copy to TP."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.shared: SharedInputs | None = None  # set where the layer lies in a region that clears it
+        self.shared: SharedInputs | None = None  # set inside of a layer, whose forward clears it
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
@@ -106,10 +120,10 @@ class CopyInput:
 
 
 class CopyAllInputs:
-    """Pre-hook of sharded experts: every floating-point argument enters the region.
+    """Input hook of sharded experts: copy every floating-point argument to TP.
 
     Hidden states and routing weights both reach a sharded computation, so both gradients are sums over the ranks; the
-    router behind the weights sees the whole gradient only if they have a boundary too.
+    router gets a complete gradient only if its weights are copied too.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -123,7 +137,7 @@ class CopyAllInputs:
 
 
 class OwnHeads:
-    """Pre-hook of a module that gets values for all heads (ALiBi) by keyword: each rank passes on those of its heads.
+    """Input hook of a module that gets values for all heads (ALiBi) by keyword: slice out those of this rank's heads.
 
     Args:
         arguments: keyword -> (dimension, heads). The dimension runs over heads, or over sequences and, within each,
@@ -145,7 +159,7 @@ class OwnHeads:
 
 
 class SplitInput:
-    """Pre-hook of a row-wise layer that reads a replicated activation: each rank takes its slice of the last dim."""
+    """Input hook of a row-wise layer that reads a replicated activation: scatter its last dimension."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
@@ -156,7 +170,7 @@ class SplitInput:
 
 
 class ScaleInput:
-    """Pre-hook of a module whose equal results on all ranks are going to be summed over them."""
+    """Input hook of a module whose replicated results will be summed over the ranks: divide by their number."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -166,10 +180,10 @@ class ScaleInput:
 
 
 class ReduceOutput:
-    """Hook of a row-wise layer: sum the ranks' outputs, then add the bias, once.
+    """Output hook of a row-wise layer: all-reduce, then add the bias, once.
 
-    While the layer's forward runs, the region hides the bias from it (added on every rank it would count tp times) and
-    leaves it here.
+    While the layer's forward runs, the local-parameter scope hides the bias from it (added on every rank it would count
+    tp times) and leaves it here.
     """
 
     def __init__(self, group: dist.ProcessGroup, bias_owner: nn.Module | None) -> None:
@@ -178,7 +192,7 @@ class ReduceOutput:
         self.bias: torch.Tensor | None = None
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Summands of the ranks -> what the layer returns."""
+        """Reduce the Partial output ``x``."""
         return reduce_from_tp(x, self.group)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -190,7 +204,7 @@ class ReduceOutput:
 
 
 class GatherOutput:
-    """Hook of a column-wise layer whose output is needed whole."""
+    """Output hook of a column-wise layer whose output is needed in full: all-gather the last dimension."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
         self.group, self.rank, self.size = group, rank, size
@@ -200,10 +214,10 @@ class GatherOutput:
 
 
 class CopyTail:
-    """Hook of a projection whose last ``tail`` output features go to sharded heads without another boundary between.
+    """Output hook of a projection whose last ``tail`` features go straight to sharded heads: copy those to TP.
 
-    DeepSeek-style latent attention splits this output into a latent part, which reaches its own column-wise projection,
-    and a rotary part, which is broadcast straight to the heads of each rank.
+    DeepSeek-style latent attention splits this output into a latent part, which goes through a column-wise projection
+    with an input hook of its own, and a rotary part, which is broadcast to the heads of each rank.
     """
 
     def __init__(self, group: dist.ProcessGroup, tail: int) -> None:
@@ -215,8 +229,9 @@ class CopyTail:
 
 
 class VocabularySlice:
-    """Pre-hook and hook of an embedding sharded on the vocabulary: look up own rows, zero for others, sum over the
-    ranks.
+    """Input and output hook of an embedding sharded on the vocabulary.
+
+    Each rank looks up the ids of its rows and takes zero for the others; the all-reduce sums them.
     """
 
     def __init__(self, group: dist.ProcessGroup, rank: int, rows: int) -> None:
@@ -226,7 +241,7 @@ class VocabularySlice:
         self.padding_idx: int | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Map token ids to rows of the slice and remember which ids are elsewhere."""
+        """Map token ids to rows of the slice, and remember which ids are on other ranks."""
         local = first_tensor(args, kwargs) - self.start
         self.mask = (local < 0) | (local >= self.rows)
         self.padding_idx = module.padding_idx  # type: ignore[assignment]
@@ -236,7 +251,7 @@ class VocabularySlice:
         return replace_first(args, kwargs, local.masked_fill(self.mask, 0))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> torch.Tensor | None:
-        """Zero the rows of foreign ids and sum; called also when the forward raised, to restore the module."""
+        """Zero the rows of ids on other ranks, and all-reduce; also after an error, to restore the module."""
         mask, self.mask = self.mask, None
         module.padding_idx = self.padding_idx  # type: ignore[assignment]
         if output is None or mask is None:

@@ -1,15 +1,13 @@
-"""A forward that reads a parameter of another module sees it whole.
+"""A forward that reads a parameter of another module sees it in full.
 
 Between forwards of its own module a parameter is a DTensor, which does not mix with the plain activations around it.
-While the forward of a module runs that :mod:`..plan.cross_module_reads` has found to read it, a stand-in takes its
-place: single rows are fetched from the rank that has them, everything else is computed with the gathered whole. Outside
-of the layers all ranks compute the same, so of the whole's gradient each rank keeps its own part, and no sum is due.
+:mod:`..plan.analysis.cross_module_reads` finds the forwards that read one. While such a forward runs, a view stands in
+for the parameter: single rows come from the rank that holds them, everything else is computed with the full tensor.
+Outside of the layers all ranks compute the same, so each rank keeps its slice of the full gradient, without a sum.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,43 +15,43 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import compat
+from ..core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
+from ..core.swap import Slot, exchange
 from .collectives import reduce_from_tp
 
 
 class FullParameterView(torch.Tensor):
-    """Stands for a parameter that is a DTensor on the tp axis; made by :meth:`of`.
+    """Stands in for a parameter that is a DTensor on the tp axis; made by :meth:`of`.
 
     Attributes:
         parameter: the DTensor, of any shape and dtype.
     """
 
     parameter: DTensor
-    _whole: torch.Tensor | None
+    _full: torch.Tensor | None
 
     @staticmethod
     def of(parameter: DTensor) -> FullParameterView:
-        """The stand-in for ``parameter``."""
+        """The view of ``parameter``."""
         result = torch.empty(0, dtype=parameter.dtype).as_subclass(FullParameterView)
-        result.parameter, result._whole = parameter, None
+        result.parameter, result._full = parameter, None
         return result
 
-    def whole(self) -> torch.Tensor:
-        """The plain tensor of the whole shape, gathered once."""
-        if self._whole is None or (
-            torch.is_grad_enabled() and self.parameter.requires_grad and not self._whole.requires_grad
+    def full(self) -> torch.Tensor:
+        """The full tensor, all-gathered once."""
+        if self._full is None or (
+            torch.is_grad_enabled() and self.parameter.requires_grad and not self._full.requires_grad
         ):
-            self._whole = self.parameter.full_tensor()
-        return self._whole
+            self._full = self.parameter.full_tensor()
+        return self._full
 
     def row(self, index: int) -> torch.Tensor:
-        """Row ``index`` of a matrix that is sharded by rows: ``(columns,)``, at the price of one all-reduce of that
-        size.
-        """
+        """Row ``index`` of a matrix that is sharded by rows, ``(columns,)``; one all-reduce of that size."""
         parameter = self.parameter
         mesh = parameter.device_mesh
         local = parameter.to_local(grad_placements=parameter.placements)
-        owner, place = divmod(index % parameter.shape[0], local.shape[0])
-        row = local[place]
+        owner, local_index = divmod(index % parameter.shape[0], local.shape[0])
+        row = local[local_index]
         return reduce_from_tp(row if owner == mesh.get_local_rank() else row * 0, mesh.get_group())
 
     @classmethod
@@ -64,8 +62,8 @@ class FullParameterView(torch.Tensor):
                 row = args[0].row(first)
                 return row[tuple(rest)] if rest else row
         metadata = getattr(func, "__name__", "") == "__get__" or func in _METADATA
-        stand = (lambda x: x.parameter.detach()) if metadata else (lambda x: x.whole())
-        args, kwargs = compat.tree_map_only(FullParameterView, stand, (args, kwargs or {}))
+        stand_in = (lambda x: x.parameter.detach()) if metadata else (lambda x: x.full())
+        args, kwargs = compat.tree_map_only(FullParameterView, stand_in, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -77,36 +75,33 @@ def _by_rows(parameter: DTensor) -> bool:
     return parameter.ndim > 1 and parameter.placements == (Shard(0),) and rows % ranks == 0
 
 
-class CrossModuleReadForward:
-    """The wrapped forward of a module that reads parameters of other modules.
+class CrossModuleReadForward(ForwardWrapper):
+    """The forward of a module that reads parameters of other modules.
 
     Args:
-        module: the reading module.
         places: (owner, name) of what it reads.
     """
 
-    def __init__(self, module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-        functools.update_wrapper(self, module.forward)
+    as_method = False
+
+    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
         self.places = places
-        self.inner: Callable[..., Any] = module.forward
-        module.forward = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replaced: list[tuple[nn.Module, str, Any]] = []
+        views: list[Slot] = []
+        for owner, name in self.places:
+            parameter = owner._parameters.get(name)
+            if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+                views.append(Slot(owner._parameters, name, FullParameterView.of(parameter)))
+        before = exchange(views)
         try:
-            for owner, name in self.places:
-                parameter = owner._parameters.get(name)
-                if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
-                    owner._parameters[name] = FullParameterView.of(parameter)  # type: ignore[assignment]
-                    replaced.append((owner, name, parameter))
             return self.inner(*args, **kwargs)
         finally:
-            for owner, name, parameter in replaced:
-                owner._parameters[name] = parameter
+            exchange(before)
 
 
 def install_full_parameter_views(model: nn.Module, reads: dict[str, list[str]]) -> None:
-    """Let the modules of ``reads`` (name -> names of parameters) see whole what they read. After regions and FSDP2."""
+    """Show the modules of ``reads`` (name -> names of parameters) what they read in full; after TP and FSDP2."""
     for reader, names in reads.items():
         places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         shared = {id(owner._parameters[key]) for owner, key in places}
@@ -116,4 +111,6 @@ def install_full_parameter_views(model: nn.Module, reads: dict[str, list[str]]) 
             for key, parameter in owner._parameters.items()
             if parameter is not None and id(parameter) in shared
         ]
-        CrossModuleReadForward(model.get_submodule(reader), everywhere)
+        ForwardStack.of(model.get_submodule(reader)).push(
+            ForwardSlot.CROSS_MODULE_READS, CrossModuleReadForward(everywhere)
+        )

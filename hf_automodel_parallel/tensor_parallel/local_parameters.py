@@ -1,13 +1,11 @@
-"""Local in flight: while a module's forward runs, its parameters are plain local tensors instead of DTensors.
+"""DTensors between forwards, local tensors during them: the local-parameter scope of a module.
 
-At rest every parameter is a DTensor, so the optimizer, FSDP2, clipping and checkpoints see its placement. A *region* is
-a module (usually a decoder layer) whose forward is wrapped: on entry each DTensor on the tp axis below it is replaced
-by its local shard, connected by autograd; on exit the DTensors return, also when the forward raises. So no operator
-inside pays DTensor dispatch, a parent may read a child's weight, and the code that torch.compile sees contains no
-DTensor at all.
+Optimizer, FSDP2, clipping and checkpoints see every parameter as a DTensor, with its placement. A *scope* is a module
+(usually a decoder layer) whose forward is wrapped: on entry each DTensor on the tp axis below it is replaced by its
+local shard, connected by autograd; on exit the DTensors return, also when the forward raises. So no operator inside
+pays for DTensor dispatch, a parent may read a child's weight, and torch.compile sees no DTensor.
 
-The wrapper is the module's ``forward``, inside of ``__call__``: hooks of FSDP2 (gather before, free after) run outside
-of it, and an activation checkpoint around the module runs it again in the recomputation.
+The wrapper is inside of ``__call__``, so hooks of FSDP2 (unshard before, reshard after) run outside of it.
 """
 
 from __future__ import annotations
@@ -21,26 +19,27 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .boundary_hooks import ReduceOutput, SharedInputs
+from ..core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
+from .boundary_hooks import ReduceOutput, SharedInputs, SharedInputsForward
 from .full_parameter_view import FullParameterView
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One parameter of a region.
+class ParamBinding:
+    """How one parameter is replaced in a scope.
 
     Attributes:
         owner: the module that holds it.
         name: its name there.
-        on_gradient: hook for its gradient in flight, which is a summand of it, or None.
-        on_sequence_shards: it is a summand only in calls that work on shares of the sequence
-        (:attr:`LocalParamForward.on_sequence_shards`).
-        bias_of: the boundary that adds it after a reduction; the module itself sees no bias meanwhile.
-        zero: the module sees zeros, because another rank's value is the one that counts in a sum over the ranks.
-        part: (dimension, blocks, index, number): of each equal block along the dimension, the module sees the one of so
-            many equal parts, while the parameter is whole at rest.
-        local: the parameter is a local tensor at rest, too (megatron-fsdp); what is left is to mark, to move or to hide
-        it.
+        on_gradient: hook for the gradient of the local tensor, which is Partial; None if it is complete.
+        on_sequence_shards: the gradient is Partial only in calls that work on sequence shards
+            (:attr:`LocalParamForward.on_sequence_shards`).
+        bias_of: the output hook that adds it after an all-reduce; the module itself sees no bias meanwhile.
+        zero: the module sees zeros, because the parameter is added on TP rank 0 only.
+        forward_shard: (dimension, blocks, index, shards): of each equal block along the dimension, the module sees one
+            of so many shards, while the parameter is replicated between forwards (KV-head replication).
+        local: the parameter is a local tensor between forwards, too (megatron-fsdp). It is replaced only for one of the
+            fields above.
     """
 
     owner: nn.Module
@@ -49,109 +48,111 @@ class Entry:
     on_sequence_shards: bool = False
     bias_of: ReduceOutput | None = None
     zero: bool = False
-    part: tuple[int, int, int, int] | None = None
+    forward_shard: tuple[int, int, int, int] | None = None
     local: bool = False
 
+    def accepts(self, parameter: Any) -> TypeGuard[nn.Parameter]:
+        """True if ``parameter`` is one to replace, and no scope around this one has replaced it."""
+        if isinstance(parameter, DTensor):
+            # More than one mesh axis: still sharded by FSDP2, because a unit further inside unshards it by itself.
+            return parameter.device_mesh.ndim == 1
+        # Not by the class alone: the compiler takes the tensor of a scope around this one for a parameter, too.
+        special = (
+            self.on_gradient is not None or self.bias_of is not None or self.zero or self.forward_shard is not None
+        )
+        return self.local and special and isinstance(parameter, nn.Parameter)
 
-class LocalParamForward:
-    """The wrapped forward of one module.
+    def local_tensor(self, parameter: nn.Parameter, sequence_shards: bool) -> torch.Tensor:
+        """What the module computes with in place of ``parameter``, in a call on sequence shards or not."""
+        # The gradient is declared complete: Partial gradients are reduced later, once, by PartialGradients.
+        tensor = (
+            parameter.to_local(grad_placements=parameter.placements)
+            if isinstance(parameter, DTensor)
+            else parameter.view_as(parameter)
+        )
+        partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
+        if partial and tensor.requires_grad:
+            tensor.register_hook(self.on_gradient)
+        if self.zero:
+            tensor = tensor * 0
+        if self.forward_shard is not None:
+            dim, blocks, index, shards = self.forward_shard
+            width = tensor.shape[dim] // (blocks * shards)
+            tensor = tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
+        return tensor
+
+
+class LocalParamForward(ForwardWrapper):
+    """The forward of a module with its parameters replaced by local tensors.
 
     Args:
-        module: the root of the region.
-        entries: the parameters to exchange.
-        shared: the boundaries' memory to clear at the end of the forward, or None.
+        module: the root of the scope.
+        bindings: the parameters to replace.
+        shared: what the hooks inside share, or None.
 
     Attributes:
-        on_sequence_shards: keyword arguments of a call -> does it work on shares of the sequence; sequence parallelism
-            sets it.
+        on_sequence_shards: keyword arguments of a call -> does it work on sequence shards? Set by sequence parallelism.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        entries: list[Entry],
-        shared: SharedInputs | None,
-    ) -> None:
-        functools.update_wrapper(
-            self, module.forward
-        )  # first: it copies the attributes of a forward that is an object, too
-        self.module = module
-        self.entries = entries
-        self.shared = shared
-        self.inner: Callable[..., Any] = module.forward
-        self.body: Callable[..., Any] = self._run
+    as_method = False
+
+    def __init__(self, module: nn.Module, bindings: list[ParamBinding], shared: SharedInputs | None) -> None:
+        self.module, self.bindings, self.shared = module, bindings, shared
         self.on_sequence_shards: Callable[[dict[str, Any]], bool] = _never
-        module.forward = self  # type: ignore[method-assign]
+
+    @classmethod
+    def install(
+        cls, module: nn.Module, bindings: list[ParamBinding], shared: SharedInputs | None = None
+    ) -> LocalParamForward:
+        """Make ``module`` a scope; the end of its forward also clears ``shared``."""
+        stack, forward = ForwardStack.of(module), cls(module, bindings, shared)
+        if shared is not None:
+            stack.push(ForwardSlot.SHARED_INPUTS, SharedInputsForward(shared))
+        stack.push(ForwardSlot.LOCAL_PARAMETERS, forward)
+        return forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.adopt_checkpoint_function()
-        return self.inside(self.body, *args, **kwargs)
+        return self.inside(self.inner, *args, **kwargs)
 
     def inside(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``function`` with the region's parameters exchanged; where they already are, nothing is done."""
+        """Call ``function`` with local parameters; where a scope around has replaced them, nothing is done."""
         replaced = self._enter(self.on_sequence_shards(kwargs))
         try:
             return function(*args, **kwargs)
         finally:
-            for entry, parameter in replaced:
-                entry.owner._buffers.pop(entry.name, None)  # where a parametrization's removal leaves a plain tensor
-                entry.owner._parameters[entry.name] = parameter  # type: ignore[assignment]
-                if entry.bias_of is not None:
-                    entry.bias_of.bias = None
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.inner(*args, **kwargs)
-        finally:
-            if self.shared is not None:
-                self.shared.clear()
+            for binding, parameter in replaced:
+                binding.owner._buffers.pop(binding.name, None)  # where removing a parametrization leaves a plain tensor
+                binding.owner._parameters[binding.name] = parameter  # type: ignore[assignment]
+                if binding.bias_of is not None:
+                    binding.bias_of.bias = None
 
     def adopt_checkpoint_function(self) -> None:
-        """Let the model's own gradient checkpointing recompute inside the region.
+        """Let the model's own gradient checkpointing recompute inside of the scope.
 
         transformers (5.23; outside of ``__call__`` before) checkpoints in the class's ``forward``, so below this
-        wrapper: its recomputation starts where nobody has exchanged the parameters. Looked up at each call, because the
-        model's method that switches checkpointing on may be called at any time.
+        wrapper: its recomputation begins with DTensors. Looked up at each call, because the method that switches
+        checkpointing on may be called at any time.
         """
         function = self.module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, _CheckpointLocalParams):
             self.module._gradient_checkpointing_func = _CheckpointLocalParams(function, self)  # type: ignore[assignment]
 
-    def _enter(self, on_sequence_shards: bool) -> list[tuple[Entry, nn.Parameter]]:
-        replaced: list[tuple[Entry, nn.Parameter]] = []
-        local: dict[int, torch.Tensor] = {}
-        for entry in self.entries:
-            held = entry.owner._parameters.get(entry.name)
+    def _enter(self, sequence_shards: bool) -> list[tuple[ParamBinding, nn.Parameter]]:
+        replaced: list[tuple[ParamBinding, nn.Parameter]] = []
+        local: dict[int, torch.Tensor] = {}  # tied parameters get one local tensor
+        for binding in self.bindings:
+            held = binding.owner._parameters.get(binding.name)
             parameter: Any = held.parameter if isinstance(held, FullParameterView) else held
-            if not _to_exchange(parameter, entry):
+            if not binding.accepts(parameter):
                 continue
             tensor = local.get(id(parameter))
             if tensor is None:
-                # The gradient is declared complete: summands are summed later, once, by PartialGradients.
-                tensor = (
-                    parameter.to_local(grad_placements=parameter.placements)
-                    if isinstance(parameter, DTensor)
-                    else parameter.view_as(parameter)
-                )
-                if (
-                    entry.on_gradient is not None
-                    and tensor.requires_grad
-                    and (on_sequence_shards or not entry.on_sequence_shards)
-                ):
-                    tensor.register_hook(entry.on_gradient)
-                if entry.zero:
-                    tensor = tensor * 0
-                if entry.part is not None:
-                    dim, blocks, index, number = entry.part
-                    width = tensor.shape[dim] // (blocks * number)
-                    tensor = (
-                        tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
-                    )
-                local[id(parameter)] = tensor
-            if entry.bias_of is not None:
-                entry.bias_of.bias = tensor
-            entry.owner._parameters[entry.name] = None if entry.bias_of is not None else tensor  # type: ignore[assignment]
-            replaced.append((entry, held))  # type: ignore[arg-type]
+                tensor = local[id(parameter)] = binding.local_tensor(parameter, sequence_shards)
+            if binding.bias_of is not None:
+                binding.bias_of.bias = tensor
+            binding.owner._parameters[binding.name] = None if binding.bias_of is not None else tensor  # type: ignore[assignment]
+            replaced.append((binding, held))  # type: ignore[arg-type]
         return replaced
 
 
@@ -159,26 +160,15 @@ def _never(_: dict[str, Any]) -> bool:
     return False
 
 
-def _to_exchange(parameter: Any, entry: Entry) -> TypeGuard[nn.Parameter]:
-    """True if ``parameter`` is one to exchange, and not exchanged yet by a region around this one."""
-    if isinstance(parameter, DTensor):
-        # More than one mesh axis: still sharded by FSDP, so it belongs to a unit below that gathers it itself.
-        return parameter.device_mesh.ndim == 1
-    # Not by the class alone: the compiler takes what a region around this one has put there for a parameter, too.
-    special = entry.on_gradient is not None or entry.bias_of is not None or entry.zero or entry.part is not None
-    return entry.local and special and isinstance(parameter, nn.Parameter)
-
-
 class _CheckpointLocalParams:
-    """A checkpoint function (called with a function and its inputs) whose recomputation enters the region again."""
+    """A checkpoint function (called with a function and its inputs) whose recomputation enters the scope again."""
 
-    def __init__(self, function: Callable[..., Any], region: LocalParamForward) -> None:
-        self.function = function
-        self.region = region
+    def __init__(self, function: Callable[..., Any], scope: LocalParamForward) -> None:
+        self.function, self.scope = function, scope
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        shared = self.region.shared
-        inside: Callable[..., Any] = functools.partial(self.region.inside, function)
+        shared = self.scope.shared
+        inside: Callable[..., Any] = functools.partial(self.scope.inside, function)
         if shared is not None and shared.length is not None:
             inside = shared.resumed(inside)
         return self.function(inside, *args, **kwargs)

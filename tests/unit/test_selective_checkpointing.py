@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_automodel_parallel import UnsupportedError, activation_checkpointing, apply_selective_activation_checkpointing
 from hf_automodel_parallel.activation_checkpointing import (
+    FULL,
+    SELECTIVE,
     checkpoint_module,
     checkpointable_parts,
     is_checkpointed,
-    selective_contexts,
 )
 from hf_automodel_parallel.core.model_structure import find_layers
 
@@ -37,7 +38,7 @@ def checkpointed(model: nn.Module, mode: str) -> nn.Module:
             for part in checkpointable_parts(layer):
                 checkpoint_module(part)
         elif mode != "none":
-            checkpoint_module(layer, selective_contexts if mode == "selective" else None)
+            checkpoint_module(layer, SELECTIVE if mode == "selective" else FULL)
     return model.train()
 
 
@@ -168,7 +169,7 @@ def test_an_operator_that_draws_is_never_kept(p, monkeypatch):
         torch.manual_seed(0)
         layer = Attending()
         if selective:
-            checkpoint_module(layer, selective_contexts)
+            checkpoint_module(layer, SELECTIVE)
         layer(torch.randn(4, 8), p).square().sum().backward()
         return [parameter.grad for parameter in layer.parameters()]
 
@@ -204,7 +205,7 @@ class AddsInPlace(nn.Module):
 @pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)], ids=["plain", "reshaped"])
 def test_writing_into_something_kept_is_an_error(shape):
     layer = AddsInPlace()
-    checkpoint_module(layer, selective_contexts)
+    checkpoint_module(layer, SELECTIVE)
     with pytest.raises(UnsupportedError, match="in place .*add_"):
         layer(torch.randn(*shape))
 

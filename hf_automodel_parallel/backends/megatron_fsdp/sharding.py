@@ -4,9 +4,8 @@ sharded.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ... import compat
+from ...core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper, Replacement
 from ...core.model_view import ModelView
 from ...core.ranks import gather_objects
 from ...core.sharding_spec import ShardingSpec
@@ -110,7 +110,7 @@ class MegatronModel:
             root.register_forward_pre_hook(self._before, prepend=True)
             root.register_forward_hook(self._after, always_call=True)
         # 0.5 calls `module.forward`, past the hooks of the root.
-        self.wrapper.forward = self.model.__call__
+        ForwardStack.of(self.wrapper).push(ForwardSlot.COMPUTATION, Replacement(self.model.__call__))
         for module in (self.model, self.wrapper):
             module.__dict__[_MANAGED] = self
 
@@ -245,7 +245,7 @@ def shard_with_megatron(
     if layout.replicas is not None:
         hybrid["hybrid_fsdp_expt_group"] = layout.everyone
     if autocast is not None:
-        model.forward = _under_autocast(model.forward, device.type, autocast)  # type: ignore[method-assign]
+        ForwardStack.of(model).push(ForwardSlot.DTYPE, _AutocastForward(device.type, autocast))
     wrapper = package.fully_shard_model(
         model,
         device_mesh=layout.mesh,
@@ -276,16 +276,19 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
 
 
-def _under_autocast(forward: Callable[..., Any], device_type: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """``forward`` as Accelerate's mixed precision has it without FSDP: under autocast, with float32 results."""
-    from accelerate.utils import convert_to_fp32
+class _AutocastForward(ForwardWrapper):
+    """A forward as Accelerate's mixed precision has it without FSDP: under autocast, with float32 results."""
 
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, dtype):
-            return convert_to_fp32(forward(*args, **kwargs))
+    as_method = False
 
-    return call
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+        from accelerate.utils import convert_to_fp32
+
+        self.device_type, self.dtype, self.convert = device_type, dtype, convert_to_fp32
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device_type, self.dtype):
+            return self.convert(self.inner(*args, **kwargs))
 
 
 def managed_by_megatron(model: nn.Module) -> MegatronModel | None:

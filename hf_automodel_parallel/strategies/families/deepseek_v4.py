@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
 from ..context import ParallelizeContext
 from .family import FamilyParallelizationStrategy
 
@@ -35,11 +35,12 @@ class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
         for name, module in context.model.named_modules():
             own = [f"{name}.{key}" for key, _ in module.named_parameters()]
             if own and context.fsdp.own_dtype.issuperset(own) and not set(self.keeps_dtype).isdisjoint(name.split(".")):
-                module.forward = InOwnDtype(module, name.rpartition(".")[2] == "lm_head").__call__  # type: ignore[method-assign]
+                keep_output = name.rpartition(".")[2] == "lm_head"
+                ForwardStack.of(module).push(ForwardSlot.DTYPE, InOwnDtype(module, keep_output))
         super().finish_layers(context)
 
 
-class InOwnDtype:
+class InOwnDtype(ForwardWrapper):
     """A forward without autocast; of a linear layer, on an input cast to the dtype of its weight.
 
     Args:
@@ -48,7 +49,6 @@ class InOwnDtype:
     """
 
     def __init__(self, module: nn.Module, keep_output: bool) -> None:
-        self.forward: Callable[..., Any] = module.forward
         self.linear = module if isinstance(module, nn.Linear) else None
         self.keep_output = keep_output
 
@@ -56,7 +56,7 @@ class InOwnDtype:
         device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         with torch.autocast(device, enabled=False):
             if self.linear is None:
-                return self.forward(*args, **kwargs)
+                return self.inner(*args, **kwargs)
             (x,) = args
-            y = self.forward(x.to(self.linear.weight.dtype))
+            y = self.inner(x.to(self.linear.weight.dtype))
             return y if self.keep_output else y.to(x.dtype)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ...core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
 from ...core.sharding_spec import PARTIAL_GRADIENT, OutputHook, ParameterSpec, ShardingSpec
 from ...errors import PlanError, UnsupportedError
 from ...tensor_parallel.collectives import copy_to_tp, reduce_from_tp
@@ -51,7 +52,7 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
         for name, attention in attentions:
             for norm_name, norm in _norms(attention):
                 if context.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
-                    norm.forward = NormOverRanks(norm, context.tp_mesh).__call__  # type: ignore[method-assign,arg-type]
+                    ForwardStack.of(norm).push(ForwardSlot.COMPUTATION, NormOverRanks(norm, context.tp_mesh))  # type: ignore[arg-type]
             attention.heads //= context.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
         super().apply_tensor_parallel(context)
 
@@ -113,7 +114,7 @@ def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[s
     )
 
 
-class NormOverRanks:
+class NormOverRanks(ForwardWrapper):
     """The forward of an ``nn.RMSNorm`` over the last dimension, of which each rank holds a slice.
 
     One all-reduce of a number per token forward, one backward: every rank's features depend on the sum, so its gradient
@@ -129,7 +130,7 @@ class NormOverRanks:
         self.width = norm.normalized_shape[0]
         self.group: dist.ProcessGroup = mesh.get_group()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Normalise ``x`` of shape (..., features / ranks)."""
         wide: Any = x.to(torch.promote_types(x.dtype, torch.float32))
         eps = torch.finfo(x.dtype).eps if self.norm.eps is None else self.norm.eps

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
 from ...core.model_view import ModelView
 from ...fsdp.dtype_groups import wider_parameters
 from ..context import ParallelizeContext
@@ -41,22 +41,14 @@ def keep_timestep(model: nn.Module) -> None:
         model: the root unit of FSDP2, plain or PEFT-wrapped; call it with ``timestep`` by name or as second argument.
     """
     inner = ModelView.of(model).inner
-    original: Callable[..., Any] = inner.forward
 
     def wrap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "timestep" in kwargs:
             return args, {**kwargs, "timestep": _Untouched(kwargs["timestep"])}
         return (args[0], _Untouched(args[1]), *args[2:]) if len(args) > 1 else args, kwargs
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*map(_unwrap, args), **{key: _unwrap(value) for key, value in kwargs.items()})
-
-    def _unwrap(value: Any) -> Any:
-        return value.tensor.to(device) if isinstance(value, _Untouched) else value
-
-    device = next(inner.parameters()).device
     model.register_forward_pre_hook(wrap, prepend=True, with_kwargs=True)
-    inner.forward = forward  # type: ignore[method-assign]
+    ForwardStack.of(inner).push(ForwardSlot.DTYPE, _UntouchedForward(next(inner.parameters()).device))
 
 
 class _Untouched:
@@ -64,3 +56,18 @@ class _Untouched:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+
+
+class _UntouchedForward(ForwardWrapper):
+    """A forward that gets the tensors inside of :class:`_Untouched`, on ``device``."""
+
+    as_method = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def _tensor(self, value: Any) -> Any:
+        return value.tensor.to(self.device) if isinstance(value, _Untouched) else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*map(self._tensor, args), **{key: self._tensor(value) for key, value in kwargs.items()})

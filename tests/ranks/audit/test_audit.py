@@ -16,6 +16,7 @@ from torch import nn
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 from hf_automodel_parallel.audit import GradientAuditError
+from hf_automodel_parallel.core.forward_stack import ForwardSlot, ForwardStack
 
 
 class ScaledActivation(nn.Module):
@@ -164,9 +165,10 @@ def early_hook(model: nn.Module) -> None:
 def summand_past_its_hook(model: nn.Module) -> None:
     """A use of a parameter of which nobody says that it yields a summand."""
     layer = model.get_submodule("base_model.model.model.layers.1")
-    layer.forward.entries[:] = [
+    scope = ForwardStack.of(layer).get(ForwardSlot.LOCAL_PARAMETERS)
+    scope.bindings[:] = [
         dataclasses.replace(e, on_gradient=None) if "up_proj.lora_A" in name_of(model, e.owner) else e
-        for e in layer.forward.entries
+        for e in scope.bindings
     ]
 
 

@@ -227,7 +227,7 @@ def test_layers_that_are_left_out():
             loss, gradients = rank[called]
             assert_losses_equal(loss, want_loss)
             assert_gradients_equal(gradients, want)
-        assert re.search(r"model\.layers\.1, which returns the whole sequence, was not called.*layerdrop=0", said), said
+        assert re.search(r"model\.layers\.1, which returns the full sequence, was not called.*layerdrop=0", said), said
 
 
 @pytest.mark.parametrize(

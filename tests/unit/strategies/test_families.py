@@ -33,8 +33,8 @@ def test_float32_parts_under_autocast():
     layer, x = nn.Linear(8, 8), torch.randn(2, 8).to(torch.bfloat16)
     want = layer(x.float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(InOwnDtype(layer, keep_output=True)(x), want)
-        assert torch.equal(InOwnDtype(layer, keep_output=False)(x), want.to(torch.bfloat16))
+        assert torch.equal(InOwnDtype(layer, keep_output=True).wrap(layer.forward)(x), want)
+        assert torch.equal(InOwnDtype(layer, keep_output=False).wrap(layer.forward)(x), want.to(torch.bfloat16))
         assert not torch.equal(layer(x).float(), want)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
 from hf_automodel_parallel.compile import compile_layers
+from hf_automodel_parallel.core.forward_stack import ForwardSlot, ForwardStack
 from hf_automodel_parallel.core.model_structure import find_layers, find_structure
 from hf_automodel_parallel.core.model_view import ModelView
 from hf_automodel_parallel.core.options import ParallelOptions
@@ -127,7 +128,9 @@ def test_inductor_fuses_the_collectives_of_a_real_layer(monkeypatch, adapter, sc
     with fake_world(2):
         model = sharded("llama", 2, 1, adapter, lambda model: None, sequence_parallel=True)
         (layer,) = find_layers(ModelView.of(model).inner)
-        options = with_async_tensor_parallel({"backend": "inductor"}, layer.forward.shared.group)
+        options = with_async_tensor_parallel(
+            {"backend": "inductor"}, ForwardStack.of(layer).get(ForwardSlot.LOCAL_PARAMETERS).shared.group
+        )
         options["options"]["post_grad_custom_post_pass"] = look
         torch._dynamo.reset()
         compile_layers([layer], **options)
@@ -144,7 +147,7 @@ def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
     """And enables symmetric memory for the tp group alone."""
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
-        default, "compile_layers", lambda layers, mode, keep, **options: seen.update(options, layers=layers)
+        default, "compile_layers", lambda layers, policy, parts, **options: seen.update(options, layers=layers)
     )
     monkeypatch.setattr(compat, "enable_symmetric_memory", lambda group: seen.update(group=group))
     model = build_model("llama")
