@@ -55,10 +55,6 @@ class ModelView:
             names.setdefault(parameter, []).append(name)
         return names
 
-    def first_name(self, name: str) -> str:
-        """The name under which ``named_parameters()`` lists the parameter that is called ``name``."""
-        return self.names_of[self.parameters[name]][0]
-
     @cached_property
     def peft_layers(self) -> dict[str, nn.Module]:
         """PEFT's layers around layers of the model: tuner layers and auxiliary wrappers (``modules_to_save``)."""

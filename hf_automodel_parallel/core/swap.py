@@ -65,7 +65,7 @@ def stand_ins(
         if new is None:
             new = made[id(slot.tensor)] = stand_in(name, slot.tensor)
         if new is not None:
-            result.append(slot._replace(tensor=new))
+            result.append(Slot(slot.holder, slot.key, new))
     return result
 
 
@@ -77,7 +77,7 @@ def exchange(slots: Iterable[Slot]) -> list[Slot]:
     """
     before = []
     for slot in slots:
-        before.append(slot._replace(tensor=slot.holder[slot.key]))
+        before.append(Slot(slot.holder, slot.key, slot.holder[slot.key]))
         slot.holder[slot.key] = slot.tensor
     return before
 
