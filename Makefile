@@ -95,6 +95,10 @@ lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code
 	@$(VENV)/bin/ruff check .
 	@echo "[lint] mypy"
 	@$(VENV)/bin/mypy
+	@echo "[lint] no line over 120 characters"
+	@! grep -rnE '^.{121,}' --include='*.py' hf_automodel_parallel tests benchmarks examples
+	@echo "[lint] import-linter"
+	@$(VENV)/bin/lint-imports --no-logo --no-cache
 	@echo "[lint] vulture"
 	@$(VENV)/bin/vulture
 

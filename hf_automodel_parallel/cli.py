@@ -40,14 +40,16 @@ def plan(
     model: Annotated[Path, typer.Argument(help="A model directory or its config.json (weights are not read).")],
     tp: Annotated[int, typer.Option(help="Number of ranks on the tp axis.", min=1)] = 2,
     tp_plan: Annotated[
-        Optional[str], typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")  # noqa: UP045
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A named plan or the import path of a plan, instead of the model's own."),
     ] = None,
     plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default+derived",
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Derive where sequences are split, gathered and scattered.")
     ] = False,
     lora: Annotated[
-        Optional[str], typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules.")  # noqa: UP045
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules."),
     ] = None,
 ) -> None:
     """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which

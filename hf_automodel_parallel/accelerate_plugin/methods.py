@@ -374,7 +374,12 @@ def _attach(accelerator: Accelerator, optimizer: torch.optim.Optimizer, record: 
         record.audit = _audit(record)
     record.audit.optimizers.add(optimizer)
     optimizer.register_step_pre_hook(lambda stepping, *_: _before_step(record, stepping, hooks))
-    optimizer.register_step_post_hook(lambda *_: [unit.reshard() for unit in fsdp_units(record.context.model)])  # type: ignore[arg-type,func-returns-value]
+
+    def reshard(*_: Any) -> None:
+        for unit in fsdp_units(record.context.model):
+            unit.reshard()
+
+    optimizer.register_step_post_hook(reshard)
 
 
 def _audit(record: PreparedModel) -> Audit:

@@ -31,7 +31,8 @@ FORMAT = 1
 
 #: Names that Accelerate and the Trainer give to the state of a training, and we too. A save may move and replace these.
 STATE_NAMES = re.compile(
-    r"^(pytorch_model_fsdp|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|dataloader_shuffling|"
+    r"^(pytorch_model_fsdp|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
+    r"dataloader_shuffling|"
     r"custom_checkpoint|trainer_state)([._-].*)?$"
 )
 #: Names of weights that a save may have written, or an export of a model to the same directory.

@@ -102,7 +102,8 @@ class Merging:
         self.model, self.adapters = model, adapters
         unknown = [name for name in adapters or () if name not in model.peft_config]  # type: ignore[operator]
         if unknown:
-            raise ConfigError(f"adapters={adapters!r}: this model has {list(model.peft_config)}.")  # type: ignore[arg-type]
+            known: Any = model.peft_config
+            raise ConfigError(f"adapters={adapters!r}: this model has {list(known)}.")
         prompts = [n for n, c in model.peft_config.items() if c.is_prompt_learning]  # type: ignore[union-attr,operator]
         if prompts:
             raise UnsupportedError(

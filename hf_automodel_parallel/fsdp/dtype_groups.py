@@ -138,7 +138,8 @@ def shard_unit(
             shard_group(group, parameters, ignored | {e.parameter for e in managed.values()} - set(parameters))
             del group.unit
             made.append((root, group))
-            ignored |= {entry.owner._parameters[entry.name] for entry in own_members}  # type: ignore[misc]  # now sharded
+            # Now sharded, so other objects than before.
+            ignored |= {entry.owner._parameters[entry.name] for entry in own_members}  # type: ignore[misc]
     shard_group(modules, main, ignored)
     for root, group in made:
         root.add_module(_NAME.format(len(extra_groups(root))), group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -152,7 +153,7 @@ class PendingValues:
         for name in names:
             old = model.get_parameter(name)
             new = nn.Parameter(read(self.values.pop(name)).to(device, old.dtype, copy=True), old.requires_grad)
-            exchange(stand_ins(model, lambda _, parameter, old=old, new=new: new if parameter is old else None))  # type: ignore[misc]
+            exchange(stand_ins(model, functools.partial(_only, old, new)))
             ignored.discard(old)
             ignored.add(new)
 
@@ -188,3 +189,8 @@ def _progress(total: int) -> Iterator[Any]:
         return
     with logging.tqdm(total=total, desc="Reading weights") as bar:
         yield lambda: bar.update(1)
+
+
+def _only(old: nn.Parameter, new: torch.Tensor, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    """``new`` in the place of ``old``, and of nothing else."""
+    return new if parameter is old else None

@@ -246,12 +246,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         validate(context.model, context.spec, size)
+        layers = context.structure.layers  # type: ignore[union-attr]
         # A derived plan has been verified against one process, for the class as it is.
         if context.plan.origin != "derived" or replaced_modules(context.model):
-            complete(context.model, context.spec, context.structure.layers, size, context.plan.strict)  # type: ignore[union-attr]
+            complete(context.model, context.spec, layers, size, context.plan.strict)
         check_cross_module_reads(context.spec, context.cross_module_reads)
         if context.options.sequence_parallel:
-            derive(context.model, context.spec, context.structure.layers)  # type: ignore[union-attr]
+            derive(context.model, context.spec, layers)
         if context.options.sequence_parallel_regather:
             regather(context.model, context.spec, context.checkpointing)
         keep_logits_sharded(context.model, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
@@ -306,7 +307,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.load_on_rank_zero:
             materialize_empty(context.model, context.pending)
         if context.pending is not None:
-            unmanaged = context.fsdp.ignored_parameters | replicated_parameters(context.structure, context.fsdp)  # type: ignore[arg-type]
+            replicated = replicated_parameters(context.structure, context.fsdp)  # type: ignore[arg-type]
+            unmanaged = context.fsdp.ignored_parameters | replicated
             ignored = [name for name, p in context.model.named_parameters() if p in unmanaged]
             context.pending.fill_ignored(
                 context.model,
@@ -317,7 +319,12 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
 
     def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
         """Turn parameters into DTensors on the tp axis and register the input and output hooks."""
-        context.tensor_parallel = apply_tensor_parallel(context.model, context.spec, context.tp_mesh, context.device)  # type: ignore[arg-type]
+        context.tensor_parallel = apply_tensor_parallel(
+            context.model,
+            context.spec,  # type: ignore[arg-type]
+            context.tp_mesh,  # type: ignore[arg-type]
+            context.device,
+        )
         context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
@@ -355,7 +362,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             return
         if draws_random_numbers(context.model):
             synchronize_at_first_forward(context.model, context.cp_mesh)
-        context_parallel.install(context.model, context.suitable, context.cp_mesh, context.device)  # type: ignore[arg-type]
+        suitable: Any = context.suitable
+        context_parallel.install(context.model, suitable, context.cp_mesh, context.device)
 
     def finish_layers(self, context: ParallelizeContext) -> None:
         """Wrap the forwards of the layers: local parameters, checkpoints, compile, extra FSDP param groups.
@@ -399,7 +407,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         shape = ", ".join(
             f"{n}={s}" for n, s in zip(context.mesh.mesh_dim_names or (), context.mesh.shape, strict=True)
         )
-        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(context.structure.layers))  # type: ignore[union-attr]
+        layers = context.structure.layers  # type: ignore[union-attr]
+        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(layers))
         if context.plan is not None and context.spec is not None:
             for line in plan_lines(context.plan, context.spec):
                 logger.info("%s", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -222,12 +223,17 @@ def install_hooks(model: nn.Module, name: str, spec: ModuleSpec, state: TensorPa
         after(boundaries.CopyTail(group, spec.tail))
 
 
+def _register_pre_hook(hook: Any, module: nn.Module) -> Any:
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def install_head_arguments(model: nn.Module, spec: ShardingSpec, state: TensorParallelState) -> None:
     """Slice arguments that have a value for each head, so that modules get those of this rank's heads."""
     group, rank, size = state.mesh.get_group(), state.mesh.get_local_rank(), state.mesh.size()
     for name, arguments in spec.head_arguments.items():
         own = boundaries.OwnHeads(arguments, group, rank, size)
-        state.hook(model.get_submodule(name), lambda m, own=own: m.register_forward_pre_hook(own, with_kwargs=True))  # type: ignore[misc]
+        register = functools.partial(_register_pre_hook, own)
+        state.hook(model.get_submodule(name), register)
 
 
 def _apply_native_style(module: nn.Module, name: str, style: object, mesh: DeviceMesh) -> None:

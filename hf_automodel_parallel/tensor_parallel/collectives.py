@@ -141,7 +141,9 @@ class _GatherSequence(torch.autograd.Function):
         return _all_gather_tokens(x, group, length)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None, None, None]:
         if gradient is None:
             return None, None, None, None, None
         return _own_tokens(_pad(gradient, ctx.size, zeros=True), ctx.rank, ctx.size), None, None, None, None

@@ -247,7 +247,8 @@ def refuse_compiled_dropout(model: nn.Module, spec: ShardingSpec) -> None:
         for key, module in model.get_submodule(name).named_modules():
             path = f"{name}.{key}" if key else name
             found = active_dropouts(module)
-            if found and not _is_inside(path, spec.sequence.blocks) and not _is_of_adapter(model, path):  # type: ignore[union-attr]
+            blocks = spec.sequence.blocks  # type: ignore[union-attr]
+            if found and not _is_inside(path, blocks) and not _is_of_adapter(model, path):
                 shown = ", ".join(f"{key}={value:g}" for key, value in found.items())
                 raise UnsupportedError(
                     f"compile with sequence_parallel=True: {path} ({type(module).__name__}) has {shown}, a dropout on "

@@ -136,7 +136,8 @@ class LocalParamForward(ForwardWrapper):
         """
         function = self.module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, _CheckpointLocalParams):
-            self.module._gradient_checkpointing_func = _CheckpointLocalParams(function, self)  # type: ignore[assignment]
+            checkpoint: Any = _CheckpointLocalParams(function, self)
+            self.module._gradient_checkpointing_func = checkpoint
 
     def _enter(self, sequence_shards: bool) -> list[tuple[ParamBinding, nn.Parameter]]:
         replaced: list[tuple[ParamBinding, nn.Parameter]] = []
@@ -151,7 +152,8 @@ class LocalParamForward(ForwardWrapper):
                 tensor = local[id(parameter)] = binding.local_tensor(parameter, sequence_shards)
             if binding.bias_of is not None:
                 binding.bias_of.bias = tensor
-            binding.owner._parameters[binding.name] = None if binding.bias_of is not None else tensor  # type: ignore[assignment]
+            shown: Any = None if binding.bias_of is not None else tensor
+            binding.owner._parameters[binding.name] = shown
             replaced.append((binding, held))  # type: ignore[arg-type]
         return replaced
 

@@ -61,7 +61,8 @@ def observe_dropout(model: nn.Module) -> None:
     _seen.clear()
     for key, layer, adapter, _ in _dropouts(model):
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
-        reader = magnitudes[adapter] if adapter in magnitudes else layer.lora_A[adapter]  # type: ignore[index,union-attr]
+        factors: Any = layer.lora_A
+        reader = magnitudes[adapter] if adapter in magnitudes else factors[adapter]  # type: ignore[index]
         reader.register_forward_pre_hook(_Observer(key))
 
 

@@ -135,7 +135,10 @@ def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]
     place = mesh.get_coordinate()
     for count in range(2, len(others) + 1):
         for axes in itertools.combinations(others, count):
-            index = tuple(slice(None) if axis in axes else place[i] for i, axis in enumerate(names))  # type: ignore[index]
+            index = tuple(
+                slice(None) if axis in axes else place[i]  # type: ignore[index]
+                for i, axis in enumerate(names)
+            )
             if mesh.mesh[index].flatten().tolist() == ranks:
                 return axes
     raise ConfigError(

@@ -76,7 +76,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         self.units = unit_classes(context.model, self.options.megatron_fsdp_unit_modules or context.layer_classes)
         if context.tp_mesh is not None:
             self.select_tensor_parallel(context)
-            refuse_cross_module_reads(context.spec, cross_module_reads(context.model, context.structure.layers))  # type: ignore[arg-type]
+            reads = cross_module_reads(context.model, context.structure.layers)
+            refuse_cross_module_reads(context.spec, reads)  # type: ignore[arg-type]
 
     def refuse_options_of_fsdp2(self, context: ParallelizeContext) -> None:
         """Refuse what the user asked of FSDP2 and megatron-fsdp does not have."""

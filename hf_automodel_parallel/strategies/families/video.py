@@ -52,7 +52,8 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
         for name, attention in attentions:
             for norm_name, norm in _norms(attention):
                 if context.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
-                    ForwardStack.of(norm).push(ForwardSlot.COMPUTATION, NormOverRanks(norm, context.tp_mesh))  # type: ignore[arg-type]
+                    sharded_norm = NormOverRanks(norm, context.tp_mesh)  # type: ignore[arg-type]
+                    ForwardStack.of(norm).push(ForwardSlot.COMPUTATION, sharded_norm)
             attention.heads //= context.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
         super().apply_tensor_parallel(context)
 

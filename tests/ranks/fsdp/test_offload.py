@@ -37,7 +37,7 @@ def step(
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
     offloads = []
     original = checkpointing.save_on_cpu
-    checkpointing.save_on_cpu = lambda **options: offloads.append(options) or original(**options)  # type: ignore[assignment]
+    checkpointing.save_on_cpu = lambda **o: offloads.append(o) or original(**o)  # type: ignore[assignment]
     try:
         loss = model(**batch, use_cache=False).loss
         accelerator.backward(loss)
