@@ -20,8 +20,9 @@ from ..checkpoint.commit import StagedSave, commit, last_complete_checkpoint, ro
 from ..checkpoint.files import load_plain, naming
 from ..checkpoint.manifest import Manifest, verify
 from ..checkpoint.random_states import origin, restore
+from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import How, Task, collect_model, collect_optimizer, restore_model, restore_optimizer
-from ..core.checkpoint_ranks import agreed, rank, world_size
+from ..core.ranks import rank, world_size
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .prepared import attached_to
@@ -76,7 +77,7 @@ def model_task(accelerator: Accelerator, model: nn.Module, folder: Path, index: 
         return collect_model(model, folder, index, how)
     from accelerate.utils import save_fsdp_model
 
-    with agreed(f"saving to {folder}"):
+    with checkpoint_step(f"saving to {folder}"):
         save_fsdp_model(
             accelerator.state.fsdp_plugin, accelerator, model, str(folder), index, adapter_only=how.adapter_only
         )
@@ -91,7 +92,7 @@ def optimizer_task(
         return collect_optimizer(raw_optimizer(optimizer), model, folder, index, how)
     from accelerate.utils import save_fsdp_optimizer
 
-    with agreed(f"saving to {folder}"):
+    with checkpoint_step(f"saving to {folder}"):
         save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder), index)
     return lambda group: None
 
@@ -105,7 +106,7 @@ def load_model(
         return
     from accelerate.utils import load_fsdp_model
 
-    with agreed(f"loading {folder}"), loading_whole(model):
+    with checkpoint_step(f"loading {folder}"), loading_whole(model):
         load_fsdp_model(
             accelerator.state.fsdp_plugin, accelerator, model, str(folder), index, adapter_only=adapter_only
         )
@@ -120,7 +121,7 @@ def load_optimizer(
         return
     from accelerate.utils import load_fsdp_optimizer
 
-    with agreed(f"loading {folder}"):
+    with checkpoint_step(f"loading {folder}"):
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder), index)
 
 
@@ -149,7 +150,7 @@ def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: 
             raise
         logger.info("saved the checkpoint %s", save.folder)
         if afterwards is not None:
-            with agreed(f"deleting old checkpoints beside {save.folder}", group):
+            with checkpoint_step(f"deleting old checkpoints beside {save.folder}", group):
                 afterwards()
 
     start(work) if background else work()
@@ -173,7 +174,7 @@ def load_random_state(
     source = origin(me, mesh, manifest.mesh if manifest else mesh, manifest.world_size if manifest else world_size())
     path = folder / file.format(rank=source.rank)
     states: Mapping[str, Any] = {}
-    with agreed(f"loading {folder}"):
+    with checkpoint_step(f"loading {folder}"):
         if manifest is None and not path.is_file():
             logger.warning("%s is missing, the random state of this rank is not restored", path)
         else:
@@ -241,7 +242,7 @@ def save_state(
         )
     folder = Path(output_dir)
     if naming_ourselves:
-        with agreed(f"saving to {folder}"):
+        with checkpoint_step(f"saving to {folder}"):
             if rank() == 0 and folder.exists():
                 raise CheckpointError(
                     f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on "
@@ -257,7 +258,7 @@ def save_state(
         for index, optimizer in enumerate(self._optimizers):
             model = _model_of(self, optimizer, index)
             _now_or_later(optimizer_task(self, optimizer, model, folder, index, how), how, tasks)
-        with agreed(f"saving to {folder}"), naming(folder):
+        with checkpoint_step(f"saving to {folder}"), naming(folder):
             for hook in self._save_model_state_pre_hook.values():
                 hook(self._models, [], str(folder))
             save_accelerator_state(
@@ -315,7 +316,7 @@ def load_state(
     from accelerate.checkpointing import load_accelerator_state
 
     wait_for_saves()
-    with agreed("load_state"):
+    with checkpoint_step("load_state"):
         unknown = set(kwargs) - {"map_location"}  # values go straight to where the model is
         if unknown:
             raise CheckpointError(
@@ -342,11 +343,11 @@ def load_state(
     for index, model in enumerate(self._models):
         load_model(self, model, folder, index, bool(manifest and manifest.adapter_only), manifest)
     if self.scaler is not None:
-        with agreed(f"loading {folder}"):
+        with checkpoint_step(f"loading {folder}"):
             self.scaler.load_state_dict(load_plain(folder / "scaler.pt"))
     for index, optimizer in enumerate(self._optimizers):
         load_optimizer(self, optimizer, _model_of(self, optimizer, index), folder, index, manifest)
-    with agreed(f"loading {folder}"):
+    with checkpoint_step(f"loading {folder}"):
         for hook in self._load_model_state_pre_hook.values():
             hook([], str(folder))
         load_accelerator_state(

@@ -308,7 +308,7 @@ def _check_on_shards(
         return
     parameters = dict(context.model.named_parameters())
     if context.options.backend == "megatron_fsdp":
-        from ..backends.megatron_fsdp.optimizer_check import check_elementwise
+        from ..backends.megatron_fsdp.accelerate import check_elementwise
 
         with raise_on_all_ranks("Accelerator.prepare"):
             check_elementwise(optimizers, names, {name: p.shape for name, p in parameters.items()})

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.model_view import layer_pattern
 from ..core.ranks import gather_objects
 from ..errors import AutoParallelError
-from ..plan.patterns import layer_pattern
 from .reachability import ReachabilityHooks
 from .replica_check import compare_replicas
 

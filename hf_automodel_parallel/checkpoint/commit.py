@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoint_ranks import agreed, rank, rank_zero_tells
+from ..core.ranks import broadcast_object, rank
 from ..errors import CheckpointError
 from .files import naming, write_atomically
 from .manifest import (
@@ -38,6 +38,7 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
+from .steps import checkpoint_step
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,10 @@ def stage(folder: str | Path, group: Any = None) -> StagedSave:
     """
     folder = Path(folder).absolute()  # a save in the background must not follow the working directory
     since = 0
-    with agreed(f"saving to {folder}", group):
+    with checkpoint_step(f"saving to {folder}", group):
         if rank(group) == 0:
             since = _stage(folder)
-    return StagedSave(folder, rank_zero_tells(since, group))
+    return StagedSave(folder, broadcast_object(since, group))
 
 
 def _stage(folder: Path) -> int:
@@ -213,7 +214,7 @@ def commit(save: StagedSave, manifest: Manifest, group: Any = None) -> None:
         CheckpointError: on all ranks; the directory stays marked as incomplete.
     """
     add_new_files(manifest, save.folder, save.since, group)
-    with agreed(f"completing {save.folder}", group):
+    with checkpoint_step(f"completing {save.folder}", group):
         if rank(group) == 0:
             write_manifest(save.folder, manifest)
             with naming(save.folder):
@@ -268,7 +269,7 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
         ...     accelerator.load_state(str(last))
     """
     chosen: Path | None = None
-    with agreed(f"looking for checkpoints in {folder}", group):
+    with checkpoint_step(f"looking for checkpoints in {folder}", group):
         if rank(group) == 0:
             for path in numbered(folder):
                 _try_to_recover(path)
@@ -286,7 +287,7 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
                     break
             if chosen is not None:
                 logger.warning("resuming from the last complete checkpoint, %s", chosen)
-    return rank_zero_tells(chosen, group)
+    return broadcast_object(chosen, group)
 
 
 def _try_to_recover(folder: Path) -> None:
@@ -304,7 +305,7 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
     """
     folder = Path(folder)
     answer: Path | None = None
-    with agreed(f"loading {folder}", group):
+    with checkpoint_step(f"loading {folder}", group):
         if rank(group) == 0:
             _try_to_recover(folder)
             found = status(folder)
@@ -331,7 +332,7 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
                     found.reason,
                     answer,
                 )
-    return rank_zero_tells(answer, group)  # type: ignore[return-value]
+    return broadcast_object(answer, group)  # type: ignore[return-value]
 
 
 def _by_time(folders: list[Path]) -> list[Path]:

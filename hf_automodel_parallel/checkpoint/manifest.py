@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from ..core.checkpoint_ranks import agreed, everyone_tells, rank, rank_zero_tells, world_size
+from ..core.ranks import broadcast_object, gather_objects, rank, world_size
 from ..errors import CheckpointError
 from .checksums import BLOCK, Checksums, read_back, take_written
 from .files import write_atomically
+from .steps import checkpoint_step
 
 MANIFEST = "checkpoint_manifest.json"
 MARK = "checkpoint_incomplete.json"
@@ -178,12 +179,12 @@ def add_new_files(manifest: Manifest, folder: Path, since: int, group: Any = Non
     long as no library writes large files by name.
     """
     mine: dict[str, Checksums] = {}
-    with agreed(f"completing {folder}", group):
+    with checkpoint_step(f"completing {folder}", group):
         ranks = world_size(group)
         for name in new_files(folder, since):
             if responsible(name, ranks) == rank(group):
                 mine[name] = take_written(folder / name) or read_back(folder / name, sync=True)
-    for entries in everyone_tells(mine, group):
+    for entries in gather_objects(mine, group):
         for name, entry in entries.items():
             manifest.add(name, entry)
 
@@ -217,13 +218,13 @@ def verify(folder: str | Path, group: Any = None) -> Manifest | None:
         CheckpointError: on all ranks, naming each file that is missing, truncated or changed.
     """
     folder = Path(folder)
-    with agreed(f"reading {folder}", group):
+    with checkpoint_step(f"reading {folder}", group):
         manifest = read_manifest(folder) if rank(group) == 0 else None
-    manifest = rank_zero_tells(manifest, group)
+    manifest = broadcast_object(manifest, group)
     if manifest is None:
         return None
     ranks, me = world_size(group), rank(group)
-    with agreed(f"checking {folder}", group):
+    with checkpoint_step(f"checking {folder}", group):
         mine: Mapping[str, dict[str, int]] = {
             name: entry for name, entry in manifest.files.items() if responsible(name, ranks) == me
         }

@@ -12,13 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..core.checkpoint_ranks import agreed, from_dcp, rank, rank_zero_tells
-from ..core.ranks import communication_device
+from ..core.ranks import broadcast_object, communication_device, rank
 from ..errors import CheckpointError
 from .files import load_plain
 from .manifest import Manifest
 from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_metadata
 from .shards import LocalShard
+from .steps import checkpoint_step, from_dcp
 from .writer import Path_
 
 
@@ -70,7 +70,7 @@ class DcpSource:
     def __init__(self, folder: Path, root: str, manifest: Manifest | None = None, group: Any = None) -> None:
         self.name, self.folder, self.group = str(folder), folder, group
         checksums = {} if manifest is None else manifest.checksums_below(folder.name)
-        with agreed(f"reading {folder}", group):
+        with checkpoint_step(f"reading {folder}", group):
             metadata = read_metadata(folder, checksums.get(METADATA_FILE))
             self._reader = SafeFileSystemReader(folder, metadata, checksums)
             paths = metadata.planner_data or {}
@@ -123,17 +123,17 @@ class FileSource:
         self.name, self.group = str(path), group
         self._values: dict[Path_, Any] = {}
         entries: dict[Path_, Entry] = {}
-        with agreed(f"reading {path}", group):
+        with checkpoint_step(f"reading {path}", group):
             if rank(group) == 0:
                 checksums = None if manifest is None else manifest.checksums(path.name)
                 self._values = dict(_flat(load_plain(path, mmap=True, checksums=checksums), depth))
                 for key, value in self._values.items():
                     entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
-        self.entries: Mapping[Path_, Entry] = rank_zero_tells(entries, group)
+        self.entries: Mapping[Path_, Entry] = broadcast_object(entries, group)
 
     def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
         """One broadcast per tensor; no rank but the first ever needs memory for more than the largest of them."""
-        plain = rank_zero_tells({p: self._values.get(p) for p, shard in shards.items() if shard is None}, self.group)
+        plain = broadcast_object({p: self._values.get(p) for p, shard in shards.items() if shard is None}, self.group)
         for path, shard in shards.items():
             if shard is None:
                 continue

@@ -12,12 +12,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
-from ..core.checkpoint_ranks import agreed, everyone_tells
+from ..core.ranks import gather_objects
 from ..errors import CheckpointError, UnsupportedError
 from ..optim.handoff import parameter_names
 from .reader import check_keys, some
 from .shards import LocalShard
 from .sources import Entry, Source
+from .steps import checkpoint_step
 from .writer import Path_
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
     Raises:
         CheckpointError: on all ranks: missing names, other shapes, or names that the model does not have.
     """
-    with agreed(f"loading {source.name}", source.group):
+    with checkpoint_step(f"loading {source.name}", source.group):
         wanted = model_state(model, adapter_only)
         known = {str(path[-1]): entry for path, entry in source.entries.items()}
         wanted = _with_what_was_trained(model, wanted, known)
@@ -191,7 +192,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
         CheckpointError: on all ranks: other parameters, or other groups of them.
         UnsupportedError: the state of a parameter is sharded but has another shape than it.
     """
-    with agreed(f"loading {source.name}", source.group):
+    with checkpoint_step(f"loading {source.name}", source.group):
         names = names_by_group(optimizer, model)
         parameters = {
             name: p
@@ -213,7 +214,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
         shards = {path: LocalShard.of(tensor) for path, tensor in tensors.items()}
     with torch.no_grad():
         values = source.read({**plain, **shards})
-    with agreed(f"loading {source.name}", source.group):
+    with checkpoint_step(f"loading {source.name}", source.group):
         saved_groups = _nested_groups({**tensors, **values})
         order = _match_groups(names, saved_groups, source.name)
         flat = [name for group in names for name in group]
@@ -285,7 +286,7 @@ def check_same_everywhere(state: Mapping[Any, Any], what: str, fatal: bool, grou
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.numel()
     }
-    everyone = everyone_tells(digests, group)
+    everyone = gather_objects(digests, group)
     differing = sorted({name for other in everyone for name in other if other.get(name) != everyone[0].get(name)})
     if not differing:
         return

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..core.checkpoint_ranks import agreed, rank, rank_zero_tells
+from ..core.ranks import broadcast_object, rank
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .commit import to_load
@@ -20,6 +20,7 @@ from .manifest import Manifest, verify
 from .shards import LocalShard
 from .sources import DcpSource, FileSource, Source, nested
 from .state import State, check_same_everywhere, load_model, load_optimizer, model_state, optimizer_state
+from .steps import checkpoint_step
 from .writer import save_chunks
 
 MODEL = "pytorch_model_fsdp"
@@ -46,7 +47,7 @@ class How:
 
 def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
     """Collect the weights of ``model``; the result writes them. Collective, both."""
-    with agreed(f"saving to {folder}"):
+    with checkpoint_step(f"saving to {folder}"):
         state: State = {(name,): value for name, value in model_state(model, how.adapter_only).items()}
     check_same_everywhere(state, "the model", fatal=False)
     if how.sharded:
@@ -56,7 +57,7 @@ def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
 
 def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int, how: How) -> Task:
     """Collect the state of ``optimizer``; the result writes it. Collective, both."""
-    with agreed(f"saving to {folder}"):
+    with checkpoint_step(f"saving to {folder}"):
         state = optimizer_state(optimizer, model)
     check_same_everywhere(state, type(optimizer).__name__, fatal=True)
     if how.sharded:
@@ -67,7 +68,7 @@ def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder
 def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
     paths = {".".join(map(str, (root, *path))): (root, *path) for path in state}
     flat: dict[str, Any] = {}
-    with agreed(f"saving to {folder}"):
+    with checkpoint_step(f"saving to {folder}"):
         for key, path in paths.items():
             value = state[path[1:]]
             if isinstance(value, torch.Tensor):
@@ -88,7 +89,7 @@ def _full(state: State, path: Path) -> Task:
             gathered[key] = value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
     def write(group: Any) -> None:
-        with agreed(f"saving {path}", group):
+        with checkpoint_step(f"saving {path}", group):
             if keep:
                 save_plain(nested(gathered), path)
 
@@ -155,7 +156,7 @@ def load_training_state(
 
 def _source(folder: Path, directory: str, file: str, root: str, depth: int, manifest: Manifest | None) -> Source:
     sharded = False
-    with agreed(f"loading {folder}"):
+    with checkpoint_step(f"loading {folder}"):
         if rank() == 0:
             sharded = (folder / directory).is_dir()
             if not sharded and not (folder / file).is_file():
@@ -163,6 +164,6 @@ def _source(folder: Path, directory: str, file: str, root: str, depth: int, mani
                     f"{folder} holds neither {directory}/ nor {file}: there is no state of the {root} to continue "
                     f"from. A checkpoint of save_only_model=True, or of save_model, is for from_pretrained."
                 )
-    if rank_zero_tells(sharded):
+    if broadcast_object(sharded):
         return DcpSource(folder / directory, root, manifest)
     return FileSource(folder / file, depth, manifest)

@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
-from ..core.checkpoint_ranks import agreed, from_dcp, rank
+from ..core.ranks import rank
 from .checksums import create, renamed
 from .files import naming
 from .shards import LocalShard
+from .steps import checkpoint_step, from_dcp
 
 #: Path of a value in the nested dictionary that a reader gets back.
 Path_ = tuple[str | int, ...]
@@ -71,7 +72,7 @@ def save_chunks(
     Raises:
         CheckpointError: on all ranks, naming the file that could not be written.
     """
-    with agreed(f"saving to {folder}", group):
+    with checkpoint_step(f"saving to {folder}", group):
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
         writer = FileSystemWriter(folder)

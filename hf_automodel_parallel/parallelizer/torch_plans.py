@@ -23,10 +23,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..core.model_structure import find_structure
-from ..core.model_view import ModelView
+from ..core.model_view import ModelView, pattern_regex
 from ..core.sharding_spec import PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
-from ..plan.patterns import pattern_regex
 from ..plan.select import select_plan
 from ..plan.sources.huggingface import huggingface_plan
 from ..plan.sources.llama_like import llama_like_plan

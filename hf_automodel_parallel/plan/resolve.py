@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from .. import compat
-from ..core.model_view import ModelView, plan_name, without_wrappers
+from ..core.model_view import ModelView, pattern_regex, plan_name, precision, without_wrappers
 from ..core.sharding_spec import (
     PARTIAL_GRADIENT,
     RANK_ZERO_ONLY,
@@ -23,7 +23,6 @@ from ..core.sharding_spec import (
     ShardingSpec,
 )
 from ..errors import PlanError, UnsupportedError
-from .heads import local_head_counts
 from .kv_head_replication import replicate_key_value_heads
 from .layer_kinds import (
     Matrix,
@@ -35,9 +34,9 @@ from .layer_kinds import (
     only_looks_up,
     trains_rows,
 )
-from .patterns import pattern_regex, precision
 from .peft_placement import feature_vector, place_adapter, place_parameter_adapters, place_trained_rows
 from .styles import EMBEDDING_STYLES, LINEAR_STYLES, MODULE_STYLES
+from .validate import local_head_counts
 
 T = TypeVar("T")
 

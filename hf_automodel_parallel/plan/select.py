@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..core.model_view import ModelView, plan_name
+from ..core.model_view import ModelView, pattern_regex, plan_name
 from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import PlanError
-from .patterns import pattern_regex
 from .sources.families import LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME, llama_nemotron_super_plan
 from .sources.huggingface import huggingface_plan
 from .sources.llama_like import default_plan, llama_like_plan

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from ..core.model_view import ModelView
-from ..core.sharding_spec import OutputHook, ShardingSpec
-from ..errors import PlanError
+from ..core.sharding_spec import InputHook, OutputHook, ShardingSpec
+from ..errors import PlanError, UnsupportedError
+from .layer_kinds import as_matrix
 
 
 def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
@@ -93,3 +95,78 @@ def config_with_heads(model: nn.Module) -> Any | None:
             if any(name.endswith("num_attention_heads") for name in _counts(candidate)):
                 return candidate
     return None
+
+
+# ---- expert parallel -----------------------------------------------------------------------------------------------
+
+
+def refuse_expert_parallel(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` if the model's ``distributed_config`` asks for experts dealt out over ranks.
+
+    transformers carries that out while it loads a model; on a model that is already built the request would have no
+    effect.
+    """
+    inner = ModelView.of(model).inner
+    wanted = getattr(getattr(inner, "config", None), "distributed_config", None)
+
+    def field(name: str) -> Any:
+        return wanted.get(name) if isinstance(wanted, dict) else getattr(wanted, name, None)
+
+    size = field("ep_size")
+    asked = f"ep_size={size}" if isinstance(size, int) and size > 1 else ""
+    asked = asked or ("enable_expert_parallel=True" if field("enable_expert_parallel") is True else "")
+    if wanted is not None and asked:
+        raise UnsupportedError(
+            f"config.distributed_config of {type(inner).__name__} has {asked}: expert parallelism (whole experts dealt "
+            f"out over ranks) is not available. Use tp_size, which gives every rank a slice of every expert, so that "
+            f"it holds 1/tp_size of their bytes, and remove distributed_config from the config."
+        )
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------
+
+
+def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, dict[str, int]]:
+    """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
+
+    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an
+    integer, has "head" in its name and equals the number of heads that a projection below the module makes or takes, or
+    the width of all of them together. The width of one head, which may happen to equal the number of heads, stays what
+    it is.
+
+    Args:
+        model: the model, plain or PEFT-wrapped; only read.
+        spec: the resolved plan.
+        tp_size: number of ranks on the tp axis.
+
+    Returns:
+        module name -> attribute -> local count.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, boundary in spec.modules.items():
+        parent_name = name.rpartition(".")[0]
+        parent = model.get_submodule(parent_name)
+        head_dim = getattr(parent, "head_dim", getattr(parent, "attention_head_size", None))
+        if boundary.native_style is not None or not isinstance(head_dim, int):
+            continue
+        base_name = f"{name}.base_layer" if f"{name}.base_layer.weight" in spec.parameters else name
+        matrix = as_matrix(model.get_submodule(base_name), base_name)
+        if matrix is None:
+            continue
+        if boundary.output is OutputHook.NONE:
+            features = matrix.out_features
+        elif boundary.input is InputHook.NONE:
+            features = matrix.in_features
+        else:
+            continue
+        for attribute, value in vars(parent).items():
+            if "head" in attribute and type(value) is int and _attribute_counts(attribute, value, head_dim, features):
+                counts.setdefault(parent_name, {})[attribute] = value // tp_size
+    return counts
+
+
+def _attribute_counts(attribute: str, value: int, head_dim: int, features: int) -> bool:
+    """True if the attribute says how many heads ``features`` are, or how wide all of them; not how wide one is."""
+    if re.search("dim|size", attribute):
+        return value == features > head_dim
+    return value * head_dim == features

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.model_view import ModelView, without_wrappers
+from ..core.model_view import ModelView, layer_pattern, without_wrappers
 from ..errors import PlanError, first_line
-from ..plan.patterns import layer_pattern
 
 HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM

@@ -46,13 +46,12 @@ from ..plan.analysis.replication_check import complete
 from ..plan.analysis.sequence_parallel import derive, regather
 from ..plan.analysis.skipped_layers import skipped_without_images
 from ..plan.describe import plan_lines
-from ..plan.expert_parallel import refuse_expert_parallel
 from ..plan.layer_kinds import check_peft_method
 from ..plan.loss_parallel import keep_logits_sharded
 from ..plan.resolve import resolve
 from ..plan.select import select_plan
 from ..plan.torch_styles import check_sequence_layouts
-from ..plan.validate import validate
+from ..plan.validate import refuse_expert_parallel, validate
 from ..plan_search.proxy_model import replaced_modules
 from ..plan_search.search import derived_plan
 from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters

@@ -10,17 +10,22 @@ extends modules likewise. No class is changed, and other Trainers of the process
 from __future__ import annotations
 
 import functools
+import logging
+import signal
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
 
 from .. import compat
 from ..accelerate_plugin import methods
 from ..accelerate_plugin.hooks import Hooks
 from ..accelerate_plugin.saving import bind_trainer
 from ..core.mesh import inherit_timeouts
-from .checks import check_trainer
-from .preemption import adopt_signal_handler, agree_on_signal
+from ..core.ranks import communication_device
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, ParallelismConfig
@@ -88,10 +93,117 @@ def _extended(cls: type) -> type[Any]:
     """``cls`` with our methods in front of those of ``Trainer``, under its own name."""
     from transformers import Trainer
 
-    from .checkpoints import ParallelTrainer
+    from .trainer import ParallelTrainer
 
     if issubclass(cls, ParallelTrainer):
         return cls
     bases = (ParallelTrainer,) if cls is Trainer else (cls, ParallelTrainer)
     attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, bases, attributes)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def check_trainer(accelerator: Accelerator, trainer: Any) -> None:
+    """Before a model is prepared for training.
+
+    Raises:
+        ConfigError: ``average_tokens_across_devices=False`` where ranks share batches. The Trainer then divides the
+            number of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much
+            too large. Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and
+            ``fp16_full_eval`` beside data parallelism.
+    """
+    _check_hub(accelerator, trainer.args)
+    for field in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(trainer.args, field, False) and _has_data_parallel_ranks(accelerator):
+            raise ConfigError(
+                f"{field}=True casts the model when it is evaluated, and FSDP2 cannot gather parameters whose dtype "
+                f"has changed. Use {field[:4]}=True (mixed precision), which evaluates in that dtype, too."
+            )
+    if getattr(trainer.args, "average_tokens_across_devices", True):
+        return
+    counts = getattr(trainer, "model_accepts_loss_kwargs", True) or getattr(trainer, "compute_loss_func", None)
+    shared = accelerator.parallelism_config.non_data_parallel_size  # type: ignore[union-attr]
+    if counts and shared > 1:
+        raise ConfigError(
+            f"average_tokens_across_devices=False with {shared} ranks to a batch (tp_size x cp_size): the Trainer "
+            f"would make losses and gradients {shared} times too large. Leave it at True, its default."
+        )
+
+
+def _has_data_parallel_ranks(accelerator: Accelerator) -> bool:
+    return accelerator.num_processes > accelerator.parallelism_config.non_data_parallel_size  # type: ignore[union-attr]
+
+
+def _check_hub(accelerator: Accelerator, args: Any) -> None:
+    if not getattr(args, "push_to_hub", False) or str(getattr(args.save_strategy, "value", args.save_strategy)) == "no":
+        return
+    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
+    if strategy == "every_save" and "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type):
+        raise ConfigError(
+            "hub_strategy='every_save' uploads the model of each checkpoint, which SHARDED_STATE_DICT does not write: "
+            "there would be configs without weights on the hub. Use state_dict_type='FULL_STATE_DICT', or "
+            "hub_strategy='end' or 'checkpoint'."
+        )
+    if "checkpoint" in strategy and getattr(accelerator.parallelism_config, "async_save", False):
+        raise ConfigError(
+            f"hub_strategy={strategy!r} uploads a checkpoint at once, async_save=True writes it later. Use one of the "
+            "two."
+        )
+
+
+# ---- preemption ----------------------------------------------------------------------------------------------------
+
+
+logger = logging.getLogger(__name__)
+
+_NOTED = "_automodel_parallel_signal"
+
+
+def adopt_signal_handler() -> None:
+    """Take over the Trainer's handler of SIGTERM, if it has one: on its instance, once. Call it before the first
+    step.
+    """
+    manager = _manager()
+    if manager is None or hasattr(manager, _NOTED):
+        return
+    setattr(manager, _NOTED, bool(manager.is_checkpoint_requested))
+    manager.is_checkpoint_requested = False
+
+    def note() -> None:
+        setattr(manager, _NOTED, True)
+
+    def save() -> None:
+        # Like the Trainer's, without its file "checkpoint-is-incomplete.txt", which each rank would write and remove.
+        manager.is_checkpoint_requested = False
+        setattr(manager, _NOTED, False)
+        logger.info("SIGTERM: checkpoint at step %d, then the end", manager.trainer.state.global_step)
+        compat.save_trainer_checkpoint(manager.trainer)
+
+    compat.replace_checkpoint_request(manager, note)
+    manager.execute_jit_checkpoint = save
+
+
+def agree_on_signal() -> None:
+    """During an optimizer step, on all ranks: if any of them has got a signal, each one's Trainer saves after this
+    step.
+
+    Costs an all-reduce of one number, and nothing where ``enable_jit_checkpoint`` is off.
+    """
+    manager = _manager()
+    if manager is None or not hasattr(manager, _NOTED):
+        return
+    noted = torch.tensor(int(getattr(manager, _NOTED)), device=communication_device())
+    dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+    manager.is_checkpoint_requested = bool(noted.item())
+
+
+def _manager() -> Any | None:
+    """What the Trainer handles SIGTERM with, None if somebody else does or nobody."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return owner if isinstance(owner, compat.trainer_signal_manager_type() or ()) else None

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...core.model_structure import find_structure
+from ...core.model_view import ModelView
 from ...core.option_fields import refuse_for_backend
+from ...core.sharding_spec import REPLICATED, ShardingSpec
 from ...errors import ConfigError, UnsupportedError, not_available_yet
 from ...fsdp.quantized import quantization_method
+from ...fsdp.shard import separable
 from ...peft.operations import check_trainable_as_shards
 from ...plan.analysis.cross_module_reads import cross_module_reads, refuse_cross_module_reads
 from ...plan.layer_kinds import check_peft_method
@@ -23,13 +31,11 @@ from ...strategies.base import refuse_sharded
 from ...strategies.context import ParallelizeContext
 from ...strategies.default import DefaultParallelizationStrategy, refuse_fused_loss
 from . import engine
-from .changes import refuse_changes
 from .mesh import find_axes
 from .options import MegatronOptions
 from .sharding import MegatronModel, managed_by_megatron, shard_with_megatron
+from .shards import local_part
 from .state import FullStates
-from .tensor_parallel import check_local, make_local
-from .units import unit_classes
 
 logger = logging.getLogger(__name__)
 
@@ -211,3 +217,144 @@ def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
             f"init_fsdp_with_meta_device=True: {len(unable)} modules have no reset_parameters() to initialise "
             f"themselves with: {', '.join(unable[:4])}. Add the method, or build the model on the CPU."
         )
+
+
+# ---- tensor parallel -----------------------------------------------------------------------------------------------
+
+
+def make_local(model: nn.Module, spec: ShardingSpec) -> None:
+    """Replace each tensor-parallel DTensor of ``model`` by a parameter of its local part, in place; ties stay."""
+    made: dict[int, tuple[DTensor, nn.Parameter]] = {}  # the old one keeps its id taken
+    for module_name, module in model.named_modules():
+        for key, parameter in list(module._parameters.items()):
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:
+                local = nn.Parameter(local_part(parameter), requires_grad=parameter.requires_grad)
+                place = spec.parameters.get(f"{module_name}.{key}" if module_name else key, REPLICATED)
+                local.tensor_model_parallel = place.dim is not None  # type: ignore[attr-defined]
+                local.partition_dim = -1 if place.dim is None else place.dim  # type: ignore[attr-defined]
+                local.partition_stride = 1  # type: ignore[attr-defined]
+                made[id(parameter)] = (parameter, local)
+            module._parameters[key] = made[id(parameter)][1]
+
+
+def check_local(spec: ShardingSpec) -> None:
+    """Raise :class:`UnsupportedError` if a module of ``spec`` runs on an engine that needs DTensors in flight."""
+    for name, module in spec.modules.items():
+        if module.native_style is not None:
+            raise UnsupportedError(
+                f"the tensor-parallel style {type(module.native_style).__name__} of {name!r} cannot be combined with "
+                f"megatron-fsdp, which gathers local tensors: it computes with DTensors. Use a style name such as "
+                f"'colwise' or 'rowwise' (or a style of torch's that means the same), or leave tp_shard_plan out."
+            )
+
+
+# ---- changes -------------------------------------------------------------------------------------------------------
+
+
+#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in
+#: buffers.
+_CHANGING = (
+    "add_adapter",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "inject_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "set_adapter",
+    "set_requires_grad",
+    "unload",
+    "unmerge_adapter",
+)
+
+
+def refuse_changes(model: nn.Module) -> None:
+    """Let operations that change parameters of ``model``, or which of them are trained, say that they cannot be
+    done.
+    """
+    inner = ModelView.of(model).inner
+    for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
+        for name in _CHANGING:
+            if isinstance(owner, nn.Module) and callable(getattr(type(owner), name, None)):
+                owner.__dict__[name] = _refusal(name)
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"{name}() on a model that megatron-fsdp manages: it holds parameters and gradients in buffers made for "
+            f"those that were there when it was sharded. Do it before, or use backend='fsdp2'."
+        )
+
+    return refuse
+
+
+# ---- units ---------------------------------------------------------------------------------------------------------
+
+
+def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None) -> list[type[nn.Module]]:
+    """The unit classes of ``model``.
+
+    Args:
+        model: the model, plain or PEFT-wrapped.
+        given: classes, import paths or class names; None for the repeated layers, and the whole model if it has none.
+
+    Raises:
+        ConfigError: a class does not occur in the model.
+        UnsupportedError: a unit would contain another one, or a parameter that is also used outside of it.
+    """
+    if given is None:
+        layers = find_structure(model).layers
+        whole = {id(layer) for layer in separable(model, layers)}
+        shared = {type(layer) for layer in layers if id(layer) not in whole}
+        classes = [cls for cls in dict.fromkeys(map(type, layers)) if cls not in shared]
+        return classes or [type(model)]
+    classes = list(dict.fromkeys(_find(model, item) for item in given))
+    units = [module for module in model.modules() if isinstance(module, tuple(classes))]
+    for unit in units:
+        inner = next((m for m in unit.modules() if m is not unit and isinstance(m, tuple(classes))), None)
+        if inner is not None:
+            raise UnsupportedError(
+                f"megatron_fsdp_unit_modules: {type(unit).__name__} contains {type(inner).__name__}; megatron-fsdp "
+                f"would free the inner one while the outer one needs it. Name one of the two."
+            )
+    whole = {id(unit) for unit in separable(model, units)}
+    for unit in units:
+        if id(unit) not in whole and unit is not model and any(True for _ in unit.parameters()):
+            raise UnsupportedError(
+                f"megatron_fsdp_unit_modules: a {type(unit).__name__} shares a parameter with modules outside of it, "
+                f"which megatron-fsdp would free under them. Leave it out, or untie the parameter."
+            )
+    return classes
+
+
+def _find(model: nn.Module, item: str | type[nn.Module]) -> type[nn.Module]:
+    """The class that ``item`` means."""
+    present = {type(module): None for module in model.modules()}
+    if isinstance(item, type):
+        if any(issubclass(cls, item) for cls in present):
+            return item
+    else:
+        path, _, name = item.rpartition(".")
+        by_name = [cls for cls in present if cls.__name__ == name and path in ("", cls.__module__)]
+        if by_name:
+            return by_name[0]
+        cls = _imported(path, name) if path else None
+        if isinstance(cls, type) and any(issubclass(known, cls) for known in present):
+            return cls
+    shown = item if isinstance(item, str) else f"{item.__module__}.{item.__qualname__}"
+    names = sorted({cls.__name__ for cls in present})
+    near = difflib.get_close_matches(shown.rpartition(".")[2], names, n=3, cutoff=0.4)
+    raise ConfigError(
+        f"megatron_fsdp_unit_modules names {shown!r}, but {type(model).__name__} has no module of this class"
+        + (f"; did you mean {', '.join(near)}?" if near else f". Its classes: {', '.join(names[:8])}.")
+    )
+
+
+def _imported(path: str, name: str) -> object:
+    try:
+        return getattr(importlib.import_module(path), name, None)
+    except ImportError:
+        return None

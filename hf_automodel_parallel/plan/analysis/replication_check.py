@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from ... import compat
-from ...core.model_view import ModelView
+from ...core.model_view import ModelView, layer_pattern
 from ...core.sharding_spec import PARTIAL_GRADIENT, REPLICATED, InputHook, ModuleSpec, OutputHook, ShardingSpec
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
-from ..patterns import layer_pattern
 from .expert_check import check_experts
 from .linear_check import faulty_linears, leave_ends_replicated, refuse_remaining
 from .operator_trace import tensors_in

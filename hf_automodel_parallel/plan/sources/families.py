@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ...core.model_view import pattern_regex
 from ...core.sharding_spec import PlanEntry
 from ...errors import PlanError
-from ..patterns import pattern_regex
 from .huggingface import huggingface_plan
 from .llama_like import doubts
 
@@ -170,3 +170,95 @@ def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
             f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: {error}. Leave "
             f"tp_plan out for the plan of the model's own class, or give one for its layers."
         ) from error
+
+
+# ---- hybrid --------------------------------------------------------------------------------------------------------
+
+
+def nemotron_h(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
+    """The plan of ``NemotronHForCausalLM``, of transformers or of the checkpoint's own code.
+
+    Embedding, head, MLPs, experts with their shared expert, and attention by heads. Mamba mixers stay whole: their
+    input projection packs five parts of different sizes. So does attention that counts its heads itself.
+
+    Args:
+        model: the model, unwrapped. Its layers are at ``model.layers`` or ``backbone.layers``.
+    """
+    base = "backbone" if hasattr(model, "backbone") else "model"
+    mixer = f"{base}.layers.*.mixer"
+    plan = {
+        f"{base}.embeddings": "embedding_rowwise",
+        f"{mixer}.up_proj": "colwise",
+        f"{mixer}.down_proj": "rowwise",
+        f"{mixer}.shared_experts.up_proj": "colwise",
+        f"{mixer}.shared_experts.down_proj": "rowwise",
+        "lm_head": "colwise_gather_output",
+    }
+    for module in model.modules():
+        if isinstance(getattr(module, "q_proj", None), nn.Module) and not _counts_heads(module):
+            plan |= {f"{mixer}.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
+            plan[f"{mixer}.o_proj"] = "rowwise"
+            break
+    for module in model.modules():
+        if isinstance(getattr(module, "up_proj", None), nn.Parameter):  # experts in one parameter, not a module each
+            experts = f"{mixer}.experts"
+            plan |= {f"{experts}.up_proj": "colwise", f"{experts}.down_proj": "rowwise", experts: "moe_tp_experts"}
+            break
+    return plan
+
+
+def _counts_heads(attention: nn.Module) -> bool:
+    return any("heads" in name and type(value) is int and value > 1 for name, value in vars(attention).items())
+
+
+# ---- video ---------------------------------------------------------------------------------------------------------
+
+
+def _pair(first: str, second: str) -> dict[str, str]:
+    """Two layers with something element-wise in between."""
+    return {first: "colwise", second: "rowwise"}
+
+
+def _attention(path: str, *added: str, out: tuple[str, ...] = ("to_out.0",)) -> dict[str, str]:
+    """An attention at ``path``; ``added`` are projections of a second stream, ``out`` those behind the heads."""
+    inputs = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v", *added)}
+    return inputs | {f"{path}.{name}": "rowwise" for name in out}
+
+
+def _feed_forward(path: str) -> dict[str, str]:
+    return _pair(f"{path}.net.0.proj", f"{path}.net.2")
+
+
+#: ``WanTransformer3DModel``; the entries of the image branch match only in image-to-video models.
+WAN: dict[str, str] = {
+    **_pair("condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_2"),
+    **_pair("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2"),
+    "condition_embedder.time_proj": "colwise_gather_output",
+    **_feed_forward("condition_embedder.image_embedder.ff"),
+    **_attention("blocks.*.attn1"),
+    **_attention("blocks.*.attn2", "add_k_proj", "add_v_proj"),
+    **_feed_forward("blocks.*.ffn"),
+}
+
+#: ``HunyuanVideo15Transformer3DModel``: two streams, of the video and of its conditions, with one attention over both.
+HUNYUAN_VIDEO: dict[str, str] = {
+    **_pair("image_embedder.linear_1", "image_embedder.linear_2"),
+    **_pair(
+        "context_embedder.time_text_embed.timestep_embedder.linear_1",
+        "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    ),
+    **_pair(
+        "context_embedder.time_text_embed.text_embedder.linear_1",
+        "context_embedder.time_text_embed.text_embedder.linear_2",
+    ),
+    **_attention("context_embedder.token_refiner.refiner_blocks.*.attn"),
+    **_feed_forward("context_embedder.token_refiner.refiner_blocks.*.ff"),
+    **_pair("context_embedder_2.linear_1", "context_embedder_2.linear_2"),
+    **_pair("time_embed.timestep_embedder.linear_1", "time_embed.timestep_embedder.linear_2"),
+    **_pair("time_embed.timestep_embedder_r.linear_1", "time_embed.timestep_embedder_r.linear_2"),
+    "transformer_blocks.*.norm1.linear": "colwise_gather_output",
+    "transformer_blocks.*.norm1_context.linear": "colwise_gather_output",
+    **_attention("transformer_blocks.*.attn", "add_q_proj", "add_k_proj", "add_v_proj", out=("to_out.0", "to_add_out")),
+    **_feed_forward("transformer_blocks.*.ff"),
+    **_feed_forward("transformer_blocks.*.ff_context"),
+}

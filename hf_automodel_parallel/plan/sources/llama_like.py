@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from ... import compat
+from ...core.model_view import pattern_regex
 from ...core.sharding_spec import PlanEntry
-from ..patterns import pattern_regex
 from ..styles import LINEAR_STYLES
 
 _STYLES = {

@@ -7,9 +7,7 @@ import inspect
 from torch import nn
 
 from ...core.sharding_spec import PlanEntry
-from .families import FAMILIES, PlanFunction
-from .hybrid import nemotron_h
-from .video import HUNYUAN_VIDEO, WAN
+from .families import FAMILIES, HUNYUAN_VIDEO, WAN, PlanFunction, nemotron_h
 
 #: Class name, bare or as ``module.qualname`` -> function of the (unwrapped) model that returns pattern -> style.
 OPTIMIZED_PLANS: dict[str, PlanFunction] = {

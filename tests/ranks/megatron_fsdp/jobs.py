@@ -175,7 +175,7 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import clip_, total_norm
+    from hf_automodel_parallel.backends.megatron_fsdp.sharding import clip_, total_norm
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     parameters = []
@@ -197,7 +197,7 @@ def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
     """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the
     gradients.
     """
-    from hf_automodel_parallel.backends.megatron_fsdp.grad_norm import total_norm
+    from hf_automodel_parallel.backends.megatron_fsdp.sharding import total_norm
 
     with cuda_standins():
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))

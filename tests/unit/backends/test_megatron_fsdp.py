@@ -11,9 +11,9 @@ from harness.training import LORA, build
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, UnsupportedError
 from hf_automodel_parallel.backends import megatron_fsdp as megatron
 from hf_automodel_parallel.backends.megatron_fsdp import engine
-from hf_automodel_parallel.backends.megatron_fsdp.optimizer_check import check_elementwise
+from hf_automodel_parallel.backends.megatron_fsdp.accelerate import check_elementwise
 from hf_automodel_parallel.backends.megatron_fsdp.options import MegatronOptions
-from hf_automodel_parallel.backends.megatron_fsdp.units import unit_classes
+from hf_automodel_parallel.backends.megatron_fsdp.strategy import unit_classes
 
 
 def test_default_units_are_the_layers_and_misspelt_ones_are_refused():

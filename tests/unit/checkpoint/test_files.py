@@ -553,8 +553,8 @@ def test_async_save_is_checked(options):
 def test_trainer_is_extended_below_its_subclasses():
     from transformers import Trainer
 
-    from hf_automodel_parallel.trainer_plugin.checkpoints import ParallelTrainer
     from hf_automodel_parallel.trainer_plugin.extend import _extended
+    from hf_automodel_parallel.trainer_plugin.trainer import ParallelTrainer
 
     class Base(Trainer):
         pass
@@ -577,7 +577,7 @@ def test_methods_of_the_trainer_that_are_extended_exist():
 
     from transformers import Trainer
 
-    from hf_automodel_parallel.trainer_plugin.checkpoints import ParallelTrainer
+    from hf_automodel_parallel.trainer_plugin.trainer import ParallelTrainer
 
     names = [name for name, value in vars(ParallelTrainer).items() if inspect.isfunction(value)]
     own = {"_manifest_of", "_load_weights"}

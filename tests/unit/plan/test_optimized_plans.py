@@ -14,8 +14,8 @@ from transformers import Mistral3ForConditionalGeneration as Mistral3
 
 from hf_automodel_parallel import PlanError, register_optimized_plan
 from hf_automodel_parallel.core.model_structure import find_structure
+from hf_automodel_parallel.core.model_view import pattern_regex
 from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT
-from hf_automodel_parallel.plan.patterns import pattern_regex
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.sources import registry as optimized

@@ -20,9 +20,9 @@ from hf_automodel_parallel.plan.analysis.replication import (
     WrongPlan,
 )
 from hf_automodel_parallel.plan.analysis.replication_check import ReplicationCheck, complete
-from hf_automodel_parallel.plan.expert_parallel import refuse_expert_parallel
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan.validate import refuse_expert_parallel
 
 
 def completed(model, tp_plan=None, size=2):

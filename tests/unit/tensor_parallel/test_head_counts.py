@@ -6,9 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.plan.analysis.replication_check import complete
-from hf_automodel_parallel.plan.heads import local_head_counts
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
+from hf_automodel_parallel.plan.validate import local_head_counts
 from hf_automodel_parallel.plan_search.parity_check import ParityCheck
 
 SQUARE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}

@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..accelerate_plugin import checkpoints
@@ -27,11 +29,34 @@ from ..checkpoint.background import wait_for_saves
 from ..checkpoint.commit import last_complete_checkpoint, roll_back, rotate, stage, to_load
 from ..checkpoint.files import load_plain, naming, save_plain
 from ..checkpoint.manifest import Manifest, verify
+from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import Task, restore_model, restore_optimizer
-from ..core.checkpoint_ranks import agreed
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
-from .evaluation import ParallelEvaluation
+
+
+class ParallelEvaluation(Trainer):
+    """What a Trainer with an :class:`AutoParallelismConfig` does differently in evaluation; see
+    :mod:`.trainer_seam`.
+    """
+
+    _gathering: Any = None
+
+    @property  # type: ignore[override]
+    def gather_function(self) -> Any:
+        """How predictions, losses and labels are gathered.
+
+        ``Seq2SeqTrainer`` chooses ``Accelerator.gather`` before it predicts, which returns what all processes have:
+        each sample once per tp rank, and those again that fill up the last batch.
+        """
+        return self._gathering
+
+    @gather_function.setter
+    def gather_function(self, function: Any) -> None:
+        if getattr(function, "__func__", None) is Accelerator.gather:
+            function = self.accelerator.gather_for_metrics
+        self._gathering = function
+
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +141,7 @@ class ParallelTrainer(ParallelEvaluation):
         else:
             restore_optimizer(raw_optimizer(self.optimizer), self.model, folder, manifest=manifest)
         checksums = None if manifest is None else manifest.checksums("scheduler.pt")
-        with agreed(f"loading {folder}"):
+        with checkpoint_step(f"loading {folder}"):
             self.lr_scheduler.load_state_dict(load_plain(folder / "scheduler.pt", checksums=checksums))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -124,7 +149,7 @@ class ParallelTrainer(ParallelEvaluation):
         if checkpoint is None or getattr(self.accelerator, "scaler", None) is None:
             return
         path = Path(checkpoint) / "scaler.pt"
-        with agreed(f"loading {checkpoint}"):
+        with checkpoint_step(f"loading {checkpoint}"):
             if path.is_file():
                 self.accelerator.scaler.load_state_dict(load_plain(path))
 
@@ -153,7 +178,7 @@ class ParallelTrainer(ParallelEvaluation):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._tasks = []
         try:
-            with agreed(f"saving to {folder}"), naming(folder):
+            with checkpoint_step(f"saving to {folder}"), naming(folder):
                 super()._save_checkpoint(model, trial, *args, **kwargs)
             tasks = self._tasks
         except BaseException:
@@ -175,7 +200,7 @@ class ParallelTrainer(ParallelEvaluation):
         finish(save, manifest, tasks, background, afterwards)
         to_push, self._to_push = self._to_push, None
         if to_push is not None:
-            with agreed(f"pushing {to_push}"):
+            with checkpoint_step(f"pushing {to_push}"):
                 super()._push_from_checkpoint(to_push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -199,7 +224,7 @@ class ParallelTrainer(ParallelEvaluation):
         if self._tasks is None:
             super().save_model(output_dir, _internal_call)
             return
-        with agreed(f"saving to {output_dir}"), naming(str(output_dir)):
+        with checkpoint_step(f"saving to {output_dir}"), naming(str(output_dir)):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -221,7 +246,7 @@ class ParallelTrainer(ParallelEvaluation):
                 task(
                     None
                 )  # before the next is collected: gathered weights and optimizer state are never there together
-        with agreed(f"saving to {folder}"):
+        with checkpoint_step(f"saving to {folder}"):
             if self.args.should_save:
                 save_plain(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
