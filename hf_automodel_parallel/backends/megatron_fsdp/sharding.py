@@ -225,9 +225,9 @@ def shard_with_megatron(
 ) -> MegatronModel:
     """Wrap ``model`` with megatron-fsdp, in place.
 
-    A tensor-parallel parameter is a DTensor on the tp axis. megatron-fsdp keeps it so in flight (with the gathered data
-    inside), which the regions of :mod:`..tensor_parallel.in_flight` then make local as under FSDP2; at rest it becomes
-    a DTensor on both axes.
+    A tensor-parallel parameter is a DTensor on the tp axis. During forward megatron-fsdp keeps it so, with the
+    unsharded data inside; local-parameter scopes then make it local as under FSDP2. Between forwards it is a DTensor on
+    both axes.
 
     Args:
         model: on one device, or on meta with ``init_fsdp_with_meta_device``.
