@@ -100,13 +100,16 @@ class ForwardStack:
 
     Attributes:
         module: the owner of the forward.
+        below: the stack inside of a wrapper of other code, None without one. Nothing is pushed into it any more, but
+            what is in it counts as being around the forward.
         entries: slot and wrapper, innermost first. Two of one slot stand in the order in which they were pushed.
         forwards: ``forwards[i]`` is the forward with the first i wrappers around it; ``forwards[0]`` is what the module
             had before (of its class, or set by its user, by Accelerate or PEFT), the last one is ``module.forward``.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, below: ForwardStack | None = None) -> None:
         self.module = module
+        self.below = below
         self.entries: list[tuple[ForwardSlot, ForwardWrapper]] = []
         self.forwards: list[Forward] = [module.forward]
 
@@ -118,9 +121,9 @@ class ForwardStack:
         inside of it. And if ``module`` is a shallow copy, whose attribute is the stack of another module.
         """
         stack: ForwardStack | None = vars(module).get(_ATTRIBUTE)
-        if stack is None or stack.module is not module or not stack._is_current():
+        if stack is None or stack.module is not module:
             return cls(module)
-        return stack
+        return stack if stack._is_current() else cls(module, stack)
 
     def push(self, slot: ForwardSlot, wrapper: ForwardWrapper) -> None:
         """Put ``wrapper`` into ``slot``, around everything of that slot and of those further inside."""
@@ -137,7 +140,8 @@ class ForwardStack:
 
     def get(self, slot: ForwardSlot) -> ForwardWrapper | None:
         """The outermost wrapper in ``slot``, None if it is empty."""
-        return next((wrapper for key, wrapper in reversed(self.entries) if key is slot), None)
+        own = next((wrapper for key, wrapper in reversed(self.entries) if key is slot), None)
+        return own if own is not None or self.below is None else self.below.get(slot)
 
     def __contains__(self, slot: ForwardSlot) -> bool:
         return self.get(slot) is not None

@@ -56,7 +56,7 @@ class Flag(Values):
         return "true, false or leave it out" if self.optional else "true or false"
 
     def accepts(self, value: Any) -> bool:
-        return value in (True, False) if self.optional else isinstance(value, bool)
+        return isinstance(value, bool)  # not 0 or 1, which `is False` would miss
 
     def converted(self, value: Any, default: Any) -> Any:
         return default if value is None else value

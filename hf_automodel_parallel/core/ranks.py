@@ -1,7 +1,8 @@
 """Collectives of Python values and small tensors: raise on all ranks, compare a value on all ranks, broadcast rank 0's.
 
-Every function but :func:`rank` and :func:`world_size` is collective over its group, and returns at once in a process
-without a process group. For a barrier with a timeout see :mod:`~hf_automodel_parallel.core.rendezvous`.
+What takes a ``group`` is collective over it. In a process without a process group the collectives of Python values
+return at once; those of tensors need one. For a barrier with a timeout see
+:mod:`~hf_automodel_parallel.core.rendezvous`.
 """
 
 from __future__ import annotations
@@ -102,9 +103,10 @@ def raise_on_all_ranks(
     """Run the block on every rank; if it raises on any of them, all raise, so that no rank waits for another one.
 
     Such blocks may be nested, and code of other libraries may stand between them. A rank that fails takes part in
-    exactly one exchange on its way out. The other ranks learn of the error at their next exchange, whichever that is,
-    and leave without another one. So between two of these blocks there must be no collective that a failing rank leaves
-    out.
+    exactly one exchange on its way out: that of the innermost block. The other ranks learn of the error at the end of
+    their next block, be it that one or one further out, and leave without another exchange. If their next collective
+    is another one, they wait in it forever: so between two of these blocks there must be no collective that a failing
+    rank leaves out.
 
     Args:
         what: what is being done, for the message on the ranks that had no error of their own.
@@ -129,7 +131,8 @@ def raise_on_all_ranks(
     failed = [(number, message) for number, message in enumerate(messages) if message is not None]
     if failed:
         number, message = failed[0]
-        others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
+        more = len(failed) - 1
+        others = f" (and {more} {'other' if more == 1 else 'others'})" if more else ""
         raise known_to_all(raises(f"{what} failed on rank {number}{others}: {message}"), group)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.lazy_graph import Given, Node, read
-from ..core.ranks import raise_on_all_ranks
+from ..core.ranks import gather_objects, raise_on_all_ranks
 from ..core.shard_layout import chunks_of
 from ..core.swap import exchange, stand_ins
 from ..errors import PrepareError
@@ -96,8 +96,7 @@ class PendingValues:
         if not self.values:
             return
         mine = [(file.path, file.digest) for file in self.files]
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
+        everyone = gather_objects(mine, group)
         for rank, theirs in enumerate(everyone):
             digests, reference = [digest for _, digest in theirs], [digest for _, digest in everyone[0]]
             if digests != reference:

@@ -53,7 +53,7 @@ def test_error_known_in_a_smaller_group_is_exchanged_again_in_the_larger_one():
     assert results[1] == ("KeyError", "'planted'", 2)
     assert results[0][:1] + results[0][2:] == ("CheckpointError", 2)
     for name, text, exchanges in results[2:]:
-        assert (name, exchanges) == ("PrepareError", 2) and text.startswith("outer failed on rank 0 (and 1 others): ")
+        assert (name, exchanges) == ("PrepareError", 2) and text.startswith("outer failed on rank 0 (and 1 other): ")
 
 
 def compared(value: int) -> tuple[object, object, list[list[float]]]:
