@@ -1,5 +1,5 @@
-"""What the names of a model mean: the model inside of PEFT's wrappers, ties, PEFT's layers; and names as plans write
-them.
+"""Names of modules and parameters: through PEFT's wrappers, of tied parameters, as a plan writes them; and the patterns
+of a plan.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import nn
 
 from .. import compat
 
-# Levels that torch's wrappers put into names; they never appear in a plan.
+# Levels that torch's wrappers add to names; a plan never has them.
 _TRANSPARENT = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 class ModelView:
-    """The names of one model, computed once and handed on.
+    """The names of one model, computed once and passed on.
 
-    A view is valid as long as no module or parameter of the model is replaced. The strategies make one before they
-    plan; sharding replaces parameters, so later steps make a new one.
+    A view is valid as long as no module or parameter of the model is replaced. A strategy makes one before it plans;
+    sharding replaces parameters, so later steps make a new one.
 
     Attributes:
-        model: the model as the user has it, maybe a ``PeftModel``.
+        model: the user's model, maybe a ``PeftModel``.
         inner: the Hugging Face model inside.
-        prefix: of the inner model's names within ``model``: ``"base_model.model."`` for LoRA, ``"base_model."`` for
-            prompt learning, ``""`` for a plain model.
+        prefix: prefix of the inner model's names within ``model``: ``"base_model.model."`` for LoRA,
+            ``"base_model."`` for prompt learning, ``""`` for a plain model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +35,7 @@ class ModelView:
 
     @classmethod
     def of(cls, model: nn.Module | ModelView) -> ModelView:
-        """The view of ``model``; a view is returned as it is, so a caller who has one hands it on."""
+        """The view of ``model``; a view is returned unchanged, so that a caller who has one can pass it instead."""
         return model if isinstance(model, ModelView) else cls(model)
 
     def plan_name(self, name: str) -> str:
@@ -82,7 +82,7 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
-# ---- patterns ------------------------------------------------------------------------------------------------------
+# ---- patterns of a plan: module paths in which * stands for one path component -------------------------------------
 
 
 @lru_cache(maxsize=4096)

@@ -1,3 +1,3 @@
-"""WHAT to shard: from a model and the user's wish to a plan, and from a plan to a sharding spec. Pure; no process
-group.
+"""WHAT to shard: selects a plan for a model, and resolves it to a sharding spec. Needs no process group and changes no
+model.
 """

@@ -1,4 +1,4 @@
-"""A resolved plan as a table for people."""
+"""A resolved plan as a table for the terminal, and as log lines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
-    """The plan as a table: pattern, style, number of places, placement of the weight on the tp axis, source."""
-    from rich.table import Table  # draws random numbers when it is imported, which must not happen in a training
+    """The plan as a table: pattern, style, number of matches, placement of the weight on the tp axis, source."""
+    # Imported here, because rich draws random numbers on import, which would change the random state of a training.
+    from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold", expand=True)
     table.add_column("module or parameter", overflow="fold", ratio=3)
@@ -26,7 +27,7 @@ def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
 
 
 def plan_lines(plan: Plan, spec: ShardingSpec) -> list[str]:
-    """The same as log lines: one decision each."""
+    """The plan as log lines, one for each entry, each note and each entry that matched nothing."""
     lines = [
         f"plan ({plan.origin}): {pattern} -> {style} x{count}, {placement} [{source}]"
         for pattern, style, count, placement, source in spec.rows

@@ -1,11 +1,11 @@
-"""Key and value heads fewer than ranks: each head belongs to several ranks (multi-query and grouped-query attention).
+"""KV-head replication: multi-query or grouped-query attention with fewer key and value heads than tp ranks.
 
-The projection stays whole on the tp axis, and each rank computes with the rows of the one head that its queries read.
-Several ranks hold a copy of a head, so its gradient is the sum of theirs: the gradient of the whole parameter is
-partial, with zeros in the rows of other heads, and is summed like every other one. At rest it is an ordinary replicated
-parameter, so the optimizer, the gradient norm, files and checkpoints on other meshes need to know nothing. Its cost is
-memory: these projections are not divided by tp, which is 1 / heads-per-group of the query projection each. (Megatron-LM
-copies key-value heads in the same way.)
+Key and value projections are replicated over tp. In forward each rank computes with the rows of the one head that its
+queries read. Several ranks compute with the same head, so the gradient of the full parameter is ``Partial``, with zeros
+in the rows of other heads, and is all-reduced like every other partial gradient. Between forwards it is an ordinary
+replicated parameter, so optimizer, gradient norm, files and checkpoints on other meshes need no special case. The cost
+is memory: these projections are not divided by tp. Each has 1 / (queries per key-value head) of the size of the query
+projection. (Megatron-LM replicates key-value heads in the same way.)
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _COPIES = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)$")
 
 
 def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int) -> list[str]:
-    """Let ranks share the key and value heads where these are fewer than the ranks; changes ``spec``.
+    """Replicate key and value projections that have fewer heads than there are tp ranks; changes ``spec``.
 
-    A projection is one of keys or values if its attention says into how many queries each of its heads is repeated (an
-    integer attribute such as ``num_key_value_groups``), and at most two projections of the attention have so few heads.
+    A projection is one of keys or values if its attention has the number of query heads per key-value head (an integer
+    attribute such as ``num_key_value_groups``), and at most two projections of the attention have so few heads.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.
@@ -34,7 +34,7 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
         tp_size: number of ranks on the tp axis.
 
     Returns:
-        Names of the projections that are shared.
+        Names of the projections that are replicated.
 
     Raises:
         PlanError: heads are fewer than the ranks, but neither divides the other.
@@ -64,7 +64,7 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
             and value in {queries // h for h in few.values()}
         }
         if not few or not groups or len({_COPIES.sub("", name) for name in few}) > 2 or len(set(few.values())) > 1:
-            continue  # not known to be keys and values: validation names what does not divide
+            continue  # not recognised as keys and values; validate() then reports the heads that do not divide
         heads = next(iter(few.values()))
         if tp_size % heads or queries % tp_size:
             raise PlanError(
@@ -79,7 +79,7 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
         for attribute in list(counts):
             if counts[attribute] != (value := getattr(attention, attribute)) // tp_size or value % heads:
                 continue
-            if value in (heads, heads * vars(attention)["head_dim"]):  # of keys and values: this rank has one
+            if value in (heads, heads * vars(attention)["head_dim"]):  # counts key-value heads: each rank has one
                 counts[attribute] = value // heads
         counts |= dict.fromkeys(groups, queries // tp_size)
     if shared:
@@ -92,7 +92,7 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
 
 
 def _share(spec: ShardingSpec, name: str, heads: int) -> None:
-    """What is sharded by output features below ``name`` stays whole, and each rank works with one head of it."""
+    """Replicate the sharded parameters below ``name``, with one head as the slice that each rank computes with."""
     for parameter, place in spec.parameters.items():
         if parameter.startswith(f"{name}.") and place.dim is not None:
             spec.parameters[parameter] = replace(

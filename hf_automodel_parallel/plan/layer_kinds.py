@@ -1,4 +1,4 @@
-"""The kinds of layer that a style can be applied to, and what PEFT put around them."""
+"""The kinds of layer that a style can be applied to, and PEFT's wrappers around them."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Matrix:
 
 
 def as_matrix(module: nn.Module, name: str) -> Matrix | None:
-    """``module`` as a matrix layer, None if it is something else.
+    """``module`` as a matrix layer (``nn.Linear`` or transformers' ``Conv1D``), None for any other module.
 
     Raises:
-        UnsupportedError: it is a linear layer with quantised weights, whose storage cannot be sliced.
+        UnsupportedError: a linear layer with quantised weights, whose storage cannot be sliced.
     """
     if isinstance(module, nn.Linear):
         weight = module.weight
-        # Not compared side by side: a layer made around a tied table may name its features the other way round.
+        # Sorted, because a layer that was made around a tied table may have in_features and out_features exchanged.
         if not weight.is_floating_point() or sorted(weight.shape) != sorted((module.out_features, module.in_features)):
             raise UnsupportedError(
                 f"{name} is a quantised {type(module).__name__} (weight {tuple(weight.shape)}, {weight.dtype}); tensor "
@@ -69,12 +69,16 @@ def as_matrix(module: nn.Module, name: str) -> Matrix | None:
 
 
 def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that do the work of ``module``: itself, or what is inside of a PEFT wrapper around it.
+    """The modules that compute in place of ``module``: itself, or those inside of PEFT's auxiliary wrapper around it.
 
-    That is each copy of a ``modules_to_save`` wrapper, and the layer that ``trainable_token_indices`` puts in.
+    For ``modules_to_save`` these are the original and the copy of each adapter; for ``trainable_token_indices`` it is
+    the token adapter.
+
+    Yields:
+        (name, module).
 
     Raises:
-        UnsupportedError: another auxiliary wrapper under tensor parallelism.
+        UnsupportedError: another auxiliary wrapper of PEFT.
     """
     auxiliary = compat.peft_auxiliary_wrapper_type()
     if auxiliary is None or not isinstance(module, auxiliary):
@@ -94,13 +98,13 @@ def expand_wrappers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Modu
         yield f"{name}.modules_to_save.{adapter}", copy
 
 
-#: PEFT's methods that tensor parallelism knows. The rest would see a slice where they expect a whole layer or all
-#: heads.
+#: PEFT's methods that tensor parallelism supports. The others would get a shard where they expect the full layer or
+#: all heads.
 _METHODS = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 
 
 def check_peft_method(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if a PEFT method of ``model`` is not one that is right with sharded layers."""
+    """Raise :class:`UnsupportedError` if ``model`` uses a PEFT method that is wrong on sharded layers."""
     if not compat.is_peft_model(model):
         return
     for adapter, config in model.peft_config.items():  # type: ignore[union-attr,operator]
@@ -113,9 +117,7 @@ def check_peft_method(model: nn.Module) -> None:
 
 
 def check_adapter(name: str, module: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if the PEFT layer ``module`` has a part that tensor parallelism cannot shard
-    yet.
-    """
+    """Raise :class:`UnsupportedError` if tensor parallelism cannot shard the PEFT layer ``module`` or its variant."""
     kind = _kind(module)
     method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
@@ -131,18 +133,18 @@ def check_adapter(name: str, module: nn.Module) -> None:
 
 
 def _kind(module: nn.Module) -> type:
-    """The class of ``module``; of a unit of FSDP2, which changes it, the one from before."""
+    """The class of ``module`` before ``fully_shard``, which replaces the class of an FSDP unit by a subclass."""
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def is_parameter_adapter(module: nn.Module) -> bool:
-    """True for PEFT's LoRA on a bare parameter (``target_parameters``; what "all-linear" does to expert weights)."""
+    """True for PEFT's LoRA on a bare parameter (``target_parameters``; "all-linear" uses it for expert weights)."""
     wrapper = compat.peft_parameter_wrapper_type()
     return wrapper is not None and _kind(module) is wrapper
 
 
 def trains_rows(adapter: nn.Module | None) -> bool:
-    """True for PEFT's layer that trains some rows of a table, which it reads beside the forward of the layer below."""
+    """True for PEFT's layer that trains some rows of a table; it reads the table past the forward of the base layer."""
     return hasattr(adapter, "trainable_tokens_delta")
 
 
@@ -150,8 +152,8 @@ def parameter_adapter_out_dim(adapter: nn.Module) -> int:
     """Dimension of the adapted parameter over which ``lora_B`` runs; ``lora_A`` runs over the other matrix dimension.
 
     The parameter is ``(out, in)``, ``(experts, out, in)``, or ``(experts, in, out)`` in modules that store it
-    transposed; the adapter recognises the last two by itself, so its own feature counts tell them apart only through
-    that decision.
+    transposed. PEFT itself decides which of the last two it is, and its feature counts follow from that decision; so
+    the decision is asked for, not the counts.
     """
     if adapter.num_experts == 1:  # type: ignore[union-attr]
         return 0
@@ -159,8 +161,8 @@ def parameter_adapter_out_dim(adapter: nn.Module) -> int:
 
 
 def only_looks_up(embedding: nn.Embedding) -> bool:
-    """True if an embedding has no parameter but its table.
+    """True if the table is the only parameter of an embedding.
 
-    A norm inside of it, for example, would see the rows of this rank alone, before they are summed over the ranks.
+    Another one (a norm, for example) would be applied to this rank's rows alone, before the all-reduce over tp.
     """
     return [name for name, _ in embedding.named_parameters()] == ["weight"]

@@ -1,4 +1,4 @@
-"""Loss parallelism in a plan: the output projection that is sharded over the vocabulary need not gather its output."""
+"""Loss parallelism in a plan: an output projection that is sharded over the vocabulary keeps its logits sharded."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from ..errors import PlanError
 def keep_logits_sharded(
     model: nn.Module, spec: ShardingSpec, wanted: bool | None = None, chunk_rows: int | None = None
 ) -> None:
-    """Let the output projection of ``model`` keep its output sharded, where it would gather it; changes ``spec``.
+    """Let the output projection of ``model`` keep its logits sharded instead of all-gathering them; changes ``spec``.
 
     Args:
-        model: the model, plain or PEFT-wrapped. It is only read.
+        model: the model, plain or PEFT-wrapped; only read.
         spec: the resolved spec.
-        wanted: None: where it is possible, else a note says why not. True: it has to be possible. False: leave ``spec``
-        alone.
-        chunk_rows: rows whose logits the loss has in float32 at a time; a number requires loss parallelism, too.
+        wanted: None: do it where possible, else add a note with the reason. True: required. False: leave ``spec``
+            unchanged.
+        chunk_rows: number of rows (tokens) whose logits the loss holds in float32 at a time; a number makes loss
+            parallelism required.
 
     Raises:
-        PlanError: it was required and the model or the plan does not allow it.
+        PlanError: it is required, and the model or the plan does not allow it.
     """
     if wanted is False:
         return
     inner = ModelView.of(model).inner
+    # Also names below the head: `modules_to_save` has copies of the head there, with hooks of their own.
     head = compat.lm_head_module(inner)
     names = [name for name, module in model.named_modules() if module is head] if head is not None else []
     projections = [

@@ -1,11 +1,11 @@
 """Where the parameters of PEFT's adapters live on the tp axis: one table, and the functions that apply it.
 
-An adapter stands between the tp input hook and the tp output hook of its base layer. Everything in between is linear,
-so an adapter adds no collective: it reads the input that the base layer reads, and what it adds to the output takes
-part in the base layer's all-reduce or all-gather. The side of the base weight that is sharded decides the placement:
+An adapter runs between the tp input hook and the tp output hook of its base layer. Everything in between is linear, so
+an adapter adds no collective: it reads the same input as the base layer, and its output is added before the base
+layer's all-reduce or all-gather. The sharded side of the base weight decides the placement:
 
 * column-wise (``colwise``: output features sharded): each rank computes its output features from the full input. A
-  factor that reads the input sees it on every rank, but its gradient comes from this rank's output features alone:
+  factor that reads the input is replicated, but its gradient on a rank comes from this rank's output features alone:
   ``Partial``.
 * row-wise (``rowwise``: input features sharded): each rank computes a ``Partial`` output from its input features. A
   factor behind the contraction works on a ``Partial`` activation. Its output is correct after the all-reduce, and so is
@@ -23,8 +23,8 @@ IA3 on inputs (1, in)   Replicate, Partial gradient       Shard(1)
 IA3 on outputs (out,)   Shard(0)                          Replicate, Partial gradient
 ======================  ================================  =======================================
 
-The table serves LoRA on bare parameters, too (``target_parameters``, expert weights): their "out" and "in" side are
-dimensions of a matrix for each expert. LoRA on an embedding is replicated beside the sharded table.
+The table also serves LoRA on bare parameters (``target_parameters``, expert weights): there "out" and "in" are the two
+matrix dimensions of each expert. LoRA on an embedding is replicated, while the embedding itself is sharded.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def placement(parameter: str, side: str, blocks: int, tp_size: int) -> Parameter
         side: the sharded side of the base weight: "out" (column-wise) or "in" (row-wise).
         blocks: number of projections packed along that side.
         tp_size: number of ranks on the tp axis.
+
+    Returns:
+        The placement of the parameter and of its gradient on the tp axis.
     """
     spec = PLACEMENTS[parameter][0 if side == "out" else 1]
     if spec.dim is None:
@@ -82,7 +85,7 @@ def placement(parameter: str, side: str, blocks: int, tp_size: int) -> Parameter
 def feature_vector(blocks: int, tp_size: int) -> ParameterSpec:
     """Placement of a vector with one number for each sharded output feature, such as a bias.
 
-    A vector of packed projections stays replicated, and each rank computes with its slice of each block: sharded in
+    A vector of packed projections stays replicated, and each rank computes with its slice of each block. Sharded in
     blocks along its only dimension, it would have no dimension left for FSDP2.
     """
     if blocks == 1:
@@ -118,6 +121,7 @@ def place_adapter(spec: ShardingSpec, name: str, adapter: nn.Module, side: str, 
 
 
 def _place_ia3(spec: ShardingSpec, name: str, adapter: nn.Module, side: str, blocks: int, tp_size: int) -> None:
+    # A deferred bias is added after the all-reduce, so behind IA3, which scales the output including the bias.
     if not adapter.is_feedforward and spec.modules[name].deferred_bias is not None:
         raise UnsupportedError(
             f"{name} has a bias and is row-wise; IA3 on its output would have to scale the bias too, which is added "
@@ -134,6 +138,7 @@ def place_parameter_adapters(model: nn.Module, spec: ShardingSpec, name: str, tp
     The wrappers are nested, one for each adapted parameter of a module. The parameter's own spec is there already.
     """
     base = spec.parameters[name]
+    # Nested wrappers adapt one parameter each; those with another `parameter_name` are not for `leaf`.
     owner, _, leaf = name.rpartition(".")
     while owner.endswith(".base_layer"):
         owner = owner.removesuffix(".base_layer")

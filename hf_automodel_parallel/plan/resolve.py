@@ -86,10 +86,11 @@ class _Resolver:
         matches, notes = read_torch_styles(matches, modules, parameters)
         self.spec.notes.extend(notes)
         placements = self._place_entries(matches, modules, parameters)
+        # After the entries: a tied name that no entry matched gets the placement of one that was matched.
         self._place_tied_parameters()
         self._check_experts_are_sharded()
-        # Plans of transformers are for classes that infer the number of heads from the tensor, and a derived plan
-        # names the attributes that count.
+        # Plans of transformers are written for classes that infer the number of heads from the tensor; a derived plan
+        # lists the attributes that count heads itself.
         if self.plan.origin not in ("hf", "derived"):
             self.spec.head_counts |= local_head_counts(self.model, self.spec, self.tp_size)
         self._divide_counts(modules)
@@ -103,7 +104,7 @@ class _Resolver:
                 self.spec.rows.append((pattern, entry.style_name, count, placements[pattern], entry.source))
         return self.spec
 
-    # ---- matching ----------------------------------------------------------------------------------------------
+    # ---- matching: names of the model and entries of the plan --------------------------------------------------
 
     def _plan_targets(self) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
         """Modules and parameters that a plan can name: the model's own, without those that PEFT added inside layers."""
@@ -133,6 +134,7 @@ class _Resolver:
     ) -> dict[str, PlanEntry]:
         """Name -> the matching entry with the fewest wildcards; raises if an explicit entry matches nothing."""
         names = [*modules, *parameters]
+        # Patterns are without PEFT's levels, so one plan fits a model with and without adapters.
         short = {name: without_wrappers(plan_name(name, self.view.prefix)) for name in names}
         best: dict[str, PlanEntry] = {}
         for pattern, entry in self.plan.entries.items():
@@ -158,8 +160,9 @@ class _Resolver:
     def _place_entries(
         self, matches: dict[str, PlanEntry], modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]
     ) -> dict[str, str]:
-        """Fill the spec from the matched entries; pattern -> placement, for the plan table."""
+        """Fill the spec from the matched entries; returns pattern -> placement, for the plan table."""
         placements: dict[str, str] = {}
+        # Parameters first: an entry of their own wins over "replicated_with_grad_allreduce" of their module.
         for name, entry in matches.items():
             if name in parameters:
                 placements[entry.pattern] = self._place_parameter(name, parameters[name], entry)
@@ -186,6 +189,7 @@ class _Resolver:
             spec = REPLICATED
         elif style == "replicated_with_grad_allreduce":
             spec = PARTIAL_GRADIENT
+        # Fused experts are (experts, out, in), so the matrix is in the last two dimensions.
         elif style in ("colwise", "packed_colwise"):
             spec = ParameterSpec(max(rank - 2, 0), LINEAR_STYLES[style].blocks)
         elif style in ("rowwise", "packed_rowwise"):
@@ -219,6 +223,7 @@ class _Resolver:
             return self._place_native_style(name, module, entry)
         tuner = compat.peft_tuner_layer_type()
         adapter, base_name, base = None, name, module
+        # Wrappers of `target_parameters` are nested around the layer; they are placed with the parameter they adapt.
         while tuner is not None and isinstance(base, tuner):
             check_adapter(base_name, base)
             adapter = None if is_parameter_adapter(base) else base
@@ -254,6 +259,7 @@ class _Resolver:
         if row.side == "out" and vars(matrix.module).get("nf") == matrix.out_features:
             # transformers' Conv1D reshapes its output to nf features
             self.spec.head_counts[base_name] = {"nf": matrix.out_features // self.tp_size}
+        # A row-wise bias is added after the all-reduce; before it, it would be added once per rank.
         deferred = has_bias and row.side == "in"
         if deferred and not isinstance(matrix.module, nn.Linear):  # transformers' Conv1D needs its bias
             self.spec.parameters[f"{base_name}.bias"] = RANK_ZERO_ONLY
@@ -266,7 +272,11 @@ class _Resolver:
         return str(weight) + ("" if style == entry.style else f" ({style})")
 
     def _style_that_divides(self, name: str, matrix: Matrix, style: str) -> str | None:
-        """``style``; or its swap, which needs the same activations around the layer, if this side does not divide."""
+        """``style``; its swap if tp_size divides the other side only; None if it divides neither.
+
+        A swap is possible where activations are replicated on both sides of the layer. It avoids padding a vocabulary
+        that tp_size does not divide.
+        """
         row = LINEAR_STYLES[style]
         if row.swap is None or matrix.size(row.side) % self.tp_size == 0:
             return style
@@ -301,6 +311,7 @@ class _Resolver:
             if module.max_norm is None:
                 what = "scale_grad_by_freq=True, and a rank sees the tokens of its own rows only"
             raise PlanError(f"{name} has {what}; leave it out of the plan.")
+        # The other dimension as a fallback, instead of padding a vocabulary that tp_size does not divide.
         dims = (EMBEDDING_STYLES[entry.style], 1 - EMBEDDING_STYLES[entry.style])
         dim = next((d for d in dims if module.weight.shape[d] % self.tp_size == 0), None)
         if dim is None:
@@ -366,7 +377,7 @@ class _Resolver:
         return f"by {entry.style_name}"
 
     def _check_experts_are_sharded(self) -> None:
-        """Experts behind an all-reduce must be sharded: replicated ones would be added tp_size times."""
+        """Raise unless experts in front of an all-reduce are sharded: replicated ones would be added tp_size times."""
         for name, module in self.spec.modules.items():
             if module.input is not InputHook.COPY_ALL_TO_TP:
                 continue
@@ -378,7 +389,7 @@ class _Resolver:
                 )
 
     def _divide_counts(self, modules: dict[str, nn.Module]) -> None:
-        """Local values of the attributes that, says the plan, count sharded features."""
+        """Add to the spec the local values of the attributes that the plan lists as counts of sharded features."""
         for name, attributes in self._modules_matching(self.plan.counts, modules):
             for attribute in attributes:
                 value = getattr(modules[name], attribute)
@@ -390,7 +401,7 @@ class _Resolver:
                 self.spec.head_counts.setdefault(name, {})[attribute] = value // self.tp_size
 
     def _note_head_arguments(self, modules: dict[str, nn.Module]) -> None:
-        """Arguments that, says the plan, have a value for each head."""
+        """Add to the spec the forward arguments that the plan lists as having one value for each head."""
         for name, arguments in self._modules_matching(self.plan.head_arguments, modules):
             self.spec.head_arguments[name] = {
                 argument: (dim, getattr(modules[name], attribute)) for argument, (dim, attribute) in arguments.items()

@@ -1,4 +1,4 @@
-"""Which plan a model gets: explicit, else the first of HF's own, the registry's, the default or a derived plan."""
+"""Selects the plan of a model: the user's own; else the first usable one of Hugging Face, registry, default, derived."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .styles import check_style
 
 logger = logging.getLogger(__name__)
 
-#: Plans that can be asked for by name; values are dicts or functions of the model.
+#: Plans that ``tp_plan`` can name; values are dicts, or functions of the model that return one.
 NAMED_PLANS: dict[str, Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]] = {
     "llama": {pattern: entry.style for pattern, entry in llama_like_plan("named").items()},
     LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME: llama_nemotron_super_plan,
@@ -59,9 +59,10 @@ def select_plan(
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta.
-        tp_plan: the user's own plan in any accepted form; wins when given.
-        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". The default of a config has all of
-            them; the default here leaves out "derived", which takes seconds.
+        tp_plan: the user's own plan: a dict, a callable, a registered name or an import path. If given, no source is
+            tried.
+        plan_order: sources to try otherwise: "hf", "registry", "default", "derived". A config lists all of them by
+            default; the default here leaves out "derived", which takes seconds.
         tp_size: number of ranks on the tp axis, for ``derive``; None: any.
         derive: the function behind "derived": (unwrapped model, tp_size) -> plan. It is an argument because the search
             itself needs plans (:func:`hf_automodel_parallel.plan_search.search.derived_plan`).
@@ -71,6 +72,7 @@ def select_plan(
 
     Raises:
         PlanError: the explicit plan cannot be read, or no source has a usable plan (the message lists the remedies).
+        ValueError: ``plan_order`` has "derived", but ``derive`` is missing.
     """
     inner = ModelView.of(model).inner
     if tp_plan is not None:
@@ -112,7 +114,7 @@ def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], s
     if source == "registry":
         try:
             entries = optimized_plan(inner)
-        except Exception as error:  # a function that anybody may have registered; the next source may know the model
+        except Exception as error:  # code that users registered; the next source may have a plan for the model
             return {}, f"the plan registered for {type(inner).__name__} failed with {type(error).__name__}: {error}"
         return entries, None if entries else f"no optimised plan is registered for {type(inner).__name__}"
     if type(inner).__module__.startswith("transformers_modules."):
@@ -124,8 +126,8 @@ _HEADS = ("lm_head", "language_model.lm_head")
 
 
 def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
-    """``plan`` without the output projection for Nemotron-Flash, whose forward also divides by the norm of that
-    weight.
+    """``plan``; for Nemotron-Flash without the output projection, because the model's forward divides by the norm of
+    its weight, outside of the projection's own forward.
     """
     config = getattr(inner, "config", None)
     repository = str(getattr(config, "name_or_path", "")).rpartition("/")[
@@ -142,7 +144,7 @@ def _without_head_read_elsewhere(inner: nn.Module, plan: Plan) -> Plan:
 
 
 def _names_a_layer(inner: nn.Module, entries: Mapping[str, PlanEntry]) -> bool:
-    """True if a pattern over several layers matches; the ends of the model alone are no plan."""
+    """True if a pattern with a wildcard matches; a plan for embedding and output projection alone is not enough."""
     patterns = [pattern_regex(pattern) for pattern in entries if "*" in pattern]
     named = (name for names in (inner.named_modules(), inner.named_parameters()) for name, _ in names)
     return any(regex.fullmatch(plan_name(name, "")) for name in named for regex in patterns)

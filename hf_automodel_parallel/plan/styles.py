@@ -1,7 +1,7 @@
-"""What each tensor-parallel style name means for the parameters and the boundaries of a layer.
+"""What each tensor-parallel style name means for the parameters and the tp input and output hooks of a layer.
 
 The names are those of transformers' ``_tp_plan`` (``ALL_PARALLEL_STYLES``, 5.17 to 5.23). The table has one row per
-meaning; which dimension of a weight is "out" or "in" depends on the layer class and is decided in :mod:`resolve`.
+meaning. Which dimension of a weight is "out" or "in" depends on the layer class; :mod:`.resolve` decides it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from ..errors import PlanError
 
 @dataclass(frozen=True)
 class LinearStyle:
-    """Style of a layer that multiplies by a matrix: which side of the weight is sharded, and the two boundaries.
+    """Style of a layer that multiplies by a matrix: the sharded side of the weight, and the input and output hook.
 
     Attributes:
         side: "out" (column-wise) or "in" (row-wise).
-        blocks: packed projections along the sharded side.
-        swap: the style that computes the same with the other side sharded, usable when this side does not divide.
+        input: the hook in front of the layer.
+        output: the hook behind it.
+        blocks: number of projections packed along the sharded side.
+        swap: the style that computes the same with the other side sharded, for a side that tp_size does not divide.
     """
 
     side: str
@@ -50,7 +52,7 @@ LINEAR_STYLES: dict[str, LinearStyle] = {
 #: Styles of an embedding table: which dimension is sharded.
 EMBEDDING_STYLES: dict[str, int] = {"embedding_rowwise": 0, "embedding_colwise": 1}
 
-#: Styles that concern only a module's activations or the gradients of its replicated parameters.
+#: Styles that shard no weight: they concern activations of a module, or gradients of its replicated parameters.
 MODULE_STYLES = (
     "replicated_with_grad_allreduce",
     "mla_kv_a_proj",
@@ -61,7 +63,7 @@ MODULE_STYLES = (
     "replicate",
 )
 
-#: Names that transformers knows and that do not belong into a tensor-parallel plan here, with what to do instead.
+#: Style names of transformers that a tensor-parallel plan may not have here -> what to do instead.
 REFUSED_STYLES: dict[str, str] = {
     "sequence_parallel": "Sequence parallelism is derived from the plan, not written into it; remove the entry.",
     **dict.fromkeys(
@@ -75,7 +77,7 @@ KNOWN_STYLES = (*LINEAR_STYLES, *EMBEDDING_STYLES, *MODULE_STYLES)
 
 
 def is_torch_style(style: Any) -> bool:
-    """True for an object that torch's ``parallelize_module`` can apply."""
+    """True for a ``ParallelStyle``, which torch's ``parallelize_module`` can apply."""
     from torch.distributed.tensor.parallel import ParallelStyle
 
     return isinstance(style, ParallelStyle)

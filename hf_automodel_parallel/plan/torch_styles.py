@@ -34,8 +34,7 @@ def check_sequence_layouts(plan: Plan, sequence_parallel: bool) -> None:
     """Refuse layouts along the sequence (``Shard(1)``, ``SequenceParallel``) in ``plan`` while sequence parallelism is
     off.
 
-    Where it is on, they say nothing more: it is derived anew from the plan, for the whole model, so they are dropped
-    when the plan is resolved.
+    While it is on, such layouts are ignored: sequence parallelism is derived from the plan, for the entire model.
 
     Raises:
         PlanError: the message names the entries.
@@ -126,7 +125,7 @@ class _Reader:
         return _READERS[type(style)](self, name, entry)
 
     def layer(self, name: str) -> nn.Module:
-        """The layer at ``name`` without what PEFT put around it."""
+        """The layer at ``name``, without PEFT's wrapper around it."""
         _, module = next(iter(expand_wrappers(name, self.modules[name])))
         tuner = compat.peft_tuner_layer_type()
         while tuner is not None and isinstance(module, tuner):
@@ -149,7 +148,7 @@ class _Reader:
             return "colwise_gather_output"
         if style.output_layouts != _FEATURES:
             return None
-        # A DTensor is read as the whole that it stands for, which a slice can only be for the other half of a pair.
+        # A DTensor is read as the full tensor. A local slice can replace it only if a row-wise layer reads it.
         return "colwise" if style.use_local_output or self._are_halves_of_pairs(name) else "colwise_gather_output"
 
     def rowwise(self, name: str, entry: PlanEntry) -> str | None:
@@ -178,7 +177,7 @@ class _Reader:
         return "replicate" if entry.style.sequence_sharding == _SEQUENCE else None
 
     def prepared(self, name: str, entry: PlanEntry) -> str | None:
-        """Whole activations in, whole activations out: nothing to do between plain tensors; or a sum over the ranks."""
+        """Replicated inputs and outputs need no hook between plain tensors; a ``Partial`` output is all-reduced."""
         pairs = _layout_pairs(entry.style)
         if all(pair <= {Replicate(), Shard(1), None} for pair in map(set, pairs)):
             return "replicate"
@@ -186,7 +185,7 @@ class _Reader:
             return "all_reduce"
         return None
 
-    # ---- neighbours ----------------------------------------------------------------------------------------------
+    # ---- layers with the same parent -----------------------------------------------------------------------------
 
     def _siblings(self, name: str, kind: type) -> list[str]:
         parent = name.rpartition(".")[0]
@@ -197,12 +196,12 @@ class _Reader:
         ]
 
     def _are_halves_of_pairs(self, name: str) -> bool:
-        """True if the column-wise layers beside ``name`` (it may be one) whose DTensors are read by a row-wise one can
-        be sharded like the features that it reads.
+        """True if a row-wise sibling of ``name`` reads DTensors, and the column-wise siblings that return them can be
+        sharded like its input features. ``name`` itself may be one of them.
 
-        Each has as many of them (gate and up, query), or a whole number of times fewer (keys and values of grouped
-        heads). More features than that are several projections in one matrix, of which each rank would get other parts
-        than it needs.
+        The number of input features must be a multiple of the output features of each: equal for gate, up and query,
+        a multiple for keys and values of grouped heads. More output features mean several projections in one matrix;
+        a contiguous shard of it would not be the shard that a rank needs.
         """
         readers = [n for n in self._siblings(name, RowwiseParallel) if self._style(n).input_layouts == _FEATURES]
         read = {self._features(reader, "in") for reader in readers}
@@ -210,9 +209,7 @@ class _Reader:
         return bool(read) and all(r is not None and o is not None and r % o == 0 for r in read for o in own)
 
     def _reads_a_gathered_sibling(self, name: str) -> bool:
-        """True if the features that ``name`` reads come from a column-wise layer beside it whose DTensor is read
-        whole.
-        """
+        """True if ``name`` reads the output of a column-wise sibling that is all-gathered in this plan."""
         return bool(self._dtensor_siblings(name)) and not self._are_halves_of_pairs(name)
 
     def _dtensor_siblings(self, name: str) -> list[str]:

@@ -1,4 +1,11 @@
-"""What must hold before a plan is executed: head counts that divide, and nothing that would be wrong in silence."""
+"""Checks of a resolved plan before it is applied, and the head counts that they and other modules read.
+
+* :func:`validate`: tp_size divides the attention heads of every sharded projection.
+* :func:`counted_heads` and :func:`config_with_heads`: the head counts in a config.
+* :func:`refuse_expert_parallel`: expert parallelism, asked for in transformers' own configuration, is refused by name
+  and never dropped.
+* :func:`local_head_counts`: attributes of attention modules that count heads, with their value on one rank.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +23,11 @@ from .layer_kinds import as_matrix
 def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
     """Check a resolved plan against the model's attention geometry.
 
-    A projection sharded column-wise whose output stays sharded hands each rank a slice of the features; where its
-    parent module counts features in heads (it has a ``head_dim``), the slice must be a whole number of heads.
+    A column-wise projection without an output hook gives each rank a slice of the features. If its parent module has a
+    ``head_dim``, the slice must consist of entire heads.
 
     Raises:
-        PlanError: heads do not divide; the message names the config field and its value.
+        PlanError: tp_size does not divide the heads; the message names the config field and its value.
     """
     inner = ModelView.of(model).inner
     fields = _head_fields(getattr(inner, "config", None))
@@ -63,7 +70,7 @@ def _head_fields(config: Any) -> dict[str, int]:
 def _counts(config: Any) -> dict[str, int]:
     """The head counts that ``config`` gives, key-value heads first (they are fewer, so they are what usually fails).
 
-    A config whose layers differ (transformers 5.24) is asked layer by layer; it raises when it is read as a whole.
+    A config whose layers differ (transformers 5.24) raises when a count is read from it, so its layers are read.
     """
     names = ("num_key_value_heads", "num_attention_heads", "num_global_key_value_heads")
     places = {"": config}
@@ -74,17 +81,18 @@ def _counts(config: Any) -> dict[str, int]:
 
 
 def counted_heads(config: Any) -> dict[str, int]:
-    """The counts of attention and key-value heads that ``config`` gives, by name; none where others have other
-    names.
-    """
+    """Field of ``config`` -> number of attention or key-value heads; empty if the config uses other field names."""
     return _counts(config)
 
 
 def config_with_heads(model: nn.Module) -> Any | None:
-    """The config that says how many attention heads the (text) model has; None if none does.
+    """The config that has the number of attention heads of the (text) model; None if no config has it.
 
-    A composite config is asked for its text config; one that does not know which of its parts that is, is asked for
-    each part; then the models inside of ``model`` are. ``model`` may be any object with a ``config``.
+    Looked up in this order: ``get_text_config()`` of the model's config, its sub-configs with "text" in their name, the
+    config itself, then the configs of modules inside of ``model``.
+
+    Args:
+        model: a model, plain or PEFT-wrapped, or any object with a ``config``.
     """
     inner = ModelView.of(model).inner if isinstance(model, nn.Module) else model
     owners = [inner, *(inner.modules() if isinstance(inner, nn.Module) else ())]
@@ -97,14 +105,14 @@ def config_with_heads(model: nn.Module) -> Any | None:
     return None
 
 
-# ---- expert parallel -----------------------------------------------------------------------------------------------
+# ---- expert parallelism --------------------------------------------------------------------------------------------
 
 
 def refuse_expert_parallel(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if the model's ``distributed_config`` asks for experts dealt out over ranks.
+    """Raise :class:`UnsupportedError` if the model's ``distributed_config`` asks for expert parallelism.
 
-    transformers carries that out while it loads a model; on a model that is already built the request would have no
-    effect.
+    transformers applies it while it loads a model. On a model that is already built the request would be dropped
+    silently.
     """
     inner = ModelView.of(model).inner
     wanted = getattr(getattr(inner, "config", None), "distributed_config", None)
@@ -123,16 +131,16 @@ def refuse_expert_parallel(model: nn.Module) -> None:
         )
 
 
-# ---- heads ---------------------------------------------------------------------------------------------------------
+# ---- attention modules that count their own heads ------------------------------------------------------------------
 
 
 def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, dict[str, int]]:
-    """Attributes of modules that count heads of sharded projections, with the number of heads on one rank.
+    """Attributes of attention modules that count heads of sharded projections, with their value on one rank.
 
-    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``. Such an attribute is an
-    integer, has "head" in its name and equals the number of heads that a projection below the module makes or takes, or
-    the width of all of them together. The width of one head, which may happen to equal the number of heads, stays what
-    it is.
+    Code from before transformers 4.48 reshapes to ``self.num_heads`` rather than to ``-1``, so a rank with a part of
+    the heads needs the local number. Such an attribute is an integer, has "head" in its name, and equals the number of
+    heads of a projection below the module, or the width of all heads together. The width of one head, which may happen
+    to equal the number of heads, is not changed.
 
     Args:
         model: the model, plain or PEFT-wrapped; only read.
@@ -166,7 +174,7 @@ def local_head_counts(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dic
 
 
 def _attribute_counts(attribute: str, value: int, head_dim: int, features: int) -> bool:
-    """True if the attribute says how many heads ``features`` are, or how wide all of them; not how wide one is."""
+    """True if the attribute is the number of heads in ``features``, or their total width; not the width of one head."""
     if re.search("dim|size", attribute):
         return value == features > head_dim
     return value * head_dim == features

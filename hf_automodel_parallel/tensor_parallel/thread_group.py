@@ -1,4 +1,7 @@
-"""A process group whose ranks are threads of one process."""
+"""A process group whose ranks are threads of one process; the plan search runs on it.
+
+It is its own module because the collectives dispatch on it: they import it, and it imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class ThreadGroup:
     Args:
         rank: its rank.
         size: number of ranks.
-        barrier: of all ranks.
-        slots: the tensor that each rank sends.
+        barrier: barrier of all ranks.
+        slots: one slot per rank, for the tensor that it sends.
     """
 
     device_type = "cpu"
@@ -34,6 +37,7 @@ class ThreadGroup:
         self._slots[self.rank] = x.detach()
         self._barrier.wait(_TIMEOUT)
         values = list(self._slots)
+        # Again, or a fast rank would overwrite its slot before the others have read it.
         self._barrier.wait(_TIMEOUT)
         return values
 

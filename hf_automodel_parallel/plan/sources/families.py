@@ -1,8 +1,8 @@
-"""The plans written for model families: which class gets which kind of plan, at which place in the model.
+"""Plans written for model families: decoder models (:data:`FAMILIES`), Nemotron-H, and video transformers of diffusers.
 
-The families and their order of preference are those of NVIDIA NeMo AutoModel's ``PARALLELIZE_FUNCTIONS``; what is
-written here is our own. An entry of a plan there that leaves a parameter with a partial gradient (``q_norm``,
-``k_norm``) or hands sharded logits to the model's loss has no counterpart here.
+The families and their order of preference are those of NVIDIA NeMo AutoModel's ``PARALLELIZE_FUNCTIONS``; the plans are
+our own. They differ where a plan there leaves a parameter with a gradient that is never all-reduced (``q_norm``,
+``k_norm``), or gives sharded logits to the model's own loss.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _ATTENTION = {
     "layers.*.self_attn.v_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
 }
-# A norm of one head's features has the same weight for all heads, and each rank has only some of the heads, so its
-# gradient is a sum over the ranks. Entries of this style are in a plan only where the model has such norms.
+# A norm over the features of one head has one weight for all heads. Each rank has only some of the heads, so the
+# gradient is Partial. A plan keeps entries of this style only where the model has such norms.
 _SUMMED = "replicated_with_grad_allreduce"
 _EMBEDDING = {"embed_tokens": "embedding_rowwise"}
 
-#: kind -> the plan of the layers and of the embedding, relative to the text model.
+#: kind -> plan of the layers and of the embedding; patterns are relative to the text model.
 KINDS: dict[str, dict[str, str]] = {
     "llama": {
         **_EMBEDDING,
@@ -54,8 +54,8 @@ KINDS: dict[str, dict[str, str]] = {
         "layers.*.mlp.fc1": "colwise",
         "layers.*.mlp.fc2": "rowwise",
     },
-    # Queries, keys and values in one matrix are blocks of different sizes, so attention works on all heads; gate and up
-    # are two equal blocks.
+    # One matrix packs queries, keys and values in blocks of different sizes, so attention computes on all heads. Gate
+    # and up are two equal blocks.
     "phi3": {
         **_EMBEDDING,
         "layers.*.self_attn.qkv_proj": "rowwise_split_input",
@@ -63,7 +63,7 @@ KINDS: dict[str, dict[str, str]] = {
         "layers.*.mlp.gate_up_proj": "packed_colwise",
         "layers.*.mlp.down_proj": "rowwise",
     },
-    # The Mamba mixer next to the attention stays whole.
+    # The Mamba mixer next to the attention is replicated.
     "falcon_h1": {
         **_EMBEDDING,
         **_ATTENTION,
@@ -79,7 +79,7 @@ class Family:
     """One line of :data:`FAMILIES`.
 
     Attributes:
-        kind: a key of :data:`KINDS`, or "own" for what the model itself brings along (``_tp_plan``).
+        kind: a key of :data:`KINDS`, or "own" for the model's own ``_tp_plan``.
         text: name of the text model within the model.
         head: name of the output projection.
         model_type: the only ``config.model_type`` that the plan is for; None for any.
@@ -130,8 +130,7 @@ class Family:
 
 _IN_VLM = "model.language_model"
 
-#: class name -> its family. Found through the bases of a class, so that a wrapped clone or a subclass gets the same
-#: plan.
+#: class name -> its family. Looked up through the bases of a class, so that subclasses get the same plan.
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
     "Qwen2ForCausalLM": Family("llama"),
@@ -172,17 +171,22 @@ def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
         ) from error
 
 
-# ---- hybrid --------------------------------------------------------------------------------------------------------
+# ---- a hybrid model: layers of several kinds, which its config alone does not distinguish --------------------------
 
 
 def nemotron_h(model: nn.Module, sequence_parallel: bool = False) -> dict[str, str]:
     """The plan of ``NemotronHForCausalLM``, of transformers or of the checkpoint's own code.
 
-    Embedding, head, MLPs, experts with their shared expert, and attention by heads. Mamba mixers stay whole: their
-    input projection packs five parts of different sizes. So does attention that counts its heads itself.
+    Shards the embedding, the output projection, MLPs, experts with their shared expert, and attention by heads. Mamba
+    mixers are replicated, because their input projection packs five blocks of different sizes. Attention that counts
+    its heads itself is replicated, too.
 
     Args:
-        model: the model, unwrapped. Its layers are at ``model.layers`` or ``backbone.layers``.
+        model: the model, without PEFT's wrapper. Its layers are at ``model.layers`` or ``backbone.layers``.
+        sequence_parallel: accepted for the reference API's signature, without effect.
+
+    Returns:
+        pattern -> style name.
     """
     base = "backbone" if hasattr(model, "backbone") else "model"
     mixer = f"{base}.layers.*.mixer"
@@ -200,7 +204,7 @@ def nemotron_h(model: nn.Module, sequence_parallel: bool = False) -> dict[str, s
             plan[f"{mixer}.o_proj"] = "rowwise"
             break
     for module in model.modules():
-        if isinstance(getattr(module, "up_proj", None), nn.Parameter):  # experts in one parameter, not a module each
+        if isinstance(getattr(module, "up_proj", None), nn.Parameter):  # fused experts: one parameter for all of them
             experts = f"{mixer}.experts"
             plan |= {f"{experts}.up_proj": "colwise", f"{experts}.down_proj": "rowwise", experts: "moe_tp_experts"}
             break
@@ -211,16 +215,21 @@ def _counts_heads(attention: nn.Module) -> bool:
     return any("heads" in name and type(value) is int and value > 1 for name, value in vars(attention).items())
 
 
-# ---- video ---------------------------------------------------------------------------------------------------------
+# ---- video transformers of diffusers, which have no _tp_plan -------------------------------------------------------
+
+# Attention is sharded by heads: queries, keys and values column-wise, the output projection row-wise. The norms of
+# queries and keys and the count of heads follow from the module tree; strategies/families/video.py adds them.
+# Modulations, six vectors per sample, are sharded to save memory, and their outputs are all-gathered. The patch
+# embedding and the output projection are small and stay replicated.
 
 
 def _pair(first: str, second: str) -> dict[str, str]:
-    """Two layers with something element-wise in between."""
+    """A column-wise and a row-wise layer with an element-wise function between them."""
     return {first: "colwise", second: "rowwise"}
 
 
 def _attention(path: str, *added: str, out: tuple[str, ...] = ("to_out.0",)) -> dict[str, str]:
-    """An attention at ``path``; ``added`` are projections of a second stream, ``out`` those behind the heads."""
+    """An attention at ``path``; ``added``: input projections of a second stream; ``out``: output projections."""
     inputs = {f"{path}.{name}": "colwise" for name in ("to_q", "to_k", "to_v", *added)}
     return inputs | {f"{path}.{name}": "rowwise" for name in out}
 
@@ -240,7 +249,7 @@ WAN: dict[str, str] = {
     **_feed_forward("blocks.*.ffn"),
 }
 
-#: ``HunyuanVideo15Transformer3DModel``: two streams, of the video and of its conditions, with one attention over both.
+#: ``HunyuanVideo15Transformer3DModel``: two streams, video and conditions, with one joint attention.
 HUNYUAN_VIDEO: dict[str, str] = {
     **_pair("image_embedder.linear_1", "image_embedder.linear_2"),
     **_pair(

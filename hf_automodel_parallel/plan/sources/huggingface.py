@@ -1,6 +1,4 @@
-"""The plan that a Hugging Face model brings along: ``_tp_plan`` of classes and instances, ``base_model_tp_plan`` of
-configs.
-"""
+"""A Hugging Face model's own plan: ``_tp_plan`` of classes and instances, ``base_model_tp_plan`` of configs."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from ..layer_kinds import only_looks_up
 def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
     """Collect the plan entries of ``model`` (unwrapped) and of every model inside it.
 
-    Order, later ones win: the class's ``_tp_plan``, then ``base_model_tp_plan`` of a base model's config, inner models
-    prefixed by their place, then what was set on the instance (which transformers' ``post_init`` fills with the same).
-    An input embedding that no entry names is sharded on the vocabulary, as transformers does from 5.18 on.
+    Later sources override earlier ones: ``_tp_plan`` of the class; ``base_model_tp_plan`` of a base model's config;
+    ``_tp_plan`` of the instance, if it differs from both. Patterns of an inner model are prefixed with its name. An
+    input embedding that no entry matches is sharded over the vocabulary, as transformers does from 5.18 on.
 
     Returns:
         pattern -> entry, empty when no part of the model has a plan.
@@ -39,8 +37,8 @@ def huggingface_plan(model: nn.Module) -> dict[str, PlanEntry]:
         config_plan = getattr(config, "base_model_tp_plan", None)
         if config_plan and getattr(module, "base_model", None) is module:
             add(prefix, dict(config_plan), f"{type(config).__name__}.base_model_tp_plan")
-    # An instance repeats what classes and configs say; only what differs there was set by somebody. The outermost model
-    # is the one that users hold, so its entries come last.
+    # transformers' post_init copies the plans of class and config to the instance, so only an entry that differs was
+    # set by the user. Users set it on the outermost model, so its entries come last.
     declared = {pattern: entry.style for pattern, entry in entries.items()}
     for name, module in reversed(list(model.named_modules())):
         prefix = f"{name}." if name else ""
@@ -63,6 +61,6 @@ def _add_input_embedding(model: nn.Module, entries: dict[str, PlanEntry]) -> Non
 
 
 def _embedding_below(module: nn.Module) -> nn.Embedding | None:
-    """The table itself, or the one inside an adapter around it."""
+    """``module`` itself, or the embedding inside of PEFT's wrapper; None if it is not an ``nn.Embedding``."""
     candidate = getattr(module, "base_layer", getattr(module, "original_module", module))
     return candidate if isinstance(candidate, nn.Embedding) else None

@@ -1,4 +1,4 @@
-"""The plan of last resort: the common names of decoder layers, used only where it can be seen to be right."""
+"""The default plan: common module names of Llama-like decoders, used only where the module tree shows that it fits."""
 
 from __future__ import annotations
 
@@ -30,21 +30,19 @@ def llama_like_plan(source: str, prefix: str = "model.", head: str = "lm_head") 
     return entries
 
 
-#: A norm of one head's features: the same weight for all heads, of which each rank has some, so its gradient is a sum.
+#: A norm over the features of one head has one weight for all heads. Each rank has some heads: its gradient is Partial.
 _HEAD_NORMS = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
 
 
 def _prefix(model: nn.Module) -> str:
-    """Where the layers are: beside the input embedding, which is inside of the language part of a vision-language
-    model.
-    """
+    """The prefix of the layers' names, taken from the input embedding beside them, also in a vision-language model."""
     embedding = compat.input_embedding_module(model)
     name = next((name for name, module in model.named_modules() if module is embedding), "")
     return name.removesuffix("embed_tokens") if name.endswith(".embed_tokens") else "model."
 
 
 def _head_norms(model: nn.Module, prefix: str) -> dict[str, PlanEntry]:
-    """Entries for the norms of queries and keys, where these are of the features of one head."""
+    """Entries for the norms of queries and keys, where these normalise over the features of one head."""
     entries = {}
     for key in _HEAD_NORMS:
         block, _, leaf = f"{prefix}{key}".rpartition(".")
@@ -60,11 +58,11 @@ def _head_norms(model: nn.Module, prefix: str) -> dict[str, PlanEntry]:
 
 
 def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
-    """The default plan for ``model`` (unwrapped), if it can be seen to be right there.
+    """The default plan for ``model`` (unwrapped), if the module tree shows that it fits.
 
-    Between a column-wise and a row-wise projection every rank works on its own features. A parameter in that place that
-    no entry names (a head norm, attention sinks, a bias of scores) would be wrong or have a partial gradient; a plan
-    that does not know it cannot be trusted, so it is not used.
+    Between a column-wise and a row-wise projection every rank computes on its own features. A parameter there that no
+    entry matches (a head norm, attention sinks, a bias of scores) would give wrong results, or would need the style of
+    a partial gradient. So the plan is refused.
 
     Returns:
         The entries that match something, and None; or no entries and the reason.
@@ -92,10 +90,10 @@ def default_plan(model: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:
 
 
 def doubts(model: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
-    """Why ``entries`` cannot be seen to be right on ``model`` (unwrapped), or None.
+    """The reason why ``entries`` may be wrong for ``model`` (unwrapped), or None.
 
-    A block is a module with a projection whose features stay sharded. It must have both halves of the pair, and no
-    parameter in it may be unknown to the plan.
+    A block is a module with a projection whose features stay sharded. It must have a column-wise and a row-wise
+    projection, and an entry must match each of its parameters.
     """
     blocks = _blocks(model, entries)
     if not blocks:
@@ -105,7 +103,7 @@ def doubts(model: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
             return f"{block} has only one half of a column-wise / row-wise pair"
         for name, _ in model.get_submodule(block).named_parameters():
             full = f"{block}.{name}"
-            # The owner, or a wrapper above it, must be one of the planned projections.
+            # The module that owns it, or a wrapper around that module, must match an entry.
             owners = {full[:i] for i, letter in enumerate(full) if letter == "."}
             if not any(pattern_regex(pattern).fullmatch(owner) for pattern in entries for owner in owners):
                 return f"{full} is a parameter between sharded projections that the plan does not know"
@@ -113,7 +111,7 @@ def doubts(model: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
 
 
 def _blocks(model: nn.Module, entries: Mapping[str, PlanEntry]) -> dict[str, set[str]]:
-    """The parents of projections whose features stay sharded, and which sides of them are: "out", "in"."""
+    """Parent of projections whose features stay sharded -> the sharded sides of its projections: "out", "in"."""
     sides: dict[str, str] = {}
     for pattern, entry in entries.items():
         row = LINEAR_STYLES.get(entry.style) if isinstance(entry.style, str) else None

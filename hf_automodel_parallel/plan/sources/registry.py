@@ -30,7 +30,7 @@ def optimized_plan(model: nn.Module) -> dict[str, PlanEntry]:
     """The registered plan for the class of ``model`` or its nearest base class, empty if there is none.
 
     Raises:
-        Exception: whatever the plan's function raises if it does not fit the model.
+        Exception: the error of the plan's function if the plan does not fit the model.
     """
     for cls in type(model).__mro__:
         for key in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
@@ -41,7 +41,7 @@ def optimized_plan(model: nn.Module) -> dict[str, PlanEntry]:
 
 
 def _call(function: PlanFunction, model: nn.Module):
-    """Call a function of the model, or one with the reference's signature ``(model, sequence_parallel)``."""
+    """Call ``function(model)``, or ``function(model, sequence_parallel)`` if it has the reference API's signature."""
     try:
         inspect.signature(function).bind(model)
     except TypeError:
