@@ -132,7 +132,8 @@ def test_what_other_code_has_put_around_stays_there():
     ForwardStack.of(layer).push(ForwardSlot.CHECKPOINT, Named(layer, "checkpoint"))
     first = ForwardStack.of(layer)
     around("later")
-    assert ForwardSlot.CHECKPOINT not in ForwardStack.of(layer)
+    assert ForwardStack.of(layer) is not first
+    assert ForwardSlot.CHECKPOINT in ForwardStack.of(layer) and ForwardSlot.COMPILE not in ForwardStack.of(layer)
     ForwardStack.of(layer).push(ForwardSlot.SEQUENCE, Named(layer, "sequence"))
     assert called(layer) == ["sequence", "later", "checkpoint", "users", "own"]
     first.push(
