@@ -139,12 +139,12 @@ class ForwardStack:
             self._relink(index, kept[index:])
 
     def get(self, slot: ForwardSlot) -> ForwardWrapper | None:
-        """The outermost wrapper in ``slot``, None if it is empty."""
-        own = next((wrapper for key, wrapper in reversed(self.entries) if key is slot), None)
-        return own if own is not None or self.below is None else self.below.get(slot)
+        """The outermost wrapper in ``slot`` of this stack, None if it is empty."""
+        return next((wrapper for key, wrapper in reversed(self.entries) if key is slot), None)
 
     def __contains__(self, slot: ForwardSlot) -> bool:
-        return self.get(slot) is not None
+        """Whether ``slot`` is taken, here or :attr:`below`."""
+        return self.get(slot) is not None or (self.below is not None and slot in self.below)
 
     def _is_current(self) -> bool:
         return bool(self.module.forward == self.forwards[-1])  # equal and not identical: each access binds a new method
