@@ -1,4 +1,4 @@
-"""What the ranks compare and make equal before a model is sharded: configs, structure, values, random states."""
+"""Checks across ranks before a model is sharded: equal configs, equal structure, equal values, equal random states."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_same_configs(sizes: dict[str, int], choices: dict[str, Any]) -> None:
-    """Raise on all ranks unless they have the same mesh sizes and the same options that decide collectives.
+    """Raise on all ranks unless all have the same mesh sizes and the same options that decide collectives.
 
-    Otherwise a rank would wait forever in a group of its own, or in a collective that the other ranks never call.
+    Ranks that differ would make different process groups or call different collectives, and wait forever.
 
     Args:
         sizes: axis -> number of ranks.
@@ -56,17 +56,17 @@ def check_same_structure(
     group: dist.ProcessGroup | None = None,
     choices: Mapping[str, object] | None = None,
 ) -> None:
-    """Raise on all ranks unless they hold the same model and are going to shard it alike.
+    """Raise on all ranks unless all hold the same model and will shard it in the same way.
 
-    Compared are names, shapes and dtypes of parameters and buffers, which parameters are tied and which are trainable,
-    the resolved plan, and the choices. One digest is exchanged; the full text only if the digests differ.
+    Compares names, shapes and dtypes of parameters and buffers, tied parameters, ``requires_grad``, the sharding spec
+    and the choices. The ranks exchange one digest; they exchange the full text only if the digests differ.
 
     Args:
         model: the model, on every rank.
-        spec: where its parameters and activations are going to be on the tp axis.
+        spec: its sharding spec on the tp axis; None without tensor parallelism.
         group: the ranks that hold the model; None means all.
-        choices: name -> value, with a ``repr`` that is the same in all processes, of what else decides which
-            collectives run.
+        choices: other settings that decide which collectives run: name -> value. The ``repr`` of a value must be the
+            same in all processes.
 
     Raises:
         PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
@@ -87,7 +87,7 @@ def check_same_structure(
     if found is None:
         return
     ranks = found.ranks
-    # Every rank names the same difference: that between rank 0 and the first rank that differs.
+    # All ranks compare rank 0 with the same other rank, so that all of them raise the same message.
     compared = [broadcast_object(described, group, source) for source in (0, ranks[0])]
     alone = [sorted(set(a) - set(b)) for a, b in (compared, compared[::-1])]
     examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]
@@ -104,14 +104,15 @@ def check_same_structure(
 
 @torch.no_grad()
 def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Give every rank rank 0's value of each parameter, buffer and quantisation scale that differs, and only of those.
+    """Broadcast rank 0's parameters, buffers and quantisation scales, but only those that differ across ranks.
 
-    Ranks that initialised with different seeds (fresh adapters, a model from a config) would otherwise each shard
-    other values. Equal tensors, the normal case, cost one pass over the memory and one small all-gather.
+    Ranks that initialise with different seeds (new adapters, a model built from a config) have different values. Each
+    rank would shard its own. If all values are equal, the normal case, the cost is one pass over the memory and one
+    small all-gather.
 
     Args:
-        model: the model, on every rank.
-        group: the ranks that hold it; None means all.
+        model: the model, on every rank. Tensors on the meta device are left out.
+        group: the ranks that hold the model; None means all.
 
     Returns:
         Names of the tensors that were broadcast.
@@ -132,7 +133,10 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
 
 
 def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of scales and code books of quantised weights: neither parameters nor buffers."""
+    """Yield the name and tensor of the scales and code books of quantised weights (``quant_state``, bitsandbytes).
+
+    They are neither parameters nor buffers, so ``named_parameters`` and ``named_buffers`` do not list them.
+    """
     for name, module in model.named_modules():
         state: Any = getattr(module, "quant_state", None)
         for part, owner in (("quant_state", state), ("quant_state.state2", getattr(state, "state2", None))):
@@ -143,7 +147,10 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A 64-bit sum over the raw bytes, weighted by position; equal for equal content, on any device."""
+    """Return a signed 64-bit checksum of the raw bytes of ``tensor`` (any dtype, any device).
+
+    The checksum is a sum weighted by position. Equal tensors have equal checksums, also across devices.
+    """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     rest = data.numel() % 8
     words = data[: data.numel() - rest].view(torch.int64)
@@ -151,17 +158,18 @@ def fingerprint(tensor: torch.Tensor) -> int:
     total = tail
     for start in range(0, words.numel(), 1 << 22):  # bounded temporary memory
         part = words[start : start + (1 << 22)]
+        # Modulo 2**64 an odd weight is invertible: a change of a single word always changes the sum.
         weight = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=part.device)
         total += int((part * (2 * weight + 1)).sum())
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:
-    """Give all ranks of a tp group the random states of its first rank: of torch, of numpy and of Python.
+    """Copy the random states (torch, numpy, Python) of the first rank of a tp group to its other ranks.
 
-    Activations outside of sharded blocks are replicated over tp: a dropout there must draw the same mask on each rank
-    of the group, whatever seeds the ranks started with. The same holds for masks that a model or a collator draws with
-    numpy or ``random``. Ranks along the data-parallel axes keep their own states.
+    Activations outside of sharded blocks are replicated over tp, so a dropout there must draw the same mask on each
+    rank of the group, whatever seeds the ranks started with. The same holds for masks that a model or a collator draws
+    with numpy or ``random``. Ranks along the data-parallel axes keep their own states.
     """
     states: list[object] = [random.getstate(), numpy.random.get_state(), torch.get_rng_state()]
     if torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""The owner of a module's ``forward``: all that this package wraps around it, in one written order.
+"""The wrappers of a module's ``forward``, nested in a fixed order.
 
-Tensor parallelism, FSDP2 param groups, checkpoints and compilation each wrap the ``forward`` of a module. They are
-installed at different times, and their nesting decides what is recomputed, what is inside of a graph and which dtype
-arrives. So each of them is pushed into a named :class:`ForwardSlot`, and the :class:`ForwardStack` of the module links
-them in the order of the slots, whatever the order of the pushes.
+Tensor parallelism, FSDP2 param groups, activation checkpoints and compilation each wrap the ``forward`` of a module.
+They are installed at different times. Their nesting decides what is recomputed, what is inside of the compiled graph
+and in which dtype the inputs arrive. So each wrapper is pushed into a named :class:`ForwardSlot`, and the
+:class:`ForwardStack` of the module nests them by slot, independent of the order of the pushes.
 
-A stack wraps the ``forward`` and not the module: no name in the model changes, and hooks of FSDP2 stay outside.
+A stack wraps the ``forward``, not the module: no name in the model changes, and FSDP2's module hooks stay outside.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ _ATTRIBUTE = "_forward_stack"
 
 
 class ForwardSlot(enum.IntEnum):
-    """The places around a module's own forward, from the innermost to the outermost."""
+    """The slots around a module's own forward, innermost first."""
 
-    # Replaces the arithmetic of the class (a norm over sharded features, DoRA without a graph break), so it calls
-    # nothing and has to be the innermost.
+    # Replaces the arithmetic of the class (a norm over sharded features, DoRA without a graph break). Innermost,
+    # because it does not call the forward that it wraps.
     COMPUTATION = enum.auto()
-    # Gathers and scatters the sequence. Inside of checkpoints, whose recomputation gathers again, and of the graph,
-    # where the compiler can overlap the collectives.
+    # Gathers and scatters the sequence. Inside of checkpoints, so that the recomputation gathers again. Inside of the
+    # graph, so that the compiler can overlap the collectives.
     SEQUENCE = enum.auto()
-    # Autocast, and what undoes a policy's cast of inputs. Inside of PARAM_GROUPS, where FSDP2 casts them. Around
-    # SEQUENCE, so that what is gathered has the dtype that is computed in.
+    # Autocast, and the wrapper that restores inputs which a mixed-precision policy has cast. Inside of PARAM_GROUPS,
+    # where FSDP2 casts the inputs. Around SEQUENCE, so that the gather runs in the compute dtype.
     DTYPE = enum.auto()
-    # Ends the sharing of copied inputs with each run of the forward: the recomputation makes copies of its own.
+    # Clears the cache of shared copy-to-TP inputs after each forward: the recomputation makes its own copies.
     SHARED_INPUTS = enum.auto()
-    # The selective checkpoint of a compiled layer. In the graph, where the compiler sees which results to save.
+    # The selective checkpoint of a compiled layer. Inside of the graph, where the compiler sees which results to save.
     GRAPH_CHECKPOINT = enum.auto()
     # torch.compile.
     COMPILE = enum.auto()
-    # Exchanges DTensors for local tensors. Around COMPILE, so that no DTensor is in the graph.
+    # Swaps DTensor parameters for local tensors. Around COMPILE, so that the graph has no DTensor.
     LOCAL_PARAMETERS = enum.auto()
-    # Shows full views of other modules' parameters. Around LOCAL_PARAMETERS, which looks through the views at a
-    # parameter that is the module's own.
+    # Shows full views of parameters of other modules. Around LOCAL_PARAMETERS, which looks through such a view if the
+    # parameter is the module's own.
     CROSS_MODULE_READS = enum.auto()
-    # Runs a layer uncompiled that is not one graph. Around LOCAL_PARAMETERS, because a checkpoint takes the place of
-    # GRAPH_CHECKPOINT then; inside of CHECKPOINT, whose recomputation may be what breaks the graph.
+    # Runs a layer uncompiled if torch.compile cannot trace it as one graph. Around LOCAL_PARAMETERS, because a
+    # checkpoint then replaces GRAPH_CHECKPOINT. Inside of CHECKPOINT, whose recomputation may be what breaks the graph.
     GRAPH_FALLBACK = enum.auto()
-    # A checkpoint of the module. Around LOCAL_PARAMETERS: the recomputation runs in backward, where parameters are
-    # DTensors, and has to exchange them again.
+    # An activation checkpoint of the module. Around LOCAL_PARAMETERS: the recomputation runs in backward, where the
+    # parameters are DTensors, and has to swap them again.
     CHECKPOINT = enum.auto()
-    # Extra FSDP param groups, modules with hooks of FSDP2 that are called around the forward. Outermost: they unshard
-    # before anything reads a parameter, and a checkpoint's recomputation finds the parameters as FSDP2 unsharded them
+    # Extra FSDP param groups: modules whose FSDP2 hooks are called around the forward. Outermost: they unshard before
+    # anything reads a parameter, and the recomputation of a checkpoint uses the parameters that FSDP2 has unsharded
     # for the backward.
     PARAM_GROUPS = enum.auto()
 
 
 class ForwardWrapper:
-    """What stands in a slot: called in place of the forward inside of it.
+    """A wrapper in a slot. It is called in place of the forward that it wraps.
 
     Subclasses define ``__call__`` with the arguments of a forward and call :attr:`inner`.
 
     Attributes:
-        inner: the forward inside.
-        as_method: hand the bound ``__call__`` on, and not the object. Dynamo guards an object that is called by its
-            identity, a method by its code: in a compiled layer an object would cost a graph per layer (and, past the
-            limit of recompilations, the compilation of deep models). An object, in turn, shows the signature of the
-            module's own forward, which callers of models look at.
+        inner: the wrapped forward.
+        as_method: pass on the bound ``__call__`` instead of the object. Dynamo guards a callable object by its
+            identity and a method by its code: with objects each compiled layer would need its own graph, and a deep
+            model would exceed the recompile limit and stay uncompiled. An object, on the other hand, has the signature
+            of the module's own forward, which callers inspect.
     """
 
     inner: Forward
@@ -79,32 +79,33 @@ class ForwardWrapper:
         raise NotImplementedError
 
     def wrap(self, inner: Forward) -> Forward:
-        """Stand around ``inner`` from now on; returns what to call instead. Called again whenever ``inner`` changes."""
+        """Wrap ``inner`` and return the callable that replaces it. Called again whenever ``inner`` changes."""
         self.inner = _bound_call(inner)
         return self.__call__ if self.as_method else self
 
 
 class Replacement(ForwardWrapper):
-    """A forward that takes the place of the module's own, in :attr:`ForwardSlot.COMPUTATION`."""
+    """A forward that replaces the module's own, in :attr:`ForwardSlot.COMPUTATION`."""
 
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
 
     def wrap(self, inner: Forward) -> Forward:
-        """The replacement; nothing calls ``inner`` any more."""
+        """Return the replacement; ``inner`` is not called any more."""
         return self.forward
 
 
 class ForwardStack:
-    """What is wrapped around the forward of one module; made by :meth:`of`.
+    """The wrappers around the forward of one module; get it with :meth:`of`.
 
     Attributes:
-        module: the owner of the forward.
-        below: the stack inside of a wrapper of other code, None without one. Nothing is pushed into it any more, but
-            what is in it counts as being around the forward.
-        entries: slot and wrapper, innermost first. Two of one slot stand in the order in which they were pushed.
-        forwards: ``forwards[i]`` is the forward with the first i wrappers around it; ``forwards[0]`` is what the module
-            had before (of its class, or set by its user, by Accelerate or PEFT), the last one is ``module.forward``.
+        module: the module that has the forward.
+        below: the stack inside of a wrapper of other code; None if there is no such wrapper. Nothing is pushed into it
+            any more, but its entries still count as wrappers of the forward.
+        entries: slot and wrapper, innermost first. Wrappers of the same slot keep the order of their pushes.
+        forwards: ``forwards[i]`` is the forward with the first i wrappers around it. ``forwards[0]`` is the module's
+            original forward (of its class, or set by the user, Accelerate or PEFT); the last one is
+            ``module.forward``.
     """
 
     def __init__(self, module: nn.Module, below: ForwardStack | None = None) -> None:
@@ -115,10 +116,10 @@ class ForwardStack:
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardStack:
-        """The stack of ``module``; an empty one around its present forward if there is none.
+        """Return the stack of ``module``, or a new one around its current forward.
 
-        Also if other code has replaced ``module.forward`` since: its wrapper stays where it is, with the old stack
-        inside of it. And if ``module`` is a shallow copy, whose attribute is the stack of another module.
+        If other code has replaced ``module.forward`` since, its wrapper stays, and the old stack becomes :attr:`below`
+        of the new one. A shallow copy of a module has the attribute of the original; it gets a new stack as well.
         """
         stack: ForwardStack | None = vars(module).get(_ATTRIBUTE)
         if stack is None or stack.module is not module:
@@ -126,13 +127,13 @@ class ForwardStack:
         return stack if stack._is_current() else cls(module, stack)
 
     def push(self, slot: ForwardSlot, wrapper: ForwardWrapper) -> None:
-        """Put ``wrapper`` into ``slot``, around everything of that slot and of those further inside."""
+        """Put ``wrapper`` into ``slot``: around all wrappers of that slot and of inner slots, inside of all others."""
         index = bisect_right(self.entries, slot, key=lambda entry: entry[0])
         vars(self.module)[_ATTRIBUTE] = self
         self._relink(index, [(slot, wrapper), *self.entries[index:]])
 
     def remove(self, *slots: ForwardSlot) -> None:
-        """Take everything out of ``slots``."""
+        """Remove all wrappers from ``slots``."""
         kept = [entry for entry in self.entries if entry[0] not in slots]
         if len(kept) < len(self.entries):
             index = next(i for i, (slot, _) in enumerate(self.entries) if slot in slots)
@@ -150,16 +151,19 @@ class ForwardStack:
         return bool(self.module.forward == self.forwards[-1])  # equal and not identical: each access binds a new method
 
     def _relink(self, index: int, entries: list[tuple[ForwardSlot, ForwardWrapper]]) -> None:
-        """Let ``entries`` stand from ``index`` on. What is further inside is not touched: it may be compiled."""
+        """Replace the entries from ``index`` on and link them again.
+
+        The inner entries are not linked again: they may be compiled, and a new object would be compiled anew.
+        """
         current = self._is_current()
         self.entries[index:], self.forwards[index + 1 :] = entries, []
         for _, wrapper in entries:
             forward = wrapper.wrap(self.forwards[-1])
             if forward is wrapper:
-                # No attributes (`updated`): those of an object that is wrapped would replace the wrapper's own.
+                # updated=(): else the attributes of a wrapped object would overwrite those of the wrapper.
                 functools.update_wrapper(wrapper, self.forwards[0], updated=())
             self.forwards.append(forward)
-        if current:  # else other code has wrapped it, and its wrapper calls the objects that were linked anew
+        if current:  # else other code has wrapped this forward; its wrapper calls the objects that were linked again
             self.module.forward = self.forwards[-1]  # type: ignore[method-assign]
 
 

@@ -1,11 +1,10 @@
-"""A lazy graph of tensors: which operators make a tensor out of which sources, without the values.
+"""A lazy graph of tensors: the operators that compute a tensor from its sources, recorded without values.
 
-The libraries rearrange state dicts as a whole: transformers converts the weights of an architecture when it loads and
-when it saves, PEFT picks and renames the weights of an adapter. Loading and export run that code on tensors without
-values, record it here, and compute single results afterwards. One graph, two ways to evaluate it: :class:`Evaluator`
-pushes a region of the result down to the leaves, so that a rank reads its slices of the files and nothing else;
-:class:`StreamingEvaluator` fetches full leaves, because each fetch is a collective, and frees each of them after the
-last result that needs it.
+The libraries convert entire state dicts: transformers converts the weights of an architecture when it loads and saves,
+PEFT selects and renames the weights of an adapter. Loading and export run that code on meta tensors, record the
+operators here, and compute single results later. There are two evaluators. :class:`Evaluator` pushes a slice of the
+result down to the leaves, so that a rank reads only its slices of the files. :class:`StreamingEvaluator` fetches full
+leaves, because each fetch is a collective, and frees each leaf after the last result that needs it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .. import compat
 from ..compat import TorchDispatchMode, tree_leaves, tree_map_only
 from ..errors import UnsupportedError
 
-#: (first, count) per dimension.
+#: A rectangular slice of a tensor: (first index, count) for each dimension.
 Region = tuple[tuple[int, int], ...]
 
 _aten = torch.ops.aten
@@ -33,7 +32,7 @@ _GATHER = "Gather the weights: save_pretrained(directory, state_dict=accelerator
 
 @dataclass(eq=False)
 class Node:
-    """A tensor that is not there: its full shape, its dtype, and (in subclasses) where its values come from."""
+    """A tensor without values: its full shape, its dtype and, in subclasses, the source of its values."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -43,11 +42,11 @@ class Node:
 
     @property
     def inputs(self) -> list[Node]:
-        """The nodes that this one is computed from directly."""
+        """The nodes that are direct arguments of this one."""
         return []
 
     def subgraph(self) -> list[Node]:
-        """This node and every node that it depends on, each once, in the order of their first use."""
+        """This node and all nodes that it depends on, each once, in the order of their first use."""
         found: dict[Node, None] = {}
         stack: list[Node] = [self]
         while stack:
@@ -59,7 +58,7 @@ class Node:
 
 
 class Leaf(Node):
-    """A node that is not computed."""
+    """A node that is a source: it has no inputs."""
 
     def read(self, region: Region) -> torch.Tensor:
         """The values of ``region`` on the CPU; may share memory with a mapped file or a given tensor."""
@@ -78,13 +77,13 @@ class Given(Leaf):
 
 @dataclass(eq=False)
 class Named(Leaf):
-    """An entry of a state dict, whose full tensor a :class:`StreamingEvaluator` fetches by name."""
+    """An entry of a state dict; :class:`StreamingEvaluator` fetches its full tensor by name."""
 
     name: str
 
 
 class _Unknown(Leaf):
-    """A tensor without values that was not declared."""
+    """A meta tensor that was neither declared nor recorded. Its evaluation raises."""
 
 
 @dataclass(eq=False)
@@ -92,11 +91,11 @@ class Operation(Node):
     """One result of an operator.
 
     Attributes:
-        operator: an operator of torch without side effects, whose result depends on the values of its arguments and not
-            on their strides: it is run on contiguous tensors.
-        args: its arguments, with a :class:`Node` in place of each tensor without values.
-        kwargs: the same by name.
-        index: which of several results; None for an operator with one.
+        operator: a torch operator without side effects. Its result must not depend on the strides of its arguments,
+            because it is evaluated on contiguous tensors.
+        args: its positional arguments, with a :class:`Node` in place of each recorded tensor.
+        kwargs: its keyword arguments, likewise.
+        index: the index of this result if the operator returns several; None if it returns one.
     """
 
     operator: Any
@@ -108,7 +107,7 @@ class Operation(Node):
     def results(
         cls, operator: Any, args: Any, kwargs: Any, result: torch.Tensor | Sequence[torch.Tensor]
     ) -> list[Operation]:
-        """A node for each tensor in ``result``, which are of the right shapes and dtypes and need not have values."""
+        """Return a node for each tensor in ``result``. Only shapes and dtypes of ``result`` are read, not values."""
         if isinstance(result, torch.Tensor):
             return [cls(result.shape, result.dtype, operator, args, kwargs)]
         return [cls(one.shape, one.dtype, operator, args, kwargs, index) for index, one in enumerate(result)]
@@ -118,7 +117,7 @@ class Operation(Node):
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Node)]
 
     def run(self, values: Callable[[Node], torch.Tensor]) -> torch.Tensor:
-        """The full result from the full ``values`` of the inputs."""
+        """Run the operator on the full ``values`` of its inputs and return the full result."""
         args, kwargs = tree_map_only(Node, values, (self.args, self.kwargs))
         result = self.operator(*args, **kwargs)
         return result if self.index is None else result[self.index]
@@ -128,19 +127,19 @@ class Operation(Node):
 
 
 class Recording(TorchDispatchMode):
-    """Records every operator that is run on declared meta tensors while it is entered.
+    """A dispatch mode that records every operator on declared meta tensors.
 
-    The tensors are on the meta device rather than of a subclass because the libraries compare storages when they save:
-    tied weights and views of one storage stay recognisable.
+    It uses plain meta tensors instead of a tensor subclass, because the libraries compare storages when they save: tied
+    weights and views of one storage stay recognisable.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # By id, together with the tensor: an id is reused once its tensor is gone.
+        # id(tensor) -> (tensor, node). The tensor is kept alive, because Python reuses the id of a deleted object.
         self._nodes: dict[int, tuple[torch.Tensor, Node]] = {}
 
     def declare(self, shapes: Mapping[str, tuple[Iterable[int], torch.dtype]]) -> dict[str, torch.Tensor]:
-        """A state dict on the meta device with these shapes and dtypes."""
+        """Return a state dict of meta tensors with these shapes and dtypes; each becomes a :class:`Named` leaf."""
         state: dict[str, torch.Tensor] = {}
         for name, (shape, dtype) in shapes.items():
             tensor = state[name] = torch.empty(tuple(shape), dtype=dtype, device="meta")
@@ -168,12 +167,12 @@ class Recording(TorchDispatchMode):
         return result
 
     def node(self, tensor: torch.Tensor) -> Node:
-        """Where the values of ``tensor`` come from; evaluation of one that was not declared or recorded raises."""
+        """Return the node of ``tensor``. The node of a tensor that was not declared or recorded cannot be evaluated."""
         _, node = self._nodes.get(id(tensor), (None, None))
         return _Unknown(tensor.shape, tensor.dtype) if node is None else node
 
     def names(self, tensor: torch.Tensor) -> list[str]:
-        """Names of the entries of the state dict that ``tensor`` depends on, in the order of their first use."""
+        """Return the names of the state dict entries that ``tensor`` depends on, in the order of their first use."""
         return [node.name for node in self.node(tensor).subgraph() if isinstance(node, Named)]
 
 
@@ -181,14 +180,14 @@ class Recording(TorchDispatchMode):
 
 
 class Evaluator:
-    """Computes regions of nodes and keeps nothing.
+    """Evaluates regions of nodes without a cache.
 
-    A region is pushed through operators that only move or cast values, down to the leaves; any other operator is run on
-    its full inputs, and its result is cut.
+    Operators that only move or cast values pass the region on to their inputs, down to the leaves. Any other operator
+    runs on its full inputs, and the region is sliced from its result.
     """
 
     def read(self, node: Node, region: Region | None = None) -> torch.Tensor:
-        """The values of ``region`` of ``node`` (None: all) on the CPU; may share memory with a leaf."""
+        """Return the values of ``region`` of ``node`` (None: all of it) on the CPU; may share memory with a leaf."""
         region = tuple((0, size) for size in node.shape) if region is None else region
         if any(count == 0 for _, count in region):
             return torch.empty([count for _, count in region], dtype=node.dtype)
@@ -207,11 +206,11 @@ class Evaluator:
 
 
 class StreamingEvaluator(Evaluator):
-    """Computes announced results one at a time, with each leaf fetched once and freed after its last use.
+    """Evaluates a known list of results one by one; fetches each leaf once and frees it after its last use.
 
     Args:
-        results: all that will be computed, each as often as it will be.
-        fetch: gives the full tensor of a name, in the declared dtype.
+        results: all nodes that will be computed; a node that is computed n times is listed n times.
+        fetch: name -> full tensor in the declared dtype. May be a collective.
     """
 
     def __init__(self, results: Iterable[Node], fetch: Callable[[str], torch.Tensor]) -> None:
@@ -220,10 +219,10 @@ class StreamingEvaluator(Evaluator):
         self._kept: dict[Node, torch.Tensor] = {}
 
     def compute(self, result: Node) -> torch.Tensor:
-        """The full value of ``result``.
+        """Return the full value of ``result``.
 
         Raises:
-            UnsupportedError: it depends on a tensor that was not declared.
+            UnsupportedError: ``result`` depends on a tensor that was not declared.
         """
         value = self.read(result)
         for node in result.subgraph():
@@ -248,22 +247,27 @@ class StreamingEvaluator(Evaluator):
 
 
 def read(node: Node, region: Region | None = None) -> torch.Tensor:
-    """The values of ``region`` of ``node`` (None: all), read from its leaves and not kept."""
+    """Return the values of ``region`` of ``node`` (None: all of it) on the CPU; nothing is cached."""
     return Evaluator().read(node, region)
 
 
 def assemble(leaf: Named, results: Mapping[str, Node], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The inverse: the full tensor of a leaf from the values of all results that are made of it.
+    """Invert the graph: return the full tensor of a leaf from the values of all results that are computed from it.
 
-    Operators that rearrange values give views, apart from copies; so each value is written into its view of the leaf.
+    Operators that only rearrange values return views of the leaf, once copies and casts are skipped. So each value is
+    written into its view.
 
     Args:
         leaf: the leaf.
-        results: made of this leaf alone; together they hold all of it.
-        values: the values of ``results`` by the same keys.
+        results: key -> node. Each depends on this leaf only; together they contain all of it.
+        values: key -> value of that node.
+
+    Returns:
+        A new tensor of the leaf's shape, in the dtype of the first value.
 
     Raises:
-        UnsupportedError: they do not hold each value of the leaf once, or are more than rearranged.
+        UnsupportedError: the results do not contain each value of the leaf exactly once, or an operator computes
+            instead of rearranging.
     """
 
     def view(node: Node) -> torch.Tensor:
@@ -275,6 +279,7 @@ def assemble(leaf: Named, results: Mapping[str, Node], values: Mapping[str, torc
     full = torch.empty(leaf.shape, dtype=next(iter(values.values())).dtype)
     for key, value in values.items():
         target = view(results[key])
+        # Another storage means that an operator returned new values, so writing into them would not reach the leaf.
         if target.untyped_storage().data_ptr() != full.untyped_storage().data_ptr():
             raise UnsupportedError(f"{leaf.name} is computed, not rearranged, in the files of this architecture.")
         target.copy_(value)
@@ -368,7 +373,7 @@ def _argument(node: Operation, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-#: Operator -> values of a region of its result; the function returns None where the full result has to be computed.
+#: Operator -> function that reads a region of its result from its inputs; None means: compute the full result instead.
 _PUSHED_DOWN: dict[Any, Callable[[Operation, Region, Read], torch.Tensor | None]] = {
     _aten.alias.default: _same,
     _aten.detach.default: _same,

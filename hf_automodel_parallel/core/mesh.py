@@ -1,4 +1,4 @@
-"""Axes of a mesh by name: where tensor parallelism and FSDP2 work, and which ranks hold the same model."""
+"""Named mesh axes: the sub-meshes of tensor parallelism and FSDP2, and the ranks that hold the same model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 @dataclass(frozen=True)
 class MeshAxes:
-    """What the axes of a mesh are called.
+    """The names of the axes of a mesh.
 
     Attributes:
-        replicate: axis over which whole copies of the shards are replicated (HSDP).
-        shard: axis over which FSDP2 shards; the default is the name of data-parallel sharding and context parallelism
-            together, and means ``dp_shard`` (and ``cp``) in a mesh that has these but no axis of that name.
+        replicate: axis over which the FSDP shards are replicated (HSDP).
+        shard: axis over which FSDP2 shards. The default is the flattened axis of ``dp_shard`` and ``cp``; in a mesh
+            without an axis of that name it means ``dp_shard``, flattened with ``cp`` if the mesh has both.
         tp: axis of tensor parallelism.
-        cp: axis over which sequences are spread.
-        pipeline: axis whose ranks hold different parts of a model; only looked at, never used for sharding.
+        cp: axis of context parallelism.
+        pipeline: axis of pipeline stages. It is only read, to find the ranks that hold the same model.
     """
 
     replicate: str = "dp_replicate"
@@ -34,7 +34,7 @@ class MeshAxes:
     pipeline: str = "pp"
 
     def tensor_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
-        """The tp axis of ``mesh``, None if it has none, or one of a single rank.
+        """The tp axis of ``mesh`` (1-D), or None if it has no such axis or only one rank on it.
 
         Raises:
             ConfigError: an axis that was named explicitly does not exist.
@@ -48,11 +48,11 @@ class MeshAxes:
         return axis if axis.size() > 1 else None
 
     def context_parallel(self, mesh: DeviceMesh) -> DeviceMesh | None:
-        """The cp axis of ``mesh``, None if it has none, or one of a single rank."""
+        """The cp axis of ``mesh`` (1-D), or None if it has no such axis or only one rank on it."""
         return mesh[self.cp] if self.cp in (mesh.mesh_dim_names or ()) and mesh[self.cp].size() > 1 else None
 
     def data_parallel(self, mesh: DeviceMesh) -> DeviceMesh:
-        """The axes of ``mesh`` that FSDP2 works on: 1-D, or (replicate, shard) for HSDP.
+        """The mesh for ``fully_shard``: 1-D (shard), or 2-D (replicate, shard) for HSDP.
 
         Raises:
             ConfigError: the axis to shard over, or one that was named explicitly, does not exist.
@@ -66,11 +66,12 @@ class MeshAxes:
         return compat.slice_mesh(mesh, (shard,))
 
     def check(self, mesh: DeviceMesh) -> None:
-        """Raise unless every rank of ``mesh`` has a part in the work: along an axis that nobody uses, copies would
-        drift apart.
+        """Raise if an axis of ``mesh`` with several ranks is not used.
+
+        Nothing is reduced over an unused axis, so the replicas along it would diverge.
 
         Raises:
-            ConfigError: an axis of more than one rank has none of the names here.
+            ConfigError: an axis with more than one rank has none of the names here.
         """
         names = mesh.mesh_dim_names or ()
         data, tp = self.data_parallel(mesh), self.tensor_parallel(mesh)
@@ -85,11 +86,11 @@ class MeshAxes:
         )
 
     def _shard_axis(self, mesh: DeviceMesh) -> str:
-        """The name of the axis to shard over; where it consists of two axes, they are joined under that name first."""
+        """The name of the axis to shard over. If that is ``dp_shard`` x ``cp``, flatten them under this name first."""
         names = mesh.mesh_dim_names or ()
         if self.shard in names:
             return self.shard
-        # Fewest names first: over a single axis there is nothing to join.
+        # A cp axis of one rank does not count: then dp_shard itself is the axis, and no process group is made.
         parts = [name for name in ("dp_shard", self.cp) if name in names] if self.shard == MeshAxes.shard else []
         if parts and all(mesh[name].size() == 1 for name in parts[1:]):
             return parts[0]
@@ -101,13 +102,16 @@ class MeshAxes:
         raise _missing("dp_shard_cp_mesh_name", self.shard, mesh)
 
     def pipeline_size(self, mesh: DeviceMesh) -> int:
-        """Number of pipeline stages, 1 without such an axis; ``mesh`` may be any part of the root mesh."""
+        """Number of pipeline stages, 1 without such an axis. ``mesh`` may be a sub-mesh; its root mesh is read."""
         root = compat.root_mesh(mesh)
         names = getattr(root, "mesh_dim_names", None) or ()
         return root[self.pipeline].size() if self.pipeline in names else 1
 
     def holders(self, mesh: DeviceMesh) -> dist.ProcessGroup | None:
-        """The ranks that hold the same model: all of ``mesh`` but other pipeline stages. None means all processes."""
+        """The process group of the ranks that hold the same model: all of ``mesh`` except other pipeline stages.
+
+        None means all processes. Collective if torch has to make the group.
+        """
         names = tuple(name for name in mesh.mesh_dim_names or () if name != self.pipeline)
         part = mesh if len(names) == mesh.ndim else compat.slice_mesh(mesh, names)
         if part.size() == dist.get_world_size():
@@ -123,14 +127,12 @@ def _missing(field: str, name: str, mesh: DeviceMesh) -> ConfigError:
     )
 
 
-#: What Accelerate joins axes to; a mesh has some of them.
+#: Names of the flattened axes that Accelerate makes; a mesh may have some of them.
 _JOINED_BY_ACCELERATE = ("dp", "dp_shard_cp", "dp_cp")
 
 
 def inherit_timeouts(mesh: DeviceMesh) -> None:
-    """Bound the collectives of every axis of ``mesh``, also of joined ones, as those of the process group are
-    bounded.
-    """
+    """Give the groups of all axes of ``mesh``, flattened ones included, the timeout of the default process group."""
     compat.inherit_timeout(mesh)
     for name in _JOINED_BY_ACCELERATE:
         if compat.has_joined_axis(mesh, name):

@@ -1,4 +1,4 @@
-"""Which layers of a model belong to a tower: a forward without images (sound, video) does not run them."""
+"""Find the modality encoders (vision, audio) of a model: a forward without such inputs does not run their layers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-#: Where FSDP2 keeps the parameters of towers; the first is the default.
-#: root: with the root, which every forward gathers, so that a rank may leave the tower out while another runs it.
-#: layers: each layer a unit, as in the language part; all data-parallel ranks have to run the tower, or none.
-#: replicated: frozen parameters whole on every data-parallel rank, trained ones as with root.
+#: Placement of the parameters of modality encoders in FSDP2; the first is the default.
+#: root: in the root's param group, which every forward all-gathers, so that only some ranks may run the encoder.
+#: layers: an FSDP unit for each layer, as in the language model; all data-parallel ranks run the encoder, or none.
+#: replicated: frozen parameters are replicated on each data-parallel rank, trained ones are placed as with root.
 PLACEMENTS = ("root", "layers", "replicated")
 
 _TEXT_INPUTS = ("input_ids", "inputs_embeds")
@@ -18,20 +18,20 @@ _TEXT_CONFIGS = ("", "text_config")
 
 
 def find_modality_encoders(model: nn.Module, layers: list[nn.Module], embedding: nn.Module | None) -> list[nn.Module]:
-    """The towers of ``model`` (unwrapped), each the largest module around its layers without a layer of the main part.
+    """Find the modality encoders of ``model``: each the largest module with layers that has no main layer inside.
 
-    The main part is the smallest model around the input embedding that has layers. Of the other layers those are in a
-    tower whose own model (the next one around them) does not take text: by its main input, its input modalities, or the
-    place of its config, all of which transformers writes down. Encoders with decoders have no towers, since each
-    forward runs both.
+    The main model is the smallest module around the input embedding that has layers. A layer outside of it belongs to a
+    modality encoder if the closest transformers model around it does not take text. transformers declares that in
+    ``main_input_name``, ``input_modalities`` and the config's ``base_config_key``. Encoder-decoder models have no
+    modality encoders, because each forward runs both parts.
 
     Args:
-        model: the model.
+        model: the model, without PEFT wrappers.
         layers: its repeated layers.
-        embedding: its input embedding; without one there is no main part and no tower.
+        embedding: its input embedding. Without one there is no main model, and the result is empty.
 
     Returns:
-        The towers in the order of the module tree; none lies in another.
+        The encoders in the order of the module tree. None of them contains another one.
     """
     if embedding is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return []
@@ -51,13 +51,13 @@ def find_modality_encoders(model: nn.Module, layers: list[nn.Module], embedding:
 
 
 def layers_of_modality_encoders(layers: Iterable[nn.Module], towers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of ``layers`` that are in one of ``towers``."""
+    """Return the ``layers`` that lie in one of the modality encoders ``towers``."""
     inside = {id(module) for tower in towers for module in tower.modules()}
     return [layer for layer in layers if id(layer) in inside]
 
 
 def _main_part(embeddings: list[str], places: list[str]) -> list[str]:
-    """The names of the smallest modules that have a place of the embedding and a layer in them."""
+    """Names of the main models: for each name of the embedding the smallest module around it that also has a layer."""
     found = []
     for owner in embeddings:
         while owner:
@@ -73,13 +73,13 @@ def _inside(name: str, owners: Iterable[str]) -> bool:
 
 
 def _takes_text(place: str, modules: dict[str, nn.Module], main: list[str]) -> bool:
-    """True if the layer at ``place`` belongs to a model beside the main part that says it takes text."""
+    """True if the closest model around the layer ``place`` is not a main model and declares that it takes text."""
     owner = place
     while owner:
         owner = owner.rpartition(".")[0]
         if any(_inside(part, [owner]) for part in main):
-            return False  # nothing between the layer and the whole model says anything
-        if hasattr(modules[owner], "main_input_name"):  # a model of transformers, not merely a part with a config
+            return False  # no transformers model between the layer and the main model
+        if hasattr(modules[owner], "main_input_name"):  # a PreTrainedModel, not only a module with a config
             return _is_of_text(modules[owner])
     return False
 
@@ -94,7 +94,7 @@ def _is_of_text(model: Any) -> bool:
 
 
 def _largest_without(place: str, others: list[str]) -> str:
-    """The longest way up from ``place`` that has none of ``others`` in it."""
+    """Name of the largest module around ``place`` that contains none of ``others``."""
     owner = place
     while (above := owner.rpartition(".")[0]) and not any(_inside(other, [above]) for other in others):
         owner = above

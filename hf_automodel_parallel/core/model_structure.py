@@ -1,4 +1,4 @@
-"""Where the repeated layers of a model are: the units of FSDP2 and the regions of tensor parallelism."""
+"""Find the repeated layers, the embedding and the head of a model: the FSDP units and the local-parameter scopes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The parts of a model that sharding treats apart.
+    """The modules of a model that sharding treats differently.
 
     Attributes:
         layers: the repeated layers in forward order, each once.
         embedding: the input embedding, if any.
-        head: modules at the end that are used together (final norm and output projection), may be empty.
+        head: the final norm and the output projection; either may be missing.
         tied: the output projection shares its weight with the input embedding.
-        towers: parts that only some forwards run (vision towers), each the module around some of ``layers``.
-        skipped: layers outside of towers that a forward of text alone skips.
+        towers: the modality encoders (vision, audio), which only some forwards run; each contains some of ``layers``.
+        skipped: layers outside of modality encoders that a text-only forward does not run.
     """
 
     layers: list[nn.Module]
@@ -38,26 +38,28 @@ class ModelStructure:
 
     @property
     def tower_layers(self) -> list[nn.Module]:
-        """Those of ``layers`` that are in towers."""
+        """The layers of modality encoders."""
         return layers_of_modality_encoders(self.layers, self.towers)
 
     @property
     def main_layers(self) -> list[nn.Module]:
-        """Those of ``layers`` that every forward runs."""
+        """The layers that every forward runs."""
         others = {id(layer) for layer in (*self.tower_layers, *self.skipped)}
         return [layer for layer in self.layers if id(layer) not in others]
 
 
 def find_structure(model: nn.Module, layer_classes: list[str] | None = None) -> ModelStructure:
-    """Find layers, embedding and head of ``model``.
+    """Find layers, embedding, head and modality encoders of ``model``.
 
     Args:
         model: the model, plain or PEFT-wrapped.
-        layer_classes: class names of the layers if the user gave them, else ``_no_split_modules`` and, failing that,
-            the longest ``ModuleList`` are used.
+        layer_classes: class names of the layers, if the user gave them; None: see :func:`find_layers`.
+
+    Returns:
+        The structure, with ``skipped`` empty: only a run of the model shows which layers a text-only forward skips.
 
     Raises:
-        ConfigError: a class name given by the user does not occur in the model.
+        ConfigError: the model has no module of a class in ``layer_classes``.
     """
     inner = ModelView.of(model).inner
     layers = find_layers(inner, layer_classes)
@@ -80,13 +82,16 @@ def find_structure(model: nn.Module, layer_classes: list[str] | None = None) -> 
 
 
 def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> list[nn.Module]:
-    """The repeated layers of ``model`` in the order of its module tree, without duplicates; empty if there are none.
+    """Return the repeated layers of ``model`` in the order of its module tree, each once; empty if it has none.
 
-    Without ``layer_classes`` they are found by what the model says of itself: ``_no_split_modules`` of it and of every
-    model inside of it (both towers of a vision-language model), and transformers' base class of layers. A layer is an
-    item of a container (``ModuleList``, ``Sequential``, or the ``ModuleDict`` keyed by numbers that a pipeline split
-    leaves): some models list attentions, embeddings or whole towers as not to be split, too; the former stand for the
-    layer around them. Only if nothing of this is found, the largest container is taken.
+    Without ``layer_classes`` the model's own declarations decide: ``_no_split_modules`` of the model and of each model
+    inside (language model and vision encoder), and transformers' base class ``GradientCheckpointingLayer``. A layer is
+    an item of a container: a ``ModuleList``, a ``Sequential``, or the ``ModuleDict`` with numeric keys that a pipeline
+    split leaves. Some models also list attention modules, embeddings or entire encoders in ``_no_split_modules``; a
+    module inside of a container item stands for this item. If no declaration matches, the largest container is used.
+
+    Raises:
+        ConfigError: the model has no module of a class in ``layer_classes``.
     """
     if layer_classes:
         return _layers_of_classes(model, set(layer_classes))
@@ -100,7 +105,7 @@ def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> lis
         for child in module.children():
             if module in around:
                 around.setdefault(child, around[module])
-        named = any(cls.__name__ in wanted for cls in type(module).__mro__)  # FSDP2 extends the class
+        named = any(cls.__name__ in wanted for cls in type(module).__mro__)  # fully_shard replaces it by a subclass
         if named or (module in items and layer_type is not None and isinstance(module, layer_type)):
             hits.append(module)
     hits = [m for m in hits if any(True for _ in m.parameters())]
@@ -122,26 +127,28 @@ def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
 
 
 def is_layer_container(module: nn.Module) -> bool:
-    """True for a ``ModuleList``, and for a ``ModuleDict`` whose keys are numbers, into which pipeline splitting turns
-    one.
-    """
+    """True for a ``ModuleList``, and for a ``ModuleDict`` with numeric keys, which a pipeline split makes of one."""
     if isinstance(module, nn.ModuleDict):
         return len(module) > 0 and all(key.isdigit() for key in module)
     return isinstance(module, nn.ModuleList)
 
 
 def largest_container(model: nn.Module) -> nn.ModuleList | nn.ModuleDict | None:
-    """The container (:func:`is_layer_container`) in ``model`` with the most modules, the first of equal ones; None if
-    there is none with a module in it."""
+    """Return the container (:func:`is_layer_container`) with the most children, the first one of several.
+
+    None if ``model`` has no container with a child.
+    """
     containers = [m for m in model.modules() if is_layer_container(m) and any(True for _ in m.children())]
     return max(containers, key=lambda m: len(list(m.children())), default=None)  # type: ignore[arg-type,return-value]
 
 
 def model_layers(model: nn.Module) -> list[nn.Module]:
-    """All layers of ``model``, plain or PEFT-wrapped: those of every tower, see :func:`find_layers`.
+    """Return all repeated layers of ``model`` (plain or PEFT-wrapped), those of modality encoders included.
+
+    If :func:`find_layers` finds none, these are the children of the largest container.
 
     Raises:
-        UnsupportedError: there are none.
+        UnsupportedError: the model has no layers.
     """
     inner = ModelView.of(model).inner
     layers = find_layers(inner)
@@ -156,9 +163,7 @@ def model_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
-    """The module at the dotted path ``fqn`` below ``module`` ("" is itself), None if there is no module of that
-    name.
-    """
+    """Return the module at the dotted path ``fqn`` below ``module`` ("" is ``module``), or None if there is none."""
     try:
         return module.get_submodule(fqn)
     except AttributeError:
@@ -166,15 +171,13 @@ def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
 
 
 def all_frozen(module: nn.Module) -> bool:
-    """True if there are parameters below ``module`` and none of them is trained."""
+    """True if ``module`` has parameters, submodules included, and none requires a gradient."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _items_of_containers(model: nn.Module) -> set[nn.Module]:
-    """The modules that containers hold; of one that PEFT has wrapped whole, the one inside, whose forward is the
-    layer's.
-    """
+    """Return the items of all containers. If PEFT has wrapped an entire item, return the base layer inside."""
     tuner = compat.peft_tuner_layer_type()
     items: set[nn.Module] = set()
     for container in (m for m in model.modules() if is_layer_container(m) or isinstance(m, nn.Sequential)):
@@ -187,8 +190,9 @@ def _items_of_containers(model: nn.Module) -> set[nn.Module]:
 
 
 def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that says nothing of itself: where they usually are, else the largest container of such
-    modules.
+    """Return the layers of a model without declarations: ``model.layers`` or ``layers``, else the largest container.
+
+    All items of the container must have a forward and parameters.
     """
 
     def items(container: nn.Module | None) -> list[nn.Module]:
@@ -207,10 +211,10 @@ def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
 
 
 def _final_norm(model: nn.Module, layers: list[nn.Module], projection: nn.Module | None) -> nn.Module | None:
-    """The norm between the last layer and the output projection: a sibling of the list that holds the layers.
+    """Return the norm between the last layer and the output projection: a sibling of the container of the layers.
 
-    Of several, one as wide as what the projection reads (others normalise something else, as per-layer embeddings), and
-    of these the first behind the layers.
+    If there are several norms, prefer those with the input width of the projection, because the others normalise
+    something else (per-layer embeddings). Of these take the first one behind the layers.
     """
     if not layers:
         return None

@@ -1,6 +1,4 @@
-"""Names of modules and parameters: through PEFT's wrappers, of tied parameters, as a plan writes them; and the patterns
-of a plan.
-"""
+"""Names of modules and parameters of a model that PEFT may have wrapped, and the patterns of plans that match them."""
 
 from __future__ import annotations
 
@@ -12,21 +10,21 @@ from torch import nn
 
 from .. import compat
 
-# Levels that torch's wrappers add to names; a plan never has them.
+# Name components that torch's checkpoint wrapper and torch.compile insert. Plans are written without them.
 _TRANSPARENT = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 class ModelView:
     """The names of one model, computed once and passed on.
 
-    A view is valid as long as no module or parameter of the model is replaced. A strategy makes one before it plans;
-    sharding replaces parameters, so later steps make a new one.
+    A view is valid until a module or parameter of the model is replaced. A strategy makes one before it plans. Sharding
+    replaces the parameters, so later steps make a new one.
 
     Attributes:
-        model: the user's model, maybe a ``PeftModel``.
+        model: the user's model, plain or a ``PeftModel``.
         inner: the Hugging Face model inside.
-        prefix: prefix of the inner model's names within ``model``: ``"base_model.model."`` for LoRA,
-            ``"base_model."`` for prompt learning, ``""`` for a plain model.
+        prefix: prefix of the inner model's names in ``model``: ``"base_model.model."`` for LoRA, ``"base_model."`` for
+            prompt learning, ``""`` for a plain model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,21 +33,21 @@ class ModelView:
 
     @classmethod
     def of(cls, model: nn.Module | ModelView) -> ModelView:
-        """The view of ``model``; a view is returned unchanged, so that a caller who has one can pass it instead."""
+        """Return a view of ``model``; a view is returned unchanged, so that callers can pass one on."""
         return model if isinstance(model, ModelView) else cls(model)
 
     def plan_name(self, name: str) -> str:
-        """``name`` of a module or parameter of ``model`` as a plan writes it."""
+        """``name`` of a module or parameter of ``model``, in the form that plans use."""
         return plan_name(name, self.prefix)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every name of every parameter, tied ones under each of their names, in the order of modules."""
+        """Name -> parameter in the order of modules; a tied parameter has an entry for each of its names."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     @cached_property
     def names_of(self) -> dict[nn.Parameter, list[str]]:
-        """Each parameter once, with all of its names; the first is that of ``named_parameters()``."""
+        """Parameter -> all of its names; the first is the name in ``named_parameters()``."""
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in self.parameters.items():
             names.setdefault(parameter, []).append(name)
@@ -57,7 +55,7 @@ class ModelView:
 
     @cached_property
     def peft_layers(self) -> dict[str, nn.Module]:
-        """PEFT's layers around layers of the model: tuner layers and auxiliary wrappers (``modules_to_save``)."""
+        """Name -> PEFT module that wraps a layer: tuner layers and auxiliary wrappers (``modules_to_save``)."""
         kinds: Any = compat.peft_wrapper_types()
         return {name: module for name, module in self.model.named_modules() if isinstance(module, kinds)}
 
@@ -73,12 +71,12 @@ def _look_through_peft(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def plan_name(name: str, prefix: str) -> str:
-    """``name`` of a module or parameter as a plan writes it: without the PEFT prefix and torch's wrapper levels."""
+    """``name`` without the PEFT prefix and without the components of torch's wrappers: the form that plans use."""
     return _TRANSPARENT.sub("", name.removeprefix(prefix) if name.startswith(prefix) else name)
 
 
 def without_wrappers(name: str) -> str:
-    """``name`` without the levels that PEFT puts around a layer, as ``base_layer``."""
+    """``name`` without the components that PEFT inserts where it wraps a layer (``base_layer``, ...)."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
@@ -92,10 +90,10 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 
 def precision(pattern: str) -> int:
-    """Higher for patterns with fewer wildcards, so that ``layers.0.x`` wins over ``layers.*.x``."""
+    """Sort key that is higher for patterns with fewer wildcards: ``layers.0.x`` wins over ``layers.*.x``."""
     return -pattern.split(".").count("*")
 
 
 def layer_pattern(name: str) -> str:
-    """``name`` with a star for each number, as ``model.layers.*.mlp``."""
+    """``name`` with ``*`` for each numeric component: ``model.layers.3.mlp`` -> ``model.layers.*.mlp``."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,7 +1,7 @@
-"""How an option is declared: a typed dataclass field whose metadata says everything else about it.
+"""Declaration of options: an option is a typed dataclass field, and its metadata describes everything else.
 
-:func:`option` makes such a field. Validation, the text form, the comparison between ranks, refusals and the table in
-``docs/options.md`` walk over the declarations (:func:`options_of`), so that an option is written down once.
+:func:`option` makes such a field. Validation, the text form, the comparison across ranks, the errors of backends and
+the table in ``docs/options.md`` iterate over the declarations (:func:`options_of`). So an option is declared once.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ class Values(ABC):
     @property
     @abstractmethod
     def expected(self) -> str:
-        """What to give, as the end of "give ...": for error messages and the table."""
+        """A description of the values that completes "give ...", for error messages and the table."""
 
     @abstractmethod
     def accepts(self, value: Any) -> bool:
-        """True if ``value``, which is not None, is one of them."""
+        """True if the option takes ``value`` (not None)."""
 
     def converted(self, value: Any, default: Any) -> Any:
-        """``value`` as it is stored. None is an empty line in a YAML file."""
+        """Convert ``value`` to the form that is stored. ``value`` is None for an empty entry of a YAML file."""
         return value
 
     def meaning(self, value: Any) -> Any:
-        """``value`` or the value that it is another way to write, so that ranks may write it differently."""
+        """The canonical form of ``value``; ranks with different synonyms of one value compare as equal."""
         return value
 
 
 class Flag(Values):
-    """True or false; None means the default. With ``optional``, None is a third value of its own."""
+    """True or false; None means the default. With ``optional``, None is a third, separate value."""
 
     def __init__(self, optional: bool = False) -> None:
         self.optional = optional
@@ -63,7 +63,7 @@ class Flag(Values):
 
 
 class Number(Values):
-    """A whole number of at least ``minimum``; ``what`` it counts is for the message."""
+    """An integer of at least ``minimum``. ``what`` describes the number in error messages."""
 
     def __init__(self, minimum: int, what: str) -> None:
         self.minimum, self.what = minimum, what
@@ -77,7 +77,7 @@ class Number(Values):
 
 
 class Choice(Values):
-    """One of ``choices``; ``synonyms`` are other ways to write some of them."""
+    """One of ``choices``. ``synonyms`` maps other spellings (booleans, None) to a choice."""
 
     def __init__(self, choices: tuple[str, ...], synonyms: Mapping[Any, str] | None = None) -> None:
         self.choices, self.synonyms = choices, dict(synonyms or {})
@@ -99,7 +99,7 @@ class Choice(Values):
 
 
 class Anything(Values):
-    """Values for which ``accepted`` is true, after ``convert``."""
+    """Any value that ``accepted`` returns true for, after the conversion by ``convert``."""
 
     def __init__(
         self, expected: str, accepted: Callable[[Any], bool], convert: Callable[[Any], Any] | None = None
@@ -122,12 +122,12 @@ class Anything(Values):
 
 @dataclass(frozen=True)
 class Condition:
-    """A value that another option must have, or must not have.
+    """A value that another option must have (``needs``) or must not have (``excludes``).
 
     Attributes:
         name: the other option.
-        value: the value.
-        because: why, as the end of a sentence; may be empty.
+        value: its value.
+        because: the reason, as the end of a sentence; may be empty.
     """
 
     name: str
@@ -154,7 +154,7 @@ class Option:
     by_strategy: bool
 
     def asks(self, value: Any) -> bool:
-        """True if ``value`` asks for something, so that ignoring it would be wrong."""
+        """True if ``value`` requests a feature, so that code without this feature must raise instead of ignoring it."""
         return value != self.default and value not in self.off
 
 
@@ -176,41 +176,41 @@ def option(
     """A dataclass field that declares an option.
 
     Args:
-        default: the default, which asks for nothing.
-        values: the values that it takes.
+        default: the default value; it requests no feature.
+        values: the values that the option takes.
         help: documentation, in full sentences.
-        collective: it decides which collectives run, or in which order: ranks that differ in it would wait for ever,
-            so their values are compared.
-        tp_axis: why it has no effect without a tp axis of several ranks; empty if it has.
-        needs: the value of another option without which it has no effect.
-        excludes: the value of another option that contradicts it.
-        backends: the backends that can honour it; the others refuse it when a model is prepared.
-        belongs_to: the backend that it is an option of; a config for another backend refuses it.
-        off: values besides the default that ask for nothing.
-        argument: the argument of ``ParallelizationStrategy.parallelize`` that carries it, for strategies that
-            implement this method alone; without one they refuse it.
-        by_strategy: False if the strategy has nothing to do with it: Accelerator and Trainer honour it.
+        collective: the option decides which collectives run, or in which order. Ranks with different values would wait
+            forever, so the values are compared across ranks.
+        tp_axis: the reason why the option has no effect if tp_size is 1; empty if it has one.
+        needs: the value of another option without which this one has no effect.
+        excludes: the value of another option that contradicts this one.
+        backends: the backends that support the option. The others raise when a model is prepared.
+        belongs_to: the only backend that has this option. A config for another backend raises.
+        off: further values that request no feature.
+        argument: name of the argument of ``ParallelizationStrategy.parallelize`` for this option. Strategies that only
+            implement this method raise for an option without one.
+        by_strategy: False if Accelerator and Trainer implement the option, and not the strategy.
     """
     facts = dict(locals())
     return field(default=facts.pop("default"), metadata={_KEY: facts})
 
 
 def options_of(cls: Any) -> Iterator[Option]:
-    """The options that a dataclass, or an instance of it, declares, in their order."""
+    """Yield the options of a dataclass, or of an instance, in the order of declaration."""
     for declared in dataclasses.fields(cls):
         if _KEY in declared.metadata:
             yield Option(declared.name, declared.default, **declared.metadata[_KEY])
 
 
-# ---- what follows from the declarations ----------------------------------------------------------------------------
+# ---- checks, comparison and documentation --------------------------------------------------------------------------
 
 
 def check_values(config: Any) -> None:
-    """Convert the options of ``config`` in place and raise for the first that is wrong, alone or beside another.
+    """Convert the options of ``config`` in place and check them, first each one, then the combinations.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range, an option that has no effect, or one that belongs to
-            another backend.
+        ConfigError: a value has the wrong type or is out of range, an option has no effect or contradicts another one,
+            or it belongs to another backend.
     """
     declared = list(options_of(config))
     for item in declared:
@@ -250,7 +250,11 @@ def _check_conditions(config: Any, item: Option, value: Any) -> None:
 
 
 def check_tp_axis(config: Any, tp_size: int) -> None:
-    """Raise :class:`ConfigError` for an option that has no effect with ``tp_size`` ranks on the tp axis."""
+    """Check that no option needs a larger tp axis than ``tp_size`` ranks.
+
+    Raises:
+        ConfigError: an option is set that has no effect with ``tp_size=1``.
+    """
     for item in options_of(config) if tp_size == 1 else ():
         value = getattr(config, item.name)
         if item.tp_axis and item.asks(value):
@@ -261,7 +265,11 @@ def check_tp_axis(config: Any, tp_size: int) -> None:
 
 
 def refuse_for_backend(options: Any, backend: str) -> None:
-    """Raise :class:`UnsupportedError` for an option that ``backend`` cannot honour."""
+    """Check that ``backend`` supports all options that are set.
+
+    Raises:
+        UnsupportedError: it does not support one of them.
+    """
     for item in options_of(options):
         if item.belongs_to is None and backend not in item.backends and item.asks(getattr(options, item.name)):
             raise UnsupportedError(
@@ -271,17 +279,17 @@ def refuse_for_backend(options: Any, backend: str) -> None:
 
 
 def compared_values(options: Any) -> dict[str, Any]:
-    """Name -> value of each option that decides collectives: one value for all ways to write it, ready for JSON."""
+    """Name -> value of each option that decides collectives, in canonical form and serialisable as JSON."""
     return {item.name: plain(meaning_of(options, item.name)) for item in options_of(options) if item.collective}
 
 
 def meaning_of(options: Any, name: str) -> Any:
-    """The value of the option ``name``, one for all ways to write it."""
+    """The value of the option ``name`` in canonical form (see :meth:`Values.meaning`)."""
     return next(item.values.meaning(getattr(options, name)) for item in options_of(options) if item.name == name)
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; a callable becomes its import path."""
+    """Convert ``value`` to types that JSON has. A callable becomes its import path, any other object its ``repr``."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -296,12 +304,12 @@ def plain(value: Any) -> Any:
 
 
 def argument_docs(cls: Any) -> str:
-    """The options as the "Args:" section of a docstring has them, a line each."""
+    """The options as lines of the "Args:" section of a docstring."""
     return "\n".join(f"        {item.name}: {item.help}" for item in options_of(cls))
 
 
 def markdown_table(cls: Any) -> str:
-    """The options as a table in Markdown."""
+    """The options as a Markdown table."""
     lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
     for item in options_of(cls):
         meaning = " ".join([item.help, *_remarks(item)]).replace("|", "\\|")

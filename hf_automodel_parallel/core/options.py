@@ -1,7 +1,7 @@
-"""The options of a parallel run, each declared once; see :mod:`.option_fields` for what follows from a declaration.
+"""The options of a parallel run, each declared once; see :mod:`.option_fields` for the uses of a declaration.
 
-To add an option, add a field to :class:`OptionFields`, and read ``context.fsdp.<name>`` (or, outside of a strategy,
-the attribute of the config) where it acts.
+To add an option, add a field to :class:`OptionFields`. A strategy reads it as ``context.options.<name>``; code outside
+of a strategy reads the attribute of the config.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _is_plan_order(value: Any) -> bool:
 
 @dataclass(repr=False)
 class OptionFields:
-    """The options: base of ``AutoParallelismConfig``, which a user makes, and of :class:`ParallelOptions`."""
+    """The option fields: base class of ``AutoParallelismConfig`` (the user's config) and :class:`ParallelOptions`."""
 
     tp_plan: GivenPlan = option(
         None,
@@ -209,10 +209,11 @@ class OptionFields:
 
 @dataclass(repr=False)
 class ParallelOptions(OptionFields):
-    """The options of one run, frozen: what a strategy gets whole, as ``ParallelizeContext.options``.
+    """The options of one run, read-only. A strategy gets them as ``ParallelizeContext.options``.
 
-    The values are those of the config; what Accelerate's plugins and the model decide beside it is in the context and
-    in ``ShardingOptions``. It is not a frozen dataclass, because one cannot share its fields with the mutable config.
+    The values are those of the config. Settings that Accelerate's plugins and the model decide are in the context and
+    in ``ShardingOptions``. This is not a frozen dataclass, because a frozen dataclass cannot inherit fields from the
+    base class that it shares with the mutable config.
     """
 
     _frozen = False
@@ -235,5 +236,5 @@ class ParallelOptions(OptionFields):
 
     @classmethod
     def of(cls, config: OptionFields) -> ParallelOptions:
-        """The options of ``config`` as they are now."""
+        """Copy the current values of ``config``."""
         return cls(**{item.name: getattr(config, item.name) for item in dataclasses.fields(cls)})

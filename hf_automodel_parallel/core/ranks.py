@@ -1,8 +1,7 @@
-"""Collectives of Python values and small tensors: raise on all ranks, compare a value on all ranks, broadcast rank 0's.
+"""Collectives on Python objects and small tensors: gather, compare, broadcast, and raise on all ranks.
 
-What takes a ``group`` is collective over it. In a process without a process group the collectives of Python values
-return at once; those of tensors need one. For a barrier with a timeout see
-:mod:`~hf_automodel_parallel.core.rendezvous`.
+In a process without a process group the functions on objects return immediately; those on tensors need a process group.
+For a barrier with a timeout see :mod:`~hf_automodel_parallel.core.rendezvous`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The ``value`` of each rank, in the order of ranks, on all ranks."""
+    """All-gather ``value`` (picklable). Returns the values in the order of ranks. Collective over ``group``."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -40,7 +39,11 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def gather_tensors(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The ``tensor`` of each rank, stacked, as (world size, *shape) on all ranks, on the process group's device."""
+    """All-gather ``tensor``, of equal shape and dtype on all ranks. Collective over ``group``.
+
+    Returns:
+        (world size, *shape), on :func:`communication_device`.
+    """
     mine = tensor.to(communication_device())
     everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
     dist.all_gather(everyone, mine, group=group)
@@ -48,7 +51,7 @@ def gather_tensors(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None, source: int = 0) -> T:
-    """Rank ``source``'s (a rank of ``group``) value on all ranks."""
+    """Return the ``value`` (picklable) of rank ``source`` of ``group`` on all ranks. Collective over ``group``."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -58,7 +61,10 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None, source: i
 
 @torch.no_grad()
 def broadcast_from_rank_zero(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite ``tensor`` with rank 0's value, through the device that the process group needs."""
+    """Overwrite ``tensor`` in place with rank 0's value. Collective over ``group``.
+
+    ``tensor`` may be on any device and need not be contiguous; it is copied to :func:`communication_device` and back.
+    """
     device = communication_device()
     moved = tensor.detach().to(device).contiguous()
     dist.broadcast(moved, group_src=0, group=group)
@@ -66,14 +72,14 @@ def broadcast_from_rank_zero(tensor: torch.Tensor, group: dist.ProcessGroup | No
 
 
 def communication_device() -> torch.device:
-    """The device of tensors in collectives of the default process group."""
+    """The device that the default process group needs: the current CUDA device for NCCL, else the CPU."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 class Difference(NamedTuple, Generic[T]):
-    """Ranks whose value is not rank 0's; the same on all ranks.
+    """The result of :func:`difference`, the same on all ranks: the ranks whose value differs from rank 0's.
 
     Attributes:
         ranks: all ranks with a value other than rank 0's, ascending.
@@ -87,7 +93,7 @@ class Difference(NamedTuple, Generic[T]):
 
 
 def difference(value: T, group: dist.ProcessGroup | None = None) -> Difference[T] | None:
-    """Compare ``value`` (picklable, with ``==``) on all ranks of ``group``; None if it is equal."""
+    """Compare ``value`` (picklable, with ``==``) across ``group``; None if all are equal. Collective over ``group``."""
     everyone = gather_objects(value, group)
     ranks = [number for number, theirs in enumerate(everyone) if theirs != everyone[0]]
     return Difference(ranks, everyone[0], everyone[ranks[0]]) if ranks else None
@@ -100,21 +106,20 @@ def difference(value: T, group: dist.ProcessGroup | None = None) -> Difference[T
 def raise_on_all_ranks(
     what: str, group: dist.ProcessGroup | None = None, raises: type[AutoParallelError] = PrepareError
 ) -> Iterator[None]:
-    """Run the block on every rank; if it raises on any of them, all raise, so that no rank waits for another one.
+    """Run the block on all ranks. If it raises on one rank, it raises on all, so that no rank waits for another one.
 
-    Such blocks may be nested, and code of other libraries may stand between them. A rank that fails takes part in
-    exactly one exchange on its way out: that of the innermost block. The other ranks learn of the error at the end of
-    their next block, be it that one or one further out, and leave without another exchange. If their next collective
-    is another one, they wait in it forever: so between two of these blocks there must be no collective that a failing
-    rank leaves out.
+    The blocks may be nested, also with code of other libraries in between. A failing rank takes part in exactly one
+    exchange: that of the innermost block. The other ranks receive the error at the end of their next block, the same
+    one or one further out, and raise without another exchange. If their next collective is a different one, they wait
+    in it forever: between two of these blocks there must be no collective that a failing rank skips.
 
     Args:
-        what: what is being done, for the message on the ranks that had no error of their own.
+        what: the operation, for the message on ranks that had no error of their own.
         group: the ranks that run the block; None means all.
         raises: class of the error on those ranks.
 
     Raises:
-        AutoParallelError: ``raises``, if another rank failed; its rank and message are quoted.
+        AutoParallelError: of class ``raises``, if another rank failed; the message quotes its rank and message.
     """
     error: BaseException | None = None
     try:
@@ -137,13 +142,13 @@ def raise_on_all_ranks(
 
 
 def known_to_all(error: X, group: dist.ProcessGroup | None = None) -> X:
-    """Mark an error that all ranks of ``group`` raise, so that no :func:`raise_on_all_ranks` around exchanges it."""
+    """Mark ``error`` as raised on all ranks of ``group``: enclosing :func:`raise_on_all_ranks` do not exchange it."""
     error.known_on_ranks = _members(group)  # type: ignore[attr-defined]
     return error
 
 
 def error_text(error: BaseException, plain: type[AutoParallelError]) -> str:
-    """The message of ``error`` for another rank; with its class, unless that is ``plain``."""
+    """The message of ``error`` for another rank, with the name of its class unless it is a ``plain``."""
     return str(error) if isinstance(error, plain) else f"{type(error).__name__}: {error}"
 
 

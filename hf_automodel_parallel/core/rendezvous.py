@@ -1,8 +1,8 @@
-"""A barrier with a timeout in front of a save, over the store through which the process group was made.
+"""A barrier with a timeout in front of a save, over the store of the default process group.
 
-``if accelerator.is_main_process: model.save_pretrained(...)`` is the usual idiom; on a sharded model that one rank
-would wait forever in the first collective. The store needs no collective and no backend, so waiting has an end, and the
-error names the missing ranks.
+``if accelerator.is_main_process: model.save_pretrained(...)`` is a common idiom. On a sharded model this one rank would
+wait forever in the first collective. The store needs neither a collective nor a backend, so the wait can time out and
+the error can name the missing ranks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch.distributed as dist
 from .. import compat
 from ..errors import ConfigError, ExportError
 
-#: Environment variable: seconds that a rank waits for the others, which may still be computing.
+#: Environment variable: seconds that a rank waits for the other ranks, which may still be computing.
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
 
-#: Rendezvous so far, by store. A rank that missed some catches up when it comes.
+#: Store -> number of rendezvous so far. A rank that missed some catches up at its next one.
 _counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def timeout_seconds() -> float:
-    """How long a rank waits for the others: the environment's value, or 60 s.
+    """Seconds that a rank waits for the other ranks: the value of the environment variable, or 60.
 
     Raises:
         ConfigError: the variable is not a positive number.
@@ -48,18 +48,19 @@ def timeout_seconds() -> float:
 
 
 def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:
-    """Wait until every rank has called the same save.
+    """Wait until all ranks have called the same save.
 
     Args:
         what: the call, as the user writes it.
-        details: what has to be the same on all ranks; JSON values.
-        writes: whether this rank would write files (``is_main_process``); may differ across ranks.
+        details: values that must be the same on all ranks; JSON types.
+        writes: this rank asks to write files (``is_main_process``); may differ across ranks.
 
     Returns:
         The ranks that write: rank 0 alone if none or all of them asked for it.
 
     Raises:
         ExportError: a rank is missing after the timeout, or made another call; the message names ranks and remedy.
+        ConfigError: see :func:`timeout_seconds`.
     """
     rank, seconds = dist.get_rank(), timeout_seconds()
     mine = json.dumps({"call": what, **details}, sort_keys=True, default=str)
@@ -70,20 +71,23 @@ def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> li
         store.set(f"here/{rank}", json.dumps([mine, writes]))
         if rank == 0:
             store.set("verdict", json.dumps(_verdict(store, what, mine, writes, seconds)))
-        elif not _waited(store, ["verdict"], 2 * seconds + 5):  # rank 0 decides, after it has waited itself
+        elif not _waited(store, ["verdict"], 2 * seconds + 5):  # rank 0 itself waits up to `seconds` first
+            # Withdraw: a late rank 0 must not count this rank, which leaves with an error.
             store.delete_key(f"here/{rank}")
             raise ExportError(_missing(what, [0], seconds))
         verdict = json.loads(store.get("verdict"))
         _counts[root] = count + 1
         if rank in verdict["missing"]:
-            continue  # The others gave up before this rank came. If that was another call, they wait for it again.
+            # The other ranks timed out on this number before this rank came. Try the next number: they may have called
+            # the save again since.
+            continue
         if verdict["error"]:
             raise ExportError(verdict["error"])
         return verdict["writers"]
 
 
 def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> dict[str, Any]:
-    """On rank 0: wait for all others, and compare what they call."""
+    """On rank 0: wait for all other ranks and compare their calls. Returns the writers, missing ranks and an error."""
     world = dist.get_world_size()
     if _waited(store, [f"here/{rank}" for rank in range(world)], seconds):
         missing = []

@@ -1,9 +1,9 @@
-"""Which chunks of a full tensor a rank holds, and the local shard made of them.
+"""The chunks of a full tensor that a rank holds, and the local shard that consists of them.
 
-One answer for every client: tensor parallelism slices full parameters, loading reads ranges of files into shards,
-checkpoints write and read chunks at global offsets. A placement is reduced to index ranges for each dimension of the
-full tensor, in the order in which the local shard holds them; a chunk is one combination of these ranges. A plain
-``Shard`` gives one chunk, a packed projection (``[gate; up]`` in one matrix) one chunk for each of its blocks.
+Tensor parallelism slices full parameters with it, loading reads ranges of files into shards, checkpoints write and read
+chunks at global offsets. A placement becomes a list of index ranges for each dimension of the full tensor, in the order
+of the local shard. A chunk is one combination of these ranges. A plain ``Shard`` gives one chunk; a packed projection
+(``[gate; up]`` in one matrix) gives one chunk for each of its blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ranges = list[tuple[int, int]]
 
 
 class Chunk(NamedTuple):
-    """A block that is contiguous both in the full tensor and in the local shard.
+    """A block that is rectangular both in the full tensor and in the local shard.
 
     Attributes:
         offsets: first index in the full tensor, for each dimension.
@@ -60,13 +60,13 @@ def _view(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) ->
 
 
 def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
-    """The chunks of ``tensor`` that this rank holds.
+    """Return the chunks of ``tensor`` that this rank holds.
 
     Args:
-        tensor: a DTensor on any mesh, or a plain tensor, which every rank holds in full. On any device, meta included.
+        tensor: a DTensor on any mesh, or a plain tensor, which each rank holds in full. On any device, meta included.
 
     Returns:
-        One chunk, or one for each packed block; none if the local shard is empty.
+        One chunk, or one for each packed block; empty if the local shard is empty or this rank is not in the mesh.
 
     Raises:
         UnsupportedError: a placement whose layout is unknown here, or a local shard of another shape.
@@ -88,7 +88,8 @@ def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
             raise UnsupportedError(f"a tensor that is placed as {placement!r} on a mesh axis has no known chunks.")
         ranges[dim] = _shard(ranges[dim], blocks, tensor.device_mesh.size(axis), coordinate[axis])
     shape = tuple(sum(stop - start for start, stop in dim) for dim in ranges)
-    if shape != tuple(tensor.to_local().shape):  # another order of the axes would put values in wrong rows
+    # Several mesh axes may shard one dimension, in either order. A wrong order would put values into wrong rows.
+    if shape != tuple(tensor.to_local().shape):
         raise UnsupportedError(
             f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a local shard of shape "
             f"{shape} here, but it has {tuple(tensor.to_local().shape)}; values would go to wrong offsets."
@@ -97,7 +98,7 @@ def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
 
 
 def tp_chunks(shape: Sequence[int], spec: ParameterSpec, rank: int, size: int) -> list[Chunk]:
-    """The chunks that ``rank`` of ``size`` tp ranks holds of a full tensor of ``shape`` placed as in ``spec``."""
+    """Return the chunks of a full tensor of ``shape`` on ``rank`` of ``size`` tp ranks, placed as in ``spec``."""
     ranges: list[Ranges] = [[(0, length)] for length in shape]
     if spec.dim is not None:
         ranges[spec.dim] = _shard(ranges[spec.dim], spec.blocks, size, rank)
@@ -105,12 +106,12 @@ def tp_chunks(shape: Sequence[int], spec: ParameterSpec, rank: int, size: int) -
 
 
 def _shard(ranges: Ranges, blocks: int, parts: int, index: int) -> Ranges:
-    """Part ``index`` of each of the ``blocks``."""
+    """Chunk ``index`` of ``parts`` of each of the ``blocks``, concatenated."""
     return [item for block in range(blocks) for item in _chunk(_chunk(ranges, blocks, block), parts, index)]
 
 
 def _chunk(ranges: Ranges, parts: int, index: int) -> Ranges:
-    """Part ``index`` of the concatenated ``ranges`` cut into ``parts``, as ``torch.chunk`` cuts."""
+    """Chunk ``index`` of the concatenated ``ranges``, split into ``parts`` with the sizes of ``torch.chunk``."""
     total = sum(stop - start for start, stop in ranges)
     size = -(-total // parts)
     begin, end = min(index * size, total), min((index + 1) * size, total)
@@ -151,16 +152,16 @@ def _chunks(ranges: list[Ranges]) -> list[Chunk]:
 
 
 def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -> torch.Tensor:
-    """The local shard of ``full`` on ``rank`` of ``size`` tp ranks.
+    """Return the local shard of ``full`` on ``rank`` of ``size`` tp ranks.
 
     Args:
-        full: any shape, dtype and device; a parameter, an activation or a gradient.
+        full: a parameter, an activation or a gradient, of any shape, dtype and device.
         spec: its placement on the tp axis.
-        rank: on the tp axis.
-        size: of the tp axis.
+        rank: rank on the tp axis.
+        size: number of ranks on the tp axis.
 
     Returns:
-        A contiguous copy; ``full`` itself if it is replicated.
+        A contiguous copy of the shard; ``full`` itself if the placement is ``Replicate``.
     """
     if spec.dim is None:
         return full
@@ -178,10 +179,16 @@ def placement_of(spec: ParameterSpec) -> Placement:
 def shard_parameter(
     parameter: nn.Parameter, spec: ParameterSpec, mesh: DeviceMesh, device: torch.device
 ) -> nn.Parameter:
-    """A new parameter that holds this rank's shard of ``parameter`` as a DTensor of the full shape.
+    """Return a new parameter: a DTensor of the full shape with this rank's shard of ``parameter``.
 
-    Every rank must hold equal values; nothing is communicated. ``requires_grad`` and attributes that a library set on
-    the parameter object are kept. A parameter on the meta device stays there.
+    All ranks must hold equal values; nothing is communicated. The result keeps ``requires_grad`` and the attributes
+    that a library has set on the parameter object.
+
+    Args:
+        parameter: the full parameter, of any dtype. One on the meta device stays there.
+        spec: its placement on the tp axis.
+        mesh: the tp axis (1-D).
+        device: device of the local shard.
     """
     device = parameter.device if parameter.device.type == "meta" else device
     with torch.no_grad():
@@ -191,6 +198,7 @@ def shard_parameter(
             mesh,
             [placement_of(spec)],
             run_check=False,
+            # Given, because from_local would infer them from equal shards: wrong if size does not divide the dimension.
             shape=parameter.shape,
             stride=torch.empty(parameter.shape, device="meta").stride(),
         )

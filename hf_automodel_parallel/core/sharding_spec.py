@@ -1,4 +1,4 @@
-"""The data that plan and execution exchange: plan entries, and the sharding spec a plan resolves to on one model."""
+"""Data classes between planning and execution: plan entries, and the sharding spec of one model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-#: Where a plan may come from, in the default order of preference (an explicit ``tp_plan`` always comes first).
+#: Sources of plans in the default order of preference. An explicit ``tp_plan`` always comes first.
 PLAN_SOURCES = ("hf", "registry", "default", "derived")
 
 
@@ -18,7 +18,7 @@ class PlanEntry:
         pattern: dotted path of modules or parameters, relative to the unwrapped model; ``*`` matches one path
             component.
         style: a style name as in transformers' ``_tp_plan``, or a ``torch.distributed.tensor.parallel.ParallelStyle``.
-        source: where the line comes from, for the plan table ("class LlamaForCausalLM", "config base_model_tp_plan",
+        source: origin of the line, for the plan table ("class LlamaForCausalLM", "config base_model_tp_plan",
             "derived: ...").
     """
 
@@ -28,7 +28,7 @@ class PlanEntry:
 
     @property
     def style_name(self) -> str:
-        """The style name; of a style object its ``style_name``, if it has one, else its class name."""
+        """The style name. For a style object this is its ``style_name`` attribute, or else its class name."""
         return str(
             getattr(self.style, "style_name", self.style if isinstance(self.style, str) else type(self.style).__name__)
         )
@@ -40,14 +40,14 @@ class Plan:
 
     Attributes:
         origin: the source that the plan was taken from ("explicit", "hf", "registry", "default", "derived").
-        entries: pattern -> entry; later entries win over earlier ones with as many wildcards.
-        strict: every pattern must match something (a user's own plan). The plans of Hugging Face classes name modules
-            that a config may leave out.
-        notes: decisions taken on the way, one sentence each (why an earlier source was not used).
+        entries: pattern -> entry. If two patterns with equally many wildcards match, the later entry wins.
+        strict: each pattern must match something (a user's plan). False for plans of Hugging Face classes, which also
+            name modules that some configs leave out.
+        notes: reasons for the choice of this plan, one sentence each (why an earlier source was not used).
         counts: pattern of modules -> integer attributes that count sharded features or heads; they are divided by
             tp_size.
-        head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> its
-            dimension that runs over heads, and the attribute of the module that counts the heads.
+        head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> (the
+            dimension over heads, the attribute of the module that counts the heads).
     """
 
     origin: str
@@ -95,11 +95,11 @@ class ParameterSpec:
         on_sequence_shards: the gradient is ``Partial`` only in sequence-parallel forwards.
         rank_zero_only: the parameter is added to a ``Partial`` activation, so that tp rank 0 alone adds it and the
             other ranks compute with zeros.
-        forward_shard_dim: ``Replicate`` between forwards, but each rank computes with one of ``forward_shards`` slices
-            along this dimension (of each block). For key/value heads that are fewer than ranks, and for vectors of
-            packed features.
-        forward_shards: number of these slices. It divides tp_size; neighbouring ranks use the same slice where there
-            are fewer slices than ranks.
+        forward_shard_dim: ``Replicate`` between forwards, but in forward each rank uses one of ``forward_shards``
+            slices along this dimension (of each block). For models with fewer key/value heads than tp ranks, and for
+            vectors of packed features.
+        forward_shards: number of these slices; a divisor of tp_size. With fewer slices than ranks, adjacent ranks use
+            the same slice.
     """
 
     dim: int | None = None
@@ -134,9 +134,9 @@ class ModuleSpec:
         deferred_bias: name of the module, relative to this one ("" or "base_layer"), whose bias is added once after the
             all-reduce instead of once per rank before it; None if there is none.
         tail: number of trailing features for :attr:`OutputHook.COPY_TAIL_TO_TP`.
-        chunk_rows: rows whose logits the loss has in float32 at a time, for :attr:`OutputHook.SHARDED_LOGITS`; None:
-            chosen by memory.
-        native_style: a style object of torch, of transformers or of the user, which runs on its own engine; all other
+        chunk_rows: number of rows (tokens) whose logits the loss converts to float32 at a time, for
+            :attr:`OutputHook.SHARDED_LOGITS`; None: chosen by memory.
+        native_style: a ``ParallelStyle`` object of torch, transformers or the user, which applies itself; the other
             fields are then unused.
     """
 
@@ -150,13 +150,13 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class SequenceBlock:
-    """A module inside of a layer that works on the full sequence, while the rest of the layer works on sequence shards.
+    """A module inside of a layer that needs the full sequence, while the rest of the layer runs on sequence shards.
 
     Attributes:
-        gathers: its first tensor argument is all-gathered along the sequence.
-        scatters: its output is replicated, and each rank keeps its sequence shard. False: the output is a sequence
-            shard already, or does not have the layer's width.
-        mutates_input: it changes the gathered tensor in place, so that it must not share that tensor with other blocks.
+        gathers: all-gather the module's first tensor argument along the sequence.
+        scatters: the output is ``Replicate``, and each rank keeps its sequence shard of it. False: the output already
+            is a sequence shard, or does not have the layer's width.
+        mutates_input: the module changes the gathered tensor in place, so it must not share it with other blocks.
     """
 
     gathers: bool
@@ -166,16 +166,16 @@ class SequenceBlock:
 
 @dataclass(frozen=True)
 class SequenceSpec:
-    """Where the hidden states of a stack of layers are scattered along the sequence, and where they are gathered.
+    """Sequence parallelism of a stack of layers: the modules that scatter and gather the hidden states.
 
     Attributes:
         stack: name of the module whose forward runs the layers.
         layers: names of the layers in forward order. The first one's input is scattered.
         blocks: name of a module inside of a layer -> its hooks along the sequence.
         tail: name of the module at whose output the hidden states are gathered (the final norm or the last layer).
-        on_shards: modules whose parameters are used on sequence shards.
-        regather: blocks do not save the gathered input for backward, but all-gather it again there. Not used where a
-            checkpoint around the layer recomputes it anyway.
+        on_shards: names of modules whose parameters are used on sequence shards; their gradients are ``Partial``.
+        regather: blocks save the sequence shard of their input instead of the gathered input, and re-all-gather it in
+            backward. Not used if a checkpoint around the layer recomputes the gather anyway.
     """
 
     stack: str
@@ -193,15 +193,14 @@ class ShardingSpec:
     Attributes:
         parameters: parameter name -> spec; a parameter that is not listed is replicated with a full gradient.
         modules: module name -> spec; a module that is not listed has no hooks.
-        head_counts: module name -> attribute -> value on one rank, of modules that count the heads of sharded
-            projections.
-        head_arguments: module name -> keyword argument of its forward -> (dimension that runs over heads, or over
-            sequences and, within each, heads; number of heads). Each rank takes the slice of its heads.
-        reduced_dora_norms: names of DoRA magnitude layers of row-wise layers, whose weight norm is reduced over tp.
+        head_counts: module name -> attribute that counts heads of sharded projections -> its value on one rank.
+        head_arguments: module name -> keyword argument of its forward -> (dimension over heads, or over batch x heads;
+            number of heads). Each rank takes the slice of its heads.
+        reduced_dora_norms: names of DoRA magnitude layers of row-wise layers; their weight norm is reduced over tp.
         rows: the plan table: (pattern, style, number of matches, placement, source).
-        unmatched: entries of a non-strict plan that matched nothing here.
-        notes: decisions taken on the way, one sentence each.
-        sequence: sequence parallelism; None without it.
+        unmatched: entries of a non-strict plan without a match in this model.
+        notes: decisions of the resolution, one sentence each.
+        sequence: the spec of sequence parallelism; None without it.
     """
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
@@ -219,10 +218,11 @@ class ShardingSpec:
         return [name for name, spec in self.parameters.items() if spec.blocks > 1 and spec.dim is not None]
 
     def described(self) -> list[str]:
-        """A line for each decision about collectives, equal in all processes with the same plan.
+        """Return a line for each entry that decides collectives, in the same order in all processes.
 
-        Without the parameters, which are compared with the model's. Of a native style only the class is named (its
-        ``repr`` may hold an address). ``chunk_rows`` is left out: it decides no collective and may differ.
+        Parameters are left out; :func:`~.consistency.check_same_structure` describes them with the model's. A native
+        style appears with its class name only, because its ``repr`` may contain an address. ``chunk_rows`` is left out:
+        it decides no collective and may differ across ranks.
         """
         lines = [f"tp hooks of {name}: {_line(module)}" for name, module in self.modules.items()]
         for what, table in (("head counts", self.head_counts), ("arguments by heads", self.head_arguments)):

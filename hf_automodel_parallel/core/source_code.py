@@ -1,4 +1,4 @@
-"""The source code of functions and classes, for checks of what one run of a model cannot show: its other branches."""
+"""The source code of functions and classes. Checks read it, because one run of a model shows only one branch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @functools.lru_cache(maxsize=4096)
 def source_of(definition: Any) -> str:
-    """The source of a function, method or class; of a decorated one, that of the original.
+    """Return the source of a function, method or class; for a decorated one the source of the original.
 
-    "" where there is no source (built in, compiled, typed into an interpreter), so that checks find nothing there.
+    Returns "" if there is no source (built-in, compiled, typed into an interpreter).
     """
     try:
         return textwrap.dedent(inspect.getsource(definition))
@@ -22,7 +22,7 @@ def source_of(definition: Any) -> str:
 
 
 def syntax_tree(definition: Any) -> ast.Module:
-    """The syntax tree of :func:`source_of`; empty where the text alone is not Python (a lambda inside of a call)."""
+    """Return the syntax tree of :func:`source_of`; empty if the text does not parse on its own (a lambda in a call)."""
     try:
         return ast.parse(source_of(definition))
     except SyntaxError:

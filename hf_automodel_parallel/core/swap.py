@@ -1,10 +1,10 @@
-"""Put other tensors into the parameter slots of modules: for the duration of a call, or for good.
+"""Swap the tensors in the parameter slots of modules, temporarily or permanently.
 
-A *slot* is an entry of a module's ``_parameters`` (or ``_buffers``). Slots that hold the same object are
-tied, and so are their replacements.
+A *slot* is an entry of a module's ``_parameters`` (or ``_buffers``). Slots with the same tensor object are tied; their
+replacements are tied, too.
 
-The slots are written directly and not with ``setattr``: ``nn.Module.__setattr__`` rejects a plain tensor where a
-parameter is registered, and forwards under tensor parallelism compute with plain tensors.
+The slots are written directly instead of with ``setattr``: ``nn.Module.__setattr__`` rejects a plain tensor for a
+registered parameter, and forwards under tensor parallelism compute with plain tensors.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import nn
 
 
 class Slot(NamedTuple):
-    """A tensor and where it is registered.
+    """A tensor and the place where it is registered.
 
     Attributes:
-        holder: ``_parameters`` or ``_buffers`` of a module.
-        key: the name there.
-        tensor: of any kind; None for an entry without a tensor.
+        holder: the dict ``_parameters`` or ``_buffers`` of a module.
+        key: key in this dict.
+        tensor: a tensor of any class; None for an entry without a tensor.
     """
 
     holder: dict[str, Any]
@@ -32,10 +32,10 @@ class Slot(NamedTuple):
 
 
 def tensor_slots(module: nn.Module, buffers: bool = False) -> Iterator[tuple[str, Slot]]:
-    """Full name and slot of every parameter below ``module``, tied ones at each of their places.
+    """Yield full name and slot of each parameter of ``module``; a tied parameter once for each of its slots.
 
     Args:
-        module: its submodules are included, each once.
+        module: the module; its submodules are included, each once.
         buffers: include the buffers.
     """
     for prefix, owner in module.named_modules():
@@ -48,15 +48,15 @@ def tensor_slots(module: nn.Module, buffers: bool = False) -> Iterator[tuple[str
 def stand_ins(
     module: nn.Module, stand_in: Callable[[str, Any], torch.Tensor | None], buffers: bool = False
 ) -> list[Slot]:
-    """The slots below ``module`` with other tensors; nothing is changed yet, see :func:`exchange`.
+    """Return slots of ``module`` with replacement tensors. Nothing is changed yet, see :func:`exchange`.
 
     Args:
         module: see :func:`tensor_slots`.
-        stand_in: full name and tensor -> the tensor to take its place, None to leave this slot. What it gives for one
-            name of a tied tensor is taken for the later ones.
+        stand_in: (full name, tensor) -> replacement, or None to leave this slot. For tied slots the first replacement
+            is used for all later ones.
         buffers: include the buffers.
     """
-    # The slots are listed first: they keep the tensors alive, and ids are unique among living objects only.
+    # The list keeps all tensors alive while `made` uses their ids as keys: Python reuses the id of a deleted object.
     slots = list(tensor_slots(module, buffers))
     made: dict[int, torch.Tensor | None] = {}
     result = []
@@ -70,10 +70,10 @@ def stand_ins(
 
 
 def exchange(slots: Iterable[Slot]) -> list[Slot]:
-    """Write the tensors of ``slots`` to their places.
+    """Write the tensors of ``slots`` into the modules.
 
     Returns:
-        The same slots with what they held before: ``exchange()`` of that restores them.
+        The same slots with their previous tensors. ``exchange`` of this list restores them.
     """
     before = []
     for slot in slots:
@@ -89,13 +89,13 @@ def swapped_parameters(
     write_back: Callable[[Any, Any], object] | None = None,
     buffers: bool = False,
 ) -> Iterator[None]:
-    """Show other tensors in the parameter slots below ``module``; the former ones return, also after an error.
+    """Swap the parameters of ``module`` for other tensors in the block, and restore them afterwards, also on errors.
 
     Args:
-        module: between forwards, so that no unit of FSDP2 is unsharded and no local tensors are in place.
-        stand_in: see :func:`stand_ins`. All of them are made before the first slot changes.
-        write_back: called at the end, without gradients and after all slots are restored, for each slot that was
-            exchanged: the former tensor, and what the slot held last.
+        module: the module, between forwards: no FSDP unit is unsharded, and no local tensor is swapped in.
+        stand_in: see :func:`stand_ins`. All replacements are made before the first slot changes.
+        write_back: called after all slots are restored, under ``no_grad``, for each swapped slot with (original tensor,
+            last tensor in the slot).
         buffers: include the buffers.
     """
     before = exchange(stand_ins(module, stand_in, buffers))
