@@ -1,8 +1,9 @@
-"""The room for private names of torch, transformers, accelerate and peft.
+"""All uses of private names of torch, transformers, accelerate, peft and megatron-fsdp.
 
-Each name stands in one table with the reason for its use; ``tests/unit/compat/test_private_names.py`` fails when one of
-them disappears, or when a private name is used that is not in the table. No other module imports one; the attributes of
-their objects that others read are in the table too. Everything else in the package uses public API.
+:data:`.names.PRIVATE_NAMES` lists each name with the reason for its use. ``tests/unit/compat/test_private_names.py``
+fails if a name disappears from its library, or if the package uses a private name that is not listed. Only this
+subpackage imports private names. The list also has the private attributes that other modules read. Everything else in
+the package uses public API.
 
 Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
 """

@@ -1,4 +1,4 @@
-"""Private names of Accelerate and the Trainer; their table is :mod:`.names`."""
+"""Private names of Accelerate and the Trainer; :mod:`.names` lists them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def accelerator_already_exists() -> Any | None:
 def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str, Any]:
     """Return the local variables of the ``Accelerator.__init__`` call that is constructing ``accelerator``.
 
-    On CPU, Accelerate 1.15 drops a given ``fsdp_plugin`` before any object of ours can see it; the running constructor
-    still holds it. Returns an empty dict if the constructor is not on the stack.
+    On CPU, Accelerate 1.15 drops a given ``fsdp_plugin`` before it calls any code of this package; only the frame of
+    the running constructor still has it. Returns an empty dict if the constructor is not on the stack.
     """
     from accelerate import Accelerator
 
@@ -41,10 +41,10 @@ def arguments_of_running_accelerator_init(accelerator: Accelerator) -> dict[str,
 
 
 def owner_of_running_accelerator_init(accelerator: Accelerator, kind: type) -> Any:
-    """The object of type ``kind`` whose method is constructing ``accelerator``, None if there is none on the stack.
+    """Return the object of type ``kind`` whose method is constructing ``accelerator``; None without one on the stack.
 
-    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and never introduces
-    itself to it.
+    The Trainer (transformers 5.17 to 5.24) builds its ``Accelerator`` in its own constructor and does not pass itself
+    to it, so only the stack shows which Trainer it belongs to.
     """
     from accelerate import Accelerator
 
@@ -55,38 +55,37 @@ def owner_of_running_accelerator_init(accelerator: Accelerator, kind: type) -> A
         if frame.f_code is Accelerator.__init__.__code__:
             constructor_seen = holder is accelerator
         elif constructor_seen and isinstance(holder, kind):
-            # One that has its Accelerator already runs a script's code, in which another one is built.
+            # An owner that already has an Accelerator is running user code, which builds another, unrelated one.
             return None if "accelerator" in vars(holder) else holder
         frame = frame.f_back
     return None
 
 
 def set_distributed_type_fsdp(accelerator: Accelerator) -> None:
-    """Make Accelerate's state say FSDP, on CPU too, so that its FSDP2 code path is taken everywhere."""
+    """Set Accelerate's ``distributed_type`` to FSDP, on CPU too, so that all of its code takes the FSDP2 path."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
+    # AcceleratorState copies the type from PartialState each time it is constructed, so both have to be set.
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def parameters_of_ignored_modules(plugin: Any, model: nn.Module, device: torch.device) -> set[nn.Parameter]:
-    """The parameters that an FSDP plugin's ``ignored_modules`` (modules, or a regex over names) stands for."""
+    """Return the parameters of an FSDP plugin's ``ignored_modules`` (modules, or a regex over their names)."""
     from accelerate.utils.fsdp_utils import get_parameters_from_modules
 
     return set(get_parameters_from_modules(plugin.ignored_modules, model, device))
 
 
 def trainer_signal_manager_type() -> type | None:
-    """The class whose instance handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None without such a
-    Trainer.
-    """
+    """Return the class that handles SIGTERM for a Trainer with ``enable_jit_checkpoint``; None if not imported."""
     module = sys.modules.get("transformers.trainer_jit_checkpoint")
     return getattr(module, "CheckpointManager", None)
 
 
 def replace_checkpoint_request(manager: Any, function: Callable[[], None]) -> None:
-    """Let ``manager``, of the type above, call ``function`` some seconds after SIGTERM."""
+    """Make ``manager`` (of :func:`trainer_signal_manager_type`) call ``function`` some seconds after SIGTERM."""
     manager._enable_checkpoint = function
 
 
@@ -96,10 +95,10 @@ def save_trainer_checkpoint(trainer: Any) -> None:
 
 
 def trainer_save(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Trainer._save`` of the trainer's class: weights, configs, tokenizer and arguments into a directory."""
+    """Call ``Trainer._save`` of the trainer's class: save weights, configs, tokenizer and arguments to a directory."""
     return type(trainer)._save(trainer, *args, **kwargs)
 
 
 def bind_trainer_save(trainer: Any, save: Callable[..., Any]) -> None:
-    """Let ``trainer`` call ``save`` instead, on all ranks."""
+    """Replace ``Trainer._save`` of this ``trainer`` by ``save``, which it then calls on all ranks."""
     trainer._save = save

@@ -1,9 +1,9 @@
-"""Names of torch.distributed.checkpoint that its metadata files contain (torch 2.11 to 2.13), in one table."""
+"""The classes that metadata files of torch.distributed.checkpoint (DCP) refer to, in torch 2.11 to 2.13."""
 
 from __future__ import annotations
 
-#: ``(module, name)`` of all that a ``.metadata`` file of DCP may ask its reader for: data classes, enums and paths,
-#: nothing that acts. The private ones are written into the files by torch, so that a reader has to know them.
+#: ``(module, name)`` of all classes that a ``.metadata`` file of DCP may load when it is unpickled: data classes, enums
+#: and paths, so that unpickling runs no other code. torch writes the private names into the files.
 METADATA_CLASSES: frozenset[tuple[str, str]] = frozenset(
     {
         ("torch", "Size"),

@@ -1,8 +1,8 @@
-"""The table of private names, each with the reason for its use and the versions it was seen in."""
+"""The list of private names, each with the reason for its use and the library versions that have it."""
 
 from __future__ import annotations
 
-#: ``(module, attribute, reason)`` of every private name used in the package; the compat test walks this list.
+#: ``(module, attribute, reason)`` of all private names that the package uses; a test checks each of them.
 PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed._functional_collectives",
@@ -294,7 +294,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
-#: Names of the table that are not used from a version of torch on; they may be missing there.
+#: Name -> torch version from which on the package does not use it any more; later versions may lack it.
 REPLACED: dict[str, tuple[int, int]] = {
     "FSDPParam.to_accumulated_grad_if_needed": (2, 15),
     "_set_pg_timeout": (2, 14),

@@ -1,4 +1,7 @@
-"""Private names of PEFT; their table is :mod:`.names`."""
+"""Private names of PEFT; :mod:`.names` lists them.
+
+The functions that return types do not import peft: if nothing has imported it, no model is PEFT-wrapped.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """True if ``model`` is a ``peft.PeftModel``; does not import peft when nobody has."""
+    """True if ``model`` is a ``peft.PeftModel``."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def peft_tuner_layer_type() -> type | None:
-    """Base class of PEFT's adapter layers, None when peft is not imported."""
+    """Base class of PEFT's adapter layers; None if peft is not imported."""
     if "peft" not in sys.modules:
         return None
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,7 +31,7 @@ def peft_tuner_layer_type() -> type | None:
 
 
 def peft_auxiliary_wrapper_type() -> type | None:
-    """Base class of PEFT's ``modules_to_save`` and ``trainable_token_indices`` wrappers, None without peft."""
+    """Base class of PEFT's ``modules_to_save`` and ``trainable_token_indices`` wrappers; None without peft."""
     if "peft" not in sys.modules:
         return None
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -37,14 +40,12 @@ def peft_auxiliary_wrapper_type() -> type | None:
 
 
 def peft_wrapper_types() -> tuple[type, ...]:
-    """PEFT's base classes of modules around a layer of the model (tuner layers, ``modules_to_save``); empty without
-    peft.
-    """
+    """Base classes of PEFT's modules around a layer (tuner layers, ``modules_to_save``); empty without peft."""
     return tuple(kind for kind in (peft_tuner_layer_type(), peft_auxiliary_wrapper_type()) if kind is not None)
 
 
 def peft_layer_types() -> tuple[type, ...]:
-    """PEFT's layers that are local operators on a slice of their base layer, or leave it whole; empty without peft."""
+    """PEFT's adapter layers that also work on a local shard of their base layer; empty without peft."""
     if "peft" not in sys.modules:
         return ()
     from peft.tuners.ia3.layer import Linear as IA3Linear
@@ -56,7 +57,7 @@ def peft_layer_types() -> tuple[type, ...]:
 
 
 def peft_parameter_wrapper_type() -> type | None:
-    """PEFT's LoRA layer for a bare parameter, None without peft."""
+    """PEFT's LoRA layer for an ``nn.Parameter`` (expert weights); None without peft."""
     if "peft" not in sys.modules:
         return None
     from peft.tuners.lora.layer import ParamWrapper
@@ -65,14 +66,12 @@ def peft_parameter_wrapper_type() -> type | None:
 
 
 def parameter_adapter_stores_out_first(adapter: Any) -> bool:
-    """True if the 3-D parameter under a ``ParamWrapper`` is (experts, out, in); private since peft 0.17."""
+    """True if the 3-D parameter under a ``ParamWrapper`` has the shape (experts, out, in); private since peft 0.17."""
     return bool(adapter._did_swap_in_out_features)
 
 
 def peft_lora_variant_types() -> tuple[type, ...]:
-    """PEFT's variants of LoRA on linear layers that know no more than plain LoRA of features: DoRA and activated
-    LoRA.
-    """
+    """PEFT's variants of linear LoRA that can be sharded like plain LoRA: DoRA and activated LoRA; may be empty."""
     if "peft" not in sys.modules:
         return ()
     from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
@@ -81,7 +80,7 @@ def peft_lora_variant_types() -> tuple[type, ...]:
 
 
 def peft_dora_layer_type() -> type | None:
-    """PEFT's module that holds the magnitude vector of a linear layer, None without peft."""
+    """PEFT's module with the DoRA magnitude vector of a linear layer; None without peft."""
     if "peft" not in sys.modules:
         return None
     from peft.tuners.lora.dora import DoraLinearLayer
@@ -92,7 +91,7 @@ def peft_dora_layer_type() -> type | None:
 def adapter_state(
     model: nn.Module, state: dict[str, torch.Tensor], adapter: str, save_embedding_layers: bool | str
 ) -> dict[str, torch.Tensor]:
-    """What of ``state`` belongs to ``adapter``, under the names of an adapter file."""
+    """Select the entries of ``state`` that belong to ``adapter``, under the names of an adapter file."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(

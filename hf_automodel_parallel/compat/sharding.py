@@ -1,4 +1,7 @@
-"""Private names of DTensor, meshes, FSDP2 and megatron-fsdp; their table is :mod:`.names`."""
+"""Private names of DTensor, meshes, FSDP2 and megatron-fsdp; :mod:`.names` lists them.
+
+A *group* is an ``FSDPParamGroup`` of FSDP2, an ``fsdp_param`` is one of its ``FSDPParam``.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ def strided_shard(dim: int, split_factor: int) -> Any:
 
 
 def mark_packed_placements(parameters: Any) -> None:
-    """Tell torch before 2.13 that packed blocks are meant literally in the specs of these (FSDP-sharded) DTensors.
+    """Make torch before 2.13 read ``_StridedShard`` of these FSDP-sharded DTensors as blocks, not as a shard order.
 
-    torch 2.11 takes every ``_StridedShard`` for its own notation of a shard order and refuses to gather one that is
-    not; 2.13 falls back to the literal meaning by itself. The spec object is shared with FSDP2, so gradients follow.
+    torch 2.11 reads each ``_StridedShard`` as its encoding of a shard order and cannot gather one that is not. 2.13
+    falls back to the literal meaning. FSDP2 shares the spec object, so the gradients get the same reading.
     """
     if torch_version() >= (2, 13):
         return
@@ -53,8 +56,9 @@ def is_strided_shard(placement: object) -> bool:
 
 
 def slice_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
-    """The axes ``names`` of ``mesh``, also joined ones, which torch (2.11 to 2.13) wants to be asked for differently
-    one day.
+    """Return the sub-mesh of the axes ``names``, flattened axes included.
+
+    torch 2.11 to 2.13 warns that slicing a flattened axis is deprecated; the warning is filtered.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
@@ -62,7 +66,7 @@ def slice_mesh(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
 
 
 def has_joined_axis(mesh: DeviceMesh, name: str) -> bool:
-    """True if an axis ``name`` was made of axes of ``mesh`` before (``_flatten``)."""
+    """True if ``_flatten`` has already made an axis ``name`` of axes of ``mesh``."""
     try:
         slice_mesh(mesh, (name,))
     except (KeyError, RuntimeError):
@@ -71,14 +75,14 @@ def has_joined_axis(mesh: DeviceMesh, name: str) -> bool:
 
 
 def join_axes(mesh: DeviceMesh, names: tuple[str, ...], name: str) -> DeviceMesh:
-    """One axis ``name`` of the axes ``names`` of ``mesh``; collective where torch has to make its process group."""
+    """Flatten the axes ``names`` of ``mesh`` to one axis ``name``. Collective if torch has to make a process group."""
     joined = slice_mesh(mesh, names)._flatten(name)
     inherit_timeout(joined)
     return joined
 
 
 def set_timeout(timeout: Any, group: Any = None) -> None:
-    """Bound the collectives of ``group``, by default the process group, by ``timeout`` (a timedelta)."""
+    """Set the timeout (a timedelta) of the collectives of ``group``; None means the default process group."""
     if torch_version() >= (2, 14):
         dist.set_timeout(timeout, group)  # type: ignore[attr-defined]  # mypy may see an older torch
     else:
@@ -86,25 +90,25 @@ def set_timeout(timeout: Any, group: Any = None) -> None:
 
 
 def inherit_timeout(mesh: DeviceMesh) -> None:
-    """Give the process groups of the axes of ``mesh`` (1-D or more) the timeout of the process group.
+    """Give the process groups of all axes of ``mesh`` (1-D or more) the timeout of the default process group.
 
-    torch makes them with its default, so that ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)`` would not
-    bound the collectives of tp and dp_shard, which are nearly all: a lost node would stop the others after half an hour
-    (gloo).
+    torch makes them with its default timeout. Without this, ``ddp_timeout`` or ``InitProcessGroupKwargs(timeout=...)``
+    would not apply to the collectives of tp and dp_shard, which are nearly all collectives: after the loss of a node
+    the others would wait for half an hour (gloo).
     """
     world = dist.group.WORLD
     groups = [group for group in mesh.get_all_groups() if group is not world]
     if world is None or not groups:
         return
     options = world._get_backend(torch.device(mesh.device_type)).options
-    if options is None:  # a fake process group, which waits for nobody
+    if options is None:  # a fake process group, which never waits
         return
     for group in groups:
         set_timeout(options._timeout, group)
 
 
 def root_mesh(mesh: Any) -> Any:
-    """The mesh that ``mesh`` is a part of; a stand-in that has none is its own."""
+    """Return the root mesh of ``mesh``; ``mesh`` itself if it is a test double without a root."""
     root = getattr(mesh, "_get_root_mesh", None)
     return root() if callable(root) else mesh
 
@@ -115,10 +119,10 @@ class _ExpectedRedistribution(logging.Filter):
 
 
 def silence_redistribution_hints() -> None:
-    """Drop torch's hint that gathering over two mesh axes takes two collectives (torch 2.13 logs it on every rank).
+    """Filter torch's hint that a redistribution over two mesh axes takes two collectives (2.13 logs it on all ranks).
 
-    A parameter on dp_shard x tp is gathered in two steps whenever a norm is clipped or a state dict saved; nothing can
-    be done about it, and each rank would say so at each kind of step. Other messages of that logger pass.
+    A parameter on dp_shard x tp needs two all-gathers for a state dict and for the norm of its gradient; this cannot be
+    avoided. Other messages of that logger pass.
     """
     hints = logging.getLogger("torch.distributed.tensor._redistribute")
     if not any(isinstance(f, _ExpectedRedistribution) for f in hints.filters):
@@ -126,16 +130,16 @@ def silence_redistribution_hints() -> None:
 
 
 def initialize_fsdp(model: nn.Module) -> None:
-    """Let FSDP2 look at the units below ``model`` now, with ``model`` as their root, as its first forward would.
+    """Run FSDP2's lazy initialisation now, with ``model`` as the root; otherwise the first forward runs it.
 
-    Before that has happened, a unit that is called on its own takes itself for a root and finds no streams to gather
-    on.
+    Before the initialisation, an FSDP unit that is called on its own would initialise itself as a root, and has no
+    streams to all-gather on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
 
 def before_reduction(unit: Any, function: Callable[[], None]) -> None:
-    """Call ``function`` in each backward when the gradients of an FSDP2 unit are complete, before they are reduced."""
+    """Call ``function`` in each backward when the gradients of an FSDP unit are complete, before their reduction."""
 
     def call(post_backward: Callable[..., None], *args: Any) -> None:
         function()
@@ -146,7 +150,11 @@ def before_reduction(unit: Any, function: Callable[[], None]) -> None:
 
 
 def group_of(unit: Any, parameter: nn.Parameter) -> Any:
-    """The FSDP2 group of ``unit`` that manages the module that holds ``parameter``; None if there is none."""
+    """Return the param group of the FSDP unit ``unit`` that manages the sharded ``parameter``; None without one.
+
+    Raises:
+        UnsupportedError: this version of FSDP2 lacks a private name that the package needs.
+    """
     state = unit._get_fsdp_state()
     groups = _fsdp_groups(state)
     _check_names(state, *groups)
@@ -155,9 +163,7 @@ def group_of(unit: Any, parameter: nn.Parameter) -> Any:
 
 
 def _check_names(*parts: Any) -> None:
-    """Fail while the model is sharded, not in the middle of a backward, where FSDP2 lacks a name that the table lists
-    for it.
-    """
+    """Raise if an object of FSDP2 lacks a listed private name: while the model is sharded, not later in a backward."""
     for part in parts:
         kind = type(part)
         for _, attribute, _ in PRIVATE_NAMES:
@@ -172,15 +178,21 @@ def _check_names(*parts: Any) -> None:
 
 
 def owner_of(fsdp_param: Any) -> nn.Module:
-    """The module that holds a parameter of a group."""
+    """Return the module in which a parameter of a group is registered."""
     return fsdp_param._module_info.module
 
 
 def around_group(
     group: Any, forward: Callable[[], None], reduction: Callable[[], None], start: Callable[[], None]
 ) -> None:
-    """Call ``forward`` before each forward of an FSDP2 group, ``reduction`` before its gradients are reduced or
-    accumulated, and ``start`` before FSDP2 looks at the dtypes of its parameters, at the first forward."""
+    """Insert callbacks into an FSDP2 param group, which has no public hooks at these points.
+
+    Args:
+        group: the param group.
+        forward: called before each forward.
+        reduction: called in backward, before the gradients are reduced or accumulated.
+        start: called once before the first forward, before FSDP2 reads the dtypes of the parameters.
+    """
 
     def call(function: Callable[[], None], original: Callable[..., Any], *args: Any) -> Any:
         function()
@@ -192,36 +204,36 @@ def around_group(
 
 
 def backward_reached(group: Any) -> bool:
-    """True if the running backward has come to the output of this FSDP2 group."""
+    """True if the running backward has reached the output of this param group."""
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     return group._training_state == TrainingState.PRE_BACKWARD
 
 
 def trained_when_gathered(fsdp_param: Any) -> bool:
-    """True if the gathered form of a parameter of an FSDP2 group exists and takes a gradient."""
+    """True if the unsharded parameter exists and requires a gradient."""
     gathered = getattr(fsdp_param, "_unsharded_param", None)
     return gathered is not None and gathered.requires_grad
 
 
 def has_gathered_gradient(fsdp_param: Any) -> bool:
-    """True if there is something to reduce for a parameter of an FSDP2 group."""
+    """True if the unsharded parameter has a gradient to reduce."""
     return fsdp_param.unsharded_accumulated_grad is not None or fsdp_param._unsharded_param.grad is not None
 
 
 def give_gathered_gradient(fsdp_param: Any, values: torch.Tensor | None) -> None:
-    """Let the gathered form of a parameter of an FSDP2 group have the gradient ``values``, None for zeros."""
+    """Set the gradient of the unsharded parameter to ``values`` (full shape), or to zeros for None."""
     gathered = fsdp_param._unsharded_param
     dtype = gathered.grad_dtype or gathered.dtype  # since torch 2.15 the gradient may have the reduce dtype, or any
     gathered.grad = torch.zeros_like(gathered, dtype=dtype) if values is None else values.to(gathered.device, dtype)
 
 
 def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
-    """Bring the unsharded gradients of an FSDP2 group to its reduce dtype, where one was accumulated in it without a
-    reduction.
+    """Cast the unsharded gradients of a param group to its reduce dtype, if one has been accumulated in this dtype.
 
-    torch before 2.15 accumulates beside ``.grad``, and reduce-scatters gradients of one dtype alone. Since 2.15 it
-    accumulates in ``.grad``, and the copy into the reduce-scatter casts each gradient.
+    Before 2.15 torch accumulates unreduced gradients outside of ``.grad``, in the reduce dtype, and its reduce-scatter
+    needs gradients of a single dtype. Since 2.15 it accumulates in ``.grad`` and casts each gradient when it copies it
+    for the reduce-scatter.
     """
     if torch_version() < (2, 15) and any(p.unsharded_accumulated_grad is not None for p in fsdp_params):
         for fsdp_param in fsdp_params:
@@ -230,10 +242,10 @@ def unify_gathered_gradients(fsdp_params: list[Any]) -> None:
 
 
 def reduce_all_but(units: Any) -> None:
-    """Let every FSDP2 unit below the first of ``units`` reduce its gradients that has not done so, apart from
-    ``units``.
+    """Run the post-backward, with the reduction, of all FSDP units that have not run it yet, except of ``units``.
 
-    A unit whose inputs need no gradient is left to the end of the backward, where FSDP2 comes to it after the root.
+    A unit whose inputs need no gradient has no post-backward hook. FSDP2 reduces it at the end of the backward, after
+    the root. ``units[0]`` is any unit of the model.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
@@ -246,17 +258,17 @@ def reduce_all_but(units: Any) -> None:
 
 
 def _fsdp_groups(state: Any) -> list[Any]:
-    """The groups of parameters of an FSDP2 unit: one in an attribute in torch 2.11, a list in one of almost that name
-    in 2.13.
+    """Return the param groups of an FSDP unit: torch 2.11 has one in ``_fsdp_param_group``, 2.13 a list with a similar
+    name.
     """
     value = next((value for name, value in vars(state).items() if name.startswith("_fsdp_param_group")), None)
     return [group for group in (value if isinstance(value, list) else [value]) if group is not None]
 
 
 def keep_gathered_after_forward(unit: Any) -> Callable[[], None]:
-    """Let the FSDP2 unit keep its parameters after forward; the result takes that back.
+    """Make an FSDP unit keep its parameters unsharded after forward. Returns a function that restores the setting.
 
-    The public ``set_reshard_after_forward`` sets it, but nothing tells what was set before (torch 2.11 to 2.13).
+    The public ``set_reshard_after_forward`` only sets the value; torch 2.11 to 2.13 has no getter.
     """
     state = unit._get_fsdp_state()
     automatic = state._auto_reshard_after_forward
@@ -266,17 +278,16 @@ def keep_gathered_after_forward(unit: Any) -> Callable[[], None]:
     def undo() -> None:
         state._auto_reshard_after_forward = automatic
         for group, value in before:
-            # What torch decides by itself for a root, when it learns from the first forward that it is one.
+            # torch's own choice for a root, made in the first forward: that may have happened since `before` was read.
             group.post_forward_mesh_info = None if automatic and state._is_root else value
 
     return undo
 
 
 def forget_unfinished_forward(units: list[Any]) -> None:
-    """After an exception left the forward of FSDP2 units: let the next one begin anew, and :meth:`reshard` free
-    parameters.
+    """Reset the state of FSDP units after an exception in their forward, so that ``reshard`` and a new forward work.
 
-    torch 2.13 has ``reset_iter_state`` for this, which also drops gradients that were accumulated before.
+    torch 2.13 has ``reset_iter_state`` for this, but it also drops gradients that were accumulated before.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
@@ -292,11 +303,11 @@ def forget_unfinished_forward(units: list[Any]) -> None:
 
 
 def describe_on(parameter: Any, mesh: DeviceMesh, placements: tuple[Any, ...]) -> None:
-    """Let a DTensor say that its local tensor is placed on ``mesh`` as ``placements`` say; nothing is moved."""
+    """Replace mesh and placements in the spec of a DTensor; the local tensor stays as it is."""
     old = parameter._spec
     parameter._spec = type(old)(mesh, placements, tensor_meta=old.tensor_meta)
 
 
 def show_raw_parameters(wrapper: Any) -> None:
-    """Let a ``MegatronFSDP`` (megatron-fsdp 0.5 and 0.6) put the parameters to compute with into the module tree."""
+    """Make a ``MegatronFSDP`` (megatron-fsdp 0.5, 0.6) register its compute parameters in the module tree."""
     wrapper._replace_param_with_raw_if_needed()

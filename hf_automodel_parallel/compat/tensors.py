@@ -1,4 +1,4 @@
-"""Private names of tensors, operators and tracing of torch; their table is :mod:`.names`."""
+"""Private names of torch's tensors, operators and tracing; :mod:`.names` lists them."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ def functional_collectives() -> ModuleType:
 
 
 def all_gather_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
-    """All-gather ``x`` along ``dim``: ``all_gather_single`` from torch 2.13 on, called ``all_gather_tensor`` before."""
+    """All-gather ``x`` along ``dim``, traceable (``all_gather_single`` since torch 2.13)."""
     funcol = functional_collectives()
     gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
     return _waited(gather(x, dim, group))
 
 
 def reduce_scatter_dim(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
-    """Sum over ``group`` and keep this rank's part of ``dim``: ``reduce_scatter_single`` from torch 2.13 on."""
+    """Reduce-scatter ``x`` (sum) along ``dim``, traceable (``reduce_scatter_single`` since torch 2.13)."""
     funcol = functional_collectives()
     scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
     return _waited(scatter(x, "sum", dim, group))
 
 
 def _waited(x: torch.Tensor) -> torch.Tensor:
-    """``x`` when its collective is over. A traced one waits by itself; inductor does not know it with a second wait."""
+    """Wait for the collective that computes ``x``, except while tracing.
+
+    A traced collective has its own wait, and inductor's patterns do not match it with a second one.
+    """
     return x if torch.compiler.is_compiling() else functional_collectives().wait_tensor(x)
 
 
 def fake_tensor_mode() -> Any:
-    """A mode under which tensors have shapes and no values, and constants of a module may stay real."""
+    """Return a mode for fake tensors that accepts real tensors as inputs, such as constants of a module."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -52,18 +55,18 @@ def fake_tensor_mode() -> Any:
 def flash_attention_of_last_queries(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float | None
 ) -> torch.Tensor | None:
-    """Causal flash attention of the last n queries of a sequence to all N keys, None where this kernel cannot be used.
+    """Causal flash attention of the last n queries of a sequence to all N keys; None if the kernel cannot be used.
 
-    The public SDPA aligns its causal mask with the first query, and with an explicit mask it does not take this kernel.
-    The call is that of ``torch.nn.attention.bias.CausalBias`` (torch 2.11 to 2.13), a tensor subclass that can be made
-    neither inside of a compiled graph nor under a selective checkpoint.
+    The public SDPA aligns its causal mask with the first query, and does not use this kernel with an explicit mask.
+    ``torch.nn.attention.bias.CausalBias`` makes the same call (torch 2.11 to 2.13). But it is a tensor subclass, which
+    can be constructed neither inside of a compiled graph nor under a selective checkpoint.
 
     Args:
         query: (B, heads, n, D).
         key: (B, heads, N, D).
         value: (B, heads, N, D).
-        dropout: probability to drop a weight.
-        scale: factor of the scores, None for ``1 / sqrt(D)``.
+        dropout: dropout probability of the attention weights.
+        scale: factor of the scores; None for ``1 / sqrt(D)``.
 
     Returns:
         (B, heads, n, D).
@@ -79,25 +82,24 @@ def flash_attention_of_last_queries(
 
 
 def cast_operator() -> Any:
-    """The operator of ``Tensor.to``: a copy in another dtype or on another device (torch 2.11 to 2.13)."""
+    """Return the aten operator of ``Tensor.to``: a copy in another dtype or on another device (torch 2.11 to 2.13)."""
     return torch.ops.aten._to_copy.default
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace each parameter and buffer by what ``function`` makes of it: what ``Module.to`` and ``Module.to_empty``
-    call.
+    """Replace each parameter and buffer by ``function(tensor)``, as ``Module.to`` and ``Module.to_empty`` do.
 
-    FSDP2 extends it, so that its units take up the new shards (torch 2.11 to 2.13).
+    FSDP2 overrides ``_apply``, so that its units refer to the new shards (torch 2.11 to 2.13).
     """
     model._apply(function)
 
 
-#: Inductor's option that overlaps collectives with the matrix products beside them.
+#: Inductor's option that overlaps collectives with adjacent matrix products.
 ASYNC_TENSOR_PARALLEL_OPTION = "_micro_pipeline_tp"
 
 
 def enable_symmetric_memory(group: Any) -> None:
-    """Let inductor use symmetric memory for the collectives of ``group``."""
+    """Enable symmetric memory for ``group``; inductor overlaps only the collectives of such groups."""
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     with warnings.catch_warnings():
@@ -113,7 +115,7 @@ def without_hooks(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
-    """Without the traceback that torch logs for an operator that fails on fake tensors, where failing is an answer."""
+    """Suppress the traceback that torch logs when an operator fails on fake tensors; the caller handles the error."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -123,19 +125,20 @@ def quiet_fake_tensors() -> Iterator[None]:
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Call ``function`` when the running backward is over, after what was queued before; only inside of a backward."""
+    """Call ``function`` at the end of the running backward, after earlier callbacks. Only inside of a backward."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def has_implemented_forward(module: nn.Module) -> bool:
-    """False for containers (``ModuleList``, ``ParameterDict``, ...) whose ``forward`` nobody can call."""
+    """False for containers without a ``forward`` (``ModuleList``, ``ParameterDict``, ...)."""
     return type(module).forward is not nn.Module.forward
 
 
 def dynamo_side_effects_under_checkpoint() -> Any:
-    """Context in which dynamo skips a checkpointed region's side effects in its recomputation (torch 2.9 to 2.13).
+    """Context in which dynamo skips Python side effects of a checkpointed function in its recomputation (2.9 to 2.13).
 
-    Without it such a region breaks the graph. Patched only around our own compiled layers and restored after.
+    Without it, a checkpoint with side effects breaks the graph. The setting is global, so it is patched only around
+    calls of layers that this package compiles.
     """
     return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 
@@ -147,23 +150,23 @@ def torch_version() -> tuple[int, int]:
 
 
 def hooks_on(module: nn.Module) -> list[Callable[..., Any]]:
-    """All hooks that ``module`` was given, of forward and backward."""
+    """Return all forward and backward hooks of ``module`` itself."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return [hook for hooks in kinds for hook in hooks.values()]
 
 
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """True if somebody has registered a hook on the gradient of this very tensor object."""
+    """True if a gradient hook is registered on this tensor object."""
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def gradient_hooks(tensor: torch.Tensor) -> list[Callable[..., Any]]:
-    """The hooks that ``register_hook`` of this very tensor object was given."""
+    """Return the hooks that were registered on this tensor object with ``register_hook``."""
     return list((tensor._backward_hooks or {}).values())
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if the call or the forward of ``module`` is a product of ``torch.compile``."""
+    """True if ``torch.compile`` or ``Module.compile`` has compiled the call or the forward of ``module``."""
     if module._compiled_call_impl is not None:
         return True
     from torch._dynamo.eval_frame import innermost_fn
@@ -173,12 +176,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def graph_break_type() -> type[Exception]:
-    """What ``torch.compile(fullgraph=True)`` raises while tracing code that it cannot put into one graph."""
+    """Return the exception that ``torch.compile(fullgraph=True)`` raises for code that it cannot trace as one graph."""
     return torch._dynamo.exc.Unsupported
 
 
 def checkpoint_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """What torch's checkpoint wrapper (or a wrapper made like it) has inside, None if ``module`` is no such wrapper."""
+    """Return the module inside of torch's checkpoint wrapper, or of a similar one; None if it is not such a wrapper."""
     inner = module._modules.get("_checkpoint_wrapped_module")
     return inner if isinstance(inner, nn.Module) else None
 
@@ -187,11 +190,11 @@ _unhashed: list[Any] = []
 
 
 def hash_specs_of_symbolic_shapes() -> None:
-    """Let a ``DTensorSpec`` with symbolic sizes be hashed, by its mesh and placements alone (torch 2.11 to 2.13).
+    """Make a ``DTensorSpec`` with symbolic sizes hashable, by mesh and placements only (torch 2.11 to 2.13).
 
-    While torch.compile traces DTensors with dynamic shapes, sizes are ``SymInt``, which have no hash, and the cache of
-    sharding decisions fails with a ``TypeError``. Equality still compares shapes, so a coarser hash costs time and
-    changes no result. For the whole process until :func:`restore_spec_hash`; a second call changes nothing.
+    While torch.compile traces DTensors with dynamic shapes, sizes are ``SymInt`` without a hash, and the cache of
+    sharding decisions raises a ``TypeError``. Equality still compares shapes, so a coarser hash is slower but changes
+    no result. Applies to the entire process until :func:`restore_spec_hash`; a second call has no effect.
     """
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -210,7 +213,7 @@ def hash_specs_of_symbolic_shapes() -> None:
 
 
 def restore_spec_hash() -> None:
-    """Take :func:`hash_specs_of_symbolic_shapes` back."""
+    """Undo :func:`hash_specs_of_symbolic_shapes`."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
     if _unhashed:
@@ -218,42 +221,35 @@ def restore_spec_hash() -> None:
 
 
 def wrapper_subclass(cls: type, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of class ``cls`` with these properties and no storage (what DTensor is made with, torch 2.11 to
-    2.13).
-    """
+    """Return a tensor of the subclass ``cls`` without storage, made in the same way as a DTensor (torch 2.11-2.13)."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often ``tensor`` and the views that share its memory have been changed in place; 0 where torch does not
-    count.
-    """
+    """Number of in-place changes of ``tensor`` and its views; 0 for inference tensors, where torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def without_torch_function() -> Any:
-    """Context in which tensor subclasses are plain tensors to torch's functions: what ``Tensor.__torch_function__``
-    uses.
-    """
+    """Context without ``__torch_function__`` dispatch of subclasses, as in ``Tensor.__torch_function__`` itself."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that ``tensor`` is a view of, if that takes part in a backward, else ``tensor`` itself."""
+    """Return the base of the view ``tensor`` if the base requires a gradient, else ``tensor`` itself."""
     base = tensor._base if tensor._is_view() else None
     return base if base is not None and base.requires_grad else tensor
 
 
-#: Nodes of autograd that pass a gradient on as it is, if what they return has the place of what they are given. The
-#: last is that of ``RegisterPostBackwardFunction``, which FSDP2 puts on the inputs of a unit.
+#: Autograd nodes that pass the gradient on unchanged if their output has the same memory location as their input. The
+#: last one belongs to ``RegisterPostBackwardFunction``, which FSDP2 applies to the inputs of a unit.
 _PLAIN_VIEWS = ("AliasBackward0", "SliceBackward0", "ViewBackward0", "RegisterPostBackwardFunctionBackward")
 
 
 def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
-    """True if between ``base`` and ``x``, at the same place, lie views alone, by the names of their nodes (torch 2.11
-    to 2.13).
+    """True if only views lead from ``base`` to ``x``, which are at the same memory location.
 
-    A name that is not known counts as something else, so the answer errs towards False.
+    Decides by the names of the autograd nodes (torch 2.11 to 2.13). An unknown name gives False, the safe answer.
     """
     node: Any = x.grad_fn
     while type(node).__name__ in _PLAIN_VIEWS:
@@ -262,7 +258,7 @@ def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
 
 
 def rendezvous_store() -> Any:
-    """The store through which the ranks found each other; works without a collective, and with every backend."""
+    """Return the store of the default process group. It works without collectives and with each backend."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()

@@ -1,4 +1,4 @@
-"""Private names of transformers' models; their table is :mod:`.names`."""
+"""Private names of transformers' models; :mod:`.names` lists them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def config_with_attention(config: Any, name: str) -> Any:
-    """A copy of a transformers config whose attention implementation is ``name``.
+    """Return a shallow copy of a transformers config with ``name`` as attention implementation.
 
-    The public setter would write into the sub-configs too, which the copy shares with the original.
+    The public setter also writes to the sub-configs, which the copy shares with the original.
     """
     result = copy.copy(config)
     result._attn_implementation_internal = name
@@ -27,7 +27,7 @@ def config_with_attention(config: Any, name: str) -> Any:
 
 
 def uses_attention_registry(module: nn.Module) -> bool:
-    """True if the forward of ``module`` looks attention up in transformers' registry (5.17 to 5.24: by this name)."""
+    """True if the forward of ``module`` takes attention from transformers' ``ALL_ATTENTION_FUNCTIONS`` (5.17-5.24)."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -48,17 +48,17 @@ def transformers_parallel_styles() -> dict[str, Any]:
 
 
 def tensor_parallel_plan_of_class(cls: type) -> dict[str, str]:
-    """The ``_tp_plan`` that a model class declares itself (transformers 5.17 to 5.23), empty if it declares none."""
+    """The ``_tp_plan`` of a model class (transformers 5.17 to 5.23); empty if it has none."""
     return dict(getattr(cls, "_tp_plan", None) or {})
 
 
 def instance_tensor_parallel_plan(model: nn.Module) -> dict[str, str]:
-    """The ``_tp_plan`` set on this very object (transformers merges class, config and children there), else empty."""
+    """The ``_tp_plan`` of the instance, where transformers merges class, config and children; empty if it has none."""
     return dict(model.__dict__.get("_tp_plan") or {})
 
 
 def no_split_module_names(model: nn.Module) -> set[str]:
-    """Class names in ``_no_split_modules`` of the model and of every sub-model (a list, set or None by version)."""
+    """Class names in ``_no_split_modules`` of the model and all sub-models (a list, set or None, by version)."""
     names: set[str] = set()
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
@@ -66,9 +66,7 @@ def no_split_module_names(model: nn.Module) -> set[str]:
 
 
 def transformers_layer_type() -> type | None:
-    """The base class of transformers' layers that can be checkpointed (all decoder and encoder layers), None without
-    it.
-    """
+    """Base class of transformers' decoder and encoder layers, ``GradientCheckpointingLayer``, or None."""
     if "transformers" not in sys.modules:
         return None
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -77,15 +75,13 @@ def transformers_layer_type() -> type | None:
 
 
 def checkpoints_around_calls() -> bool:
-    """True if transformers checkpoints a layer outside of its ``__call__``, so around our hooks (before 5.23)."""
+    """True if transformers' own checkpoint is around a layer's ``__call__``, outside of module hooks (before 5.23)."""
     layer_type = transformers_layer_type()
     return layer_type is not None and "__call__" in vars(layer_type)
 
 
 def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """What transformers does not load in ``dtype``: a pattern over parameter names, None if there is nothing of the
-    kind.
-    """
+    """Pattern of the parameter names that transformers loads in float32, not in ``dtype``; None without any."""
     listed = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         listed |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -93,12 +89,12 @@ def names_kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern[st
 
 
 def lm_head_module(model: nn.Module) -> nn.Module | None:
-    """The model's output projection through ``get_output_embeddings``, None when it has none or refuses."""
+    """The model's output projection from ``get_output_embeddings``; None if it has none or the method raises."""
     return _embedding_accessor(model, "get_output_embeddings")
 
 
 def input_embedding_module(model: nn.Module) -> nn.Module | None:
-    """The model's input embedding through ``get_input_embeddings``, None when it has none or refuses."""
+    """The model's input embedding from ``get_input_embeddings``; None if it has none or the method raises."""
     return _embedding_accessor(model, "get_input_embeddings")
 
 
@@ -114,7 +110,7 @@ def _embedding_accessor(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def transformers_conv1d_type() -> type | None:
-    """GPT-2's ``Conv1D`` (a linear layer whose weight is stored transposed), None when transformers is not imported."""
+    """GPT-2's ``Conv1D``, a linear layer with weight (in, out); None if transformers is not imported."""
     if "transformers" not in sys.modules:
         return None
     from transformers.pytorch_utils import Conv1D
@@ -124,9 +120,11 @@ def transformers_conv1d_type() -> type | None:
 
 @functools.cache
 def gemma4_class() -> type:
-    """transformers' ``Gemma4ForConditionalGeneration``, or an empty class of that name where there is none: one class
-    per process, so that tests like ``type(model) in [...]`` hold. Imports the model's code, so it is to be called only
-    on demand."""
+    """transformers' ``Gemma4ForConditionalGeneration``, or an empty class of that name if this version has none.
+
+    Cached, so that the empty class is the same object at each call and ``type(model) in [...]`` works. Imports the
+    model's code, so call it on demand only.
+    """
     try:
         from transformers import Gemma4ForConditionalGeneration
     except ImportError:
@@ -135,23 +133,21 @@ def gemma4_class() -> type:
 
 
 def is_transformers_v5_or_higher() -> bool:
-    """True if the installed transformers is of version 5 or later."""
+    """True if the installed transformers has version 5 or later."""
     from importlib.metadata import version
 
     return int(version("transformers").split(".")[0]) >= 5
 
 
 def without_tied_duplicates(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` (on the meta device) without the names that transformers does not save since they are tied to
-    another.
-    """
+    """Return ``state`` (meta tensors) without the tied names that transformers does not save a second time."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     return remove_tied_weights_from_state_dict(state, model)
 
 
 def as_in_files(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` with the names and shapes that the files of this architecture have, e.g. one weight for each expert."""
+    """Convert ``state`` to the names and shapes of the architecture's files, e.g. one weight for each expert."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, state)
@@ -163,30 +159,26 @@ def names_not_saved(model: nn.Module) -> set[str]:
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """True for a transformers model with adapters of its own (``model.add_adapter``), without a ``PeftModel`` around
-    it.
-    """
+    """True for a transformers model with adapters from ``model.add_adapter``, which needs no ``PeftModel``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-#: Where a loaded model keeps the names of its files.
+#: Attribute in which transformers keeps the weight conversions of a loaded model, to revert them when it saves.
 _CONVERSIONS = "_weight_conversions"
 
 
 def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` be saved under the names that ``source`` was loaded from (transformers 5.17 to 5.24)."""
+    """Make transformers save ``target`` under the names that ``source`` was loaded from (transformers 5.17 to 5.24)."""
     if _CONVERSIONS in source.__dict__:
         target.__dict__[_CONVERSIONS] = source.__dict__[_CONVERSIONS]
 
 
 def runs_all_layers_under_fsdp(cls: type) -> bool:
-    """True if the forward of ``cls`` asks transformers whether its module is sharded, and then drops no layer (5.17 to
-    5.24).
-    """
+    """True if the forward of ``cls`` skips LayerDrop under FSDP: it calls ``is_fsdp_managed_module`` (5.17 to 5.24)."""
     forward = inspect.unwrap(getattr(cls, "forward", lambda: None))
     return "is_fsdp_managed_module" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def show_as_sharded(module: nn.Module) -> None:
-    """Let transformers' ``is_fsdp_managed_module`` be true for ``module``."""
+    """Make transformers' ``is_fsdp_managed_module`` return True for ``module``."""
     module._is_fsdp_managed_module = True  # type: ignore[assignment]
