@@ -1,5 +1,7 @@
-"""``Accelerator.save_state`` and ``load_state``: the files of stock Accelerate, complete or recognisably not, on any
-mesh.
+"""``Accelerator.save_state`` and ``load_state``, and the helpers that the Trainer's checkpoints share with them.
+
+A checkpoint has the files of stock Accelerate, loads on any mesh, and is either complete or marked as incomplete.
+Models on the megatron-fsdp backend keep Accelerate's own functions for weights and optimizer state.
 """
 
 from __future__ import annotations
@@ -34,22 +36,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# ---- what both Accelerate's loop and the Trainer use ---------------------------------------------------------------
+# ---- shared with the Trainer's checkpoints -------------------------------------------------------------------------
 
 
 def how_to_save(accelerator: Accelerator, adapter_only: bool = False) -> How:
-    """What the plugin and the config say about saving."""
+    """How states are saved, from the FSDP plugin's ``state_dict_type`` and the config's ``async_save``."""
     sharded = "SHARDED_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
     return How(sharded, copy=asynchronous(accelerator), adapter_only=adapter_only)
 
 
 def asynchronous(accelerator: Accelerator) -> bool:
-    """True if saves go on in the background."""
+    """True if a background thread writes the large files (``async_save``)."""
     return bool(getattr(accelerator.parallelism_config, "async_save", False))
 
 
 def mesh_sizes(accelerator: Accelerator) -> dict[str, int]:
-    """Axis -> size of the axes that are larger than one, outermost first."""
+    """Mesh axis -> size, outermost first; axes of size 1 are left out."""
     mesh = accelerator.torch_device_mesh
     if mesh is None:
         return {}
@@ -58,7 +60,7 @@ def mesh_sizes(accelerator: Accelerator) -> dict[str, int]:
 
 
 def describe(accelerator: Accelerator, step: int | None, how: How) -> Manifest:
-    """The manifest of a checkpoint that ``accelerator`` saves, still without its files."""
+    """The manifest of a checkpoint that ``accelerator`` saves; :func:`.commit.commit` lists the files in it."""
     config = accelerator.parallelism_config
     return Manifest(
         step=step,
@@ -72,7 +74,10 @@ def describe(accelerator: Accelerator, step: int | None, how: How) -> Manifest:
 
 
 def model_task(accelerator: Accelerator, model: nn.Module, folder: Path, index: int, how: How) -> Task:
-    """Collect the weights of a prepared model; the result writes them."""
+    """Collect the weights of a prepared model; the returned task writes them. Both are collective.
+
+    Under megatron-fsdp Accelerate's function has written them when this returns, and the task is empty.
+    """
     if managed_by_megatron(model) is None:
         return collect_model(model, folder, index, how)
     from accelerate.utils import save_fsdp_model
@@ -87,7 +92,7 @@ def model_task(accelerator: Accelerator, model: nn.Module, folder: Path, index: 
 def optimizer_task(
     accelerator: Accelerator, optimizer: Any, model: nn.Module, folder: Path, index: int, how: How
 ) -> Task:
-    """Collect the state of a prepared optimizer; the result writes it."""
+    """Collect the state of a prepared optimizer; see :func:`model_task`."""
     if managed_by_megatron(model) is None:
         return collect_optimizer(raw_optimizer(optimizer), model, folder, index, how)
     from accelerate.utils import save_fsdp_optimizer
@@ -100,7 +105,7 @@ def optimizer_task(
 def load_model(
     accelerator: Accelerator, model: nn.Module, folder: Path, index: int, adapter_only: bool, manifest: Manifest | None
 ) -> None:
-    """Load the weights of a prepared model."""
+    """Load the weights of a prepared model; collective. ``adapter_only``: frozen base weights may be missing."""
     if managed_by_megatron(model) is None:
         restore_model(model, folder, index, adapter_only, manifest)
         return
@@ -115,7 +120,7 @@ def load_model(
 def load_optimizer(
     accelerator: Accelerator, optimizer: Any, model: nn.Module, folder: Path, index: int, manifest: Manifest | None
 ) -> None:
-    """Load the state of a prepared optimizer."""
+    """Load the state of a prepared optimizer; collective."""
     if managed_by_megatron(model) is None:
         restore_optimizer(raw_optimizer(optimizer), model, folder, index, manifest)
         return
@@ -126,18 +131,19 @@ def load_optimizer(
 
 
 def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: bool, afterwards: Any = None) -> None:
-    """Write what was collected and complete the directory, now or in the background.
+    """Run the ``tasks`` and commit the directory, now or in a background thread; collective.
 
     Args:
         save: from :func:`stage`.
-        manifest: what :func:`describe` returned.
-        tasks: what writes the large files.
-        background: return at once; a thread does it.
-        afterwards: called on each rank when the checkpoint is complete.
+        manifest: from :func:`describe`.
+        tasks: each writes some of the large files.
+        background: return at once and let a thread do the work.
+        afterwards: called on each rank after the commit.
 
     Raises:
-        CheckpointError: on all ranks; the directory is what it was before, or recognisably incomplete.
+        CheckpointError: on all ranks. The directory holds the previous checkpoint again, or is marked as incomplete.
     """
+    # The thread needs a process group of its own: its collectives would interleave with those of training.
     group = background_group() if background else None
 
     def work() -> None:
@@ -159,16 +165,19 @@ def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: 
 def load_random_state(
     accelerator: Accelerator, folder: Path, manifest: Manifest | None, file: str
 ) -> Mapping[str, Any]:
-    """Restore this rank's random state, or on another mesh the one that it is given by :func:`.random_states.origin`.
+    """Restore this rank's random state; on another mesh, the state that :func:`.random_states.origin` chooses.
 
     Args:
         accelerator: of this run.
         folder: the checkpoint.
-        manifest: of the checkpoint, None if it has none; then the mesh is taken to be the same.
-        file: name with ``{rank}`` in the place of the rank that saved it.
+        manifest: of the checkpoint. Without one (None) the saved mesh is assumed to equal this run's.
+        file: file name with ``{rank}`` for the rank that saved it.
 
     Returns:
-        The content of the file, empty if a checkpoint without a manifest lacks it.
+        The content of the file; empty if the checkpoint has neither manifest nor file.
+
+    Raises:
+        CheckpointError: on all ranks, if a file is missing or damaged.
     """
     mesh, me = mesh_sizes(accelerator), rank()
     source = origin(me, mesh, manifest.mesh if manifest else mesh, manifest.world_size if manifest else world_size())
@@ -190,10 +199,10 @@ def load_random_state(
 
 
 def repaced(state: dict[str, Any], manifest: Manifest | None, repeats: int) -> dict[str, Any]:
-    """A scheduler's state, counted in the steps of this run.
+    """A scheduler's state with its counters converted to this run's number of data-parallel ranks.
 
-    A prepared scheduler advances once per data-parallel rank and optimizer step; what counts is the number of optimizer
-    steps.
+    A prepared scheduler advances ``repeats`` times per optimizer step, once per data-parallel rank. A checkpoint from
+    another number of ranks has to continue at the same optimizer step, so the counters are rescaled.
     """
     if manifest is None or repeats == manifest.data_parallel_size:
         return state
@@ -202,7 +211,7 @@ def repaced(state: dict[str, Any], manifest: Manifest | None, repeats: int) -> d
         result = dict(values)
         for name in ("last_epoch", "_step_count"):
             if isinstance(result.get(name), int):
-                first = 0 if name == "last_epoch" else 1  # the constructor counts as a step
+                first = 0 if name == "last_epoch" else 1  # the constructor takes the first step
                 result[name] = (result[name] - first) * repeats // manifest.data_parallel_size + first
         inner = result.get("_schedulers")
         if isinstance(inner, list):
@@ -218,10 +227,17 @@ def repaced(state: dict[str, Any], manifest: Manifest | None, repeats: int) -> d
 def save_state(
     self: Accelerator, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
 ) -> str:
-    """Like ``Accelerator.save_state``: the same files, and a manifest when all of them are there.
+    """Like ``Accelerator.save_state``: the same files, and a manifest that is written last.
 
     A complete checkpoint in ``output_dir`` stays on the disk until the new one is complete. With ``async_save`` the
-    weights and the optimizer's state are copied and written in the background.
+    call copies weights and optimizer state to the CPU, and a thread writes them.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: on all ranks: an argument that FSDP's checkpoints do not take, an existing numbered directory,
+            or a file that cannot be written.
     """
     from accelerate.checkpointing import save_accelerator_state, save_custom_state
 
@@ -259,6 +275,7 @@ def save_state(
             model = _model_of(self, optimizer, index)
             _now_or_later(optimizer_task(self, optimizer, model, folder, index, how), how, tasks)
         with checkpoint_step(f"saving to {folder}"), naming(folder):
+            # No weights: they are not gathered here. Hooks may save other things beside them.
             for hook in self._save_model_state_pre_hook.values():
                 hook(self._models, [], str(folder))
             save_accelerator_state(
@@ -292,7 +309,10 @@ def save_state(
 
 
 def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
-    """Write at once, before the next state is gathered, or in the background."""
+    """Run ``task`` at once, or append it to ``later`` if it holds copies.
+
+    At once, so that full weights and full optimizer state are never in rank 0's memory together.
+    """
     if how.copy:
         later.append(task)
     else:
@@ -307,17 +327,17 @@ def _model_of(accelerator: Accelerator, optimizer: Any, index: int) -> nn.Module
 def load_state(
     self: Accelerator, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
 ) -> None:
-    """Like ``Accelerator.load_state``: on any mesh, with verified files, and without running code from one.
+    """Like ``Accelerator.load_state``: on any mesh, with verified files, and without running code from a file.
 
     Raises:
-        CheckpointError: on all ranks, naming the file or key. Where its message does not say that nothing was loaded,
-            a part of the checkpoint may have been: do not train on.
+        CheckpointError: on all ranks, naming the file or key. Unless the message says that nothing was loaded, some
+            states may be loaded already: do not continue training.
     """
     from accelerate.checkpointing import load_accelerator_state
 
     wait_for_saves()
     with checkpoint_step("load_state"):
-        unknown = set(kwargs) - {"map_location"}  # values go straight to where the model is
+        unknown = set(kwargs) - {"map_location"}  # accepted and not needed: shards are read to the device of the model
         if unknown:
             raise CheckpointError(
                 f"load_state was given {', '.join(sorted(unknown))}, which FSDP's checkpoints do not take. Leave it "
@@ -364,7 +384,11 @@ def load_state(
 
 
 def _pace(scheduler: Any, manifest: Manifest | None) -> int:
-    """Steps of the scheduler per optimizer step; one that is not tied to the optimizer is left as it was."""
+    """Scheduler steps per optimizer step.
+
+    For a scheduler that is not tied to the optimizer, the saved number of data-parallel ranks, so that
+    :func:`repaced` leaves its counters alone.
+    """
     tied = scheduler.step_with_optimizer and getattr(scheduler, "limited", not scheduler.split_batches)
     if not tied:
         return manifest.data_parallel_size if manifest is not None else 1
@@ -372,7 +396,7 @@ def _pace(scheduler: Any, manifest: Manifest | None) -> int:
 
 
 def _load_custom_states(accelerator: Accelerator, folder: Path) -> None:
-    """The states of ``register_for_checkpointing``, which Accelerate loads without ``weights_only``."""
+    """Load the objects of ``register_for_checkpointing``, with ``weights_only`` (Accelerate loads any pickle)."""
     found = sorted(folder.glob("custom_checkpoint_*.pkl"))
     if len(found) != len(accelerator._custom_objects):
         raise CheckpointError(
@@ -384,13 +408,16 @@ def _load_custom_states(accelerator: Accelerator, folder: Path) -> None:
 
 
 def end_training(self: Accelerator) -> None:
-    """Like ``Accelerator.end_training``, which closes the process group that a save in the background still needs."""
+    """Like ``Accelerator.end_training``, after the background save: stock closes the process group that it needs."""
     wait_for_saves()
     type(self).end_training(self)
 
 
 def load_state_in_one_process(self: Accelerator, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-    """Like ``Accelerator.load_state``, which in a process without a process group cannot read what a mesh has saved."""
+    """Like ``Accelerator.load_state`` in one process without a process group, for checkpoints of parallel runs too.
+
+    Stock Accelerate cannot read ``pytorch_model_fsdp*`` there. Other checkpoints go to the stock method.
+    """
     folder = None if input_dir is None else Path(os.path.expanduser(input_dir))
     if folder is None or not (
         any(folder.glob("pytorch_model_fsdp*")) or any(folder.glob(".previous/pytorch_model_fsdp*"))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def is_file(text: str) -> bool:
-    """True if ``text`` is the path of a file; a list of pairs may be too long for a path, or hold what none can
-    hold.
+    """True if ``text`` is the path of a file. A list of ``name=value`` pairs is not an error here, even where it is
+    too long for a path or has characters that no path may have.
     """
     try:
         return bool(text) and Path(text).is_file()
@@ -48,7 +48,7 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def _loader_without_duplicates() -> type[yaml.SafeLoader]:
-    """YAML's safe loader, which on its own keeps the last of two equal keys without a word."""
+    """YAML's safe loader that refuses duplicate keys; PyYAML silently keeps the last one."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -94,7 +94,7 @@ def _nonempty(parts: Iterable[str]) -> Iterable[str]:
 
 
 def restore(name: str, value: Any) -> Any:
-    """The value of the field ``name`` from its JSON form: Accelerate's handlers are objects."""
+    """The value of the field ``name`` from its JSON form; mappings become Accelerate's handler objects."""
     if name.endswith("_handler") and isinstance(value, Mapping):
         from accelerate.utils import dataclasses as accelerate_dataclasses
 

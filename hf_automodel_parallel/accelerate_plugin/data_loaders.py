@@ -1,7 +1,7 @@
-"""Accelerate counts processes where data-parallel ranks count: data loaders, schedulers and gathered results.
+"""Data loaders, schedulers and gathered metrics by data-parallel rank, where Accelerate goes by process.
 
-The ranks of a tp group share their batches, and those of a cp group share their rows. The functions here are bound on
-an ``Accelerator`` instance by the table of :mod:`.accelerate`.
+All ranks of a tp group read the same batches, and all ranks of a cp group the same rows.
+:data:`.methods.BOUND_METHODS` binds these functions on an ``Accelerator`` instance.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 def prepare_data_loader(
     self: Accelerator, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
 ) -> Any:
-    """Like ``Accelerator.prepare_data_loader``, but iterable datasets are read on each rank, not dispatched from rank
-    0.
+    """Like ``Accelerator.prepare_data_loader``, but under tp or cp each rank reads an iterable dataset itself.
 
-    Accelerate's dispatcher refuses a mesh with tp and data-parallel axes; its default for an ``IterableDataset`` is to
-    use it.
+    Accelerate dispatches an ``IterableDataset`` from rank 0 by default, and its dispatcher refuses a mesh with both tp
+    and data-parallel axes.
+
+    Raises:
+        ConfigError: ``dispatch_batches=True`` under tensor or context parallelism.
     """
     shared = self.parallelism_config.tp_enabled or self.parallelism_config.cp_enabled  # type: ignore[union-attr]
     dispatch = self.dispatch_batches
@@ -49,10 +51,10 @@ def prepare_data_loader(
 
 
 def _shuffle_alike(loader: Any) -> None:
-    """Synchronise the shuffling of the ranks at the start of each epoch, as Accelerate does.
+    """Synchronise the generator of the sampler over all ranks at the start of each epoch.
 
-    With one data-parallel rank it sees no reason to; the ranks of a tp or cp group would then shuffle by their own
-    seeds.
+    Accelerate does so only with several data-parallel ranks. With one, the ranks of a tp or cp group would shuffle by
+    their own seeds and read different batches.
     """
     from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler, get_sampler
 
@@ -69,17 +71,17 @@ def _shuffle_alike(loader: Any) -> None:
 class _DataParallelScheduler(AcceleratedScheduler):
     """Advances once per data-parallel rank and optimizer step.
 
-    Accelerate steps a scheduler once per process, because each process used to bring its own batch. The ranks of a tp
-    group share one batch, so its schedules would run tp times too fast.
+    Stock Accelerate steps a scheduler once per process. The ranks of a tp or cp group train on one batch, so its
+    schedules would advance tp x cp times too fast.
     """
 
     def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
         self.repeats = 1 if split_batches else ranks
-        self.limited = not split_batches  # as Accelerate does, silently stop at the end of a OneCycleLR
+        self.limited = not split_batches  # stop silently at the end of a OneCycleLR, like Accelerate
         super().__init__(scheduler, optimizers, step_with_optimizer, split_batches=True)  # True: one step per call
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the wrapped scheduler as often as there are data-parallel ranks (once if not tied to the optimizer)."""
+        """Step the wrapped scheduler once per data-parallel rank; once in all if it is not tied to the optimizer."""
         tied = self.step_with_optimizer and self.gradient_state.sync_gradients
         for _ in range(self.repeats if tied else 1):
             total = getattr(self.scheduler, "total_steps", None)
@@ -89,7 +91,7 @@ class _DataParallelScheduler(AcceleratedScheduler):
 
 
 def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
-    """Like ``Accelerator.prepare_scheduler``, with the pace of the data-parallel ranks."""
+    """Like ``Accelerator.prepare_scheduler``; the scheduler advances once per data-parallel rank."""
     result = type(self).prepare_scheduler(self, scheduler)
     if not isinstance(result, AcceleratedScheduler) or isinstance(result, _DataParallelScheduler):
         return result
@@ -105,8 +107,10 @@ def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
 
 
 def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
-    """Like ``Accelerator.gather_for_metrics``, each sample once: the ranks of a tp or cp group hold the same
-    samples.
+    """Like ``Accelerator.gather_for_metrics``, but each sample once, although all ranks of a tp and cp group hold it.
+
+    Raises:
+        UnsupportedError: the results differ within a cp group, because they were computed on sequence shards.
     """
     from accelerate.utils import gather_object
     from accelerate.utils.operations import recursively_apply

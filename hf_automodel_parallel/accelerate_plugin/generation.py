@@ -1,5 +1,5 @@
-"""``generate`` on a prepared model: the ranks that compute together draw the same tokens and run equally many
-forwards.
+"""``generate`` on a prepared model: a tp group draws the same tokens, and all ranks that share parameters run the
+same number of forwards.
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ from ..strategies.context import ParallelizeContext
 
 _GUARDED = "_automodel_parallel_generate"
 
-#: What a decoder reads tokens from; the first one that is there.
+#: Arguments that hold a decoder's tokens; the first one that is present counts.
 _TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
 def guard_generation(model: nn.Module, context: ParallelizeContext) -> None:
-    """Make ``model.generate`` safe on every mesh, on this instance alone; a model that cannot generate is left as it
-    is.
+    """Make ``model.generate`` safe on every mesh, on this instance alone. A model without ``generate`` is unchanged.
 
-    * The ranks of a tp group need one prompt and one random state: with tokens of their own, each would go on with a
-      cache that fits another text, and the first to stop would leave the others waiting. A script may have seeded each
-      process by its index (Accelerate's ``set_seed(..., device_specific=True)``).
-    * Data-parallel ranks that share parameters run equally many forwards, however long their texts get; and where a
-      rank fails between two forwards (a logits processor of the user's), so do those that compute with it. See
+    * The ranks of a tp group need one prompt and one random state. If they drew different tokens, each would continue
+      with a cache of another text, and the first rank to stop would leave the others in a collective. A script may have
+      seeded each process by its index (Accelerate's ``set_seed(..., device_specific=True)``), so the random state is
+      synchronised.
+    * Data-parallel ranks that shard the same parameters run the same number of forwards, whatever the lengths of their
+      texts. If a rank fails between two forwards (in a user's logits processor), all of them raise. See
       :class:`_Together`.
 
     Args:
         model: the prepared model, PEFT-wrapped or not.
         context: how it was prepared.
+
+    Raises:
+        PrepareError: from ``generate``, on all ranks of a tp group: their prompts differ; or on the other ranks, if
+            one rank fails.
     """
     inner = ModelView.of(model).inner
     if not hasattr(inner, "generate") or _GUARDED in inner.__dict__:
         return
     if hasattr(model, "generate"):
-        # The root of FSDP2 gathers what is its own in front of its forward. generate() comes past it: PEFT's wrapper
-        # hands it to the model inside, and an encoder is called alone, whose embedding is tied to the decoder's.
+        # FSDP2 unshards the root's own parameters in the root's forward, which generate() bypasses: PEFT's wrapper
+        # delegates to the inner model, and an encoder (whose embedding is tied to the decoder's) is called alone.
         register_fsdp_forward_method(model, "generate")
     data_parallel = context.dp_mesh
     shared_parameters = data_parallel.size(data_parallel.ndim - 1) > 1
     tp_mesh = context.tp_mesh
-    # All ranks meet in a generation that gathers parameters; otherwise each tp group generates when it likes to.
+    # If FSDP2 all-gathers parameters in generate(), all ranks take part; otherwise each tp group generates alone.
     group = context.group if shared_parameters or tp_mesh is None else tp_mesh.get_group()
     together = _Together(inner, group) if shared_parameters or tp_mesh is not None else None
     original: Callable[..., Any] = inner.generate  # type: ignore[assignment]
@@ -64,27 +68,27 @@ def guard_generation(model: nn.Module, context: ParallelizeContext) -> None:
             synchronize_rng(tp_mesh)
         if together is None:
             return original(*args, **kwargs)
+        # _Together takes the place of synced_gpus.
         return together.run(original, *args, **(kwargs | {"synced_gpus": False}))
 
     inner.generate = generate  # type: ignore[assignment]
     inner.__dict__[_GUARDED] = True
 
 
-#: What a rank says in front of a forward.
+#: What a rank contributes to the all-reduce (MAX) in front of a forward.
 _DONE, _WRITES, _FAILED = 0, 1, 2
 
 
 class _OtherRankFailed(PrepareError):
-    """So that a rank which only learnt of a failure does not tell of it again."""
+    """Another rank reported a failure; a class of its own, so that this rank does not report it again."""
 
 
 class _Together:
-    """Equally many forwards on all ranks, because each of them gathers parameters that the ranks share or reduces over
-    tp.
+    """The same number of forwards on all ranks, because each forward all-gathers parameters or reduces over tp.
 
-    In front of each forward of a generation the ranks ask each other who still writes. A rank that has finished joins
-    in with forwards of one token until nobody does. transformers' ``synced_gpus`` is meant for this, but lets a rank
-    that has finished go on with its own cache and mask, which a static cache and ``use_cache=False`` do not survive
+    Before each forward of a generation one all-reduce finds out whether any rank still generates. A rank that has
+    finished runs forwards of one token until all have. transformers' ``synced_gpus`` has this purpose, but it lets a
+    finished rank continue with its own cache and mask, which fails with a static cache and with ``use_cache=False``
     (5.24).
     """
 
@@ -92,18 +96,18 @@ class _Together:
         self._inner, self._group = inner, group
         self._writing = False
         self._inputs: dict[str, Any] | None = None
-        # In front of FSDP2's own hook, which gathers.
+        # Before FSDP2's own pre-forward hook, which all-gathers.
         inner.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
 
     def run(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``generate`` returns, once all ranks are done."""
+        """Call ``generate``, run one-token forwards until all ranks are done, and return its result."""
         self._writing, self._inputs = True, None
         try:
             result = generate(*args, **kwargs)
         except _OtherRankFailed as failed:
             raise PrepareError(str(failed)) from None
         except Exception:
-            self._tell(_FAILED)  # the others wait in front of their next forward, or at the end
+            self._tell(_FAILED)  # the other ranks wait before their next forward, or at the end
             raise
         finally:
             self._writing = False
@@ -131,14 +135,14 @@ class _Together:
         return said == _WRITES
 
     def _tell(self, mine: int) -> int:
-        """The most that any rank says."""
+        """All-reduce (MAX) of the ranks' values."""
         said = torch.tensor(mine, device=communication_device())
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._group)
         return int(said.item())
 
 
 def _one_token(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of a forward like this one, without a cache, for the first token of each row."""
+    """Inputs of a forward like this one for the first token of each row, without a cache."""
     inputs: dict[str, Any] = {}
     name = next((name for name in _TOKENS if kwargs.get(name) is not None), None)
     if name is not None:

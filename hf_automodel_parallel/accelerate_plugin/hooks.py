@@ -1,6 +1,6 @@
-"""What a training loop on top of an ``Accelerator`` can add: the interface that the Trainer plugin implements.
+"""Hooks that a training loop on top of an ``Accelerator`` can implement; the Trainer plugin does.
 
-It keeps the imports in one direction: this package calls hooks and does not know the Trainer.
+They keep the imports in one direction: the Accelerate plugin calls hooks and does not import the Trainer plugin.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from accelerate import Accelerator
 
 
 class Hooks:
-    """Hooks that do nothing: for a loop of the user's own."""
+    """Hooks that do nothing, for a user's own training loop."""
 
     def check(self, accelerator: Accelerator) -> None:
-        """Raise for what would train wrongly; before a model is prepared for training, on every rank."""
+        """Called on every rank before a model is prepared for training; raises for settings that train wrongly."""
 
     def before_prepare(self) -> None:
-        """Before each ``Accelerator.prepare``, without collectives."""
+        """Called before each ``Accelerator.prepare``; must not call collectives."""
 
     def trains(self, model: Any) -> bool:
-        """True if the loop trains ``model``, also where it is prepared in the way of an evaluation."""
+        """True if the loop trains ``model``, even where it calls ``prepare_model(model, evaluation_mode=True)``."""
         return False
 
     def before_step(self) -> None:
-        """During each optimizer step of a prepared model, on every rank; may call collectives."""
+        """Called on every rank before each optimizer step of a prepared model; may call collectives."""
 
 
 _HOOKS: weakref.WeakKeyDictionary[Accelerator, Hooks] = weakref.WeakKeyDictionary()

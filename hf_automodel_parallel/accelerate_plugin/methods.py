@@ -1,8 +1,8 @@
-"""The seam to Accelerate: the methods bound on one ``Accelerator`` instance, in one table, each with its reason.
+"""The methods that are bound on one ``Accelerator`` instance: the integration point with Accelerate.
 
-Nothing is patched on a class. ``Accelerator.__init__`` hands the instance to our config, and :func:`install` binds the
-functions of :data:`BOUND_METHODS` on it. All else of Accelerate runs unchanged on the result, which is what its own
-FSDP2 code would have made: an ``FSDPModule`` with DTensor parameters.
+No class is patched. ``Accelerator.__init__`` passes the instance to our config, and :func:`install` binds the functions
+of :data:`BOUND_METHODS` on it. ``prepare`` returns what Accelerate's own FSDP2 code would have made, an ``FSDPModule``
+with DTensor parameters, so that the rest of Accelerate runs on it unchanged.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ logger = logging.getLogger(__name__)
 def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -> None:
     """Bind this package to ``accelerator``; called by ``Accelerator.__init__`` through the config.
 
-    In a process without a process group there is nothing to parallelise. Only ``load_state`` is bound there, so that
-    checkpoints of a parallel run can be read in one process.
+    Without a process group there is nothing to parallelise. Only ``load_state`` is bound there, so that one process can
+    read checkpoints of a parallel run.
 
     Raises:
-        ConfigError: what Accelerate was given beside the config contradicts it.
+        ConfigError: other arguments of the ``Accelerator`` contradict the config.
+        UnsupportedError: ``mixed_precision="fp8"``.
     """
     if config.device_mesh is None:
         ParallelismConfig._validate_accelerator(config, accelerator)
@@ -77,6 +78,7 @@ def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -
     _check_surroundings(accelerator, plugin)
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
+    # On CPU, too, where Accelerate drops a given fsdp_plugin: the rest of it has to take its FSDP2 paths.
     compat.set_distributed_type_fsdp(accelerator)
     accelerator.state.fsdp_plugin = plugin
     ParallelismConfig._validate_accelerator(config, accelerator)  # ours overrides it, and has called this function
@@ -89,16 +91,16 @@ def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -
 
 @functools.cache
 def _leave_cleanly() -> None:
-    """Close the process group before the interpreter is torn down, in a script that does not do it itself.
+    """Destroy the process group at exit, before the interpreter is torn down, if the script does not do so itself.
 
-    A gloo thread drops the tensors of the last collective a moment after the collective is over. If Python is being
-    torn down by then, the thread cannot take the interpreter's lock, and a process whose work is done ends in SIGABRT
-    ("terminate called without an active exception"; 4 of 37 runs of a two-rank script). The pause hands that thread the
-    lock.
+    A gloo thread releases the tensors of the last collective shortly after the collective has ended. If the interpreter
+    is being torn down by then, the thread cannot take the GIL, and a process whose work is done ends in SIGABRT
+    ("terminate called without an active exception"; 4 of 37 runs of a two-rank script). The pause lets that thread take
+    the GIL.
     """
 
     def leave() -> None:
-        # After an uncaught exception other ranks may never answer; then the process just ends.
+        # After an uncaught exception the other ranks may never answer, so the process just ends.
         if dist.is_initialized() and "gloo" in dist.get_backend_config() and getattr(sys, "last_value", None) is None:
             dist.destroy_process_group()
             time.sleep(0.1)
@@ -107,7 +109,10 @@ def _leave_cleanly() -> None:
 
 
 def _plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin:
-    """The user's FSDP plugin wherever Accelerate left it, or one with our defaults."""
+    """The user's FSDP plugin, or one with our defaults.
+
+    On CPU Accelerate drops a given ``fsdp_plugin``; then it is read from the running constructor.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         plugin = compat.arguments_of_running_accelerator_init(accelerator).get("fsdp_plugin")
@@ -174,6 +179,7 @@ def _prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None 
         models = [record.context.model]
     elif optimizers:
         _adopt_optimizers(self, record, optimizers)
+    # Two passes, like Accelerate: schedulers come second, because they need the prepared optimizers.
     result: list[Any] = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj, first_pass=True) for obj in args]
     result = [obj if isinstance(obj, nn.Module) else self._prepare_one(obj) for obj in result]
     for model in models:
@@ -233,6 +239,7 @@ def _shard(
             offload_activations=offload_activations(accelerator, options, model),
         )
         strategy.plan(context)
+    # Collectives from here on, so outside of the block above: each rank has planned without an error.
     strategy.compare_ranks(context)
     _check_on_shards(context, raw, names)
     upcast: list[str] = []
@@ -243,6 +250,7 @@ def _shard(
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
+    # The model changes from here on: after an error there is nothing left to restore.
     pending.keep()
     strategy.carry_out(context)
     for optimizer, groups in zip(raw, names, strict=True):
@@ -274,7 +282,7 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
 
 
 def _after_adding(record: PreparedModel) -> None:
-    """New adapters belong to the model now; they need an optimizer like everything that is trained."""
+    """Adapters were added after ``prepare``: accept their names, and audit their first optimizer step."""
     model = record.context.model
     record.names = {name for name, _ in model.named_parameters()}
     merge_whole_weights(model)
@@ -283,8 +291,9 @@ def _after_adding(record: PreparedModel) -> None:
 
 
 def _after_unload(plain: nn.Module, record: PreparedModel) -> None:
-    """The model without its adapters is a prepared one too, to evaluate and to save: no optimizer holds what is
-    left.
+    """Register the model without its adapters as a prepared model, for evaluation and saving.
+
+    Not for training: no optimizer holds the parameters that are left.
     """
     kept = {id(p): n for n, p in plain.named_parameters()}
     dtypes = file_dtypes(record.context.model)
@@ -303,7 +312,7 @@ def _check_on_shards(
     optimizers: list[torch.optim.Optimizer],
     names: list[list[list[str]]],
 ) -> None:
-    """Refuse, on all ranks alike, optimizers that compute something else on shards than on whole parameters."""
+    """Refuse, on all ranks, optimizers whose step on shards differs from their step on full parameters."""
     if not optimizers or not context.options.check_optimizer:
         return
     parameters = dict(context.model.named_parameters())
@@ -328,7 +337,7 @@ def _check_on_shards(
 
 
 def _adopt_optimizers(self: Accelerator, record: PreparedModel | None, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Accept optimizers that hold the parameters of a model prepared before, refuse all others."""
+    """Accept optimizers that hold the parameters of a model that is prepared already; refuse all others."""
     owners = []
     with raise_on_all_ranks("Accelerator.prepare"):
         for optimizer in map(raw_optimizer, optimizers):
@@ -360,11 +369,12 @@ def _adopt_optimizers(self: Accelerator, record: PreparedModel | None, optimizer
 
 
 def _attach(accelerator: Accelerator, optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
-    """What every step of ``optimizer`` needs, once however often it is prepared.
+    """Register the step hooks of ``optimizer``, once, however often it is prepared.
 
-    Before it, the outstanding partial gradients are summed, so that a loop that never calls ``accelerator.backward`` is
-    right too (as long as it clips with ``accelerator.clip_grad_norm_``), and the first gradients are audited. After it,
-    what an evaluation since the last backward left gathered is dropped: it holds the old values.
+    Before each step: sum the Partial gradients that are still outstanding, and audit the first gradients. So a loop
+    that never calls ``accelerator.backward`` is correct too, as long as it clips with ``accelerator.clip_grad_norm_``.
+    After each step: reshard the FSDP units, because an evaluation since the last backward may have left unsharded
+    parameters with the old values.
     """
     if attached_to(optimizer) is record:
         return
@@ -390,16 +400,17 @@ def _audit(record: PreparedModel) -> Audit:
         if context.compile_options is not None and context.structure
         else []
     )
-    # A model that was prepared for evaluation is handed over for training only now.
+    # A model that was prepared for evaluation first: the user chose its trainable parameters after that.
     now = {name for name, parameter in context.model.named_parameters() if parameter.requires_grad}
     trainable = now if record.handed_over_late else set(record.trainable_names)
     return Audit(context.model, trainable, compiled, record.config.tp_size or 1, every)
 
 
 def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:
-    """Sum what is outstanding; in the steps that are audited, look at the gradients."""
+    """Sum outstanding Partial gradients, then audit this step if it is due, then call the loop's hook."""
     if record.context.tensor_parallel is not None:
         record.context.tensor_parallel.partial.flush()
+    # After the flush: the audit compares replicas, and Partial gradients differ over tp until they are summed.
     if record.audit is not None:
         record.audit.before_step(optimizer)
     hooks.before_step()
@@ -408,14 +419,14 @@ def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks:
 def _prepare_model(
     self: Accelerator, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
 ) -> nn.Module:
-    """Like ``Accelerator.prepare_model``; what is or will be sharded here is neither wrapped in DDP nor compiled as a
-    whole.
+    """Like ``Accelerator.prepare_model``, but a model that this package shards is not wrapped in DDP, and its layers
+    are compiled instead of the entire model.
 
-    Under ``torch_compile`` the Trainer prepares its model in this way for an evaluation before training. Other models
-    that are for evaluation alone (the reference and reward models of TRL) stay whole on each rank, as in stock.
+    Under ``torch_compile`` the Trainer calls this with ``evaluation_mode`` for an evaluation before training. Other
+    models for evaluation (TRL's reference and reward models) stay unsharded on each rank, as in stock Accelerate.
     """
     if evaluation_mode and prepared(model) is None:
-        refuse_sharded(model)  # Trainer prepares such a model in this way, also for training
+        refuse_sharded(model)  # the Trainer prepares such a model with evaluation_mode for training, too
         if not hooks_of(self).trains(model):
             return type(self).prepare_model(self, model, device_placement, evaluation_mode)
     return self.prepare(model)
@@ -432,21 +443,21 @@ def _flush_all(accelerator: Accelerator) -> None:
 
 
 def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
-    """Like ``Accelerator.backward``, then sum partial gradients if this backward completes the optimizer step."""
+    """Like ``Accelerator.backward``; sums Partial gradients over tp if this backward completes the optimizer step."""
     type(self).backward(self, loss, **kwargs)
     if self.sync_gradients:
         _flush_all(self)
 
 
 def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
-    """Like ``Accelerator.clip_grad_norm_``, over complete gradients."""
+    """Like ``Accelerator.clip_grad_norm_``, after Partial gradients have been summed: the norm needs full gradients."""
     _flush_all(self)
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     managed = owner_of(self._models, parameters)
     if managed is not None:
         return managed.clip_grad_norm_(max_norm, norm_type, parameters)
-    # Accelerate looks for the model of the parameters by comparing lists of tensors, which fails beside another model
-    # with equal shapes, and unscales gradients twice if it finds none. For FSDP2 it needs nothing of the model.
+    # Accelerate finds the model of the parameters by comparing lists of tensors. That fails beside another model with
+    # equal shapes, and if it finds none it unscales gradients twice. Its FSDP2 path needs nothing else of the model.
     found: Any = types.SimpleNamespace(parameters=lambda: parameters)
     models, self._models = self._models, [found]
     try:
@@ -456,7 +467,7 @@ def _clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_t
 
 
 def _get_state_dict(self: Accelerator, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-    """Like ``Accelerator.get_state_dict``, which gathers by DTensor's even shards; megatron-fsdp's are uneven."""
+    """Like ``Accelerator.get_state_dict``, which assumes DTensor's even shards; megatron-fsdp's are uneven."""
     managed = managed_by_megatron(model)
     if managed is not None:
         return whole_state(managed, self.is_main_process)
@@ -470,8 +481,8 @@ def _maybe_context_parallel(
     buffer_seq_dims: list[int] | None = None,
     no_restore_buffers: set[torch.Tensor] | None = None,
 ) -> Iterator[None]:
-    """Like ``Accelerator.maybe_context_parallel``, on every device: torch's ring attention knows CUDA's operators
-    alone.
+    """Like ``Accelerator.maybe_context_parallel``, but on every device: torch's ring attention supports only CUDA's
+    operators.
     """
     mesh = MeshAxes().context_parallel(self.torch_device_mesh)
     if mesh is None:
@@ -482,7 +493,7 @@ def _maybe_context_parallel(
         yield
 
 
-#: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring is the reason.
+#: Everything that is bound on an ``Accelerator`` instance: name -> function. Each function's docstring says why.
 BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "prepare": _prepare,
     "prepare_model": _prepare_model,

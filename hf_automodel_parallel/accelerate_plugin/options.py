@@ -1,4 +1,4 @@
-"""What the options, Accelerate's plugins and the model come to together; contradictions are refused."""
+"""Combines our options with Accelerate's plugins and the model's own settings; refuses contradictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> ShardingOptions:
-    """Behaviour of FSDP2 on ``model``."""
+    """FSDP2's options for ``model``: ours where given, else those of the FSDP plugin.
+
+    Raises:
+        ConfigError: the plugin asks for something that cannot be honoured.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     plugin = accelerator.state.fsdp_plugin
@@ -48,10 +52,10 @@ def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn
 
 
 def checkpointing(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> str:
-    """The mode that options, plugin and model ask for together.
+    """The mode of activation checkpointing, from our option and the FSDP plugin.
 
     Raises:
-        ConfigError: two of them ask for different ones.
+        ConfigError: the two contradict each other, or the model's own gradient checkpointing is on as well.
     """
     mode = normalized_mode(asked.activation_checkpointing)
     if accelerator.state.fsdp_plugin.activation_checkpointing:
@@ -74,8 +78,10 @@ def checkpointing(accelerator: Accelerator, asked: ParallelOptions, model: nn.Mo
 
 
 def offload_activations(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> bool:
-    """The plugin's ``activation_checkpointing_offload``: what full checkpoints save goes to the CPU, as in
-    Accelerate.
+    """True if full checkpoints offload their saved inputs to the CPU (``activation_checkpointing_offload``).
+
+    Raises:
+        ConfigError: offloading without full activation checkpointing.
     """
     if not getattr(accelerator.state.fsdp_plugin, "activation_checkpointing_offload", False):
         return False
@@ -89,7 +95,11 @@ def offload_activations(accelerator: Accelerator, asked: ParallelOptions, model:
 
 
 def compile_options(accelerator: Accelerator, asked: ParallelOptions) -> dict[str, Any] | None:
-    """Options of ``torch.compile`` from the config or Accelerate's dynamo plugin, None for eager."""
+    """Arguments of ``torch.compile`` from the config or Accelerate's dynamo plugin; None for eager.
+
+    Raises:
+        ConfigError: ``compile`` names a backend that this torch does not have.
+    """
     plugin = accelerator.state.dynamo_plugin
     if plugin.disable:
         return None
@@ -110,16 +120,16 @@ def compile_options(accelerator: Accelerator, asked: ParallelOptions) -> dict[st
 
 
 def layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
-    """The plugin's ``transformer_cls_names_to_wrap``, wherever its wrap policy uses it."""
+    """The plugin's ``transformer_cls_names_to_wrap`` if its wrap policy uses them, else None."""
     names = plugin.transformer_cls_names_to_wrap
     return list(names) if names and _wrap_policy_name(plugin) == "transformer_auto_wrap_policy" else None
 
 
 def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
-    """Name of the plugin's policy; "" for NO_WRAP, Accelerate's default, which leaves the units to us.
+    """Name of the plugin's wrap policy; "" for NO_WRAP, Accelerate's default, with which each layer is an FSDP unit.
 
     Raises:
-        ConfigError: a policy function of the user's own, which nobody would call.
+        ConfigError: a custom policy function, which would never be called.
     """
     policy = plugin.auto_wrap_policy
     name = getattr(getattr(policy, "func", policy), "__name__", "")

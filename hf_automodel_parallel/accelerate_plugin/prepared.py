@@ -1,4 +1,4 @@
-"""What is remembered of a prepared model, and what is checked whenever it is used."""
+"""The state that is kept for each prepared model, and the check before each of its forwards."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ..strategies.context import ParallelizeContext
 
 @dataclass
 class PreparedModel:
-    """What is remembered of a model that was prepared here.
+    """The state of one prepared model.
 
     Attributes:
-        context: the finished job.
-        config: the user's config, for its sizes; its options at the time of preparing are those of the context.
-        strategy: what parallelised it.
-        trainable: an optimizer holds its parameters; without one the model is for evaluation.
-        trainable_names: parameters that were trainable when the user handed the model over.
-        handed_over_late: it was prepared for evaluation first, and got an optimizer later.
-        audit: looks at its first optimizer step, and later ones if asked to; None until it has an optimizer.
-        names: of the parameters it had when it was prepared.
-        unloaded: the plain model that ``merge_and_unload`` or ``unload`` left; for evaluation and saving.
+        context: its context, with the options as they were at ``prepare``.
+        config: the user's config, for the sizes of the mesh.
+        strategy: the strategy that parallelised it.
+        trainable: an optimizer holds its parameters. False: the model is for evaluation.
+        trainable_names: names of the parameters that were trainable when ``prepare`` was called.
+        handed_over_late: it was prepared for evaluation first and got an optimizer later.
+        audit: checks the gradients of its first optimizer step, and of later ones on request; None without optimizer.
+        names: names of its parameters when it was prepared, and of adapters that were added since.
+        unloaded: it is the plain model that ``merge_and_unload`` or ``unload`` returned, for evaluation and saving.
     """
 
     context: ParallelizeContext
@@ -47,53 +47,58 @@ class PreparedModel:
     unloaded: bool = False
 
 
-#: Every model prepared in this process; a second ``Accelerator`` (another Trainer) recognises it and leaves it as it
-#: is.
+#: Every model prepared in this process. A second ``Accelerator`` (of another Trainer) finds it here and does not shard
+#: it again.
 _PREPARED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-#: Where a model keeps its record, which refers to it: in a table outside, the record would keep the model alive for
-#: ever.
+#: Attribute of the model (and of its optimizers). Not a global table: the state refers to the model and would keep it
+#: alive for ever.
 _RECORD = "_automodel_parallel_record"
 
 
 def remember(model: nn.Module, record: PreparedModel) -> None:
-    """Keep ``record`` on ``model``."""
+    """Store ``record`` on ``model`` and register the model as prepared."""
     record.names = {name for name, _ in model.named_parameters()}
     model.__dict__[_RECORD] = record
     _PREPARED.add(model)
 
 
 def all_prepared() -> list[PreparedModel]:
-    """The records of all prepared models that still exist."""
+    """The state of every prepared model that still exists."""
     return [record for record in map(prepared, _PREPARED) if record is not None]
 
 
 def attach(optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
-    """Note that ``optimizer`` trains the model of ``record``."""
+    """Store on ``optimizer`` which prepared model it trains."""
     setattr(optimizer, _RECORD, record)
 
 
 def attached_to(optimizer: torch.optim.Optimizer) -> PreparedModel | None:
-    """The record of the model that ``optimizer`` was attached to."""
+    """The prepared model that ``optimizer`` trains; None for a foreign optimizer."""
     return getattr(optimizer, _RECORD, None)
 
 
 def prepared(model: nn.Module) -> PreparedModel | None:
-    """The record of ``model`` if it was prepared in this process, else None."""
+    """The state of ``model`` if it was prepared in this process, else None."""
     return model.__dict__.get(_RECORD)
 
 
 def release_gathered(model: nn.Module, args: Any, output: Any) -> None:
-    """After a forward without gradients, free what FSDP2 keeps gathered for a backward that will not come.
+    """Forward hook: after a forward without gradients, reshard what FSDP2 keeps unsharded for a backward.
 
-    Otherwise parameters written in place before the next forward (an averaged model, clamping) would not be seen by it.
+    Otherwise the next forward would use the unsharded copies and miss writes into the shards (weight averaging,
+    clamping).
     """
     if not torch.is_grad_enabled():
         free_gathered(model)
 
 
 def check_use(model: nn.Module, args: Any) -> None:
-    """Before each forward: the model is used with the mesh it was sharded on, and trained only with an optimizer."""
+    """Forward pre-hook: the model runs with the mesh that it was sharded on, and trains only with an optimizer.
+
+    Raises:
+        PrepareError: another mesh, trainable parameters that ``prepare`` did not see, or training without an optimizer.
+    """
     record = prepared(model)
     if record is None:
         return

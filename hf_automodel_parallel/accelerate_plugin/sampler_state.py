@@ -1,12 +1,12 @@
-"""Where the prepared data loaders stand, which Accelerate's checkpoints do not hold.
+"""The shuffling state of prepared data loaders, which Accelerate's checkpoints do not hold.
 
-A loader draws the order of an epoch when the epoch begins. A run that continues within an epoch repeats that draw and
-skips what was seen (``accelerator.skip_first_batches``), so it needs the generator's state at the beginning of the
-epoch; one that continues between two epochs needs the present one.
+A loader draws the order of an epoch when the epoch begins. A run that resumes within an epoch repeats that draw and
+skips the batches that were seen (``accelerator.skip_first_batches``). So it needs the generator's state at the
+beginning of the epoch. A run that resumes between two epochs needs the current state.
 
-To begin an epoch draws a number from the common random state, too (torch's ``DataLoader`` seeds its workers), and so
-may a data set that is read. The uninterrupted run has done both before it saved, so a run that continues within an
-epoch goes back to the saved random state once the first batch has been read.
+Beginning an epoch also draws a number from the global random state (torch's ``DataLoader`` seeds its workers), and
+reading a data set may draw more. The uninterrupted run had done both before it saved. So a run that resumes within an
+epoch restores the saved random state after the first batch has been read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 FILE = "dataloader_shuffling.bin"
 
-#: Where a loader keeps the state of its generator at the beginning of its epoch.
+#: Attribute of a loader: the generator's state at the beginning of the epoch.
 _START = "_automodel_parallel_epoch_start"
-#: Marks a loader whose position comes from a checkpoint, until it is read.
+#: Attribute of a loader: its position comes from a checkpoint, and it was not read since.
 _RESUMED = "_automodel_parallel_resumed"
 
 
 def watch_epochs(loader: Any) -> None:
-    """Note the state of the loader's generator at the beginning of each epoch."""
+    """Save the state of the loader's generator at the beginning of each epoch, on the loader."""
     if getattr(loader, "synchronized_generator", None) is None or _START in vars(loader):
         return
 
@@ -51,10 +51,11 @@ def watch_epochs(loader: Any) -> None:
 
 
 def save_positions(accelerator: Accelerator, folder: Path) -> None:
-    """Write the state of all prepared loaders; called on one rank (the ranks' generators are synchronised)."""
+    """Write the shuffling state of all prepared loaders. One rank calls it: the ranks' generators are synchronised."""
     positions = []
     for loader in accelerator._dataloaders:
         generator = getattr(loader, "synchronized_generator", None)
+        # A loader that is being read is in the middle of an epoch.
         running = [item for item in loader.gradient_state.dataloader_references if item is not None]
         within = any(getattr(item, "synchronized_generator", None) is generator for item in running)
         state = None
@@ -66,7 +67,7 @@ def save_positions(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load_positions(accelerator: Accelerator, folder: Path, manifest: Manifest | None = None) -> None:
-    """Restore what :func:`save_positions` wrote; without it (stock checkpoints) the loaders stay as they are."""
+    """Restore what :func:`save_positions` wrote. Stock checkpoints lack the file; then the loaders are unchanged."""
     for loader in accelerator._dataloaders:
         setattr(loader, _RESUMED, True)
     if not (folder / FILE).is_file():
@@ -91,8 +92,8 @@ def load_positions(accelerator: Accelerator, folder: Path, manifest: Manifest | 
 
 
 def skip_first_batches(self: Accelerator, dataloader: Any, num_batches: int = 0) -> Any:
-    """Like ``Accelerator.skip_first_batches``; after ``load_state`` the first batch comes with the saved random
-    state.
+    """Like ``Accelerator.skip_first_batches``; after ``load_state``, the global random state is the saved one when the
+    first batch has been read.
     """
     skipped = type(self).skip_first_batches(self, dataloader, num_batches)
     if vars(dataloader).pop(_RESUMED, False) and num_batches > 0 and hasattr(skipped, "base_dataloader"):
@@ -101,7 +102,7 @@ def skip_first_batches(self: Accelerator, dataloader: Any, num_batches: int = 0)
 
 
 def _keep_random_state(loader: Any, first: int) -> None:
-    """The first time that ``loader`` is read, undo what was drawn until batch ``first`` is there."""
+    """In the first iteration of ``loader``, undo the random draws made up to batch ``first``."""
 
     def read_once() -> Iterator[Any]:
         del loader.__iter__
@@ -113,4 +114,4 @@ def _keep_random_state(loader: Any, first: int) -> None:
                 torch.set_rng_state(states[2])
             yield batch
 
-    loader.__iter__ = read_once  # Accelerate's loader calls it by name
+    loader.__iter__ = read_once  # on the instance: Accelerate's loader calls __iter__ by name

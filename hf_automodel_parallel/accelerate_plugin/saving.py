@@ -1,7 +1,7 @@
 """``save_pretrained``, ``push_to_hub``, ``Accelerator.save_model`` and ``Trainer.save_model`` on a sharded model.
 
-Each is called by all ranks, as other collectives are. One rank writes, tensor by tensor; the others help to gather.
-What arguments mean is the libraries' matter; which of them cannot be honoured on shards is said before any rank waits.
+Each call is collective: all ranks call it. One rank writes, tensor by tensor, and the others take part in the gathers.
+The libraries interpret the arguments. Arguments that cannot be honoured on shards raise before any rank waits.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 
 class Streamed(dict):  # type: ignore[type-arg]
-    """Stands for the gathered weights where a library hands them on: they are fetched when they are written.
+    """A placeholder for the full state dict that a library passes on; tensors are gathered when they are written.
+
+    A ``dict`` subclass, because the libraries pass on a ``state_dict``; it stays empty.
 
     Attributes:
-        state: the shards.
-        fetch: set on the rank that writes.
-        weights: False to write configs only.
-        used: this rank has taken part in writing it.
+        state: the sharded state dict.
+        fetch: gathers one full tensor; set on the rank that writes, while it writes.
+        weights: False to write only configs.
+        used: this rank has taken part in the save.
     """
 
     def __init__(self, state: ShardedState, weights: bool = True) -> None:
@@ -52,7 +54,7 @@ class Streamed(dict):  # type: ignore[type-arg]
 
 
 def bind_saving(model: nn.Module) -> None:
-    """Let ``model`` save itself from shards."""
+    """Bind ``save_pretrained`` and ``push_to_hub`` of ``model``, so that they gather tensor by tensor."""
     if getattr(type(model), "save_pretrained", None) is None:
         return
     original: Any = model.save_pretrained
@@ -74,8 +76,8 @@ def _save_pretrained(
     main = bool(given.get("is_main_process", True))
     if state is not None and not isinstance(state, Streamed):
         if not state and not main:
-            # Only rank 0 gets the gathered weights. PEFT looks for `modules_to_save` in this dict on every rank,
-            # though.
+            # Accelerate gathers to rank 0 only, and the other ranks pass an empty dict, in which PEFT
+            # would look for `modules_to_save`.
             return None
         return original(*args, **kwargs)
     directory = Path(given.pop("save_directory"))
@@ -99,7 +101,7 @@ def _save_pretrained(
 
 #: Options of ``save_pretrained`` that only the upload needs.
 _HUB_OPTIONS = ("token", "repo_id", "commit_message", "create_pr", "private", "revision", "commit_description")
-#: What each library's method knows besides; anything else is refused.
+#: Other arguments of PEFT's (True) and transformers' (False) ``save_pretrained``; anything else is refused.
 _KNOWN = {
     True: (
         "safe_serialization",
@@ -121,7 +123,7 @@ _KNOWN = {
 
 
 def _arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, without those that were left out."""
+    """The arguments of a call by name, without defaults; ``**kwargs`` are merged in."""
     signature = inspect.signature(original)
     bound = signature.bind(*args, **kwargs)
     given = dict(bound.arguments)
@@ -132,9 +134,9 @@ def _arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
-    """Refuse what cannot be honoured; the same on all ranks, since their arguments are the same."""
+    """Refuse arguments that cannot be honoured. All ranks raise, since their arguments are equal."""
     adapters = compat.is_peft_model(model)
-    # Accelerate's recipe passes it; transformers 5 and PEFT do not call it.
+    # Accelerate's documented recipe passes save_function; transformers 5 and PEFT do not call it.
     options.pop("save_function", None)
     unknown = [name for name in options if name not in _KNOWN[adapters]]
     if unknown:
@@ -177,7 +179,7 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
 
 
 def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[str, Any]) -> None:
-    """What ``save_pretrained(push_to_hub=True)`` does after it has written, on the rank that wrote."""
+    """The upload of ``save_pretrained(push_to_hub=True)``, on the rank that wrote."""
     from huggingface_hub import create_repo, upload_folder
 
     repo = create_repo(
@@ -196,14 +198,14 @@ def _upload(model: nn.Module, directory: Path, written: list[Path], hub: dict[st
 
 
 def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``model.push_to_hub``, called by all ranks: rank 0 does it, and the others help with its ``save_pretrained``."""
+    """``model.push_to_hub``, collective: rank 0 runs it, and the other ranks serve the gathers of its save."""
     rendezvous(f"{type(model).__name__}.push_to_hub()", {})
     shards = ShardedState(model, dist.get_rank() == 0)
 
     def push(fetch: Fetch) -> Any:
         def save(directory: Any, *positional: Any, **options: Any) -> None:
             if compat.is_peft_model(model):
-                options.pop("max_shard_size", None)  # the mixin passes it, PEFT writes one file
+                options.pop("max_shard_size", None)  # PushToHubMixin passes it; PEFT writes one file
             _save_pretrained(model, bound, (directory, *positional), {**options, "state_dict": streamed})
 
         bound = model.__dict__["save_pretrained"]
@@ -222,12 +224,12 @@ def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any
 
 
 def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
-    """Let ``trainer`` save from shards, with every ``state_dict_type``.
+    """Let ``trainer.save_model`` write tensor by tensor, with every ``state_dict_type``.
 
-    Stock, ``save_model`` gathers all weights on rank 0 or, with SHARDED_STATE_DICT, writes nothing and says nothing.
+    The stock method gathers all weights on rank 0 or, with SHARDED_STATE_DICT, silently writes nothing.
     """
 
-    def save_model(*args: Any, **kwargs: Any) -> Any:  # looked up late: its class may be extended meanwhile
+    def save_model(*args: Any, **kwargs: Any) -> Any:  # looked up at call time: the class may be extended after this
         return type(trainer).save_model(trainer, *args, **kwargs)
 
     def save(*args: Any, **kwargs: Any) -> Any:
@@ -239,15 +241,15 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         if prepared(model) is None or not hasattr(type(model), "save_pretrained"):
             return save_model(output_dir, _internal_call=_internal_call)
         sharded = "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
-        # The weights of a checkpoint are in its sharded files; the configs make it complete for an export.
+        # A sharded checkpoint has its weights in DCP files; only the configs are added, for an export.
         in_checkpoint = _internal_call and output_dir is not None
-        if not in_checkpoint:  # whose ranks have met already
+        if not in_checkpoint:  # a checkpoint has synchronised the ranks already
             rendezvous(f"{type(trainer).__name__}.save_model()", {})
         shards = ShardedState(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
 
         def get_state_dict(model: nn.Module, unwrap: bool = True) -> Streamed:
-            # The others help at once: in transformers 5.17 they do not call _save.
+            # Ranks that do not write serve the gathers at once: in transformers 5.17 they do not call _save.
             if not trainer.args.should_save:
                 bound_save(None, streamed)
             return streamed
@@ -262,7 +264,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
             return None
         state_dict.used = True
         shards = state_dict.state
-        asked = gather_objects(bool(trainer.args.should_save))  # with save_on_each_node one on each
+        asked = gather_objects(bool(trainer.args.should_save))  # with save_on_each_node, one rank per node writes
         for writer in [rank for rank, wants in enumerate(asked) if wants]:
 
             def work(fetch: Fetch) -> Any:
@@ -278,7 +280,10 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
 
 @contextmanager
 def _streaming(accelerator: Accelerator, get_state_dict: Callable[..., Streamed]):  # type: ignore[no-untyped-def]
-    """Let Trainer take the path on which it asks for all weights, and give it what stands for them."""
+    """Let the Trainer take its FULL_STATE_DICT path, and give it a placeholder instead of gathered weights.
+
+    Under FSDP, ``Trainer.save_model`` calls ``_save`` on that path only.
+    """
     plugin = accelerator.state.fsdp_plugin
     kind, gather = plugin.state_dict_type, accelerator.__dict__["get_state_dict"]
     plugin.state_dict_type = "FULL_STATE_DICT"
@@ -300,7 +305,7 @@ def save_model(
     max_shard_size: int | str = "10GB",
     safe_serialization: bool = True,
 ) -> None:
-    """Like ``Accelerator.save_model``, tensor by tensor; stock gathers all weights on rank 0."""
+    """Like ``Accelerator.save_model``, but tensor by tensor: stock gathers all weights on rank 0."""
     if prepared(model) is None:
         return type(self).save_model(self, model, save_directory, max_shard_size, safe_serialization)
     directory = Path(save_directory)
@@ -327,7 +332,7 @@ def save_model(
 
 
 def _first_names(model: nn.Module, names: Mapping[str, Any]) -> set[str]:
-    """``names`` without the second and further names of one tensor."""
+    """``names`` without the further names of tied tensors."""
     objects = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     seen: set[int] = set()
     first = set()
