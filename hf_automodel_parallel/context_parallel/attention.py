@@ -1,12 +1,12 @@
-"""Attention of the queries that a rank holds to the keys and values of the full sequence.
+"""Attention of a rank's queries to the keys and values of the full sequence.
 
-Keys and values are gathered over the cp axis before attention, as in Llama 3 (2024, arXiv:2407.21783, section 3.3.2):
-with grouped queries they are small beside the rest of a layer, and any attention kernel can be used. Torch's ring
-attention (2.13) overrides the operators of CUDA alone and has no rule for the CPU's.
+Keys and values are all-gathered over the cp axis before attention, as in Llama 3 (2024, arXiv:2407.21783, section
+3.3.2). With grouped-query attention they are small compared with the rest of a layer, and any attention kernel can be
+used. Torch's ring attention (2.13) overrides CUDA's operators and has no rule for those of the CPU.
 
-transformers looks attention up by name in a registry (``AttentionInterface``). Ours is registered under a name of its
-own, and only the attention modules of a prepared model ask for it. What tells it that it has a sequence shard is
-the attention mask: see :func:`mark`.
+transformers looks attention functions up by name in a registry (``AttentionInterface``). Ours has a name of its own,
+and only the attention modules of a prepared model use it. The attention mask marks the inputs as a sequence shard: see
+:func:`mark`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .layout import Layout
 #: Name of the attention in transformers' registry.
 NAME = "hf_automodel_parallel_context"
 
+#: Attribute of an attention module: its :class:`Place`.
 _PLACE = "_context_parallel_place"
 
 #: Arguments of an attention function that change which keys a query sees, or by how much.
@@ -36,7 +37,12 @@ _OTHER_MASKS = ("sliding_window", "softcap", "position_bias", "s_aux")
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attention module computes: its sequence shard, and the ranks that hold the others."""
+    """The cp layout and process group of an attention module.
+
+    Attributes:
+        layout: the chunks that this rank holds.
+        group: the ranks of the cp axis.
+    """
 
     layout: Layout
     group: dist.ProcessGroup
@@ -44,7 +50,7 @@ class Place:
 
 @functools.cache
 def register() -> None:
-    """Add our attention to transformers' registry, once; nothing that is registered there changes."""
+    """Add our attention to transformers' registry, once; existing entries do not change."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
@@ -53,8 +59,8 @@ def register() -> None:
 def install(modules: list[nn.Module], place: Place) -> None:
     """Let the attention ``modules`` use our attention.
 
-    Each gets a copy of its config with our name in it; the model's own config still says "sdpa", which is what it does
-    outside of a context, and what Trainer asks it for.
+    Each module gets a copy of its config with our name. The model's own config still says "sdpa": that is what it
+    computes outside of ``maybe_context_parallel``, and the Trainer checks it.
     """
     register()
     copies: dict[int, Any] = {}
@@ -67,13 +73,18 @@ def install(modules: list[nn.Module], place: Place) -> None:
 
 
 def mark(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """The attention mask that stands for "these queries see all keys before them, of all ranks": (1, 1, length, length
-    * size).
+    """The placeholder mask for causal attention over all ranks' keys: int8, (1, 1, length, length * size).
 
-    It takes no memory. Every decoder hands its mask down to attention and through its checkpoints, which therefore
-    recompute with the same attention wherever backward is called. A mask of four dimensions keeps transformers from
-    making one of its own (from the local positions it would infer packed sequences); nobody but our attention can use
-    this one: its type is no mask's and its last dimension is not that of the local keys.
+    It is an expanded scalar and takes no memory. Every decoder passes its mask to attention and through gradient
+    checkpointing, so a recomputation uses the same attention wherever backward is called. A mask of four dimensions
+    keeps transformers from building its own, for which it would infer packed sequences from the local positions. Other
+    attention functions fail on this mask: its dtype is not that of a mask, and its last dimension does not match the
+    local keys.
+
+    Args:
+        length: tokens of this rank's sequence shard, S / size.
+        size: number of ranks on the cp axis.
+        device: of the mask.
     """
     return torch.zeros((), dtype=torch.int8, device=device).expand(1, 1, length, length * size)
 
@@ -92,22 +103,22 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: SDPA, over the full sequence if the mask says that this is a shard of one.
+    """transformers' attention function: SDPA, over the full sequence if the mask is that of :func:`mark`.
 
     Args:
         module: the attention module.
         query: (B, heads, S / size, D), with the positions of this rank already applied.
         key: (B, key heads, S / size, D).
         value: (B, key heads, S / size, D of values).
-        attention_mask: what :func:`mark` made, or an ordinary mask.
+        attention_mask: from :func:`mark`, or an ordinary mask.
         dropout: probability to drop an attention weight.
         scaling: factor of the scores, None for ``1 / sqrt(D)``.
 
     Returns:
-        (B, S / size, heads, D of values), contiguous; and None in place of the weights.
+        (B, S / size, heads, D of values), contiguous; and None in place of the attention weights.
 
     Raises:
-        UnsupportedError: the module asks for something else than causal attention.
+        UnsupportedError: the module asks for other than plain causal attention, or the mask did not reach it.
     """
     place: Place = getattr(module, _PLACE)
     size = place.layout.size
@@ -130,7 +141,7 @@ def attention(
             )
     if kwargs.get("is_causal") is False:
         raise UnsupportedError(f"cp_size={size}: {type(module).__name__} asks for attention that is not causal.")
-    # One collective for both; their heads are the same, their features need not be.
+    # One all-gather for both: they have the same number of heads, but may differ in D.
     features = key.shape[-1]
     gathered = place.layout.gather(torch.cat([key, value.to(key.dtype)], dim=-1), place.group)
     keys, values = gathered[..., :features], gathered[..., features:].to(value.dtype)
@@ -139,6 +150,7 @@ def attention(
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     chunk = query.shape[-2] // 2
     outputs = []
+    # A rank's two chunks are not adjacent, so each of them attends to a prefix of the keys of its own length.
     for number, queries in zip(place.layout.chunks, query.split(chunk, dim=-2), strict=True):
         seen = (number + 1) * chunk
         outputs.append(_causal(queries, keys[:, :, :seen], values[:, :, :seen], dropout, scaling))
@@ -148,9 +160,9 @@ def attention(
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: float | None
 ) -> torch.Tensor:
-    """SDPA of the last queries of a sequence to all of its keys: (B, heads, n, D) to (B, heads, N, D), n <= N."""
+    """Causal SDPA of the last n queries of a sequence, (B, heads, n, D), to all N >= n keys, (B, heads, N, D)."""
     n, total = query.shape[-2], key.shape[-2]
-    if torch.is_autocast_enabled(query.device.type):  # the operator that is called below is not on autocast's list
+    if torch.is_autocast_enabled(query.device.type):  # the operator called below is not on autocast's list
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output = compat.flash_attention_of_last_queries(query, key, value, dropout, scaling)

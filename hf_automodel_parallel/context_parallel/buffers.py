@@ -1,5 +1,7 @@
-"""The context in which the tensors of a batch are this rank's sequence shards
-(``accelerator.maybe_context_parallel``).
+"""The context manager that shards a batch along the sequence (``accelerator.maybe_context_parallel``).
+
+Also the checks around it: all ranks of a cp group have the same batch, and results that are gathered for metrics were
+not computed on sequence shards.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ class Active:
 
 _active: Active | None = None
 
-#: Relative difference that results of one computation may have on several ranks (kernels with atomics).
+#: Relative difference of one result between ranks that is still rounding (kernels with atomics).
 _SAME_RESULT = 1e-2
 
 
 def active() -> Active | None:
-    """The context that is entered, None outside of one."""
+    """The active context, None outside of ``maybe_context_parallel``."""
     return _active
 
 
@@ -42,19 +44,20 @@ def sharded_buffers(
     dims: list[int] | None,
     no_restore: set[torch.Tensor] | None,
 ) -> Iterator[None]:
-    """Within the block, each of ``buffers`` is replaced by its sequence shard on this rank.
+    """Within the block, each of ``buffers`` holds its sequence shard on this rank.
 
-    The tensor objects change their content, so all references to them see the shard. Other views of the same memory
-    keep the full tensor (torch's own context overwrites it).
+    The tensor objects change their storage (``Tensor.set_``), so all references to them see the shard. Other views of
+    the old storage keep the full tensor; torch's own context overwrites it.
 
     Args:
         mesh: the cp axis.
-        buffers: the tensors of the batch, all with one length along their ``dims``.
-        dims: dimension of the sequence of each.
-        no_restore: those that may stay as they are afterwards. The others are restored after the block.
+        buffers: the tensors of the batch, all of one length S along their ``dims``, a multiple of 2 * cp.
+        dims: the sequence dimension of each.
+        no_restore: buffers that may stay sharded. The others are restored after the block.
 
     Raises:
-        AutoParallelError: on all ranks alike, before anything has changed.
+        AutoParallelError: on all ranks, before anything has changed: unsuitable buffers, or ranks of a cp group with
+            different batches.
     """
     global _active
     layout = Layout(mesh.get_local_rank(), mesh.size())
@@ -65,6 +68,7 @@ def sharded_buffers(
     except Exception as caught:
         error = caught
     prints = [number for tensor, _ in unique.values() for number in _fingerprint(tensor)]
+    # One collective carries both the errors and the fingerprints of the batch.
     everyone = _agree(error, torch.stack(prints).sum(0) if prints else torch.zeros(2, dtype=torch.float64))
     _check_same_batch(everyone, mesh)
     length = next(tensor.shape[dim] for tensor, dim in unique.values())
@@ -87,7 +91,7 @@ def sharded_buffers(
 def _checked(
     layout: Layout, buffers: list[torch.Tensor] | None, dims: list[int] | None, no_restore: set[torch.Tensor] | None
 ) -> dict[int, tuple[torch.Tensor, int]]:
-    """The buffers with their dimension, each once."""
+    """The buffers with their sequence dimensions, by ``id``, each once (a batch may list one tensor twice)."""
     where = f"maybe_context_parallel (cp_size={layout.size})"
     if _active is not None:
         raise PrepareError(
@@ -124,16 +128,14 @@ def _checked(
 
 
 def _fingerprint(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Sum and weighted sum, float64 of shape (2,)."""
+    """Sum and position-weighted sum, float64 of shape (2,); the weights tell permuted values apart."""
     flat = tensor.detach().double().reshape(-1).nan_to_num()
     weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
     yield torch.stack([flat.sum(), (flat * weights).sum()])
 
 
 def _agree(error: Exception | None, numbers: torch.Tensor) -> torch.Tensor:
-    """Every rank's ``numbers`` (k,) as (world, k); raises on all ranks if one has an ``error``. One small
-    collective.
-    """
+    """All-gather ``numbers``, (k,) to (world, k), and raise on all ranks if one has an ``error``."""
     mine = torch.cat([torch.tensor([float(error is not None)], dtype=torch.float64), numbers.cpu()])
     table = gather_tensors(mine).cpu()
     if table[:, 0].any():
@@ -144,12 +146,12 @@ def _agree(error: Exception | None, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise on all ranks if one of them has an ``error``: this rank's own, or one that quotes it."""
+    """Raise on all ranks if one of them has an ``error``; the other ranks' error quotes it. Collective."""
     _agree(error, torch.zeros(0, dtype=torch.float64))
 
 
 def _check_same_batch(everyone: torch.Tensor, mesh: DeviceMesh) -> None:
-    """Raise on all ranks unless the ranks of each cp group have the same buffers."""
+    """Raise on all ranks unless all ranks of each cp group have the same buffers. ``everyone``: (world, 2)."""
     root, name = compat.root_mesh(mesh), mesh.mesh_dim_names[0]  # type: ignore[index]
     groups = root.mesh.cpu().movedim(root.mesh_dim_names.index(name), -1).reshape(-1, mesh.size())
     by_group = everyone[groups]  # (groups, cp, 2)
@@ -163,13 +165,13 @@ def _check_same_batch(everyone: torch.Tensor, mesh: DeviceMesh) -> None:
 
 
 def check_whole(copies: torch.Tensor) -> None:
-    """Raise if what the ranks of a cp group computed is not the same: then it is made of sequence shards.
+    """Raise if the ranks of a cp group have different results: then they were computed on sequence shards.
 
     Args:
-        copies: gathered results, (groups, cp, ...), the same on all ranks.
+        copies: gathered results, (groups, cp, ...), equal on all ranks.
 
     Raises:
-        UnsupportedError: on all ranks alike.
+        UnsupportedError: on all ranks.
     """
     numbers = copies.double().nan_to_num()
     difference = (numbers - numbers[:, :1]).norm()

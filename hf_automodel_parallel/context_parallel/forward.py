@@ -1,5 +1,4 @@
-"""What a forward inside of the context is given and returns: the mask that stands for the full sequence, the right
-loss.
+"""The hooks of a forward inside of ``maybe_context_parallel``: they check its inputs, set the mask and fix the loss.
 
 The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so
 the loss that a rank differentiates has to be ``size`` times its contribution to the mean over all tokens.
@@ -27,25 +26,25 @@ logger = logging.getLogger(__name__)
 
 _IGNORED = -100
 
-#: Where the random numbers of the ranks begin, beside those that ``tensor_parallel.random`` gives to the ranks of a tp
-#: group.
+#: Offset between the random streams of cp ranks, apart from the TP-local RNG of :mod:`..tensor_parallel.dropout_rng`.
 _OWN_NUMBERS = 1 << 20
 
 
 def install(model: nn.Module, suitable: Suitable, mesh: DeviceMesh, device: torch.device) -> None:
-    """Let ``model`` compute on sequence shards inside of ``maybe_context_parallel``; outside it stays as it is.
+    """Let ``model`` compute on sequence shards inside of ``maybe_context_parallel``; outside it is unchanged.
 
     Args:
-        model: the sharded model; its other hooks (tensor parallelism, FSDP2) are there already.
-        suitable: what :func:`~.models.check_model` found.
+        model: the sharded model, after the hooks of tensor parallelism and FSDP2.
+        suitable: from :func:`~.models.check_model`.
         mesh: the cp axis.
-        device: where it computes.
+        device: that the model computes on.
     """
     layout = Layout(mesh.get_local_rank(), mesh.size())
     attention.install(suitable.attention, attention.Place(layout, mesh.get_group()))
     hooks = _Hooks(suitable, layout, mesh.get_group(), device)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after)
+    # always_call: a forward that raises must not leave the cp rank's random state behind.
     model.register_forward_hook(hooks.numbers.leave, always_call=True)
 
 
@@ -56,7 +55,7 @@ class _Hooks:
         self.warned = False
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Check the inputs, on all ranks together, and replace what depends on the full sequence."""
+        """Check the inputs, raising on all ranks, and set the mask and the number of tokens of the full sequence."""
         context = active()
         if context is None:
             self._note_full_sequences(model)
@@ -69,15 +68,15 @@ class _Hooks:
         raise_together(error)
         shift = kwargs.get("shift_labels")
         if shift is not None and kwargs.get("num_items_in_batch") is None:
-            # The mean over the tokens of all ranks, times the number of ranks; as with num_items_in_batch of the
-            # Trainer, the loss is then a sum over the own tokens, divided.
+            # The model divides the sum over this rank's tokens by num_items_in_batch. With the mean number of valid
+            # tokens per rank, its loss is `size` times its contribution to the mean over all tokens.
             valid = shift.ne(kwargs.get("ignore_index", _IGNORED)).sum()
             kwargs["num_items_in_batch"] = all_reduce(valid.float(), self.group) / self.layout.size
         self.numbers.enter()
         return args, kwargs
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """Show every rank the loss of the full sequences; its gradient stays that of the own shard."""
+        """Return the loss of the full sequences on every rank; the gradient stays that of this rank's loss."""
         if active() is None:
             return output
         loss = output.get("loss") if hasattr(output, "get") else output[0] if isinstance(output, tuple) else None
@@ -189,7 +188,7 @@ class _Hooks:
 
 
 class _Average(torch.autograd.Function):
-    """The mean over ``group``; backward hands the gradient on as it is."""
+    """The mean over ``group``; backward is the identity, since FSDP2 averages the gradients of parameters."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which positions of a sequence a rank of the cp axis holds, and the all-gather of the full sequence."""
+"""The head-tail layout: which positions a rank of the cp axis holds, and the all-gather of the full sequence."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from .. import compat
 
 @dataclass(frozen=True)
 class Layout:
-    """Head and tail chunks: of ``2 * size`` equal chunks, rank r holds the r-th from the start and the r-th from the
-    end.
+    """Head and tail chunks: of ``2 * size`` equal chunks, rank r holds chunk r and chunk ``2 * size - 1 - r``.
 
-    A query sees the keys before it, so a chunk costs the more the later it lies. A rank's two chunks together cost the
-    same on every rank. This is the layout of torch's ``context_parallel`` and of Llama 3 (2024, arXiv:2407.21783,
-    section 3.3.2).
+    Under causal attention later chunks cost more, because their queries see more keys. A head and a tail chunk together
+    cost the same on every rank. Torch's ``context_parallel`` and Llama 3 (2024, arXiv:2407.21783, section 3.3.2) use
+    this layout.
 
     Attributes:
         rank: of this process on the cp axis.
@@ -30,12 +29,12 @@ class Layout:
 
     @property
     def multiple(self) -> int:
-        """What the length of a sequence has to be a multiple of."""
+        """The length of a sequence has to be a multiple of this number."""
         return 2 * self.size
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Which of the ``2 * size`` chunks this rank holds, in the order in which it holds them."""
+        """Indices of this rank's two chunks among all ``2 * size``, in the order of its shard."""
         return self.rank, 2 * self.size - 1 - self.rank
 
     def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -44,9 +43,7 @@ class Layout:
         return torch.cat([tensor.narrow(dim, chunk * length, length) for chunk in self.chunks], dim)
 
     def positions(self, length: int, device: torch.device) -> torch.Tensor:
-        """The positions in the full sequence of the ``length`` tokens that this rank holds, int64 of shape
-        (length,).
-        """
+        """Positions in the full sequence of this rank's ``length`` tokens, int64 of shape (length,)."""
         chunk = length // 2
         own = torch.arange(chunk, device=device)
         first, second = self.chunks
@@ -55,10 +52,11 @@ class Layout:
     def gather(self, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """All-gather in the order of the sequence: (B, H, S / size, D) -> (B, H, S, D).
 
-        Backward is a reduce-scatter: a shard of keys gets gradients from the queries of all ranks.
+        Backward is a reduce-scatter: the queries of all ranks contribute to the gradient of a shard of keys.
         """
         batch, heads, length, features = x.shape
         parts = _Gather.apply(x, group).view(self.size, batch, heads, 2, length // 2, features)
+        # Rank r holds chunks r and 2 * size - 1 - r: all first chunks ascend with the rank, all second ones descend.
         ordered = torch.cat([parts[:, :, :, 0], parts[:, :, :, 1].flip(0)])  # (2 size, B, H, chunk, D)
         return ordered.permute(1, 2, 0, 3, 4).reshape(batch, heads, self.size * length, features)
 

@@ -1,7 +1,6 @@
-"""Which models can be trained on sequence shards: everything that mixes positions has to be attention that we
-compute.
+"""Which models support context parallelism: only attention that we compute may mix positions.
 
-Decided by properties of modules and configs, before anything is changed; the errors name what stands in the way.
+Decided from properties of modules and configs, before the model changes. Errors name the property.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from ..errors import UnsupportedError
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
-#: Rotary embeddings that choose their frequencies by the largest position they see, which differs between the ranks.
+#: Rotary embeddings whose frequencies depend on the largest position in the input, which differs between ranks.
 _LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class Suitable:
-    """What context parallelism needs to know of a model that it can be used with.
+    """Facts about a model that supports context parallelism.
 
     Attributes:
         attention: the modules that compute attention.
         takes: names of the arguments of the model's forward.
-        no_loss: why the model's own loss cannot be used with labels that were shifted before, "" if it can.
+        no_loss: why the model's own loss cannot take ``shift_labels``; "" if it can.
     """
 
     attention: list[nn.Module]
@@ -46,10 +45,10 @@ def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence
         model: the model, plain or PEFT-wrapped.
         structure: its layers.
         size: number of ranks on the cp axis, for the messages.
-        sequence_parallel: it was asked for together with context parallelism.
+        sequence_parallel: the config asks for sequence parallelism, too.
 
     Raises:
-        UnsupportedError: with what stands in the way.
+        UnsupportedError: names the property that prevents context parallelism, and a remedy.
     """
     inner = ModelView.of(model).inner
 
@@ -131,9 +130,7 @@ def _check_adapters(model: nn.Module, refuse: Any) -> None:
 
 
 def _why_no_loss(inner: nn.Module, forward: Any) -> str:
-    """Why ``model(..., labels=..., shift_labels=...)`` would not compute the loss of the shifted labels; "" if it
-    does.
-    """
+    """Why ``model(..., labels=..., shift_labels=...)`` would ignore ``shift_labels``; "" if it uses them."""
     code = getattr(forward, "__code__", None)
     if code is None or "loss_function" not in code.co_names:
         return "its forward does not compute the loss with the model's loss_function"

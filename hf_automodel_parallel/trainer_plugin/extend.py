@@ -1,10 +1,14 @@
-"""The Trainer plugin: how one Trainer instance, of any subclass, comes to save and load through this package.
+"""The Trainer plugin: extends one Trainer instance, checks its arguments, and synchronises its SIGTERM handler.
 
-The Trainer calls Accelerate's functions for FSDP checkpoints by the names it has imported, so that there is no object
-to bind to. But it builds its ``Accelerator`` in its own constructor, which is on the stack when our config is called.
-That one instance gets a class of its own, with :class:`.checkpoints.ParallelTrainer` between the Trainer's subclasses
-and ``Trainer``: what a subclass (TRL's, the user's) overrides comes first, and its ``super()`` calls reach ours. FSDP2
-extends modules likewise. No class is changed, and other Trainers of the process stay stock.
+The Trainer calls Accelerate's functions for FSDP checkpoints by imported names, so there is no object to bind methods
+on. But it builds its ``Accelerator`` in its own constructor, which is on the stack when Accelerate calls our config.
+That one instance gets a new class with :class:`.trainer.ParallelTrainer` between the Trainer's subclasses and
+``Trainer``. Overrides of a subclass (TRL's, the user's) come first, and their ``super()`` calls reach ours. FSDP2
+extends the classes of modules in the same way. No existing class changes, and other Trainers of the process stay stock.
+
+:func:`check_trainer` refuses arguments that would train wrongly or push checkpoints without weights.
+:func:`adopt_signal_handler` and :func:`agree_on_signal` let all ranks save after the same step when one of them is
+preempted.
 """
 
 from __future__ import annotations
@@ -32,17 +36,17 @@ if TYPE_CHECKING:
 
 
 class TrainerHooks(Hooks):
-    """What a Trainer adds to the ``Accelerator`` that it builds; without a Trainer, the handler of SIGTERM alone."""
+    """The hooks of a Trainer on the ``Accelerator`` that it builds; without a Trainer only the SIGTERM handler."""
 
     _trainer: weakref.ref[Any] | None = None
 
     def attach(self, trainer: Any) -> None:
-        """Note the Trainer; it refers to the ``Accelerator`` that these hooks belong to, so weakly."""
+        """Set the Trainer. A weak reference: the Trainer refers to the ``Accelerator`` that has these hooks."""
         self._trainer = weakref.ref(trainer)
 
     @property
     def trainer(self) -> Any | None:
-        """The Trainer, None if there is none (any more)."""
+        """The Trainer; None if there is none, or it is gone."""
         return None if self._trainer is None else self._trainer()
 
     def check(self, accelerator: Accelerator) -> None:
@@ -63,7 +67,7 @@ def install(accelerator: Accelerator, config: ParallelismConfig) -> None:
     """Bind this package to ``accelerator``, and to the Trainer that builds it, if there is one.
 
     Raises:
-        ConfigError: what Accelerate was given beside the config contradicts it.
+        ConfigError: other arguments of the ``Accelerator`` contradict the config.
     """
     hooks = TrainerHooks()
     methods.install(accelerator, config, hooks)
@@ -90,9 +94,13 @@ def _extend_trainer(accelerator: Accelerator) -> Any | None:
 
 @functools.cache
 def _extended(cls: type) -> type[Any]:
-    """``cls`` with our methods in front of those of ``Trainer``, under its own name."""
+    """A subclass of ``cls`` with :class:`.trainer.ParallelTrainer` in front of ``Trainer`` in its MRO.
+
+    It has the name of ``cls``. Cached, so that all Trainers of one class get the same extended class.
+    """
     from transformers import Trainer
 
+    # Not at module level: without a Trainer, transformers.trainer need not be imported.
     from .trainer import ParallelTrainer
 
     if issubclass(cls, ParallelTrainer):
@@ -102,7 +110,7 @@ def _extended(cls: type) -> type[Any]:
     return type(cls.__name__, bases, attributes)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
+# ---- checks of the Trainer's arguments -----------------------------------------------------------------------------
 
 
 if TYPE_CHECKING:
@@ -110,13 +118,17 @@ if TYPE_CHECKING:
 
 
 def check_trainer(accelerator: Accelerator, trainer: Any) -> None:
-    """Before a model is prepared for training.
+    """Check the arguments of ``trainer`` before its model is prepared for training.
 
     Raises:
-        ConfigError: ``average_tokens_across_devices=False`` where ranks share batches. The Trainer then divides the
-            number of tokens by the tp and cp sizes although it has not summed it, so that gradients would be that much
-            too large. Checkpoints for the hub that would have no weights, or none yet. ``bf16_full_eval`` and
-            ``fp16_full_eval`` beside data parallelism.
+        ConfigError: one of
+
+            * ``average_tokens_across_devices=False`` under tp or cp. The Trainer divides the number of tokens by
+              tp x cp although it has not summed it over the ranks, so gradients would be tp x cp times too large.
+            * A ``hub_strategy`` that uploads checkpoints without weights (``SHARDED_STATE_DICT``), or before they are
+              written (``async_save``).
+            * ``bf16_full_eval`` or ``fp16_full_eval`` with several data-parallel ranks: they cast the model after
+              FSDP2 has sharded it.
     """
     _check_hub(accelerator, trainer.args)
     for field in ("bf16_full_eval", "fp16_full_eval"):
@@ -157,17 +169,20 @@ def _check_hub(accelerator: Accelerator, args: Any) -> None:
         )
 
 
-# ---- preemption ----------------------------------------------------------------------------------------------------
+# ---- SIGTERM (preemption) ------------------------------------------------------------------------------------------
 
 
 logger = logging.getLogger(__name__)
 
+#: Attribute of the Trainer's signal manager: this process has received SIGTERM.
 _NOTED = "_automodel_parallel_signal"
 
 
 def adopt_signal_handler() -> None:
-    """Take over the Trainer's handler of SIGTERM, if it has one: on its instance, once. Call it before the first
-    step.
+    """Change the Trainer's SIGTERM handler, if it has one, to set a flag only; call it before the first step.
+
+    Stock, each rank saves by itself when its signal arrives. A save is collective, and signals arrive at different
+    steps on different ranks. Changes the handler's instance, once.
     """
     manager = _manager()
     if manager is None or hasattr(manager, _NOTED):
@@ -179,7 +194,7 @@ def adopt_signal_handler() -> None:
         setattr(manager, _NOTED, True)
 
     def save() -> None:
-        # Like the Trainer's, without its file "checkpoint-is-incomplete.txt", which each rank would write and remove.
+        # Like the Trainer's, but without its file "checkpoint-is-incomplete.txt": each rank would write and remove it.
         manager.is_checkpoint_requested = False
         setattr(manager, _NOTED, False)
         logger.info("SIGTERM: checkpoint at step %d, then the end", manager.trainer.state.global_step)
@@ -190,10 +205,9 @@ def adopt_signal_handler() -> None:
 
 
 def agree_on_signal() -> None:
-    """During an optimizer step, on all ranks: if any of them has got a signal, each one's Trainer saves after this
-    step.
+    """If any rank has received SIGTERM, let the Trainer of every rank save after this step; collective.
 
-    Costs an all-reduce of one number, and nothing where ``enable_jit_checkpoint`` is off.
+    Called in each optimizer step. Costs an all-reduce of one number; nothing if ``enable_jit_checkpoint`` is off.
     """
     manager = _manager()
     if manager is None or not hasattr(manager, _NOTED):
@@ -204,6 +218,6 @@ def agree_on_signal() -> None:
 
 
 def _manager() -> Any | None:
-    """What the Trainer handles SIGTERM with, None if somebody else does or nobody."""
+    """The Trainer's signal manager if it handles SIGTERM in this process, else None."""
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return owner if isinstance(owner, compat.trainer_signal_manager_type() or ()) else None

@@ -1,6 +1,7 @@
-"""The Trainer's checkpoints: its files, complete or recognisably not, continued on any mesh.
+"""``ParallelTrainer``: what an extended Trainer does differently in evaluation and with checkpoints.
 
-Imported by the seam only, when a Trainer exists.
+Evaluation gathers each sample once. A checkpoint has the Trainer's own files, is complete or marked as incomplete, and
+resumes on any mesh. :mod:`.extend` imports this module only when a Trainer exists.
 """
 
 from __future__ import annotations
@@ -36,18 +37,16 @@ from ..optim.handoff import raw_optimizer
 
 
 class ParallelEvaluation(Trainer):
-    """What a Trainer with an :class:`AutoParallelismConfig` does differently in evaluation; see
-    :mod:`.trainer_seam`.
-    """
+    """Evaluation of a Trainer with an :class:`AutoParallelismConfig`."""
 
     _gathering: Any = None
 
     @property  # type: ignore[override]
     def gather_function(self) -> Any:
-        """How predictions, losses and labels are gathered.
+        """The function that gathers predictions, losses and labels over the ranks.
 
-        ``Seq2SeqTrainer`` chooses ``Accelerator.gather`` before it predicts, which returns what all processes have:
-        each sample once per tp rank, and those again that fill up the last batch.
+        ``Seq2SeqTrainer`` sets ``Accelerator.gather`` before it predicts. That returns each sample once per tp rank,
+        and the samples that pad the last batch twice. So the setter replaces it by ``gather_for_metrics``.
         """
         return self._gathering
 
@@ -62,23 +61,28 @@ logger = logging.getLogger(__name__)
 
 
 class ParallelTrainer(ParallelEvaluation):
-    """What a Trainer with an :class:`AutoParallelismConfig` does differently; see :mod:`.trainer_seam`."""
+    """A Trainer with an :class:`AutoParallelismConfig`; :mod:`.extend` inserts it in front of ``Trainer``.
 
-    #: What writes the large files of the save that is under way; None outside of one.
+    Methods that override the Trainer's fall back to ``super()`` where FSDP is off: an extended class may also resume in
+    one process, from a checkpoint of a parallel run.
+    """
+
+    #: Tasks that write the large files of the current save; None outside of a save.
     _tasks: list[Task] | None = None
-    #: The checkpoint that goes to the hub when it is complete.
+    #: The checkpoint to push to the hub when it is complete.
     _to_push: str | None = None
-    #: The checkpoint that :func:`verify` has looked at, and its manifest.
+    #: The last verified checkpoint and its manifest, so that one resume verifies (and reads) its files once.
     _verified: tuple[str, Manifest | None] | None = None
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Like ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last complete checkpoint and names the
-        others.
+        """Like ``Trainer.train``; ``resume_from_checkpoint=True`` takes the last complete checkpoint.
+
+        The log names the checkpoints that were skipped, with the reason.
 
         Raises:
-            CheckpointError: on all ranks: there is none, or it is damaged.
+            CheckpointError: on all ranks: there is no complete checkpoint, or the chosen one is damaged.
         """
         wait_for_saves()
         if resume_from_checkpoint is True:
@@ -103,7 +107,7 @@ class ParallelTrainer(ParallelEvaluation):
         return self._verified[1]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Like the Trainer's, for a checkpoint with a training state of FSDP; there on any mesh, or in one process."""
+        """Like the Trainer's; a checkpoint with FSDP's training state loads on any mesh, or in one process."""
         folder = Path(resume_from_checkpoint)
         if not (self.is_fsdp_enabled or _has_training_state(folder)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -131,7 +135,11 @@ class ParallelTrainer(ParallelEvaluation):
         self._load_weights(folder, self.model, manifest)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Like the Trainer's; a checkpoint without an optimizer's state is an error instead of a fresh start."""
+        """Like the Trainer's, but a checkpoint without optimizer state raises; stock starts with a fresh optimizer.
+
+        Raises:
+            CheckpointError: on all ranks.
+        """
         if checkpoint is None or not (self.is_fsdp_enabled or _has_training_state(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -145,7 +153,7 @@ class ParallelTrainer(ParallelEvaluation):
             self.lr_scheduler.load_state_dict(load_plain(folder / "scheduler.pt", checksums=checksums))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Like the Trainer's, with the file in an error."""
+        """Like the Trainer's; an error names the file."""
         if checkpoint is None or getattr(self.accelerator, "scaler", None) is None:
             return
         path = Path(checkpoint) / "scaler.pt"
@@ -154,7 +162,7 @@ class ParallelTrainer(ParallelEvaluation):
                 self.accelerator.scaler.load_state_dict(load_plain(path))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Like the Trainer's; on another mesh than it was saved on, see :mod:`..checkpoint.random_states`."""
+        """Like the Trainer's; for another mesh than that of the save see :mod:`..checkpoint.random_states`."""
         if checkpoint is None:
             return
         manifest = self._manifest_of(checkpoint)
@@ -166,7 +174,7 @@ class ParallelTrainer(ParallelEvaluation):
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Like the Trainer's, with a manifest at the end; old checkpoints are deleted when the new one is complete."""
+        """Like the Trainer's, but staged and committed; old checkpoints are deleted after the commit."""
         if not self.is_fsdp_enabled:
             super()._save_checkpoint(model, trial, *args, **kwargs)
             return
@@ -175,6 +183,7 @@ class ParallelTrainer(ParallelEvaluation):
         run_dir = Path(self._get_output_dir(trial=trial)).absolute()
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         save = stage(folder)
+        # Without a limit, the Trainer does not rotate checkpoints before the new one is complete; afterwards() does.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._tasks = []
         try:
@@ -204,8 +213,8 @@ class ParallelTrainer(ParallelEvaluation):
                 super()._push_from_checkpoint(to_push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Like the Trainer's, when the checkpoint is complete: what goes to the hub has the manifest and not the
-        mark.
+        """Like the Trainer's, but deferred to the end of the save, so that the hub gets the manifest and not the mark
+        of an incomplete checkpoint.
         """
         if self._tasks is None:
             super()._push_from_checkpoint(checkpoint_folder)
@@ -213,14 +222,14 @@ class ParallelTrainer(ParallelEvaluation):
         self._to_push = checkpoint_folder
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Like the Trainer's, which may delete the last checkpoint (``save_total_limit=1``): it is not being written
-        any more.
+        """Like the Trainer's, after the background save: stock may delete the last checkpoint
+        (``save_total_limit=1``) while the thread still writes it.
         """
         wait_for_saves()
         return super()._finalize_training(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Like the Trainer's. Within a checkpoint, whose directory has begun, an error on rank 0 reaches all ranks."""
+        """Like the Trainer's; within a checkpoint, an error on rank 0 is raised on all ranks."""
         if self._tasks is None:
             super().save_model(output_dir, _internal_call)
             return
@@ -228,7 +237,7 @@ class ParallelTrainer(ParallelEvaluation):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Weights, optimizer and scheduler, under the names of the Trainer."""
+        """Save weights, optimizer state and scheduler under the Trainer's file names."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -245,7 +254,7 @@ class ParallelTrainer(ParallelEvaluation):
             else:
                 task(
                     None
-                )  # before the next is collected: gathered weights and optimizer state are never there together
+                )  # before the next state is collected: full weights and full optimizer state never coexist
         with checkpoint_step(f"saving to {folder}"):
             if self.args.should_save:
                 save_plain(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
