@@ -1,5 +1,5 @@
-"""Files of a Hugging Face model, one tensor at a time: from sharded models and from training checkpoints.
+"""Writes Hugging Face files one tensor at a time, from sharded models and from training checkpoints.
 
-No rank holds more than its shard and the tensors that are being written. What the files look like is decided by the
-libraries' own code (tied weights, weight conversions, splitting, adapters), which runs on tensors without values.
+No rank holds more than its shards and the tensors that are being written. transformers' and PEFT's own code decides the
+content of the files (tied weights, weight conversions, splitting, adapters); it runs on meta tensors.
 """

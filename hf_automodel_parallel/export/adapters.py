@@ -1,4 +1,4 @@
-"""Adapter files: PEFT picks the weights of an adapter from tensors without values, and only these are fetched."""
+"""Adapter files: PEFT selects the weights of an adapter from meta tensors, and only these weights are gathered."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .gathering import Fetch, Shapes
 
 
 def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: Mapping[str, Any]) -> None:
-    """Write what ``PeftModel.save_pretrained`` writes.
+    """Write the files of ``PeftModel.save_pretrained``.
 
     Args:
         model: the ``PeftModel``.
         shapes: of its state dict.
-        fetch: gives full tensors on the CPU; called for the adapters' weights only.
-        directory: exists.
+        fetch: returns full tensors on the CPU; called for the adapters' weights only.
+        directory: an existing directory.
         options: of PEFT's method: ``selected_adapters``, ``save_embedding_layers``, ``safe_serialization``.
     """
     adapters = options.get("selected_adapters") or list(model.peft_config)  # type: ignore[arg-type]
@@ -48,13 +48,13 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
 def write_own_adapter(
     model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Path, options: Mapping[str, Any]
 ) -> None:
-    """Write what ``PreTrainedModel.save_pretrained`` writes of a model with adapters of its own: the active adapter.
+    """Write the active adapter of a transformers model, as ``PreTrainedModel.save_pretrained`` does.
 
     Args:
-        model: has adapters by ``model.add_adapter``, without a ``PeftModel``.
+        model: has adapters from ``model.add_adapter`` and no ``PeftModel`` around it.
         shapes: of its state dict.
-        fetch: gives full tensors on the CPU; called for the adapter's weights only.
-        directory: exists.
+        fetch: returns full tensors on the CPU; called for the adapter's weights only.
+        directory: an existing directory.
         options: of transformers' method, such as ``save_peft_format``.
     """
     cls: Any = type(model)  # the instance's save_pretrained is our own
@@ -68,7 +68,7 @@ def write_own_adapter(
 
 
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot be done on shards, before any rank waits for another.
+    """Refuse options that shards do not allow, before any rank waits for another.
 
     Raises:
         ConfigError: an unknown adapter; an option that would load an adapter while saving.

@@ -1,4 +1,8 @@
-"""Make a model directory or an adapter directory of a training checkpoint, tensor by tensor, in one process."""
+"""Converts a training checkpoint to a model, adapter or merged-model directory, tensor by tensor, in one process.
+
+Models are built on the meta device from their configs. They say which tensors there are and how files name them; values
+come from the checkpoint, one tensor at a time.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +48,13 @@ class Request:
 
     Attributes:
         checkpoint: the training checkpoint.
-        out: the directory to make.
-        config: where configs (and a tokenizer) are, if not in the checkpoint: a directory or a ``config.json``.
+        out: the directory to create.
+        config: a directory with configs (and a tokenizer), or a ``config.json``; None if the checkpoint has them.
         base: directory of the base model that an adapter was trained on.
         merge: merge the adapter into the base weights.
         adapter: its name, if the checkpoint has several.
-        dtype: of floating-point weights in the files, None for those in the checkpoint.
-        max_shard_size: of a file, bytes or text such as ``"5GB"``.
+        dtype: of floating-point weights in the files; None keeps the dtypes of the checkpoint.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
         force: replace ``out`` if it is not empty.
     """
 
@@ -67,7 +71,7 @@ class Request:
 
 @dataclass
 class Summary:
-    """What was made ("model", "adapter" or "merged model"), and how many tensors and bytes were written."""
+    """Kind of the directory ("model", "adapter" or "merged model"), and numbers of tensors and bytes written."""
 
     kind: str
     tensors: int = 0
@@ -75,14 +79,15 @@ class Summary:
 
 
 def export(request: Request, progress: Callable[[str, int, int], None] | None = None) -> Summary:
-    """Make the directory that ``request`` describes.
+    """Create the directory that ``request`` describes; it appears when it is complete.
 
     Args:
-        request: what to make.
+        request: the arguments.
         progress: called for each tensor with its name, its bytes, and the bytes of all tensors of the checkpoint.
 
     Raises:
-        ExportError: something is missing, or does not fit together; nothing was changed.
+        ExportError: something is missing or does not match; nothing was changed.
+        CheckpointError: a file of the checkpoint is damaged or malicious.
     """
     if request.out.exists() and not request.out.is_dir():
         raise ExportError(f"{request.out} is a file. Give a directory that does not exist yet.")
@@ -118,7 +123,7 @@ def _bytes(entry: tuple[Iterable[int], torch.dtype]) -> int:
 
 
 def _with_dtype(shapes: Shapes, dtype: torch.dtype | None) -> dict[str, Any]:
-    """``shapes`` with another dtype (None: the same) of all floating-point tensors."""
+    """``shapes`` with ``dtype`` for all floating-point tensors; unchanged if it is None."""
     return {n: (s, dtype if dtype is not None and d.is_floating_point else d) for n, (s, d) in shapes.items()}
 
 
@@ -134,7 +139,7 @@ def _model(request: Request, weights: Weights, beside: Path, out: Path, count: P
 
 
 def _in_order(model: nn.Module, shapes: Shapes, where: Path) -> dict[str, Any]:
-    """``shapes`` in the order of the model's state dict, which decides how files are split."""
+    """``shapes`` in the order of the model's state dict; the order determines how the files are split."""
     state = model.state_dict()
     ordered = {name: shapes[name] for name in state if name in shapes}
     tied: dict[int, list[str]] = {}
@@ -177,7 +182,7 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
 
 
 def _config_directory(request: Request, beside: Path, file: str) -> Path:
-    """The first directory that has ``file``: the given one, or the checkpoint's."""
+    """The directory that has ``file``: that of ``--config``, else ``beside`` the checkpoint's weights."""
     for candidate in (request.config, beside):
         if candidate is None:
             continue
@@ -204,7 +209,7 @@ def _copy_processor_files(folders: Iterable[Path | None], out: Path) -> None:
 
 
 def _adapter_config(request: Request, beside: Path) -> tuple[Path, Any]:
-    """The directory that has ``adapter_config.json``, and this config."""
+    """The directory that has ``adapter_config.json``, and the config."""
     from peft import PeftConfig
 
     name = request.adapter
@@ -224,6 +229,7 @@ def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
             continue
         base = empty_model(source)
         base.name_or_path = config.base_model_name_or_path or ""  # type: ignore[assignment]
+        # PEFT freezes an adapter in inference mode; trainable parameters are those that the checkpoint has to hold.
         config.inference_mode = False
         with torch.device("meta"):
             return get_peft_model(base, config, adapter_name=request.adapter, low_cpu_mem_usage=True)
@@ -233,7 +239,7 @@ def _with_adapter(request: Request, beside: Path, config: Any) -> nn.Module:
 
 
 def _named_by_file(shapes: Mapping[str, Any], adapter: str) -> bool:
-    """Accelerate saves a sharded adapter under the names of PEFT's files, which leave out the adapter's name."""
+    """True if the keys are those of PEFT's files, without the adapter's name; Accelerate saves sharded adapters so."""
     return not any(adapter in name.split(".") for name in shapes)
 
 
@@ -244,6 +250,7 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
     if _named_by_file(shapes, request.adapter):
         recording = Recording()
         state = recording.declare(dict(sorted(shapes.items())))
+        # No size limit: PEFT reads an adapter from one file.
         write_weights(recording, state, fetch, out, "adapter_model.safetensors", 2**62, count)
         config.inference_mode = True
         config.save_pretrained(out)
@@ -271,7 +278,7 @@ def _adapter(request: Request, weights: Weights, beside: Path, out: Path, count:
 
 
 def _lift(folder: Path, out: Path) -> None:
-    """Move the files up: a single adapter has no folder of its own."""
+    """Move the files of ``folder`` up: PEFT writes a named adapter to a folder, but here it is the only one."""
     for path in list(folder.iterdir()):
         path.replace(out / path.name)
     folder.rmdir()
@@ -326,8 +333,10 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
 
 
 def _from_files(plain: nn.Module, files: SafetensorsWeights) -> dict[str, tuple[Any, Callable[[], torch.Tensor]]]:
-    """Shape, dtype and value of each weight of ``plain``, from files that may have other names and shapes (one weight
-    for each expert, say): the conversion for saving is recorded, and inverted.
+    """Shape, dtype and value of each weight of ``plain``, by name.
+
+    Files may have other names and shapes (one weight per expert, say). So transformers' conversion for saving runs on
+    meta tensors, and the recorded graph is inverted. Weights that the files lack are left out.
     """
     recording = Recording()
     state = recording.declare(shapes_of(plain.state_dict()))
@@ -352,7 +361,7 @@ def _from_results(leaf: Named, results: dict[str, Node], files: SafetensorsWeigh
 
 
 def _file_names(model: nn.Module, shapes: Mapping[str, Any], adapter: str) -> dict[str, str]:
-    """Name in the model -> name in a checkpoint that has the names of PEFT's files."""
+    """Name in the model -> key of the checkpoint, if its keys are those of PEFT's files; else empty."""
     if not _named_by_file(shapes, adapter):
         return {}
     recording = Recording()

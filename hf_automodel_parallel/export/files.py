@@ -1,4 +1,4 @@
-"""Directories whose files appear when all of them are complete, or not at all."""
+"""Context managers for directories whose files appear when all of them are complete, or not at all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _INDEX = re.compile(r"(.*)\.(safetensors|bin)\.index\.(?:(.*)\.)?json")
 def completed_at_end(directory: Path) -> Iterator[Path]:
     """A temporary directory inside ``directory``, whose files move up when the block ends without an error.
 
-    An interrupted save leaves the earlier files. After a complete one, weights of an earlier save in another number of
-    files are removed with their index: ``from_pretrained`` would read an old single file rather than new shards.
+    An interrupted save does not touch the earlier files. A complete one removes weights of an earlier save that was
+    split differently, and their index: ``from_pretrained`` would prefer an old single file to new shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     incomplete = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=directory))
@@ -41,7 +41,7 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
         yield incomplete
         mode = os.umask(0)
         os.umask(mode)
-        incomplete.chmod(0o777 & ~mode)  # mkdtemp gives access to the owner alone
+        incomplete.chmod(0o777 & ~mode)  # mkdtemp creates it with access for the owner only
         if directory.exists():
             directory.rename(old)
         incomplete.rename(directory)
@@ -52,7 +52,7 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
 
 def _move(source: Path, target: Path) -> None:
     written = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    # The index moves last: a process that reads the directory meanwhile finds no index without its shards.
+    # The index moves last, so that a concurrent reader never finds an index without its shards.
     for path in sorted(written, key=lambda p: p.name.endswith(".index.json")):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / path, target / path)
@@ -64,7 +64,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _weights_name(name: str) -> str | None:
-    """The name of the weights that a file belongs to, equal for all shards and the index; None for other files."""
+    """The file name without shard number, equal for all shards and their index; None if it holds no weights."""
     index = _INDEX.fullmatch(name)
     if index is not None:
         return ".".join(part for part in (index[1], index[3], index[2]) if part)

@@ -1,8 +1,8 @@
-"""Full tensors of a sharded model on the rank that writes files, one at a time.
+"""Gathers full tensors of a sharded model, one at a time, on the rank that writes files.
 
-The writing rank runs the libraries' code, which the other ranks could not follow step by step, and its disk may fill up
-in the middle. So the other ranks run a server loop: the writer broadcasts the index of the tensor to gather next, and
-at the end that it is done or has failed.
+The writer runs the libraries' code, which decides at run time which tensors it needs, and its disk may fill up in the
+middle. So the other ranks run a server loop: the writer broadcasts the index of the tensor to gather next, and in the
+end that it is done or has failed. Also the dtypes that parameters have in files, where those differ from training.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ..core.ranks import communication_device
 from ..errors import ExportError
 from ..fsdp.shard import fsdp_units
 
-#: From a name in the state dict to the full tensor on the CPU.
+#: Name in the state dict -> the full tensor, on the CPU.
 Fetch = Callable[[str], torch.Tensor]
-#: Shape and dtype by name in the state dict, in its order.
+#: Name in the state dict -> (shape, dtype), in its order.
 Shapes = Mapping[str, tuple[Iterable[int], torch.dtype]]
 #: Called with name and bytes of each tensor that is written.
 Progress = Callable[[str, int], None]
 T = TypeVar("T")
 
-#: What the writer broadcasts in place of an index.
+#: Values that the writer broadcasts in place of an index.
 _DONE, _FAILED = -1, -2
 #: Attribute of a model: dtype in files by parameter name.
 _FILE_DTYPES = "_automodel_parallel_file_dtypes"
 
 
 def keep_file_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Remember that the parameters in ``dtypes``, float32 while they are trained, have another dtype in files."""
+    """Store on ``model`` the dtypes in files of parameters that were upcast to float32 for training."""
     model.__dict__[_FILE_DTYPES] = dict(dtypes)
 
 
 def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """The kept dtypes in files, by every name of a parameter (tied ones have several)."""
+    """The dtypes of :func:`keep_file_dtypes`, under every name of a parameter (tied parameters have several)."""
     kept = model.__dict__.get(_FILE_DTYPES)
     if not kept:
         return {}
@@ -52,25 +52,26 @@ def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None = None) -> Shapes:
-    """Shapes and dtypes of ``tensors``; ``dtypes`` replaces those of some."""
+    """Shapes and dtypes of ``tensors``; ``dtypes`` overrides some dtypes, by name."""
     return {name: (t.shape, (dtypes or {}).get(name, t.dtype)) for name, t in tensors.items()}
 
 
 def cast(fetch: Fetch, shapes: Shapes) -> Fetch:
-    """``fetch``, with the dtypes of ``shapes``."""
+    """``fetch`` that casts to the dtypes of ``shapes``."""
     return lambda name: fetch(name).to(shapes[name][1])
 
 
 class ShardedState:
-    """The state dict of a sharded model, the same names in the same order on all ranks.
+    """The state dict of a sharded model, with the same names in the same order on all ranks.
 
     Args:
         model: sharded; its FSDP units are resharded.
-        writes: this rank may be a writer. Other ranks keep only their shards, and nothing of a state dict that is full
-            already (megatron-fsdp gathers in ``state_dict()``, because its uneven shards are not DTensors).
+        writes: this rank may be a writer. megatron-fsdp's ``state_dict()`` returns full tensors, because its uneven
+            shards are not DTensors; ranks that do not write drop them.
     """
 
     def __init__(self, model: nn.Module, writes: bool) -> None:
+        # An unsharded unit would put plain full parameters into the state dict instead of DTensors.
         for unit in fsdp_units(model):
             unit.reshard()
         state = model.state_dict()
@@ -82,17 +83,17 @@ class ShardedState:
         self._device = communication_device()
 
     def led_by(self, writer: int, work: Callable[[Fetch], T]) -> T | None:
-        """Run ``work`` on the rank ``writer``, which may fetch full tensors; collective.
+        """Run ``work`` on the rank ``writer`` while the other ranks serve its gathers; collective.
 
         Args:
             writer: global rank.
-            work: is given a function from a name to the full tensor on the CPU.
+            work: called with a function that gathers the full tensor of a name on the CPU.
 
         Returns:
-            The result on that rank, None on the others.
+            The result of ``work`` on the writer, None on the other ranks.
 
         Raises:
-            ExportError: on the other ranks, if ``work`` raised; with its message.
+            ExportError: on the other ranks, with the message of the writer's error, if ``work`` raised.
         """
         if dist.get_rank() != writer:
             self._serve(writer)
@@ -138,7 +139,8 @@ class ShardedState:
         if not isinstance(tensor, DTensor):
             return tensor
         mesh = tensor.device_mesh
-        if tensor.device.type != mesh.device_type:  # FSDP2's CPU offload, while collectives run on the device
+        # Under FSDP2's CPU offload shards are on the CPU, while collectives run on the device.
+        if tensor.device.type != mesh.device_type:
             tensor = DTensor.from_local(
                 tensor.to_local().to(mesh.device_type),
                 mesh,

@@ -1,7 +1,6 @@
-"""A model with its adapters merged into the base weights, written layer by layer; the model itself stays unmerged.
+"""Writes a model with its adapters merged into the base weights, layer by layer; the model itself stays unmerged.
 
-PEFT's own ``merge`` runs on one layer after the other, on the rank that writes, with full tensors in place of the
-shards.
+On the rank that writes, PEFT's own ``merge`` runs on one layer at a time, with full tensors in place of the shards.
 """
 
 from __future__ import annotations
@@ -33,18 +32,17 @@ def save_merged(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
 ) -> None:
-    """Write what ``model.merge_and_unload().save_pretrained(directory)`` would, and leave ``model`` unmerged. Called on
-    all ranks.
+    """Write the files of ``model.merge_and_unload().save_pretrained(directory)`` without merging ``model``; collective.
 
     Args:
-        model: a ``PeftModel`` that was prepared (its shards are gathered one layer at a time), or an unsharded one.
-        directory: of the model.
-        adapters: names of the adapters to merge, None for the active ones.
-        max_shard_size: bytes, or text such as ``"5GB"``.
-        variant: ``model.<variant>.safetensors``.
+        model: a prepared ``PeftModel``, whose shards are gathered one layer at a time, or an unsharded one.
+        directory: the model directory to write to.
+        adapters: names of the adapters to merge; None for the active ones.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
+        variant: file names become ``model.<variant>.safetensors``.
 
     Raises:
-        ConfigError: ``model`` has no adapters, or not these.
+        ConfigError: ``model`` is not a ``PeftModel``, or lacks one of the ``adapters``.
         UnsupportedError: adapters or base weights that cannot be merged layer by layer.
         ExportError: on the other ranks, if the writing rank failed; or a rank did not call it in time.
     """
@@ -70,13 +68,14 @@ def save_merged(
 
 @dataclass
 class _Layer:
-    """A PEFT layer and the module below it that keeps the merged weights.
+    """A PEFT layer and its base module, which holds the merged weights.
 
     Attributes:
-        path: of ``outer`` in the model, with a full stop at the end.
+        path: name of ``outer`` in the model, with a trailing dot.
         outer: the outermost PEFT layer.
-        tuners: it and the PEFT layers nested in it.
-        base: the module inside of them, and its path.
+        tuners: ``outer`` and the PEFT layers nested in it.
+        base: the base module inside of them.
+        base_path: name of ``base`` in the model, with a trailing dot.
     """
 
     path: str
@@ -87,15 +86,15 @@ class _Layer:
 
 
 class Merging:
-    """Which weight of the plain model (the transformers model without adapters) comes from which of a ``PeftModel``.
+    """Maps weights of the plain model (transformers' model without adapters) to those of a ``PeftModel``, and merges.
 
     Args:
         model: the ``PeftModel``, sharded or on the meta device.
-        adapters: to merge, None for the active ones.
+        adapters: names of those to merge; None for the active ones.
 
     Attributes:
         sources: name in the plain model -> name in the state dict of ``model``.
-        layers: name in the plain model -> the layer that has to be merged first.
+        layers: name in the plain model -> the layer whose merge yields the weight.
     """
 
     def __init__(self, model: nn.Module, adapters: list[str] | None = None) -> None:
@@ -164,13 +163,13 @@ class Merging:
 
         tied: dict[int, list[str]] = {}
         visit(self.inner, "", self.prefix)
-        for key, layer in shared.items():  # the merge changes a head that is tied to an adapted embedding, too
+        for key, layer in shared.items():  # a merged embedding changes the head that is tied to it
             for name in tied.get(key, ()):
                 self.layers[name] = layer
                 self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
 
     def _inside_wrapper(self, wrapper: Any) -> str:
-        """The path below one of PEFT's auxiliary wrappers of the module that PEFT's unloading would keep."""
+        """Path below one of PEFT's auxiliary wrappers to the module that ``merge_and_unload`` would keep."""
         if hasattr(wrapper, "token_adapter"):
             return "token_adapter"
         if not hasattr(wrapper, "modules_to_save"):
@@ -184,7 +183,7 @@ class Merging:
         """The plain model on the meta device, built from its config.
 
         Raises:
-            UnsupportedError: the model was changed after it was built, so that its config does not describe it.
+            UnsupportedError: the model was changed after it was built, so its config does not describe it.
         """
         with torch.device("meta"):
             plain = type(self.inner)(copy.deepcopy(self.inner.config))
@@ -213,11 +212,11 @@ class Merging:
 
         Args:
             shapes: of the state dict of the model with adapters, with the dtypes in files.
-            fetch: gives its full tensors on the CPU.
-            directory: exists.
-            max_shard_size: bytes, or text such as ``"5GB"``.
-            variant: as in ``model.<variant>.safetensors``.
-            progress: called for each tensor.
+            fetch: returns its full tensors on the CPU.
+            directory: an existing directory.
+            max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
+            variant: file names become ``model.<variant>.safetensors``.
+            progress: called with name and bytes of each tensor.
         """
         plain = self.plain_model()
         wanted = {name: shapes[self.sources[name]] for name in plain.state_dict()}
@@ -233,7 +232,10 @@ class Merging:
         )
 
     def value(self, name: str, fetch: Fetch) -> torch.Tensor:
-        """The merged weight ``name`` of the plain model; other weights of its layer are kept until they are written."""
+        """The merged weight ``name`` of the plain model, a full tensor on the CPU.
+
+        A merge yields all weights of a layer; the others are kept until they are asked for, or another layer is merged.
+        """
         layer = self.layers.get(name)
         if layer is None:
             return fetch(self.sources[name])
@@ -244,11 +246,12 @@ class Merging:
 
     @torch.no_grad()
     def _merge(self, layer: _Layer, fetch: Fetch) -> dict[str, torch.Tensor]:
+        # merge() notes the merged adapters on the layer, whose own weights stay unmerged: restore the notes.
         merged_before = [list(tuner.merged_adapters) for tuner in layer.tuners]
         saved = set(layer.outer.state_dict())
 
         def full(name: str, old: torch.Tensor) -> torch.Tensor | None:
-            if name not in saved:  # a buffer that is not persistent
+            if name not in saved:  # a non-persistent buffer
                 return None
             value = fetch(layer.path + name).clone()  # PEFT merges in place
             return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value

@@ -29,15 +29,15 @@ def write_model(
     fetch: Fetch,
     weights: bool = True,
 ) -> list[Path]:
-    """Write what ``model.save_pretrained`` writes in one process; on the rank that writes.
+    """Write the files that ``model.save_pretrained`` writes in one process; called on the writing rank only.
 
     Args:
-        model: a ``PeftModel``, or a transformers model with or without adapters of its own; sharded.
-        directory: of the files; they appear in it when all are complete.
+        model: a sharded ``PeftModel``, or a sharded transformers model with or without adapters of its own.
+        directory: the files appear in it when all are complete.
         options: of ``save_pretrained``.
-        shards: the state dict.
-        fetch: gives its full tensors on the CPU.
-        weights: False for configs alone.
+        shards: the sharded state dict.
+        fetch: returns its full tensors on the CPU.
+        weights: False to write only configs.
 
     Returns:
         The written files, relative to ``directory``.
@@ -80,14 +80,14 @@ def write_pretrained(
     """Write config, generation config, weights and index of a transformers model into ``directory``.
 
     Args:
-        model: says which configs, tied weights and conversions there are; its values are not read.
+        model: for its configs, tied weights and weight conversions; its values are not read.
         shapes: of the state dict, in its order, with the dtypes in files.
-        fetch: gives full tensors on the CPU, in these dtypes.
-        directory: exists.
-        max_shard_size: bytes, or text such as ``"5GB"``.
-        variant: as in ``model.<variant>.safetensors``.
-        save_original_format: with the names and shapes that the files of this architecture have.
-        progress: called for each tensor.
+        fetch: returns full tensors on the CPU, in these dtypes.
+        directory: an existing directory.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
+        variant: file names become ``model.<variant>.safetensors``.
+        save_original_format: convert to the names and shapes of this architecture's published files.
+        progress: called with name and bytes of each tensor.
     """
     write_configs(model, directory, next((d for _, d in shapes.values() if d.is_floating_point), None))
     recording = Recording()
@@ -109,13 +109,13 @@ def write_pretrained(
 def write_state(
     shapes: Shapes, fetch: Fetch, directory: Path, max_shard_size: int | str, safe_serialization: bool = True
 ) -> None:
-    """Write weights and index as ``Accelerator.save_model`` does: a state dict with all of its names.
+    """Write weights and index as ``Accelerator.save_model`` does: under the names of the state dict, not converted.
 
     Args:
-        shapes: of the state dict, without second names of tied tensors, with the dtypes in files.
-        fetch: gives full tensors on the CPU, in these dtypes.
-        directory: exists.
-        max_shard_size: bytes, or text such as ``"5GB"``.
+        shapes: of the state dict, without the further names of tied tensors, with the dtypes in files.
+        fetch: returns full tensors on the CPU, in these dtypes.
+        directory: an existing directory.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
         safe_serialization: False for ``torch.save``, which needs all tensors of a file in memory.
     """
     recording = Recording()
@@ -150,16 +150,16 @@ def write_weights(
     """Write safetensors files, one tensor at a time.
 
     Args:
-        recording: of the code that made ``state``.
-        state: by name in the files, tensors on the meta device.
-        fetch: gives the full tensors that ``recording`` declares, on the CPU.
-        directory: exists.
-        name: of a single file; the names of several get a suffix.
-        max_shard_size: bytes, or text such as ``"5GB"``.
-        progress: called for each tensor.
+        recording: the lazy graph of the code that computed ``state``.
+        state: name in the files -> tensor on the meta device.
+        fetch: returns the full tensors that ``recording`` declares, on the CPU.
+        directory: an existing directory.
+        name: file name; several files get a suffix before the extension.
+        max_shard_size: largest size of a file, in bytes or as text such as ``"5GB"``.
+        progress: called with name and bytes of each tensor.
 
     Returns:
-        The content of the index, None for one file.
+        The content of the index; None if there is one file.
     """
     split = split_state_dict_into_shards_factory(
         dict(state),
@@ -183,7 +183,7 @@ def write_weights(
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
-    """Equal for meta tensors that are views of one storage: as in one process, these belong into one file."""
+    """Equal for meta tensors that are views of one storage; the split puts these into one file, as in one process."""
     return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
@@ -191,7 +191,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
 def _writers(
     directory: Path, files: Mapping[str, list[str]], state: Mapping[str, torch.Tensor]
 ) -> Iterator[Callable[[str], SafetensorsWriter]]:
-    """From a file name to its writer; a file is open from its first tensor to its last."""
+    """Yields a function from a file name to its writer. A file is open from its first tensor to its last."""
     opened: dict[str, SafetensorsWriter] = {}
 
     def writer(file: str) -> SafetensorsWriter:
@@ -213,12 +213,11 @@ def _writers(
 
 
 def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> None:
-    """Write what ``save_pretrained`` writes beside the weights: configs, and the code of a model that is not part of
-    transformers.
+    """Write the files of ``save_pretrained`` other than weights: configs, and the code of a custom model.
 
     Args:
         model: the model.
-        directory: exists.
+        directory: an existing directory.
         dtype: of the weights in the files, for ``config.json``.
     """
     cls: Any = type(model)  # the instance's save_pretrained is our own
@@ -226,7 +225,8 @@ def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
         cls.save_pretrained(model, directory, state_dict={})
     path = directory / "config.json"
     if dtype is not None and path.exists():
-        # Trained parameters may be float32 master weights, while files have the dtype in which the model was loaded.
+        # transformers writes the dtype of the parameters. These may be float32 master weights, while the files have the
+        # dtype that the model was loaded in.
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.get("dtype") not in (None, str(dtype).removeprefix("torch.")):
             config["dtype"] = str(dtype).removeprefix("torch.")
@@ -235,7 +235,7 @@ def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, which would count no weights."""
+    """Hide transformers' progress bar, which would count zero weights."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -248,5 +248,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Write JSON as transformers does."""
+    """Write JSON in transformers' format (indent 2, sorted keys)."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,10 +1,9 @@
-"""Safetensors files written tensor by tensor: first the header, from known shapes and dtypes, then each tensor at its
-offset.
+"""Writes safetensors files tensor by tensor: first the header, from shapes and dtypes, then each tensor at its offset.
 
-``safetensors.torch.save_file`` needs all tensors of a file in memory, up to 50 GB by default. The format is small
+``safetensors.torch.save_file`` needs all tensors of a file in memory, up to 50 GB by default. The format is simple
 (https://github.com/huggingface/safetensors#format): the length of a JSON header in eight bytes, the header, the data.
-The order of the tensors (alignment, then name) and the padding are those of the library, so that files are equal to its
-files in every byte.
+Order of the tensors (by alignment, then name) and padding are those of the library, so files equal its files byte by
+byte.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
-#: The order of the library's enum of dtypes, by alignment; in a file, later ones come first.
+#: The library's enum of dtypes, ordered by alignment. Tensors of later dtypes come first in a file.
 _ORDER = (
     "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 I32 U32 F32 C64 "
     "F64 I64 U64"
@@ -52,15 +51,15 @@ _CHUNK = 64 * 2**20
 
 
 class SafetensorsWriter:
-    """One file, whose tensors may be written in any order.
+    """A safetensors file whose tensors may be written in any order.
 
     Args:
-        path: of the file, which is created.
-        tensors: shape and dtype by name.
-        metadata: text by key for the header.
+        path: of the file to create.
+        tensors: name -> (shape, dtype).
+        metadata: key -> text, for the header.
 
     Raises:
-        UnsupportedError: a dtype that the format does not have.
+        UnsupportedError: the format does not have a dtype.
     """
 
     def __init__(
@@ -92,10 +91,15 @@ class SafetensorsWriter:
         self.missing = set(tensors)
         self._file: BinaryIO = path.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
+        # The full size at once: tensors may be written in any order.
         self._file.truncate(self._start + position)
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Write ``value``, of the declared shape and dtype and on any device, at its offset."""
+        """Write ``value``, of the declared shape and dtype and on any device, at its offset.
+
+        Raises:
+            ValueError: another shape or dtype than declared.
+        """
         shape, dtype = self._tensors[name]
         if value.shape != shape or value.dtype != dtype:
             raise ValueError(f"{name}: got {value.dtype} {tuple(value.shape)}, declared was {dtype} {tuple(shape)}")
@@ -106,7 +110,7 @@ class SafetensorsWriter:
         self.missing.discard(name)
 
     def close(self) -> None:
-        """Close the file when it is on the disk.
+        """Flush the file to the disk and close it.
 
         Raises:
             ValueError: a declared tensor was not written.

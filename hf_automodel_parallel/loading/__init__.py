@@ -1,8 +1,8 @@
 """Models whose weights stay in their files until they are sharded; then each rank reads its slices.
 
 ``pretrained.py`` builds such a model, ``deferred.py`` defines its parameters, ``files.py`` finds and reads the files,
-and ``fill.py`` gives the sharded parameters their values in ``prepare``. Which slices of which files a parameter needs
-is a question to :mod:`..core.lazy_graph`.
+and ``fill.py`` reads the shards in ``prepare``. :mod:`..core.lazy_graph` computes which slices of which files a shard
+needs.
 """
 
 from .deferred import DeferredTensor

@@ -1,8 +1,8 @@
 """Parameters whose values are still in their files.
 
-A :class:`DeferredTensor` has the shape, dtype and device that the parameter will have, and no memory. Casts, copies and
-views of it are deferred, too. Any other operator reads the values, computes, and frees them, so that code which knows
-nothing of deferred tensors gets right results. After a write in place the tensor holds the result in memory.
+A :class:`DeferredTensor` has the shape, dtype and device of the parameter and no memory. Casts, copies and views of it
+are deferred, too. Any other operator reads the values, computes, and frees them, so code that does not know deferred
+tensors gets correct results. After an in-place write the tensor holds the result in memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .. import compat
 from ..core.lazy_graph import Given, Node, Operation, read
 from ..errors import UnsupportedError
 
-#: Operators whose result depends on shape and dtype of their input alone, beside ``new_*``.
+#: Operators whose result depends only on shape and dtype of their input, in addition to ``new_*``.
 _SHAPE_ONLY = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
-#: Operators whose result is an entire tensor, so that a write in place replaces all of its values.
+#: Operators whose result has all elements of their input: an in-place write to it replaces all values.
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, compat.cast_operator())
 
 
 class _DeferAll:
-    """Context in which every operator on deferred tensors is deferred: transformers converts a checkpoint there.
+    """Context in which every operator on deferred tensors is deferred, while transformers converts a checkpoint.
 
-    A flag for the whole process, not a dispatch mode, which is local to a thread: transformers takes tensors from files
-    in threads of its own.
+    A flag of the process. A dispatch mode would be local to a thread, and transformers takes tensors from files in
+    threads of its own.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ DEFER_ALL = _DeferAll()
 
 
 class DeferredTensor(torch.Tensor):
-    """A tensor without memory that knows where its values come from.
+    """A tensor without memory, whose values are computed from files on demand.
 
     Attributes:
         node: its node in the lazy graph.
@@ -106,7 +106,7 @@ class DeferredTensor(torch.Tensor):
             return _write(func, written, args, kwargs)
         if func is compat.cast_operator():
             device = kwargs.get("device")
-            # A move to the meta device would give up the values; an init context of a library may ask for it.
+            # Moving to the meta device would drop the values. A library's init context may ask for it: keep the device.
             keep = device is None or torch.device(device).type == "meta"
             return _defer(func, args, {"dtype": kwargs.get("dtype")}, args[0].device if keep else device)
         if schema.name.removeprefix("aten::") in _SHAPE_ONLY or schema.name.startswith("aten::new_"):
@@ -121,7 +121,7 @@ class DeferredTensor(torch.Tensor):
 
 
 def materialize(tensor: DeferredTensor) -> torch.Tensor:
-    """A plain tensor with all values of ``tensor``, on its device, in memory of its own."""
+    """A plain tensor with all values of ``tensor``, on its device, in new memory."""
     return read(tensor.node).to(tensor.device, tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -149,9 +149,9 @@ def _defer(func: Any, args: Any, kwargs: Any, device: Any = None) -> Any:
 
 
 def _write(func: Any, written: list[DeferredTensor], args: Any, kwargs: Any) -> Any:
-    """Run an operator that writes in place on real tensors, which the ``written`` ones hold from then on."""
+    """Run an in-place operator on materialized tensors; the ``written`` ones hold these from then on."""
     for tensor in written:
-        # A view would need a write into its base, which other views of it would have to see.
+        # A write to a view has to reach its base and the base's other views, which deferred tensors do not track.
         if isinstance(tensor.node, Operation) and tensor.node.operator not in _COPIES:
             raise UnsupportedError(
                 f"writing into a part of a parameter whose values are still in the model's files ({func}, part of "

@@ -1,4 +1,4 @@
-"""The safetensors files of a model: found as transformers finds them, checked before anything is built on them."""
+"""The safetensors files of a model: found like transformers finds them, and checked before anything relies on them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,11 @@ class TensorFile:
         return FileTensor(mapped.shape, mapped.dtype, self, key)
 
     def read(self, key: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A slice of tensor ``key`` (no slices: all of it), as a view of the mapped file."""
+        """A slice of tensor ``key`` as a view of the mapped file; without ``slices`` the full tensor.
+
+        Raises:
+            CheckpointError: the tensor cannot be read.
+        """
         try:
             source = self._file().get_slice(key)
             return source[slices or ...]
@@ -93,23 +97,23 @@ class TensorFile:
 
 @dataclass(eq=False)
 class FileTensor(Leaf):
-    """A tensor of a safetensors file."""
+    """A tensor of a safetensors file, as a leaf of the lazy graph."""
 
     file: TensorFile
     key: str
 
     def read(self, region: Region) -> torch.Tensor:
-        """A view of the mapped file."""
+        """The elements of ``region``, (first, count) per dimension, as a view of the mapped file."""
         return self.file.read(self.key, tuple(slice(first, first + count) for first, count in region))
 
 
 def file_tensors(node: Node) -> list[FileTensor]:
-    """The tensors of files that ``node`` is computed from."""
+    """The file tensors that ``node`` is computed from."""
     return [leaf for leaf in node.subgraph() if isinstance(leaf, FileTensor)]
 
 
 def _header_digest(path: str) -> str:
-    """Of the header (names, shapes, dtypes, offsets), so that ranks compare files without reading the values."""
+    """SHA-256 of the header (names, shapes, dtypes, offsets): ranks compare files without reading their values."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
 
@@ -119,8 +123,8 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
 
     Args:
         path: a local directory, or the name of a repository.
-        variant: as in ``model.<variant>.safetensors``.
-        named: the file that the model's config names (``transformers_weights``), None for the usual names.
+        variant: of file names, as in ``model.<variant>.safetensors``.
+        named: the file that the model's config names (``transformers_weights``); None for the usual names.
         hub: ``subfolder``, ``revision``, ``cache_dir`` and so on, as in ``from_pretrained``.
 
     Raises:

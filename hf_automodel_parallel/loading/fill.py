@@ -1,4 +1,4 @@
-"""The values of a model that is sharded while they are still in files: each rank reads its own shards afterwards."""
+"""Values of a model that is sharded while they are still in files; afterwards each rank reads its own shards."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .files import TensorFile, file_tensors
 
 
 class PendingValues:
-    """Where the values of a model's deferred parameters are, while meta parameters take their place in the model.
+    """Replaces a model's deferred parameters by meta parameters during ``prepare``, and remembers their values.
 
-    As a context: if the body raises before :meth:`keep`, the model and the optimizers hold the deferred parameters
-    again.
+    A context manager: if the body raises before :meth:`keep`, the deferred parameters are restored in model and
+    optimizers.
 
     Attributes:
-        values: nodes of the lazy graph by the first name of each parameter; empty for a model that is in memory.
+        values: first name of each parameter -> its node of the lazy graph; empty for a model in memory.
     """
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer] | None = None) -> None:
@@ -50,7 +50,7 @@ class PendingValues:
             self._exchange({id(new): old for old, new in self._replaced.values()})
 
     def begin(self) -> None:
-        """Check that the files are still those that the model was loaded from, and replace the deferred parameters.
+        """Check that the files have not changed since the model was loaded, and replace the deferred parameters.
 
         Raises:
             CheckpointError: a file has changed or disappeared.
@@ -60,7 +60,7 @@ class PendingValues:
             if not isinstance(parameter, DeferredTensor):
                 continue
             node = parameter.node
-            if isinstance(node, Given):  # written in place by the user, perhaps differently on each rank
+            if isinstance(node, Given):  # written by the user: the values are in memory
                 replacement = nn.Parameter(read(node).to(parameter.device, parameter.dtype), parameter.requires_grad)
             else:
                 self.values[name] = node
@@ -82,12 +82,12 @@ class PendingValues:
             replace_parameters(optimizer, held | new)
 
     def keep(self) -> None:
-        """Do not restore the deferred parameters on an error: the model is changed from here on."""
+        """From here on the model changes, so do not restore the deferred parameters on an error."""
         self._kept = True
 
     @property
     def files(self) -> list[TensorFile]:
-        """The files that the values come from."""
+        """The files that hold the pending values."""
         found = {id(leaf.file): leaf.file for node in self.values.values() for leaf in file_tensors(node)}
         return list(found.values())
 
@@ -112,7 +112,7 @@ class PendingValues:
                 )
 
     def fill(self, model: nn.Module, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        """Give each parameter its values, of which every rank reads its own shard.
+        """Read the pending values into the sharded parameters; each rank reads its own shards. Collective.
 
         Args:
             model: sharded; the parameters with pending values are on the meta device.
@@ -120,7 +120,7 @@ class PendingValues:
             group: the ranks that shard the model.
 
         Raises:
-            CheckpointError: a file cannot be read; on the other ranks PrepareError.
+            CheckpointError: a file cannot be read. The other ranks raise PrepareError.
         """
         if not self.values:
             return
@@ -141,10 +141,10 @@ class PendingValues:
     def fill_ignored(
         self, model: nn.Module, names: list[str], device: torch.device, ignored: set[nn.Parameter]
     ) -> None:
-        """Give the parameters ``names``, which FSDP2 ignores, all of their values before the model is sharded.
+        """Read the full values of the parameters ``names``, which FSDP2 ignores, before the model is sharded.
 
         Args:
-            model: has them, on the meta device.
+            model: holds these parameters on the meta device.
             names: first names of parameters.
             device: of the new parameters.
             ignored: FSDP2's ignored parameters, updated.
@@ -158,9 +158,9 @@ class PendingValues:
 
 
 def _local_shard(parameter: torch.Tensor, node: Node, device: torch.device) -> torch.Tensor:
-    """This rank's shard of ``node``, cast and on ``device``: a DTensor like ``parameter``, or plain if that is plain.
+    """This rank's shard of ``node``, cast and on ``device``: a DTensor like ``parameter``, or a plain tensor if it is.
 
-    It is read chunk by chunk, because a shard of a packed projection is not contiguous in the full tensor.
+    Read chunk by chunk, because a shard of a packed projection is not contiguous in the full tensor.
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     local = torch.empty(local.shape, dtype=parameter.dtype, device=device)
@@ -191,5 +191,5 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 def _only(old: nn.Parameter, new: torch.Tensor, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-    """``new`` in the place of ``old``, and of nothing else."""
+    """The stand-in for ``parameter``: ``new`` for ``old``, None (no change) for any other."""
     return new if parameter is old else None

@@ -1,4 +1,4 @@
-"""``from_pretrained`` on deferred tensors: transformers' own loading, while the values stay in their files."""
+"""``from_pretrained`` on deferred tensors: transformers' own loading code runs, while values stay in their files."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """``model_class.from_pretrained(path, **kwargs)`` that leaves the weights in their files until the model is
-    sharded.
+    """Like ``model_class.from_pretrained(path, **kwargs)``, but weights stay in their files until the model is sharded.
 
     In place of::
 
@@ -73,11 +72,11 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
 
         model = hf_automodel_parallel.from_pretrained(AutoModelForCausalLM, "path/to/llama-70b", dtype=torch.bfloat16)
 
-    and go on as usual: wrap it with ``get_peft_model`` or ``PeftModel.from_pretrained``, give it to a ``Trainer``, to
-    TRL's ``SFTTrainer(model, peft_config=...)`` or to ``accelerator.prepare``. ``prepare`` shards the model and then
-    lets each rank read its slices, so no rank ever holds more than its shard and the one tensor it is reading. The
-    result equals that of loading first and sharding afterwards in every byte; fresh adapters and heads are drawn as one
-    process would draw them.
+    and go on as usual: wrap it with ``get_peft_model`` or ``PeftModel.from_pretrained``, pass it to a ``Trainer``, to
+    TRL's ``SFTTrainer(model, peft_config=...)`` or to ``accelerator.prepare``. ``prepare`` shards the model, and then
+    each rank reads its slices. No rank ever holds more than its shards and the one tensor that it is reading. The
+    result is bitwise equal to loading first and sharding afterwards. Fresh adapters and heads are initialised as in one
+    process.
 
     Everything that transformers does to a checkpoint happens here too, by its own code: key renames, fused experts,
     ties, dtype casts, modules kept in float32, and its report of missing and unexpected keys. Parameters that the files
@@ -85,28 +84,28 @@ def from_pretrained(model_class: Any, path: str | os.PathLike[str], **kwargs: An
     are computed.
 
     Until ``prepare``, parameters are :class:`~hf_automodel_parallel.loading.DeferredTensor` objects: shapes, dtypes,
-    casts, moves, freezing, copies of modules cost nothing. What needs values gets them, read anew each time: a forward,
-    DoRA's norms, ``resize_token_embeddings`` (the new table is in memory then, on every rank, until it is sharded).
-    Writing into a part of such a parameter is refused.
+    casts, moves, freezing and copies of modules cost nothing. Operations that need values read them anew each time: a
+    forward, DoRA's norms, ``resize_token_embeddings`` (then the new table is in memory on every rank until it is
+    sharded). Writing into a slice of such a parameter raises.
 
-    With a process group, all ranks have to call it: an error on one of them is raised on all.
+    With a process group this is collective: an error on one rank is raised on all.
 
     Args:
         model_class: an Auto class or a transformers model class.
         path: local directory, or a repository's name.
         kwargs: those of ``model_class.from_pretrained``, among them ``config``, ``dtype``, ``attn_implementation``,
             ``subfolder``, ``revision``, ``variant``, ``num_labels``, ``ignore_mismatched_sizes``, ``key_mapping``,
-            ``output_loading_info``, ``generation_config``. Of another dtype than the file's, a slice is cast when it is
-            read.
+            ``output_loading_info``, ``generation_config``. If ``dtype`` differs from the file's, slices are cast when
+            they are read.
 
     Returns:
         The model in eval mode, or ``(model, info)`` with ``output_loading_info=True``.
 
     Raises:
-        CheckpointError: a file is missing or damaged, holds a shape or a kind of number that the model does not expect,
-            or is a pickle, which is never opened. Names file, tensor and shapes.
-        ConfigError: ``path`` is an adapter, or its config names a quantisation.
-        UnsupportedError: an argument that cannot be honoured, by name.
+        CheckpointError: a file is missing or damaged, has another shape or integers where the model has floats, or is a
+            pickle, which is never opened. Names file, tensor and shapes.
+        ConfigError: ``path`` is an adapter, or its config names a quantisation method.
+        UnsupportedError: an argument that cannot be honoured; names it.
     """
     with _on_all_ranks():
         return _load(model_class, os.fspath(path), kwargs)
@@ -188,13 +187,15 @@ def _config(model_class: Any, path: str, hub: dict[str, Any], kwargs: dict[str, 
 
 
 def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
-    """The class that an Auto class chooses for ``config``, and its config, which is a sub-config where the class is the
-    text model of a multimodal one.
+    """The class that an Auto class chooses for ``config``, and the config of that class.
+
+    For a multimodal model the class may be its text model; then the config is the text sub-config.
     """
     from transformers import PreTrainedModel
 
     if issubclass(model_class, PreTrainedModel):
         return model_class, config
+    # fork_rng: building a model to learn its class must not consume the random numbers of its initialisation.
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         concrete = type(model_class.from_config(copy.deepcopy(config)))
     text_config = config.sub_configs.get("text_config")
@@ -204,7 +205,7 @@ def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
 
 
 def _generation_config(path: str, hub: dict[str, Any]) -> Any:
-    """The checkpoint's generation config; None where transformers derives one from the model's config."""
+    """The checkpoint's generation config; None if it has none and transformers derives one from the model's config."""
     from transformers import GenerationConfig
 
     try:
@@ -215,7 +216,7 @@ def _generation_config(path: str, hub: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar: nothing is read here. The bar is shown when the ranks read."""
+    """Hide transformers' progress bar: nothing is read here. ``PendingValues.fill`` shows one when the ranks read."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -252,9 +252,8 @@ class ParallelTrainer(ParallelEvaluation):
             if how.copy and self._tasks is not None:
                 self._tasks.append(task)
             else:
-                task(
-                    None
-                )  # before the next state is collected: full weights and full optimizer state never coexist
+                # Before the next state is collected: full weights and full optimizer state never coexist in memory.
+                task(None)
         with checkpoint_step(f"saving to {folder}"):
             if self.args.should_save:
                 save_plain(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
