@@ -1,9 +1,9 @@
-"""Training checkpoints: complete or marked as incomplete, loaded on any mesh, no code run from a file.
+"""Training checkpoints: complete or marked as incomplete, loaded on any mesh, without running code from a file.
 
-On the disk a checkpoint is what Accelerate and the Trainer write (``pytorch_model_fsdp_0/`` and ``optimizer_0/`` in the
-format of torch.distributed.checkpoint, DCP, or ``pytorch_model_fsdp.bin`` and ``optimizer.bin``; scheduler, random
-states, ``trainer_state.json``), so that their tools and torch's read it, and ``checkpoint_manifest.json``, which is
-written last. A directory with a manifest is complete; one with ``checkpoint_incomplete.json`` instead is not.
+On disk a checkpoint has the files that Accelerate and the Trainer write: ``pytorch_model_fsdp_0/`` and ``optimizer_0/``
+in the format of torch.distributed.checkpoint (DCP), or ``pytorch_model_fsdp.bin`` and ``optimizer.bin``; scheduler,
+random states, ``trainer_state.json``. So their tools and torch's can read it. ``checkpoint_manifest.json`` is written
+last. A directory with a manifest is complete; one with ``checkpoint_incomplete.json`` instead is not.
 
 To read one without a process group and without the mesh it was saved on:
 

@@ -1,4 +1,4 @@
-"""Saves that go on while training does: one thread per process, one save at a time."""
+"""Asynchronous saves (``async_save``): one thread per process, one save at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 
 _thread: threading.Thread | None = None
 _error: list[BaseException] = []
+# Keyed by the default group, so that a new one (after destroy and init) gets a new group for saves.
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def background_group() -> Any:
-    """The process group of saves in the background: gloo, apart from training's. Collective when it is made.
+    """The process group of background saves: gloo, separate from those of training. The first call is collective.
 
-    None in a process without a process group.
+    Returns:
+        The group; None in a process without a process group.
     """
     if not dist.is_initialized():
         return None
@@ -35,10 +37,10 @@ def background_group() -> Any:
 
 
 def start(work: Callable[[], None]) -> None:
-    """Run ``work`` in a thread, after the save before has ended.
+    """Run ``work`` in a thread after the previous save has ended.
 
     Raises:
-        CheckpointError: the save before failed.
+        CheckpointError: the previous save failed; on all ranks.
     """
     global _thread
     wait_for_saves()
@@ -51,17 +53,17 @@ def start(work: Callable[[], None]) -> None:
             _error.append(error)
 
     _finish_at_exit()
-    _thread = threading.Thread(target=run, name="checkpoint")  # no daemon: the interpreter waits for it
+    _thread = threading.Thread(target=run, name="checkpoint")  # not a daemon: the interpreter waits for it
     _thread.start()
 
 
 def wait_for_saves() -> None:
-    """Wait until no save is under way in the background (``async_save=True``).
+    """Wait for the background save (``async_save=True``), if there is one.
 
     Called before the next save, before a load, at the end of ``Trainer.train`` and by ``Accelerator.end_training``.
 
     Raises:
-        CheckpointError: the last one failed; on all ranks alike.
+        CheckpointError: it failed; on all ranks.
     """
     global _thread
     thread, _thread = _thread, None
@@ -78,7 +80,7 @@ _registered = False
 
 
 def _finish_at_exit() -> None:
-    """Join the thread before the process group goes. A failure that was not waited for is in the log already."""
+    """Join the thread at exit, before the process group is destroyed. ``start`` has logged a failure already."""
     global _registered
     if _registered:
         return

@@ -1,8 +1,8 @@
 """CRC-32 of files, computed while they are written and verified while they are read.
 
-No file is read back after a save or before a load: :func:`create` counts the bytes on their way to the disk, and
-:class:`VerifiedReader` checks each block of a file when it is read from it. Blocks, because a rank reads only the
-chunks that it needs; a checksum of the entire file could not tell it whether these are good.
+Large files are not read twice, neither after a save nor before a load. :func:`create` computes checksums of the bytes
+that are written, and :class:`VerifiedReader` verifies each block when it is read. Checksums are per block, because a
+rank reads only the chunks that it needs and could not verify these with a checksum of the entire file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 
-#: Bytes with a checksum of their own.
+#: Size in bytes of a block, the unit that has a checksum.
 BLOCK = 1 << 22
-#: Blocks that a reader keeps: torch's archives are read at their end, then from their start, and neighbours share one.
+#: Blocks in a reader's cache: torch reads archives at the end, then from the start, and neighbouring tensors share one.
 _KEPT = 4
 
 
@@ -32,9 +32,9 @@ class Checksums:
 
     Attributes:
         size: in bytes.
-        crc32: of the entire file.
-        block_size: bytes of each block but the last.
-        blocks: CRC-32 of each block, four bytes each, big endian; empty where only the entire file has one.
+        crc32: CRC-32 of the entire file.
+        block_size: bytes of each block except the last.
+        blocks: CRC-32 of each block, four bytes each, big endian; empty if only the entire file has a checksum.
     """
 
     size: int
@@ -49,13 +49,13 @@ class Checksums:
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
-#: Files that this process has written and no manifest lists yet: absolute path -> checksums, time of change.
-#: A registry, because Accelerate and the Trainer stand between the save and the code that writes its files.
+#: Files that this process has written and no manifest lists yet: absolute path -> (checksums, st_mtime_ns).
+#: A registry, because Accelerate and the Trainer call the code that writes files, and return no checksums.
 _written: dict[str, tuple[Checksums, int]] = {}
 
 
 class ChecksumWriter(io.RawIOBase):
-    """Passes bytes on to a file and computes their checksums. Sequential only; on the disk when it is closed."""
+    """A stream that writes to a file and computes checksums. Sequential only; ``close`` flushes to the disk."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -87,7 +87,7 @@ class ChecksumWriter(io.RawIOBase):
         self._block_crc32 = self._in_block = 0
 
     def checksums(self) -> Checksums:
-        """Of what was written; ends the file."""
+        """Checksums of all bytes written. Ends the last block, so nothing may be written afterwards."""
         if self._in_block:
             self._end_block()
         return Checksums(self._size, self._crc32, BLOCK, bytes(self._blocks))
@@ -97,16 +97,16 @@ class ChecksumWriter(io.RawIOBase):
         return self._size + self._in_block
 
     def fileno(self) -> int:
-        """Of the file."""
+        """The descriptor of the file."""
         return self._file.fileno()
 
     def flush(self) -> None:
-        """Pass Python's buffer on to the system."""
+        """Flush Python's buffer to the operating system."""
         if not self._file.closed:
             self._file.flush()
 
     def close(self) -> None:
-        """Wait until the bytes are on the disk."""
+        """Flush the bytes to the disk and close the file."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -116,7 +116,7 @@ class ChecksumWriter(io.RawIOBase):
 
 @contextmanager
 def create(path: Path) -> Iterator[Any]:
-    """Create the file ``path`` with a :class:`ChecksumWriter`; then :func:`take_written` has its checksums."""
+    """Create the file ``path`` through a :class:`ChecksumWriter`; :func:`take_written` then returns its checksums."""
     with path.open("wb") as file:
         stream = ChecksumWriter(file)
         yield stream
@@ -125,18 +125,18 @@ def create(path: Path) -> Iterator[Any]:
 
 
 def record_written(path: Path, checksums: Checksums) -> None:
-    """Remember the ``checksums`` of a file that was just written, for the manifest of the save that is under way."""
+    """Register the ``checksums`` of a file that was just written, for the manifest of the current save."""
     _written[os.path.abspath(path)] = checksums, path.stat().st_mtime_ns
 
 
 def renamed(path: Path, new: Path) -> None:
-    """A file that :func:`create` has written has another name now."""
+    """Register that a file written by :func:`create` was renamed."""
     if (entry := _written.pop(os.path.abspath(path), None)) is not None:
         _written[os.path.abspath(new)] = entry
 
 
 def take_written(path: Path) -> Checksums | None:
-    """The checksums of a file that this process has written; None if it did not, or the file was changed since."""
+    """Checksums of a file that this process has written, once; None if it has not, or the file was changed since."""
     checksums, changed = _written.pop(os.path.abspath(path), (None, 0))
     found = path.stat()
     if checksums is None or (checksums.size, changed) != (found.st_size, found.st_mtime_ns):
@@ -145,9 +145,7 @@ def take_written(path: Path) -> Checksums | None:
 
 
 def read_back(path: Path, sync: bool = False) -> Checksums:
-    """Size and checksum of a file that a library has written, from its bytes; with ``sync`` wait until it is on the
-    disk.
-    """
+    """Size and CRC-32 of a file, by reading it. With ``sync``, flush it to the disk, too."""
     size = crc32 = 0
     with path.open("rb") as stream:
         while data := stream.read(BLOCK):
@@ -162,13 +160,13 @@ def read_back(path: Path, sync: bool = False) -> Checksums:
 
 
 class VerifiedReader(io.RawIOBase):
-    """A file open for reading at any position; each block is compared with its checksum when it is read from the disk.
+    """A seekable file for reading that verifies the checksum of each block when it reads the block from the disk.
 
-    Use it as a context: torch's archive reader replaces an error of the read by one of its own.
+    Use it as a context manager: torch's archive reader replaces an error of a read by its own, so ``__exit__`` raises
+    the original one again.
 
     Raises:
-        CheckpointError: from a read, and at the end of the context, if a block was changed or the file has become
-            shorter.
+        CheckpointError: from a read, and at the end of the context, if a block was changed or the file was truncated.
     """
 
     def __init__(self, path: Path, checksums: Checksums) -> None:
@@ -195,11 +193,11 @@ class VerifiedReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """The position."""
+        """Position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a position."""
+        """Set the position."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._checksums.size}[whence]
         self._position = base + offset
         return self._position
@@ -214,7 +212,7 @@ class VerifiedReader(io.RawIOBase):
             length = min(self._checksums.block_size, self._checksums.size - (self._position - start))
             target = view[done : done + length - start]
             if len(target) == length and index not in self._blocks:
-                self._read_block(index, target)  # all of a block: straight to where it belongs
+                self._read_block(index, target)  # an entire block: read it in place, without the cache
             else:
                 target[:] = self._block(index, length)[start : start + len(target)]
             done += len(target)
@@ -253,10 +251,10 @@ class VerifiedReader(io.RawIOBase):
 
 
 def concatenated(first: int, second: int, length: int) -> int:
-    """CRC-32 of the concatenation of two byte strings, from the CRC-32 of each and the ``length`` of the second.
+    """CRC-32 of the concatenation of two byte strings, from the CRC-32 of each and the second's ``length`` in bytes.
 
-    zlib's ``crc32_combine``, which Python does not offer. A CRC is linear over GF(2): appending zero bytes is a matrix,
-    and the one for 2n bytes is the square of the one for n.
+    Equals zlib's ``crc32_combine``, which Python does not expose. A CRC is linear over GF(2): appending n zero bytes is
+    a matrix, and the matrix for 2n zero bytes is its square.
     """
     bit = 0
     while length >> bit:

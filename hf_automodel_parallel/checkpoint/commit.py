@@ -1,13 +1,16 @@
-"""Staging, commit and rollback of a checkpoint directory; which of several is the last complete one.
+"""Staging, commit and rollback of a checkpoint directory, and the choice of the checkpoint to resume from.
 
-* :func:`stage` writes the mark ``checkpoint_incomplete.json``. A complete checkpoint of the same name is backed up
-  into ``.previous/`` below it, by renames.
-* :func:`commit` writes the manifest, atomically and last. From then on the directory is complete; mark and backup go.
+* :func:`stage` writes the mark ``checkpoint_incomplete.json``. It renames the files of a complete checkpoint in the
+  same directory to ``.previous/`` below it, as a backup.
+* :func:`commit` writes the manifest, atomically and last. Then the directory is complete, and mark and backup are
+  deleted.
 * :func:`roll_back` restores the backup after an error.
 
-So a job that is killed at any moment leaves the last complete checkpoint on the disk, and a directory whose state can
-be told from its mark and manifest. The Trainer and Accelerate choose the directory and write into it themselves, so the
-save cannot be staged in another one and renamed.
+A job that is killed at any time leaves the last complete checkpoint on the disk; mark and manifest tell the state of
+each directory. The Trainer and Accelerate choose the directory and write into it themselves, so a save cannot be staged
+in another directory and renamed.
+
+:func:`last_complete_checkpoint` and :func:`to_load` choose a directory to load from; :func:`rotate` deletes old ones.
 """
 
 from __future__ import annotations
@@ -42,21 +45,21 @@ from .steps import checkpoint_step
 
 logger = logging.getLogger(__name__)
 
-#: In the mark; on the disk of users, so the text stays.
+#: Phase in the mark. Marks are on users' disks, so the text must not change.
 _BACKING_UP = "setting aside"
 _NUMBERED = re.compile(r"^checkpoint[-_](\d+)$")
 
 
 @dataclass
 class Status:
-    """State of a checkpoint directory.
+    """Status of a checkpoint directory.
 
     Attributes:
         folder: the directory.
-        kind: "complete", "incomplete", "damaged" or "unverified" (no manifest: of stock Accelerate or an earlier
+        kind: "complete", "incomplete", "damaged" or "unverified" (without manifest: from stock Accelerate or an earlier
             version).
-        reason: why it cannot be used; empty if it can.
-        usable: the directory to load from: ``folder``, or the backup below it; None if there is nothing to load.
+        reason: why ``folder`` cannot be used; empty if it can.
+        usable: the directory to load from: ``folder``, or the backup below it; None if there is neither.
     """
 
     folder: Path
@@ -66,7 +69,7 @@ class Status:
 
 
 def status(folder: str | Path) -> Status:
-    """The state of ``folder``, from its manifest and the sizes of its files. Not collective."""
+    """The status of ``folder``, from its mark, its manifest and the sizes of its files. Not collective."""
     folder = Path(folder)
     own = _own_status(folder)
     if own.usable is None and (folder / PREVIOUS).is_dir():
@@ -104,7 +107,7 @@ class StagedSave:
 
     Attributes:
         folder: absolute path.
-        since: time of its mark, in nanoseconds of the file system's clock; older files do not belong to it.
+        since: ``st_mtime_ns`` of the mark, in nanoseconds of the file system's clock; older files are not of this save.
     """
 
     folder: Path
@@ -115,9 +118,9 @@ def stage(folder: str | Path, group: Any = None) -> StagedSave:
     """Mark ``folder`` as incomplete and back up a checkpoint in it; collective.
 
     Raises:
-        CheckpointError: on all ranks: it cannot be written to. Its content is as before.
+        CheckpointError: on all ranks: the directory cannot be written to. Its content is unchanged.
     """
-    folder = Path(folder).absolute()  # a save in the background must not follow the working directory
+    folder = Path(folder).absolute()  # a background save must not follow a change of the working directory
     since = 0
     with checkpoint_step(f"saving to {folder}", group):
         if rank(group) == 0:
@@ -145,7 +148,7 @@ def _mark(folder: Path, phase: str) -> None:
 
 
 def _recover_backup(folder: Path) -> None:
-    """If a job was killed in the middle of :func:`_back_up`, undo it: the files are a complete checkpoint."""
+    """Undo a :func:`_back_up` in which a job was killed: the files are still a complete checkpoint."""
     try:
         phase = json.loads((folder / MARK).read_text(encoding="utf-8")).get("phase")
     except (OSError, ValueError):
@@ -157,8 +160,8 @@ def _recover_backup(folder: Path) -> None:
 def _back_up(folder: Path) -> None:
     """Move the files of a usable checkpoint to :data:`PREVIOUS`, the manifest first.
 
-    The manifest first: after a crash on the way ``folder`` has none, so it does not count as complete. Each file is in
-    one of the two directories then, and :func:`_restore_backup` joins them.
+    The order matters after a crash in between: ``folder`` has no manifest, so it does not count as complete. Each file
+    is in one of the two directories, and :func:`_restore_backup` joins them.
     """
     previous = folder / PREVIOUS
     if previous.exists():
@@ -169,7 +172,7 @@ def _back_up(folder: Path) -> None:
         (folder / MANIFEST).rename(previous / MANIFEST)
         names = list(manifest.files)
     else:
-        # Not a model that was exported to the same directory: no save replaces that, so it stays.
+        # Only training state. An exported model in the same directory stays: no save replaces it.
         names = [name for name in os.listdir(folder) if STATE_NAMES.match(name)]
     for name in names:
         (previous / name).parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +193,7 @@ def _restore_backup(folder: Path) -> bool:
                 shutil.rmtree(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             (previous / name).replace(target)
+    # The manifest last: only then is `folder` complete.
     if manifest is not None:
         (previous / MANIFEST).replace(folder / MANIFEST)
     (folder / MARK).unlink(missing_ok=True)
@@ -198,7 +202,7 @@ def _restore_backup(folder: Path) -> bool:
 
 
 def _remove_partial_files(folder: Path) -> None:
-    """Delete large files of an interrupted save, which would become a part of the next one."""
+    """Delete large files of an interrupted save: the next save's manifest would list what is left of them."""
     if not (folder / MARK).exists():
         return
     for name in os.listdir(folder):
@@ -223,10 +227,11 @@ def commit(save: StagedSave, manifest: Manifest, group: Any = None) -> None:
 
 
 def roll_back(save: StagedSave, group: Any = None) -> None:
-    """After a failed save: delete its large files and restore the backup, or leave the mark if there is none. Not
-    collective.
+    """After a failed save, delete its large files and restore the backup; without a backup the mark stays.
+
+    Not collective; rank 0 does it. Its own errors are logged, so that the error of the save is raised.
     """
-    if rank(group) != 0 or (save.folder / MANIFEST).exists():  # complete: what failed came after
+    if rank(group) != 0 or (save.folder / MANIFEST).exists():  # the save is complete: a later step failed
         return
     try:
         _remove_partial_files(save.folder)
@@ -245,7 +250,7 @@ def roll_back(save: StagedSave, group: Any = None) -> None:
 
 
 def numbered(folder: str | Path) -> list[Path]:
-    """The directories ``checkpoint-N`` or ``checkpoint_N`` in ``folder``, the last first."""
+    """The directories ``checkpoint-N`` or ``checkpoint_N`` in ``folder``, the highest number first."""
     try:
         names = os.listdir(folder)
     except OSError:
@@ -257,11 +262,11 @@ def numbered(folder: str | Path) -> list[Path]:
 def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | None:
     """The checkpoint to resume from: the last complete one among ``folder/checkpoint-N`` (or ``checkpoint_N``).
 
-    Rank 0 looks, all ranks get its answer; skipped ones are named in the log with the reason. A
-    checkpoint without a manifest counts (with a warning), unless its save is known to have been interrupted.
+    Collective: rank 0 looks and broadcasts its answer. The log names skipped checkpoints with the reason. A checkpoint
+    without a manifest counts, with a warning, unless a mark says that its save was interrupted.
 
     Returns:
-        Its path, None if there is none to resume from.
+        Its path; None if there is none to resume from.
 
     Example:
         >>> last = last_complete_checkpoint("out/checkpoints")
@@ -301,7 +306,8 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
     """The directory to load from when the user names ``folder``; collective.
 
     Raises:
-        CheckpointError: on all ranks: there is nothing to load, with the reason and the last complete one beside it.
+        CheckpointError: on all ranks: there is nothing to load. Names the reason and the last complete checkpoint
+            beside it.
     """
     folder = Path(folder)
     answer: Path | None = None
@@ -336,8 +342,9 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
 
 
 def _by_time(folders: list[Path]) -> list[Path]:
-    """The newest first. In the order of ``folders`` if all times are within one second, as on file systems in the cloud
-    that do not keep them.
+    """``folders`` by modification time, the newest first.
+
+    In the given order if all times are within one second: cloud file systems may not keep them.
     """
     times: dict[Path, float] = {}
     for path in folders:
@@ -352,18 +359,18 @@ def _by_time(folders: list[Path]) -> list[Path]:
 
 
 def rotate(folder: str | Path, limit: int | None, keep: set[Path]) -> list[Path]:
-    """Delete old checkpoints in ``folder`` until ``limit`` are left: those that cannot be used first. Not collective.
+    """Delete old checkpoints in ``folder`` until ``limit`` are left, unusable ones first. Not collective.
 
-    By time of change, as in transformers: a run may begin again with lower numbers beside an earlier one.
-    Never deletes the last complete one or those in ``keep``.
+    Oldest first by modification time, as in transformers: a run may restart with lower numbers beside an earlier run.
+    Never deletes the last complete checkpoint or those in ``keep``.
 
     Args:
         folder: holds the checkpoints.
-        limit: how many, None or 0 for any number.
-        keep: the one that has just been completed, the best one.
+        limit: how many to keep; None or 0 for any number.
+        keep: the checkpoint that was just completed, and the best one.
 
     Returns:
-        What was deleted.
+        The deleted directories.
     """
     if limit is None or limit <= 0:
         return []

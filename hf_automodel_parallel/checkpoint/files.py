@@ -1,4 +1,4 @@
-"""Single files of a checkpoint: written completely or not at all, read without running code, named in every error."""
+"""Single files of a checkpoint: written to the disk or not at all, read without running code, named in errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import torch
 from ..errors import CheckpointError, ExportError
 from .checksums import Checksums, VerifiedReader, create
 
-#: Arrays of numbers, which numpy's random state and many a state dict contain.
+#: Globals that unpickle numpy's numeric arrays: its random state and some state dicts have them.
 _SAFE: list[Any] = [
-    numpy.array(0).__reduce__()[
-        0
-    ],  # the function that makes an empty one; its module's name depends on numpy's version
+    # The function that creates an empty array; the name of its module depends on numpy's version.
+    numpy.array(0).__reduce__()[0],
     numpy.ndarray,
     numpy.dtype,
     *{
@@ -32,11 +31,11 @@ _SAFE: list[Any] = [
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with ``path``.
+    """Turn an ``OSError`` of the block (no space left, read-only, ...) into a :class:`CheckpointError` with a path.
 
-    torch's serialisation reports a full disk as a ``RuntimeError`` of its archive writer, without a name. The ranks
-    that did not write get an :class:`ExportError` without one. Where ``path`` is a directory that several libraries
-    write into and the error names no file, it is the one that was touched last.
+    torch reports a full disk as a ``RuntimeError`` of its archive writer without a file name, and ranks that do not
+    write get an :class:`ExportError` without one. If the error names no file and ``path`` is a directory that several
+    libraries write into, the message names the file that was modified last.
     """
     try:
         yield
@@ -57,12 +56,12 @@ def _written_last(path: str | Path) -> str | Path:
     try:
         files = [found for found in Path(path).rglob("*") if found.is_file()] if Path(path).is_dir() else []
         return max(files, key=lambda found: found.stat().st_mtime_ns, default=path)
-    except OSError:  # another rank is cleaning up
+    except OSError:  # another rank deletes files at this moment
         return path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file, flush it to the disk and rename it to ``path``: complete, or not there."""
+    """Write ``data`` to a temporary file, flush it to the disk and rename it, so that ``path`` is never incomplete."""
     temporary = path.with_name(f"{path.name}.tmp")
     with naming(path):
         with temporary.open("wb") as stream:
@@ -74,7 +73,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Let the names in ``folder`` survive a power cut, where the system can do that."""
+    """Flush the entries of ``folder`` to the disk (renames survive a power cut), if the system supports that."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -88,7 +87,11 @@ def sync_directory(folder: Path) -> None:
 
 
 def save_plain(value: Any, path: Path) -> None:
-    """``torch.save`` with the path in the error, on the disk when this returns."""
+    """``torch.save`` that flushes to the disk and registers the checksums of the file.
+
+    Raises:
+        CheckpointError: the file cannot be written; names it.
+    """
     with naming(path), create(path) as stream:
         torch.save(value, stream)
 
@@ -99,16 +102,16 @@ def load_plain(
     mmap: bool = False,
     checksums: Checksums | None = None,
 ) -> Any:
-    """``torch.load(weights_only=True)`` that also takes numpy's arrays of numbers.
+    """``torch.load(weights_only=True)`` that also accepts numpy's numeric arrays; tensors are on the CPU.
 
     Args:
         source: a path or an open stream.
-        name: what to call it in an error; None for the path.
-        mmap: map tensors from the file instead of reading them, if it is not verified.
-        checksums: of the file at the path ``source``, which is verified while it is read; None to leave that out.
+        name: the name of the source in an error; None for its path.
+        mmap: map tensors from the file instead of reading them; no effect with ``checksums``.
+        checksums: of the file at the path ``source``, to verify it while it is read; None to skip that.
 
     Raises:
-        CheckpointError: missing, damaged, or asks for something else than tensors, numbers, strings and containers of
+        CheckpointError: the file is missing or damaged, or holds more than tensors, numbers, strings and containers of
             them.
     """
     name = name or str(source)
@@ -131,5 +134,5 @@ def load_plain(
             f"{name} holds more than tensors and plain values, or is damaged: {unsafe} Nothing of it was run. If it is "
             f"yours and names a class of yours, allow that with torch.serialization.add_safe_globals."
         ) from error
-    except Exception as error:  # what a damaged archive raises is not documented
+    except Exception as error:  # the errors of a damaged archive are not documented
         raise CheckpointError(f"{name} is damaged: {type(error).__name__}: {error}.") from error

@@ -1,9 +1,11 @@
-"""The manifest: what a complete checkpoint consists of, written last, checked first.
+"""The manifest: the list of files of a complete checkpoint, written last and checked first.
 
-Who checks a file's bytes, its entry says. A file with checksums of its blocks was written through
-:func:`.checksums.create`: weights, optimizer state, nearly all of the bytes. It is verified while it is read. Other
-files, which Accelerate, transformers and torch write by name, have one checksum, from reading them back after the save;
-:func:`verify` reads them before a load. So does it with all files of an older checkpoint, which has no blocks.
+A file has one of two kinds of entries:
+
+* Checksums per block, of files written through :func:`.checksums.create`: weights and optimizer state, nearly all of
+  the bytes. They are verified while they are read.
+* One checksum, of files that Accelerate, transformers and torch write by name. It is computed by reading them back
+  after the save, and :func:`verify` reads them before a load. All files of older checkpoints have such entries.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ MARK = "checkpoint_incomplete.json"
 PREVIOUS = ".previous"
 FORMAT = 1
 
-#: Names that Accelerate and the Trainer give to the state of a training, and we too. A save may move and replace these.
+#: Names of training-state files and directories of Accelerate, the Trainer and this package. A save may replace them.
 STATE_NAMES = re.compile(
     r"^(pytorch_model_fsdp|optimizer|scheduler|scaler|sampler|dl_state_dict|random_states|rng_state|"
     r"dataloader_shuffling|"
     r"custom_checkpoint|trainer_state)([._-].*)?$"
 )
-#: Names of weights that a save may have written, or an export of a model to the same directory.
+#: Names of weights files, from a save or from an export of a model to the same directory.
 _WEIGHTS_NAMES = re.compile(r"^(pytorch_model|model|adapter_model)([._-].*)?$")
 
+#: File names that contain the rank that wrote the file.
 _RANK_IN_NAME = re.compile(r"(?:^__(\d+)_\d+\.distcp|_rank(\d+)\.bin|^(?:rng_state|random_states)_(\d+)\.p\w+)$")
 
 
@@ -47,18 +50,18 @@ class Manifest:
     """Contents of ``checkpoint_manifest.json``.
 
     Attributes:
-        format: version of this layout.
-        step: optimizer steps (the Trainer's ``global_step``), or saves so far, or None if unknown.
-        world_size: processes that saved.
-        mesh: sizes of their mesh axes, outermost first.
-        data_parallel_size: ranks that read different batches.
+        format: version of this format.
+        step: the Trainer's ``global_step`` or Accelerate's ``step``; None if unknown.
+        world_size: number of processes that saved.
+        mesh: mesh axis -> size, outermost first, without axes of size 1.
+        data_parallel_size: number of ranks that read different batches.
         state_dict_type: ``SHARDED_STATE_DICT`` (directories of DCP) or ``FULL_STATE_DICT`` (single files).
         adapter_only: weights of the frozen base model were left out.
-        devices: accelerators per process group node whose random states each rank saved, 0 on the CPU.
+        devices: number of accelerators whose random states each rank saved; 0 on the CPU.
         created: seconds since 1970.
-        torch: version that wrote it.
+        torch: version of torch that wrote it.
         files: path below the directory -> ``{"size": bytes, "crc32": checksum}``.
-        block_size: bytes of the blocks that have a checksum of their own.
+        block_size: bytes of a block.
         blocks: path -> CRC-32 of each block, eight hexadecimal digits each. Earlier versions of this package ignore it.
     """
 
@@ -77,13 +80,13 @@ class Manifest:
     blocks: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, entry: Checksums) -> None:
-        """List a file."""
+        """Add the entry of the file ``name``, a path below the directory."""
         self.files[name] = {"size": entry.size, "crc32": entry.crc32}
         if entry.blocks:
             self.block_size, self.blocks[name] = entry.block_size, entry.blocks.hex()
 
     def checksums(self, name: str) -> Checksums | None:
-        """Checksums of the blocks of the file ``name``; None if it has none."""
+        """Checksums of the file ``name`` with its blocks; None if it has no checksums per block."""
         blocks = self.blocks.get(name)
         if blocks is None or name not in self.files:
             return None
@@ -97,12 +100,12 @@ class Manifest:
 
     @property
     def tp_size(self) -> int:
-        """Ranks that shared one random state."""
+        """Size of the tp axis: the ranks of a tp group share one random state."""
         return self.mesh.get("tp", 1)
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
-    """The manifest of ``folder``, None if there is none.
+    """The manifest of ``folder``; None if it has none.
 
     Raises:
         CheckpointError: it cannot be read, or a later version of this package wrote it.
@@ -135,21 +138,21 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """From here on ``folder`` is a complete checkpoint."""
+    """Write the manifest atomically. It makes ``folder`` a complete checkpoint, so call it last."""
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
 def holds_a_save(folder: Path) -> bool:
-    """True if a directory without a manifest has files of the kind that Accelerate and the Trainer save."""
+    """True if ``folder`` has files with names of training state or weights; for directories without a manifest."""
     return any(STATE_NAMES.match(name) or _WEIGHTS_NAMES.match(name) for name in os.listdir(folder))
 
 
 def new_files(folder: Path, since: int) -> list[str]:
-    """Files below ``folder`` that belong to the save that began at ``since``, without the bookkeeping of this package.
+    """Paths of the files of the current save, without mark, manifest and backup.
 
-    They are the files of a training state (at any time, as clocks of nodes differ), and all that was written since, in
-    nanoseconds. An older ``model.safetensors`` is an export into the same directory, which may be
-    replaced at any time.
+    These are training-state files of any age, because the clocks of nodes differ, and all files modified since
+    ``since`` (``st_mtime_ns``). An older ``model.safetensors`` was exported to the same directory and is not part of
+    the checkpoint.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -165,17 +168,18 @@ def new_files(folder: Path, since: int) -> list[str]:
 
 
 def responsible(name: str, ranks: int) -> int:
-    """The rank that wrote ``name`` if its name says so, else rank 0: who sees it on nodes without a common file
-    system.
+    """The rank that wrote ``name`` if the name contains it, else 0.
+
+    Only that rank is sure to have the file, on nodes without a shared file system.
     """
     match = _RANK_IN_NAME.search(Path(name).name)
     return 0 if match is None else int(next(group for group in match.groups() if group)) % ranks
 
 
 def add_new_files(manifest: Manifest, folder: Path, since: int, group: Any = None) -> None:
-    """List every new file, each described by the rank that wrote it; collective.
+    """Add all new files to the manifest; the rank that wrote a file supplies its entry. Collective.
 
-    What :func:`.checksums.create` has written is on the disk and has its checksums. The rest is read back: a few KB, as
+    Files from :func:`.checksums.create` are flushed and have checksums already. The others are read back: a few KB, as
     long as no library writes large files by name.
     """
     mine: dict[str, Checksums] = {}
@@ -190,7 +194,7 @@ def add_new_files(manifest: Manifest, folder: Path, since: int, group: Any = Non
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
-    """What a look at the directory tells: files that are missing or have another size."""
+    """Messages for files that are missing or have another size; empty if there are none. Reads no file."""
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
@@ -208,11 +212,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
 def verify(folder: str | Path, group: Any = None) -> Manifest | None:
     """Check a checkpoint against its manifest before it is loaded, on all ranks alike; collective.
 
-    Every file has to be there in its size. Files without checksums of blocks are read, each by one rank; the others are
-    verified when they are read.
+    Checks that every file exists with its size. One rank reads each file without checksums per block; the others are
+    verified while they are read.
 
     Returns:
-        The manifest, or None for a checkpoint without one (of stock Accelerate, or of an earlier version).
+        The manifest; None for a checkpoint without one (from stock Accelerate or an earlier version).
 
     Raises:
         CheckpointError: on all ranks, naming each file that is missing, truncated or changed.

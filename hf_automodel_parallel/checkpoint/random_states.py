@@ -1,9 +1,9 @@
-"""Random states: each rank's own on the mesh they were saved on, a defined one on any other.
+"""Restores random states: each rank's own on the same mesh, a defined state on any other mesh.
 
-The ranks of a tp group share one random state, the others have each their own. So what a checkpoint holds is one state
-per *row* of tp ranks. On the same mesh each rank gets back its own. On another one, row i gets what row i had; a row
-that did not exist then gets the state of row i modulo the number of old rows, reseeded with a number drawn from it plus
-i, so that no two rows draw alike. All ranks of a row get the same.
+The ranks of a tp group share one random state; tp groups have different ones. So a checkpoint holds one state per *row*
+of tp ranks. On the same mesh each rank gets its own state. On another mesh row i gets the state of row i. A new row,
+beyond the saved ones, gets the state of row i modulo the number of saved rows, reseeded with a number drawn from it
+plus i, so that all rows draw different numbers. All ranks of a row get the same state.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Origin:
     """Where a rank's random state comes from.
 
     Attributes:
-        rank: the rank that saved it.
-        row: this rank's row, if it has to be made different from that of the rank, else None.
+        rank: the rank that saved the state.
+        row: the row of this rank if the state has to be reseeded, else None.
     """
 
     rank: int
@@ -39,13 +39,13 @@ class Origin:
 
 
 def origin(rank: int, mesh: Mapping[str, int], saved_mesh: Mapping[str, int], saved_world: int) -> Origin:
-    """Whose random state ``rank`` of ``mesh`` gets from a checkpoint of ``saved_world`` ranks on ``saved_mesh``.
+    """The origin of the random state that ``rank`` of ``mesh`` restores.
 
     Args:
         rank: of this process.
         mesh: axis -> size, outermost first, tp innermost.
-        saved_mesh: likewise, when it was saved.
-        saved_world: number of processes then.
+        saved_mesh: the mesh of the save, in the same form.
+        saved_world: number of processes that saved.
     """
     tp, saved_tp = mesh.get("tp", 1), saved_mesh.get("tp", 1)
     row, rows = rank // tp, max(saved_world // saved_tp, 1)
@@ -58,9 +58,9 @@ def restore(states: Mapping[str, Any], source: Origin, same_place: bool) -> None
     """Set the random states of Python, numpy, torch and the accelerator.
 
     Args:
-        states: what Accelerate (``random_states_N.pkl``) or the Trainer (``rng_state_N.pth``) saves.
+        states: the content of Accelerate's ``random_states_N.pkl`` or the Trainer's ``rng_state_N.pth``.
         source: from :func:`origin`.
-        same_place: this rank saved it on the same number of devices, so that each device gets back its own.
+        same_place: the state is this rank's own, so each device gets its own state if their number is the same.
     """
     found = {kind: states[name] for kind, names in _NAMES.items() for name in names if name in states}
     if "python" in found:

@@ -1,7 +1,8 @@
 """Reading DCP directories without running code from them.
 
-torch pickles a checkpoint's ``.metadata`` and the values that are no tensors, and unpickles them without limits. Here
-the former meets an unpickler that knows nothing but the classes of metadata, and the latter ``weights_only``.
+torch pickles a checkpoint's ``.metadata`` and the values that are not tensors, and its reader unpickles them without
+restriction. Here an unpickler that allows only the classes of metadata reads the former, and ``weights_only`` the
+latter.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ METADATA_FILE = ".metadata"
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what metadata is made of, and refuses every other name before anything is called."""
+    """Allows only the classes of metadata, and refuses every other global before anything is called."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         super().__init__(stream)
@@ -48,11 +49,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: str | Path, checksums: Checksums | None = None) -> Metadata:
-    """The metadata of a DCP directory: names, shapes, dtypes and offsets of all it holds. No process group is needed.
+    """The metadata of a DCP directory: names, shapes, dtypes and offsets of all values. Needs no process group.
 
     Args:
         folder: a directory with a ``.metadata`` file, such as ``checkpoint-10/pytorch_model_fsdp_0``.
-        checksums: of that file, which is verified while it is read.
+        checksums: of the ``.metadata`` file, to verify it while it is read.
 
     Raises:
         CheckpointError: the file is missing, damaged, contains more than metadata, or points outside of its directory.
@@ -80,7 +81,7 @@ def read_metadata(folder: str | Path, checksums: Checksums | None = None) -> Met
 
 
 class _VerifyingFileSystem(FileSystem):
-    """torch's file system, which verifies the files that have checksums while it reads them."""
+    """torch's file system that verifies files with checksums while it reads them."""
 
     def __init__(self, checksums: Mapping[str, Checksums]) -> None:
         self.checksums = checksums
@@ -97,8 +98,8 @@ class SafeFileSystemReader(FileSystemReader):
 
     Args:
         path: the directory.
-        metadata: if it has been read already.
-        checksums: of the files in the directory, by name; they are verified while they are read.
+        metadata: from :func:`read_metadata`; None to read it when it is needed.
+        checksums: file name -> checksums, to verify the files while they are read.
 
     Raises:
         CheckpointError: naming the file that cannot be read, or was changed.
@@ -112,15 +113,16 @@ class SafeFileSystemReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What torch's reader returns, from a restricted unpickler."""
+        """The metadata, from the restricted unpickler."""
         return read_metadata(Path(self.path)) if self._metadata is None else self._metadata
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Any:
-        """Like torch's, with the file in the message of an error, and each saved chunk read once."""
+        """Like torch's reader, but it reads each saved chunk once, and errors name the file."""
         by_file: dict[str, dict[MetadataIndex, list[ReadItem]]] = {}
         for item in plan.items:
             chunks = by_file.setdefault(self.storage_data[item.storage_index].relative_path, {})
             chunks.setdefault(item.storage_index, []).append(item)
+        # File by file, so that an error belongs to one file. The empty plan only yields torch's finished future.
         result: Any = super().read_data(LoadPlan([]), planner)
         for name, requests in by_file.items():
             once = _ReadOnce(planner, requests)
@@ -140,12 +142,13 @@ class SafeFileSystemReader(FileSystemReader):
 
 
 class _ReadOnce:
-    """A planner for one read of each saved chunk, where ``planner`` wants several parts of it.
+    """A planner that reads each saved chunk once, although ``planner`` requests several slices of it.
 
-    torch reads a saved chunk anew for each part. A packed projection that was saved in one chunk has two on each rank.
+    torch reads a saved chunk again for each request. A rank requests two slices of a packed projection that was saved
+    as one chunk.
 
     Attributes:
-        items: one request for each saved chunk: the only one, or the bounding box of several.
+        items: one request per saved chunk: the only one, or the bounding box of several.
     """
 
     def __init__(self, planner: Any, requests: Mapping[MetadataIndex, list[ReadItem]]) -> None:
@@ -153,18 +156,18 @@ class _ReadOnce:
         self.items = [_bounding_box(parts) for parts in requests.values()]
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        """A value that is not a tensor."""
+        """Read a value that is not a tensor."""
         self._planner.load_bytes(item, value)
 
     def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        """What torch copies the box into: the destination, or memory of its own."""
+        """The tensor that torch copies into: the destination of a single request, or a buffer for a bounding box."""
         target = self._planner.resolve_tensor(self._requests[item.storage_index][0])
         if len(self._requests[item.storage_index]) == 1:
             return target
         return torch.empty(item.lengths, dtype=target.dtype)
 
     def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        """Hand out the parts of the box."""
+        """Copy the requested slices out of the bounding box."""
         parts = self._requests[item.storage_index]
         for part in parts:
             if len(parts) > 1:
@@ -185,38 +188,37 @@ def _bounding_box(parts: list[ReadItem]) -> ReadItem:
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """torch's planner for :class:`LocalShard` values; other values are read with ``weights_only``.
+    """torch's load planner with :class:`LocalShard` values; values that are not tensors are read with ``weights_only``.
 
-    The state dict is flat: key in the file -> :class:`LocalShard` (filled in place), a plain tensor or DTensor
-    (likewise), or anything else (replaced).
+    The state dict is flat: key in the file -> :class:`LocalShard`, plain tensor or DTensor (filled in place), or any
+    other value (replaced).
 
     Raises:
-        CheckpointError: from the load, on all ranks: keys that the checkpoint lacks, or tensors of other shapes, all
-            named.
+        CheckpointError: from the load, on all ranks: names all keys that the checkpoint lacks or has in other shapes.
     """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        """Called by DCP first."""
+        """Set the state dict, with its tensors as :class:`LocalShard`. DCP calls it first."""
         self.original_state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
         self.state_dict = {
             key: LocalShard.of(value) if isinstance(value, torch.Tensor) else value for key, value in state_dict.items()
         }
 
     def create_local_plan(self) -> LoadPlan:
-        """torch's, after a check that names all keys that do not fit."""
+        """torch's plan, after :func:`check_keys`."""
         shapes = {key: value.shape if isinstance(value, LocalShard) else None for key, value in self.state_dict.items()}
         check_keys(shapes, self.metadata.state_dict_metadata)  # type: ignore[union-attr]
         return super().create_local_plan()
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The view that a chunk is read into."""
+        """The view of the local shard that a chunk is read into."""
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """A value that is not a tensor."""
+        """Read a value that is not a tensor, with ``weights_only``."""
         key = read_item.dest_index.fqn
         self.state_dict[key] = self.original_state_dict[key] = load_plain(value, f"the value of {key!r}")
 
@@ -225,8 +227,8 @@ def check_keys(wanted: Mapping[str, torch.Size | None], known: Mapping[str, Any]
     """Raise :class:`CheckpointError` unless ``known`` has all ``wanted`` keys, with the wanted shapes.
 
     Args:
-        wanted: key -> shape, None for values that are no tensors.
-        known: key -> object with a ``size``, which is None (or missing) for values that are no tensors.
+        wanted: key -> shape, None for values that are not tensors.
+        known: key -> object with a ``size``, which is None (or missing) for values that are not tensors.
         name: of the checkpoint, for the message.
     """
     missing = [key for key in wanted if key not in known]

@@ -1,9 +1,9 @@
-"""A tensor's local shard as torch.distributed.checkpoint (DCP) reads and writes it.
+"""A tensor's local shard in the form that torch.distributed.checkpoint (DCP) reads and writes.
 
-DCP takes the local tensor of a DTensor for one contiguous chunk, which a shard of a packed projection is not (a slice
-of gate and one of up). Its file format, though, holds any list of chunks at global offsets, and its stock planners ask
-a value for its chunks if it has the methods of ``torch.distributed._checkpointable``. :class:`LocalShard` has them. So
-files depend on the full tensors only: they load on every mesh and in one process.
+DCP assumes that the local tensor of a DTensor is one contiguous chunk of the full tensor. A shard of a packed
+projection is not: it has a slice of gate and one of up. But DCP's file format holds any list of chunks at global
+offsets, and its planners ask a value for its chunks if it has the methods of ``torch.distributed._checkpointable``.
+:class:`LocalShard` has them. So files depend only on the full tensors, and load on any mesh and in one process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..core.shard_layout import Chunk, chunks_of
 class LocalShard:
     """The chunks of one tensor on this rank.
 
-    torch's own ``LocalShardsWrapper`` inside of a DTensor would do as well, but ``DTensor.from_local`` moves its shards
-    to the device of the mesh, and the copies of an asynchronous save have to stay on the CPU.
+    Not torch's ``LocalShardsWrapper`` in a DTensor: ``DTensor.from_local`` moves its shards to the device of the mesh,
+    and the copies of an asynchronous save have to stay on the CPU.
 
     Attributes:
         shape: of the full tensor.
         local: the local shard, a plain tensor of any dtype; shares memory with the parameter unless it is a copy.
-        chunks: where ``local`` belongs in the full tensor.
-        replicated: a plain tensor, which every rank holds in full.
+        chunks: offsets and sizes, in the full tensor, of the chunks in ``local``.
+        replicated: the value is a plain tensor, which every rank holds in full.
     """
 
     shape: torch.Size
@@ -45,12 +45,12 @@ class LocalShard:
         return cls(tensor.shape, local, chunks_of(tensor), not isinstance(tensor, DTensor))
 
     def copied(self) -> LocalShard:
-        """The same shard in memory of its own on the CPU, which later training steps do not change."""
+        """A copy on the CPU, which later training steps do not change."""
         local = torch.empty(self.local.shape, dtype=self.local.dtype, device="cpu")
         return LocalShard(self.shape, local.copy_(self.local), self.chunks, self.replicated)
 
     def fill_from(self, full: torch.Tensor) -> None:
-        """Copy this rank's chunks out of the ``full`` tensor, converting dtype and device as needed."""
+        """Copy this rank's chunks of the ``full`` tensor into ``local``, converting dtype and device."""
         for chunk in self.chunks:
             chunk.of_local(self.local).copy_(chunk.of_full(full))
 

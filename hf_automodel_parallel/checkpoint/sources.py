@@ -1,4 +1,4 @@
-"""The two forms of a saved state: a DCP directory, whose chunks each rank reads, or one file that rank 0 reads."""
+"""The two forms of a saved state: a DCP directory, of which each rank reads chunks, and a file that rank 0 reads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Entry(NamedTuple):
     """One value of a saved state.
 
     Attributes:
-        size: shape of the full tensor, None for a value that is not a tensor.
-        dtype: its dtype.
-        one_chunk: it was saved as one chunk.
+        size: shape of the full tensor; None for a value that is not a tensor.
+        dtype: its dtype; None likewise.
+        one_chunk: the tensor was saved as one chunk.
     """
 
     size: torch.Size | None = None
@@ -37,11 +37,11 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Something to load a state from.
+    """A saved state to load from.
 
     Attributes:
         name: its path, for messages.
-        group: the ranks that read it together.
+        group: the process group that reads it; None for all ranks.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Source(Protocol):
 
     @property
     def entries(self) -> Mapping[Path_, Entry]:
-        """What it holds, by path."""
+        """Path -> entry of each saved value."""
 
     def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
-        """Fill the local shards, and return the values of the paths with None; collective."""
+        """Fill the local shards in place, and return the values of paths whose shard is None; collective."""
 
 
 class DcpSource:
@@ -60,11 +60,12 @@ class DcpSource:
 
     Args:
         folder: the directory.
-        root: the first element of each path ("model", "optimizer"), left out of :attr:`entries`.
-        manifest: of the checkpoint that the directory belongs to; its files are verified while they are read.
+        root: the first element of each path ("model", "optimizer"); :attr:`entries` omits it.
+        manifest: of the checkpoint, to verify the files while they are read; None to skip that.
+        group: the process group that reads it; None for all ranks.
 
     Raises:
-        CheckpointError: on all ranks.
+        CheckpointError: on all ranks: the metadata is missing or damaged, or holds another state.
     """
 
     def __init__(self, folder: Path, root: str, manifest: Manifest | None = None, group: Any = None) -> None:
@@ -88,7 +89,7 @@ class DcpSource:
                 )
 
     def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
-        """Each rank reads its chunks from the files that hold them."""
+        """Read this rank's chunks from the files that hold them; see :meth:`Source.read`."""
         state = {self._keys[path]: shard for path, shard in shards.items()}
         try:
             dcp.load(
@@ -104,19 +105,19 @@ class DcpSource:
 
 
 class FileSource:
-    """A file of ``torch.save``, which rank 0 alone has to see; the others get each tensor from it and keep their
-    chunks.
+    """A file of ``torch.save``. Only rank 0 reads it; it broadcasts each tensor, and every rank keeps its chunks.
 
-    Rank 0 holds the tensors of a verified file in memory until they are handed out, as it did when it gathered them for
-    the save. A file without checksums is mapped.
+    Rank 0 holds the tensors of a verified file in memory until they are broadcast, as it did for the save. A file
+    without checksums is mapped.
 
     Args:
         path: the file.
-        depth: dictionaries (and lists) that are nested in each other: 1 for weights, 3 for an optimizer.
-        manifest: of the checkpoint that the file belongs to; it is verified while it is read.
+        depth: levels of nested dictionaries (and lists) in it: 1 for weights, 3 for an optimizer.
+        manifest: of the checkpoint, to verify the file while it is read; None to skip that.
+        group: the process group that reads it; None for all ranks.
 
     Raises:
-        CheckpointError: on all ranks.
+        CheckpointError: on all ranks: the file is missing or damaged.
     """
 
     def __init__(self, path: Path, depth: int, manifest: Manifest | None = None, group: Any = None) -> None:
@@ -132,7 +133,7 @@ class FileSource:
         self.entries: Mapping[Path_, Entry] = broadcast_object(entries, group)
 
     def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
-        """One broadcast per tensor; no rank but the first ever needs memory for more than the largest of them."""
+        """One broadcast per tensor: ranks other than 0 need memory for the largest full tensor only."""
         plain = broadcast_object({p: self._values.get(p) for p, shard in shards.items() if shard is None}, self.group)
         for path, shard in shards.items():
             if shard is None:
@@ -165,7 +166,7 @@ def _flat(value: Any, depth: int, path: Path_ = ()) -> list[tuple[Path_, Any]]:
 
 
 def nested(state: Mapping[Path_, Any]) -> dict[str, Any]:
-    """The dictionaries and lists that flat paths describe."""
+    """Nested dictionaries and lists from flat paths; integer keys make a list."""
     root: dict[Any, Any] = {}
     for path, value in state.items():
         holder = root

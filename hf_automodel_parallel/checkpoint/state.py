@@ -1,4 +1,4 @@
-"""Weights and optimizer state by name, from and into the local shards of each rank."""
+"""Weights and optimizer state by parameter name: collected from local shards, and loaded into them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .writer import Path_
 
 logger = logging.getLogger(__name__)
 
-#: What is saved: path -> tensor, or plain value.
+#: A state to save: path -> tensor or plain value.
 State = dict[Path_, Any]
 
 
@@ -31,12 +31,12 @@ State = dict[Path_, Any]
 
 
 def model_state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
-    """Name -> tensor (a view of the sharded parameter or buffer) of what a checkpoint of ``model`` holds.
+    """The state that a checkpoint of ``model`` holds: name -> view of the sharded parameter or buffer.
 
     Args:
         model: any module, sharded or not.
-        adapter_only: leave out the frozen weights of a PEFT model's base; has no effect on other models. All adapters
-            stay, and all that is trained.
+        adapter_only: leave out frozen base weights of a PEFT model. All adapters and all trainable parameters stay. No
+            effect on other models.
     """
     state = {
         name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in model.state_dict().items()
@@ -58,9 +58,8 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
 
     Args:
         model: any module, sharded or not.
-        source: where from.
-        adapter_only: see :func:`model_state`; names beyond these in the checkpoint are ignored if it holds the whole
-            model.
+        source: the saved state.
+        adapter_only: see :func:`model_state`. Frozen base weights of a checkpoint of the entire model are ignored.
 
     Raises:
         CheckpointError: on all ranks: missing names, other shapes, or names that the model does not have.
@@ -84,7 +83,7 @@ def load_model(model: nn.Module, source: Source, adapter_only: bool) -> None:
         }
     with torch.no_grad():
         values = source.read(shards)
-    if values:  # the extra state of modules, which only their own code can take
+    if values:  # extra state of modules (set_extra_state), which only their own code can load
         model.load_state_dict({str(path[-1]): value for path, value in values.items()}, strict=False)
 
 
@@ -93,8 +92,10 @@ def _all_names(model: nn.Module, wanted: Mapping[str, Any]) -> set[str]:
 
 
 def _with_what_was_trained(model: nn.Module, wanted: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint that lacks some of the base's weights has the others because they were trained, frozen here or
-    not.
+    """``wanted`` and all base weights in a checkpoint that lacks some of them.
+
+    A checkpoint that lacks base weights left the frozen ones out. The ones that it has were trained, so they have to be
+    loaded even if they are frozen in this model.
     """
     everything = model_state(model, adapter_only=False)
     if all(name in known for name in everything):
@@ -105,8 +106,9 @@ def _with_what_was_trained(model: nn.Module, wanted: dict[str, Any], known: Mapp
 def _names_of_peft(
     model: nn.Module, wanted: dict[str, Any], known: Mapping[str, Any], adapter_only: bool
 ) -> dict[str, Any]:
-    """Accelerate saves sharded adapters by the names of PEFT's files, without the adapter's; read such a checkpoint
-    too.
+    """``wanted`` under the names of PEFT's files if the checkpoint has these; they omit the adapter's name.
+
+    Stock Accelerate saves sharded adapters under such names.
     """
     if not (adapter_only and compat.is_peft_model(model)) or any(name in known for name in wanted):
         return wanted
@@ -117,7 +119,7 @@ def _names_of_peft(
 
 
 def warn_of_dtypes(tensors: Mapping[str, torch.Tensor], known: Mapping[str, Entry], name: str) -> None:
-    """Say it when values are converted on the way in."""
+    """Log a warning if tensors are converted to another dtype while they are loaded."""
     other = [key for key, tensor in tensors.items() if known[key].dtype not in (None, tensor.dtype)]
     if other:
         logger.warning(
@@ -137,10 +139,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> State
     """State and groups of ``optimizer`` by the names of its parameters, in the form of torch's
     ``get_optimizer_state_dict``.
 
-    A state is only there for parameters that have one: nothing is stepped to create it.
+    Parameters without state are left out: the optimizer is not stepped to create it.
 
     Raises:
-        UnsupportedError: state in a form that has no place in a checkpoint that fits other meshes.
+        UnsupportedError: state that a mesh-independent checkpoint cannot hold: it belongs to no parameter, or has
+            several tensors under one key.
     """
     names = names_by_group(optimizer, model)
     flat = [name for group in names for name in group]
@@ -168,10 +171,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> State
 
 
 def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """Names of the parameters of each group.
+    """Names of the parameters in each group of ``optimizer``.
 
     Raises:
-        CheckpointError: the optimizer holds a parameter that is not of ``model``.
+        CheckpointError: the optimizer holds a parameter that ``model`` does not have.
     """
     names = parameter_names(model)
     try:
@@ -183,14 +186,14 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: Source) -> None:
-    """Give ``optimizer`` the state and the hyper-parameters in ``source``; collective.
+    """Load state and hyper-parameters of ``optimizer`` from ``source``; collective.
 
-    State that the optimizer has is dropped; a parameter without state in the checkpoint has none afterwards. The
-    optimizer is not stepped to find out what its state looks like: that stands in the checkpoint.
+    Existing state is dropped; a parameter without state in the checkpoint has none afterwards. The form of the state
+    comes from the checkpoint, so the optimizer is not stepped to create it.
 
     Raises:
-        CheckpointError: on all ranks: other parameters, or other groups of them.
-        UnsupportedError: the state of a parameter is sharded but has another shape than it.
+        CheckpointError: on all ranks: other parameters, or other parameter groups.
+        UnsupportedError: a sharded state tensor has another shape than its parameter.
     """
     with checkpoint_step(f"loading {source.name}", source.group):
         names = names_by_group(optimizer, model)
@@ -231,7 +234,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
 
 
 def _template(parameter: torch.Tensor | None, path: Path_, entry: Entry, name: str) -> torch.Tensor:
-    """An empty tensor for one entry of the state: sharded like the parameter if it has its shape, else replicated."""
+    """An empty tensor for one entry: sharded like the parameter if it has the same shape, else replicated."""
     size = entry.size or torch.Size(())
     if parameter is not None and size == parameter.shape and size:
         return torch.empty_like(parameter.detach(), dtype=entry.dtype)
@@ -252,7 +255,7 @@ def _nested_groups(values: State) -> list[dict[str, Any]]:
 
 
 def _match_groups(names: list[list[str]], saved: list[dict[str, Any]], name: str) -> list[int]:
-    """For each group of the optimizer the number of the saved one with the same parameters."""
+    """For each group of the optimizer, the index of the saved group with the same parameters."""
     described = [set(group.get("params", ())) for group in saved]
     order: list[int] = []
     for number, own in enumerate(names):
@@ -274,10 +277,10 @@ def _match_groups(names: list[list[str]], saved: list[dict[str, Any]], name: str
 
 
 def check_same_everywhere(state: Mapping[Any, Any], what: str, fatal: bool, group: Any = None) -> None:
-    """Compare plain tensors (no DTensors) between the ranks, of which only rank 0's is saved; collective.
+    """Compare plain tensors (not DTensors) between the ranks, because only rank 0's are saved; collective.
 
     Raises:
-        UnsupportedError: with ``fatal``, if they differ; otherwise a warning names them.
+        UnsupportedError: they differ and ``fatal`` is True; otherwise a warning names them.
     """
     digests = {
         str(key if isinstance(key, str) else ".".join(map(str, key))): hashlib.sha256(

@@ -1,4 +1,7 @@
-"""The steps of saving and loading: a rank's error in one of them is a :class:`CheckpointError` on all ranks."""
+"""Errors of saving and loading: an error on one rank raises on all ranks.
+
+At the end of a :func:`checkpoint_step` the ranks exchange whether they failed, so no rank waits in a later collective.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def checkpoint_step(what: str, group: dist.ProcessGroup | None = None) -> Abstra
 
 
 def from_dcp(error: CheckpointException, what: str) -> CheckpointError:
-    """The error behind DCP's own, which it raises on every rank with the errors of all of them."""
+    """The cause of DCP's ``CheckpointException``, which DCP raises on every rank with the failures of all ranks."""
     number, (cause, _) = next(iter(error.failures.items()))
     if isinstance(cause, CheckpointError) and len(error.failures) == world_size():
         return known_to_all(CheckpointError(str(cause)))

@@ -1,4 +1,8 @@
-"""Saving and loading a model and an optimizer, in the files that Accelerate and the Trainer name."""
+"""Saves and loads the state of a model and an optimizer, under the file names of Accelerate and the Trainer.
+
+A save has two steps, both collective: ``collect_*`` gathers or references the tensors and returns a :data:`Task`, and
+the task writes them, possibly in a background thread.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from .writer import save_chunks
 MODEL = "pytorch_model_fsdp"
 OPTIMIZER = "optimizer"
 
-#: Writes what was collected, with the collectives of the given group (None: all ranks).
+#: Writes the collected state; its argument is the process group for collectives (None: all ranks).
 Task = Callable[[Any], None]
 
 
@@ -35,9 +39,9 @@ class How:
     """How states are saved.
 
     Attributes:
-        sharded: each rank writes its chunks (``SHARDED_STATE_DICT``), or rank 0 gathers full tensors into one file.
-        copy: collect copies, because the tensors may change before they are written.
-        adapter_only: leave out the frozen weights of a PEFT model's base.
+        sharded: each rank writes its chunks (``SHARDED_STATE_DICT``); False: rank 0 writes full tensors to one file.
+        copy: collect copies on the CPU, because training may change the tensors before they are written.
+        adapter_only: leave out the frozen base weights of a PEFT model.
     """
 
     sharded: bool
@@ -46,7 +50,7 @@ class How:
 
 
 def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
-    """Collect the weights of ``model``; the result writes them. Collective, both."""
+    """Collect the weights of ``model``; the returned task writes them. Both are collective."""
     with checkpoint_step(f"saving to {folder}"):
         state: State = {(name,): value for name, value in model_state(model, how.adapter_only).items()}
     check_same_everywhere(state, "the model", fatal=False)
@@ -56,7 +60,11 @@ def collect_model(model: nn.Module, folder: Path, index: int, how: How) -> Task:
 
 
 def collect_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, index: int, how: How) -> Task:
-    """Collect the state of ``optimizer``; the result writes it. Collective, both."""
+    """Collect the state of ``optimizer``; the returned task writes it. Both are collective.
+
+    Raises:
+        UnsupportedError: state that differs between ranks without being sharded, or that no checkpoint can hold.
+    """
     with checkpoint_step(f"saving to {folder}"):
         state = optimizer_state(optimizer, model)
     check_same_everywhere(state, type(optimizer).__name__, fatal=True)
@@ -79,7 +87,7 @@ def _sharded(state: State, root: str, folder: Path, how: How) -> Task:
 
 
 def _full(state: State, path: Path) -> Task:
-    """Gather tensor after tensor; only rank 0 keeps them, on the CPU."""
+    """Gather one tensor at a time; only rank 0 keeps them, on the CPU."""
     keep = rank() == 0
     gathered: State = {}
     for key, value in state.items():
@@ -99,17 +107,17 @@ def _full(state: State, path: Path) -> Task:
 def restore_model(
     model: nn.Module, folder: Path, index: int = 0, adapter_only: bool = False, manifest: Manifest | None = None
 ) -> None:
-    """Load the weights of ``model`` from a checkpoint, on any mesh or none; collective.
+    """Load the weights of ``model`` from a checkpoint, on any mesh or in one process; collective.
 
     Args:
         model: sharded, or a plain model in one process.
         folder: the checkpoint.
-        index: number of the model among those of an Accelerator.
-        adapter_only: the checkpoint may lack the frozen weights of a PEFT model's base.
-        manifest: of the checkpoint, from :func:`.manifest.verify`: files are verified while they are read.
+        index: index of the model among those of an Accelerator.
+        adapter_only: the checkpoint may lack the frozen base weights of a PEFT model.
+        manifest: from :func:`.manifest.verify`, to verify the files while they are read.
 
     Raises:
-        CheckpointError: on all ranks.
+        CheckpointError: on all ranks: files are missing or damaged, or of another model.
     """
     name = f"{MODEL}.bin" if index == 0 else f"{MODEL}_{index}.bin"
     load_model(model, _source(folder, f"{MODEL}_{index}", name, "model", 1, manifest), adapter_only)
@@ -126,22 +134,22 @@ def restore_optimizer(
 def load_training_state(
     folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> Manifest | None:
-    """Load weights, and the state of an optimizer, that this package (or stock Accelerate with FSDP2) has saved.
+    """Load weights and optimizer state from a checkpoint of this package, or of stock Accelerate with FSDP2.
 
-    For a model that no Accelerator of ours knows, such as a plain one in one process. With an Accelerator use its
-    ``load_state``. Files are verified, at the latest while they are read; nothing in a file is run. Collective if there
-    is a process group.
+    For a model without an Accelerator, such as a plain model in one process. With an Accelerator use its
+    ``load_state``. Files are verified before or while they are read; no code in a file is run. Collective if there is a
+    process group.
 
     Args:
-        folder: the checkpoint of ``save_state`` or of a Trainer.
-        model: any module with the same names and shapes; filled in place.
-        optimizer: trains ``model``, in the same groups.
+        folder: a checkpoint of ``save_state`` or of a Trainer.
+        model: any module with the same parameter names and shapes; filled in place.
+        optimizer: an optimizer of ``model`` with the same parameter groups; None to load only weights.
 
     Returns:
-        The manifest, None if the checkpoint has none.
+        The manifest; None if the checkpoint has none.
 
     Raises:
-        CheckpointError: incomplete, damaged, or of another model.
+        CheckpointError: the checkpoint is incomplete, damaged, or of another model.
 
     Example:
         >>> load_training_state("out/checkpoint-10", model, optimizer)

@@ -1,4 +1,4 @@
-"""The weights in a training checkpoint as full tensors, one at a time, in one process without a process group."""
+"""Reads the weights of a training checkpoint as full tensors, one at a time, in one process without process group."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .commit import status
 from .files import load_plain
 from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_metadata
 
-#: What Accelerate and the Trainer call the weights of the first (or only) model of a run.
+#: Names that Accelerate and the Trainer give to the weights of the first (or only) model of a run.
 _SHARDED, _WHOLE = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"
 
 
 class ShardedWeights:
-    """A directory of torch.distributed.checkpoint.
+    """The weights in a DCP directory.
 
     Attributes:
-        shapes: shape and dtype by the name in the model's state dict.
+        shapes: name in the model's state dict -> (shape, dtype).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +40,7 @@ class ShardedWeights:
                 self.shapes[name] = (described.size, described.properties.dtype)
 
     def fetch(self, name: str) -> torch.Tensor:
-        """The full tensor ``name``, from the chunks of all ranks."""
+        """The full tensor ``name`` on the CPU, assembled from the chunks of all ranks."""
         shape, dtype = self.shapes[name]
         tensor = torch.empty(shape, dtype=dtype)
         dcp.load({self._keys[name]: tensor}, storage_reader=self._reader, planner=SafeLoadPlanner(), no_dist=True)
@@ -48,7 +48,7 @@ class ShardedWeights:
 
 
 class FullWeights:
-    """One file of ``torch.save``, mapped into memory; pages are read when they are needed."""
+    """The weights in one file of ``torch.save``, mapped into memory: pages are read on access."""
 
     def __init__(self, path: Path) -> None:
         content = load_plain(path, mmap=True)
@@ -58,15 +58,15 @@ class FullWeights:
         self.shapes = {name: (value.shape, value.dtype) for name, value in self._tensors.items()}
 
     def fetch(self, name: str) -> torch.Tensor:
-        """The tensor ``name``, in the mapped file."""
+        """The tensor ``name``, a view of the mapped file."""
         return self._tensors[name]
 
 
 class SafetensorsWeights:
-    """Safetensors files, one or several with an index.
+    """The weights in one safetensors file, or in several with an index.
 
     Args:
-        folder: has ``<stem>.safetensors``, or ``<stem>.safetensors.index.json`` and shards.
+        folder: a directory with ``<stem>.safetensors``, or with ``<stem>.safetensors.index.json`` and its files.
         stem: "model" or "adapter_model".
     """
 
@@ -109,14 +109,14 @@ def open_checkpoint(path: Path) -> tuple[Weights, Path]:
 
     Args:
         path: a Trainer's ``checkpoint-N``, a directory of ``accelerator.save_state``, or the DCP directory in one of
-            these.
+            them.
 
     Returns:
-        The weights, and the directory that may have configs and a tokenizer beside them.
+        The weights, and the directory in which configs and tokenizer files may be.
 
     Raises:
-        ExportError: nothing there that can be read, or a save that was interrupted.
-        CheckpointError: a damaged or malicious file.
+        ExportError: there are no weights, or the save was interrupted.
+        CheckpointError: a file is damaged or malicious.
     """
     if not path.exists():
         raise ExportError(

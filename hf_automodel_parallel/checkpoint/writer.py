@@ -1,4 +1,4 @@
-"""Writing DCP directories whose content does not depend on the mesh."""
+"""Writes DCP directories whose content does not depend on the mesh."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .files import naming
 from .shards import LocalShard
 from .steps import checkpoint_step, from_dcp
 
-#: Path of a value in the nested dictionary that a reader gets back.
+#: Path of a value in the nested dictionary that DCP's readers restore.
 Path_ = tuple[str | int, ...]
 
 
 class _ChecksumFileSystem(FileSystem):
-    """torch's file system, which computes checksums of what is written and names the path in each error."""
+    """torch's file system that computes checksums of written files and names the path in each error."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
@@ -38,10 +38,10 @@ class _ChecksumFileSystem(FileSystem):
 
 
 class FlatSavePlanner(DefaultSavePlanner):
-    """torch's planner for a state dict that is flat already, with :class:`LocalShard` values.
+    """torch's save planner for a state dict that is flat already, with :class:`LocalShard` values.
 
     Args:
-        paths: key -> path in the nested dictionary that stock readers restore.
+        paths: key -> path in the nested dictionary that DCP's readers restore.
     """
 
     def __init__(self, paths: Mapping[str, Path_]) -> None:
@@ -51,11 +51,11 @@ class FlatSavePlanner(DefaultSavePlanner):
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Called by DCP first."""
+        """Set state dict and paths. DCP calls it first; torch's version would flatten the state dict."""
         self.state_dict, self.mappings, self.is_coordinator = state_dict, self.paths, is_coordinator
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The chunk, or the value, to write; torch asks tensors only for chunks."""
+        """The chunk or the value to write. torch's version looks up chunks in tensors only."""
         value = self.state_dict[index.fqn]
         return value.__get_tensor_shard__(index) if isinstance(value, LocalShard) else value
 
@@ -63,11 +63,15 @@ class FlatSavePlanner(DefaultSavePlanner):
 def save_chunks(
     state: dict[str, Any], paths: Mapping[str, Path_], folder: Path, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a flat state dict (key -> :class:`LocalShard`, or a plain value that ``weights_only`` can read) to
-    ``folder``.
+    """Write a flat state dict to the DCP directory ``folder``; collective over ``group``.
 
-    Rank 0 writes replicated tensors and plain values; of equal chunks on several ranks DCP chooses one. Collective over
-    ``group``, whose backend has to work on the CPU if this runs in a thread.
+    Rank 0 writes replicated tensors and plain values. DCP removes duplicates of chunks that several ranks hold.
+
+    Args:
+        state: key -> :class:`LocalShard`, or a plain value that ``weights_only`` can read.
+        paths: key -> path in the nested dictionary that DCP's readers restore.
+        folder: the directory; it is created.
+        group: None for all ranks. In a background thread its backend has to support CPU tensors.
 
     Raises:
         CheckpointError: on all ranks, naming the file that could not be written.
