@@ -1,4 +1,4 @@
-"""Selects the plan of a model: the user's own; else the first usable one of Hugging Face, registry, default, derived."""
+"""Selects the plan of a model: the user's own; else the first usable of Hugging Face, registry, default, derived."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""HOW to shard: parameters are DTensors at rest and local tensors in flight; collectives stand at explicit
-boundaries.
+"""HOW to shard: parameters are DTensors between forwards and local tensors during forward; input and output hooks of
+modules run the collectives.
 """

@@ -1,13 +1,13 @@
 """NVIDIA's megatron-fsdp as the data-parallel engine under our tensor parallelism.
 
-Light to import: the package ``megatron_fsdp`` is loaded when it is first needed, or when :data:`HAVE_MEGATRON_FSDP` is
-read.
+Light to import: the package ``megatron_fsdp`` is imported when it is first needed, or when :data:`HAVE_MEGATRON_FSDP`
+is read.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    #: True if ``megatron_fsdp`` can be imported here; found out when it is read.
+    #: True if ``megatron_fsdp`` can be imported; evaluated at each read.
     HAVE_MEGATRON_FSDP: bool
 
 __all__ = ["HAVE_MEGATRON_FSDP"]

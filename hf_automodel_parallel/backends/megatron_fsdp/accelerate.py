@@ -1,5 +1,5 @@
-"""``Accelerator.prepare`` with ``backend="megatron_fsdp"``: the strategy, and answers that Accelerate expects from
-FSDP2.
+"""``Accelerator.prepare`` with ``backend="megatron_fsdp"``: the strategy, the methods that Accelerate calls on an FSDP2
+model, and the check that an optimizer is element-wise.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def megatron_strategy(
     """The strategy for a config with ``backend="megatron_fsdp"``.
 
     Args:
-        accelerator: its plugin must not contradict.
+        accelerator: the Accelerator; its ``fsdp_plugin`` must not contradict ``asked``.
         asked: the user's options.
-        usual: the strategy that the model has with FSDP2.
+        usual: the strategy of the model with FSDP2.
 
     Raises:
-        UnsupportedError: the model has a strategy of its own, which is written for FSDP2.
-        ConfigError: the ``fsdp_plugin`` asks for something else than the options of megatron-fsdp.
+        UnsupportedError: the model has a family strategy, which is written for FSDP2.
+        ConfigError: the ``fsdp_plugin`` contradicts the options of megatron-fsdp.
     """
     if type(usual) is not DefaultParallelizationStrategy:
         raise UnsupportedError(
@@ -54,7 +54,7 @@ def megatron_strategy(
 
 
 def watch(model: nn.Module) -> None:
-    """Let Accelerate's calls on a model that megatron-fsdp manages do what they do with FSDP2."""
+    """Give a model that megatron-fsdp manages the FSDP2 methods that Accelerate calls; other models are unchanged."""
     managed = managed_by_megatron(model)
     if managed is None:
         return
@@ -63,7 +63,7 @@ def watch(model: nn.Module) -> None:
 
 
 def owner_of(models: Iterable[nn.Module], parameters: list[Any]) -> MegatronModel | None:
-    """The managed model among ``models`` that all of ``parameters`` belong to, or None."""
+    """The model among ``models`` that megatron-fsdp manages and that has all ``parameters``; None if there is none."""
     for model in models:
         managed = managed_by_megatron(model)
         if managed is not None and parameters:
@@ -74,25 +74,28 @@ def owner_of(models: Iterable[nn.Module], parameters: list[Any]) -> MegatronMode
 
 
 def sharded_parameters(managed: MegatronModel) -> dict[int, nn.Parameter]:
-    """Sharded parameter by the ``id`` of each object that somebody may hold for it."""
+    """``id`` of a parameter object -> sharded parameter; for the sharded objects and for those used in forward."""
     sharded = managed.parameters
     raw = dict(managed.wrapper.raw_param)
     return {id(raw[name]): p for name, p in sharded.items()} | {id(p): p for p in sharded.values()}
 
 
 def whole_state(managed: MegatronModel, keep: bool) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU of the ranks that ``keep`` it; collective."""
+    """The state dict with full tensors, on the CPU of ranks with ``keep``; empty on the others. Collective."""
     state = managed.model.state_dict()
     return {name: value.detach().cpu() for name, value in state.items()} if keep else {}
 
 
 def loading_whole(model: nn.Module) -> AbstractContextManager[None]:
-    """Lets code that loads a checkpoint into ``model`` meet whole parameters, if megatron-fsdp manages it."""
+    """A context in which ``model`` has full parameters, for code that loads a checkpoint into it. Collective.
+
+    Does nothing if megatron-fsdp does not manage ``model``.
+    """
     managed = managed_by_megatron(model)
     return nullcontext() if managed is None or managed.states is None else managed.states.shown_whole()
 
 
-# ---- optimizer check -----------------------------------------------------------------------------------------------
+# ---- is an optimizer element-wise? No DTensor operator is right on megatron-fsdp's uneven shards -------------------
 
 
 _STEPS = 3
@@ -101,17 +104,16 @@ _STEPS = 3
 def check_elementwise(
     optimizers: list[torch.optim.Optimizer], names: list[list[list[str]]], shapes: dict[str, torch.Size]
 ) -> None:
-    """Raise unless every optimizer computes on two parts of a parameter what it computes on the whole one. Not
-    collective.
+    """Raise unless every optimizer computes the same on two chunks of a parameter as on the full one. Not collective.
 
     Args:
-        optimizers: the user's.
+        optimizers: the user's optimizers.
         names: ``names[optimizer][group][i]``, names of their parameters.
-        shapes: shape of each parameter, by name.
+        shapes: full shape of each parameter, by name.
 
     Raises:
-        UnsupportedError: an optimizer takes a statistic over whole parameters.
-        PrepareError: it cannot be tried.
+        UnsupportedError: an optimizer needs a statistic over the full parameter (a norm, a factored moment).
+        PrepareError: the check cannot run the optimizer.
     """
     with torch.random.fork_rng(devices=[]):
         for optimizer, groups in zip(optimizers, names, strict=True):
@@ -121,6 +123,7 @@ def check_elementwise(
 
 def _check_one(optimizer: torch.optim.Optimizer, kinds: list[list[int]]) -> None:
     generator = torch.Generator().manual_seed(0)
+    # Small tensors with the same numbers of dimensions, because an optimizer may decide by them.
     shapes = [(48,) + (16,) * (ndim - 1) for group in kinds for ndim in group]
     if not shapes:
         return

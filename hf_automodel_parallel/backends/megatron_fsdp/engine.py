@@ -1,6 +1,7 @@
-"""The one place that talks to the package ``megatron_fsdp``: import, version, names of arguments, private names.
+"""The only module that uses the package ``megatron_fsdp``: import, version, names of arguments, private names.
 
-Checked on megatron-fsdp 0.5.0, 0.5.1, 0.6.0 and 0.6.1. What differs between them, and from the reference's names:
+Checked on megatron-fsdp 0.5.0, 0.5.1, 0.6.0 and 0.6.1. The options have the reference API's names, which differ from
+those of the package:
 
 ===============================  ===============================================================================
 ours (and the reference's)       0.5 and 0.6
@@ -8,14 +9,14 @@ ours (and the reference's)       0.5 and 0.6
 ``init_fsdp_with_meta_device``   ``init_model_with_meta_device``
 ``preserve_fp32_weights``        ``MixedPrecisionPolicy.main_params_dtype`` (None: the parameters themselves)
 ``grad_reduce_in_fp32``          ``MixedPrecisionPolicy.main_grads_dtype`` and ``grad_comm_dtype``
-``check_for_nan_in_grad``        ``report_nan_in_param_grad``, which raises on one rank while the others go on; used
-                                 only where there is no optimizer, whose step checks on all ranks
+``check_for_nan_in_grad``        ``report_nan_in_param_grad``, which raises on one rank while the others continue;
+                                 used only without an optimizer, because its step checks on all ranks
 ``megatron_fsdp_unit_modules``   ``fsdp_unit_modules``
 the rest                         unchanged
 ===============================  ===============================================================================
 
-0.5 calls ``module.forward`` where 0.6 calls ``module``, so that hooks of the root would not run; see
-:class:`.sharding.AtRest`.
+0.5 calls ``module.forward`` where 0.6 calls ``module``, which bypasses hooks of the root; see
+:meth:`.sharding.MegatronModel.watch`.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from ... import compat
 from ...errors import ConfigError, UnsupportedError
 from .options import MegatronOptions
 
-#: Versions that the translation is written for: from the first one, up to and without the second one.
+#: Supported versions: from the first one up to the second one, which is excluded.
 VERSIONS = ((0, 5), (0, 7))
 
 _INSTALL = "pip install 'hf-automodel-parallel[megatron]' (megatron-fsdp>=0.5,<0.7)"
 
 
 def importable() -> bool:
-    """True if ``megatron_fsdp`` can be imported, with what is needed of it."""
+    """True if ``megatron_fsdp`` can be imported and has ``fully_shard`` and ``fully_shard_model``."""
     try:
         module = importlib.import_module("megatron_fsdp")
-    except (ImportError, OSError):  # OSError: a library of CUDA's that it links against is missing
+    except (ImportError, OSError):  # OSError: a CUDA library that it links against is missing
         return False
     return hasattr(module, "fully_shard") and hasattr(module, "fully_shard_model")
 
@@ -56,7 +57,7 @@ def load() -> types.ModuleType:
 
     Raises:
         ConfigError: it is not installed, or cannot be imported.
-        UnsupportedError: its version is not one of those that the translation knows.
+        UnsupportedError: its version is not in :data:`VERSIONS`.
     """
     try:
         module = importlib.import_module("megatron_fsdp")
@@ -77,9 +78,9 @@ def translate(options: MegatronOptions, units: list[type[nn.Module]], has_optimi
     """Keyword arguments of ``megatron_fsdp.fully_shard_model`` for ``options``, without mesh and device.
 
     Args:
-        options: what the user asked for.
+        options: the user's options.
         units: the classes of the units.
-        has_optimizer: an optimizer is wrapped, whose step looks for gradients that are not finite.
+        has_optimizer: an optimizer is wrapped; its step then checks that gradients are finite.
 
     Raises:
         UnsupportedError: the installed version lacks an argument.
@@ -119,9 +120,7 @@ def translate(options: MegatronOptions, units: list[type[nn.Module]], has_optimi
 
 
 def check_device() -> None:
-    """Raise :class:`UnsupportedError` where there are no CUDA streams, which megatron-fsdp works on whatever the
-    device.
-    """
+    """Raise :class:`UnsupportedError` without CUDA streams, which megatron-fsdp uses on every device."""
     try:
         torch.cuda.Stream()
     except (AssertionError, RuntimeError) as error:
@@ -131,31 +130,31 @@ def check_device() -> None:
         ) from error
 
 
-# ---- the object that megatron-fsdp returns -------------------------------------------------------------------------
+# ---- calls on the MegatronFSDP wrapper -----------------------------------------------------------------------------
 
 
 def show_raw(wrapper: Any) -> None:
-    """Put the parameters to compute with into the module tree.
+    """Put the parameters that forward computes with into the module tree.
 
-    ``MegatronFSDP.forward`` does it; a forward that does not come through there (``generate``, PEFT's inner model)
-    needs it too.
+    ``MegatronFSDP.forward`` does so itself. A forward that bypasses it (``generate``, PEFT's inner model) needs this
+    call.
     """
     compat.show_raw_parameters(wrapper)
 
 
 def show_sharded(wrapper: Any) -> None:
-    """Put the parameters of the optimizer into the module tree, and let the next forward gather values again.
+    """Put the optimizer's sharded parameters into the module tree, and make the next forward all-gather again.
 
-    What lies outside of the units stays gathered otherwise, with old values if the optimizer steps in between.
+    Without this, parameters outside of the units stay unsharded, with old values if the optimizer steps in between.
     """
     wrapper.synchronize_param_gather()
 
 
 def start_backward(wrapper: Any) -> None:
-    """Tell megatron-fsdp that a backward begins; only the first call of each backward has an effect.
+    """Start megatron-fsdp's backward; only the first call of each backward has an effect.
 
-    It notices by itself if the root or its last submodule returns a tensor with a gradient, but not if the root returns
-    a ``ModelOutput`` and the loss avoids that submodule; then no gradient would ever reach the optimizer.
+    megatron-fsdp hooks tensors that the root or its last submodule returns. If the root returns a ``ModelOutput`` and
+    the loss does not depend on that submodule, no hook runs, and no gradient would reach the optimizer.
     """
     wrapper.pre_backward(skip_backward_hook=False)
 
@@ -166,12 +165,11 @@ def sharded_parameters(wrapper: Any) -> dict[str, nn.Parameter]:
 
 
 def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
-    """Let parameters and gradients that are replicated over tp say so, on the same ``mesh`` (..., shard, tp) as the
-    others.
+    """Describe parameters and gradients that are replicated over tp on ``mesh`` (..., shard, tp), like all others.
 
-    megatron-fsdp describes them on the data-parallel axes alone. Whoever sees gradients on two meshes (the Trainer's
-    clipping) adds up norms mesh by mesh with torch's functions, which fail on uneven shards; and nobody could compare
-    the copies.
+    megatron-fsdp describes them on the data-parallel axes only. With gradients on two meshes, the Trainer's clipping
+    adds up norms mesh by mesh with torch's functions, which fail on uneven shards. And the audit could not compare the
+    replicas.
     """
     buffer = wrapper.param_and_grad_buffer
     for name, parameter in buffer.optimizer_named_parameters:
@@ -181,7 +179,8 @@ def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
         placements = (*parameter.placements, *[Replicate()] * missing)
         compat.describe_on(parameter, mesh, placements)
         if parameter.requires_grad:
-            # It makes this object at the first gradient, if it is not there, and later only exchanges what is inside.
+            # megatron-fsdp makes this DTensor at the first gradient if it is missing, and only replaces its local tensor
+            # later.
             nothing = parameter.detach().to_local().new_empty(0, *parameter.shape[1:])
             buffer.dist_main_grad[name] = DTensor.from_local(
                 nothing, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
@@ -189,16 +188,15 @@ def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
 
 
 def install_values(wrapper: Any) -> None:
-    """Copy the optimizer's parameters to what the forward gathers."""
+    """Copy the optimizer's parameters into the buffers that forward all-gathers from."""
     wrapper.install_optimized_model_weights()
 
 
 def wrap_optimizer(optimizer: torch.optim.Optimizer, for_dcp: bool) -> None:
-    """Let ``step`` and ``zero_grad`` of ``optimizer``, which holds sharded parameters, do megatron-fsdp's part too, in
-    place.
+    """Let megatron-fsdp wrap ``step`` and ``zero_grad`` of ``optimizer``, which has sharded parameters, in place.
 
-    ``fully_shard_optimizer`` steps once with gradients of zero, to have the state made. AdamW would decay the weights
-    in it and count it, so it does not take place here: the state is made in the first real step.
+    ``fully_shard_optimizer`` takes one step with zero gradients, to create the state. In it AdamW would decay the
+    weights and count a step. So that step is suppressed, and the first real step creates the state.
     """
     package = load()
     with _without_step(optimizer), _filled_group_first(optimizer):
@@ -218,7 +216,7 @@ def _without_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextmanager
 def _filled_group_first(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """megatron-fsdp looks for its model at the first parameter of the first group, which may be empty."""
+    """Put a group with parameters first: megatron-fsdp finds its model by the first parameter of the first group."""
     order = list(optimizer.param_groups)
     optimizer.param_groups.sort(key=lambda group: not group["params"])
     try:

@@ -1,5 +1,5 @@
-"""The mesh that megatron-fsdp gets: one axis to shard over, one for tp, perhaps one of replicas. Nothing is left
-unreduced.
+"""The mesh for megatron-fsdp: one axis to shard over, one for tp, and with HSDP one of replicas. An axis over which
+gradients would not be reduced is refused.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import ConfigError
 
-#: Axes that hold other samples or other parts of the sequence: gradients must be summed over them.
+#: Axes whose ranks have other shards of the sequence or other samples, so gradients must be reduced over them.
 CONTEXT, REPLICAS = "cp", "dp_replicate"
 
-#: Axes whose ranks have nothing to reduce together.
+#: Axes whose ranks hold different parameters, so no gradient is reduced over them.
 INDEPENDENT = ("pp",)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each kind of rank is.
+    """The mesh for megatron-fsdp, and the names of its axes.
 
     Attributes:
         mesh: the mesh for megatron-fsdp.
-        shard: name of its axis to shard over, which includes context-parallel ranks.
-        tp: name of its tp axis, which it always has.
-        replicas: name of its axis of replicas (HSDP), or None.
-        everyone: group of all ranks that share gradients (replicas x shard), None without replicas.
+        shard: axis to shard over, which includes context-parallel ranks.
+        tp: tp axis, which the mesh always has.
+        replicas: axis of replicas (HSDP), or None.
+        everyone: group of all ranks that reduce gradients together (replicas x shard), None without replicas.
     """
 
     mesh: DeviceMesh
@@ -40,12 +40,12 @@ class Layout:
 
     @property
     def shard_size(self) -> int:
-        """Ranks to shard over."""
+        """Number of ranks to shard over."""
         return self.mesh[self.shard].size()
 
     @property
     def data_size(self) -> int:
-        """Ranks that reduce gradients together."""
+        """Number of ranks that reduce gradients together."""
         return self.shard_size * (self.mesh[self.replicas].size() if self.replicas else 1)
 
     @property
@@ -56,12 +56,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axes of a user's mesh do what.
+    """The role of each axis of a user's mesh.
 
     Attributes:
-        shard: those to shard over.
-        tp: that of tensor parallelism, or None.
-        replicas: that of replicas, or None.
+        shard: axes to shard over.
+        tp: axis of tensor parallelism, or None.
+        replicas: axis of replicas, or None.
     """
 
     shard: tuple[str, ...]
@@ -69,12 +69,12 @@ class Axes:
     replicas: str | None
 
     def data_size(self, mesh: DeviceMesh) -> int:
-        """Ranks that reduce gradients together."""
+        """Number of ranks that reduce gradients together."""
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
         return math.prod(sizes[name] for name in (*self.shard, *filter(None, [self.replicas])))
 
     def layout(self, mesh: DeviceMesh) -> Layout:
-        """The mesh for megatron-fsdp: the user's, or a new one if that has another form (then collective)."""
+        """The mesh for megatron-fsdp: the user's if it has the right form, else a new one (then collective)."""
         if self.replicas is None and len(self.shard) == 1 and self.tp is not None:
             return Layout(mesh, self.shard[0], self.tp)
         return _new_layout(mesh, self.shard, self.tp, self.replicas)
@@ -89,12 +89,12 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
         tp_dim: axis of tensor parallelism, None if there is none.
 
     Returns:
-        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, whether or not it
-        covers
-        them: each of them saw a part of the sequence. A ``dp_replicate`` axis makes replicas (HSDP).
+        The axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``, even if
+        ``dp_shard_dim`` does not include them, because each has the gradients of one sequence shard. A
+        ``dp_replicate`` axis makes replicas (HSDP).
 
     Raises:
-        ConfigError: an axis does not exist, or one that nobody knows would be left unreduced.
+        ConfigError: an axis does not exist, or gradients would not be reduced over an axis of the mesh.
     """
     names = tuple(mesh.mesh_dim_names or ())
     if tp_dim is not None and tp_dim not in names:
@@ -117,7 +117,7 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
 
 
 def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]:
-    """The axes of ``mesh`` that ``name`` stands for: itself, or those that were flattened into it."""
+    """The axes of ``mesh`` called ``name``: one axis, or those that were flattened into it."""
     names = tuple(mesh.mesh_dim_names or ())
     if name in names:
         if name == tp_dim:
@@ -131,6 +131,7 @@ def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]
         raise ConfigError(
             f"dp_shard_dim={name!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
         ) from error
+    # A flattened mesh does not list its axes, so find the axes that have the same ranks.
     others = [axis for axis in names if axis != tp_dim]
     place = mesh.get_coordinate()
     for count in range(2, len(others) + 1):

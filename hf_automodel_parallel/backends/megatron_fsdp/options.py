@@ -1,6 +1,4 @@
-"""What a user can ask of megatron-fsdp, checked before anything is sharded. Needs neither the package nor a process
-group.
-"""
+"""The options of megatron-fsdp, checked before anything is sharded. Needs neither the package nor a process group."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from torch import nn
 
 from ...errors import ConfigError, UnsupportedError
 
-#: zero_dp_strategy by the names that megatron-fsdp gives them.
+#: megatron-fsdp's name of a ZeRO strategy -> ``zero_dp_strategy``.
 STRATEGIES = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 
 #: Strategies that shard gradients, and those that shard parameters.
@@ -26,23 +24,23 @@ class MegatronOptions:
     """Behaviour of megatron-fsdp; names and defaults are those of ``megatron_fsdp_strategy_parallelize``.
 
     Args:
-        megatron_fsdp_unit_modules: classes whose instances are gathered and freed together: class objects, import paths
-            or bare class names. None: the classes of the model's repeated layers (``_no_split_modules``), or the model
-            as one unit if it has none.
-        zero_dp_strategy: what is sharded over the data-parallel ranks: 0 nothing, 1 the optimizer's state, 2 also
+        megatron_fsdp_unit_modules: classes whose instances are the units of all-gather and resharding: class objects,
+            import paths or bare class names. None: the classes of the model's repeated layers (``_no_split_modules``),
+            or the model as one unit if it has none.
+        zero_dp_strategy: sharded over the data-parallel ranks are: 0 nothing, 1 the optimizer's state, 2 also
             gradients, 3 also parameters (or megatron-fsdp's names for them, "no_shard", "optim", "optim_grads",
             "optim_grads_params").
         init_fsdp_with_meta_device: the model is on the meta device; each module is initialised by its own
             ``reset_parameters`` when its shards are made.
-        grad_reduce_in_fp32: reduce and keep gradients in float32 whatever the dtype of the parameters.
-        preserve_fp32_weights: let the optimizer work on float32 copies of parameters in a lower precision.
+        grad_reduce_in_fp32: reduce and keep gradients in float32 for parameters of any dtype.
+        preserve_fp32_weights: let the optimizer update float32 copies of parameters in a lower precision.
         overlap_grad_reduce: reduce gradients while the backward computes. Strategies 2 and 3 always do.
         overlap_param_gather: gather parameters while the forward computes. Strategy 3 always does.
         check_for_nan_in_grad: before each optimizer step, raise on all ranks if a gradient is not finite.
         average_in_collective: average in the collective instead of scaling before it (NCCL only).
         disable_bucketing: one bucket for all parameters outside of the units.
-        calculate_per_token_loss: sum gradients over the ranks instead of averaging them; the loss is normalised
-        elsewhere.
+        calculate_per_token_loss: sum gradients over the ranks instead of averaging them; the caller normalises the
+            loss.
         keep_fp8_transpose_cache: keep the transposed copies of float8 weights between forward and backward.
         nccl_ub: communicate from registered user buffers (NCCL only).
         fsdp_double_buffer: gather into two fixed buffers instead of allocating.

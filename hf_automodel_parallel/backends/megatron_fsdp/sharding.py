@@ -1,5 +1,6 @@
-"""Wrap a model, tensor parallel or not, with megatron-fsdp; what is at rest outside of a forward and backward is
-sharded.
+"""Wrap a model, tensor parallel or not, with megatron-fsdp, and clip its sharded gradients.
+
+Outside of forward and backward the module tree has the sharded parameters.
 """
 
 from __future__ import annotations
@@ -34,24 +35,27 @@ _MANAGED = "_megatron_model"
 
 
 class NonFiniteGradientError(AutoParallelError, ArithmeticError):
-    """A gradient is infinite or not a number, and ``check_for_nan_in_grad`` is on."""
+    """A gradient is infinite or NaN, and ``check_for_nan_in_grad`` is on."""
 
 
 @dataclass
 class MegatronModel:
     """One model that megatron-fsdp manages.
 
-    The model keeps its class, names and methods: it can be called, saved and generated with as before. The object that
-    megatron-fsdp wraps around it is only needed for its own calls.
+    The model keeps its class, names and methods: calls, ``generate`` and saving work as before. The ``MegatronFSDP``
+    around it is only needed for calls of megatron-fsdp's own API.
 
     Attributes:
         model: the user's model.
         wrapper: the ``MegatronFSDP`` around it.
-        layout: the mesh.
-        options: what was asked for.
+        layout: the mesh and the names of its axes.
+        options: the user's options.
         places: which rows of each parameter this rank holds.
-        tensor_parallel: what tensor parallelism left behind, None without it.
-        states: makes its state dicts whole (:class:`.state.FullStates`), None where megatron-fsdp's own are wanted.
+        tensor_parallel: state of tensor parallelism on the model, None without it.
+        states: gathers its state dicts (:class:`.state.FullStates`); None: they are megatron-fsdp's own.
+        began: the backward of the last forward has begun.
+        reduced: the last backward reduced gradients, so it completed an optimizer step.
+        depth: nesting of the running forwards of the model.
     """
 
     model: nn.Module
@@ -65,7 +69,7 @@ class MegatronModel:
     reduced: bool = field(default=True, repr=False)
     depth: int = field(default=0, repr=False)
 
-    # ---- around a forward ------------------------------------------------------------------------------------------
+    # ---- before and after a forward --------------------------------------------------------------------------------
 
     def _before(self, *_: Any) -> None:
         if self.depth == 0:
@@ -74,9 +78,7 @@ class MegatronModel:
         self.depth += 1
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Let the backward begin with megatron-fsdp's preparations; without a backward, go back to the sharded
-        parameters.
-        """
+        """Let megatron-fsdp prepare at the start of backward; without a backward, show the sharded parameters."""
         self.depth -= 1
         if self.depth > 0:
             return
@@ -84,18 +86,17 @@ class MegatronModel:
         if not waiting:
             engine.show_sharded(self.wrapper)
         for tensor in waiting:
-            # megatron-fsdp returns views. `loss *= n`, as the Trainer has it, bypasses hooks of a view, not those of
-            # its base.
+            # megatron-fsdp returns views. An in-place `loss *= n`, as in the Trainer, bypasses the hooks of a view, but
+            # not those of its base.
             source = compat.base_of(tensor)
             source.register_hook(self._begin_backward)
 
     def _begin_backward(self, _: torch.Tensor) -> None:
-        """Before the first gradient. Gradients that were dropped, by whomever, leave megatron-fsdp's buffers as they
-        are.
+        """Before the first gradient of a backward: clear megatron-fsdp's buffers if all gradients are None.
 
-        ``optimizer.zero_grad()`` clears them, ``model.zero_grad()``, which the Trainer calls, and ``p.grad = None`` do
-        not, and the next backward would add to what the last step has used. Between micro-batches that are not reduced
-        there are no gradients yet, only buffers.
+        ``optimizer.zero_grad()`` clears the buffers. ``model.zero_grad()``, which the Trainer calls, and
+        ``p.grad = None`` do not; then the next backward would add to the gradients of the last step. Between
+        micro-batches without a reduction every gradient is None, too, but the buffers must be kept.
         """
         if not self.began:
             self.began = True
@@ -105,12 +106,12 @@ class MegatronModel:
         engine.start_backward(self.wrapper)
 
     def watch(self) -> None:
-        """Notice forwards that begin at the model itself or at the model inside of PEFT's."""
+        """Hook the forwards of the model, and of the model inside of PEFT's wrapper."""
         roots = {self.model, ModelView.of(self.model).inner}
         for root in roots:
             root.register_forward_pre_hook(self._before, prepend=True)
             root.register_forward_hook(self._after, always_call=True)
-        # 0.5 calls `module.forward`, past the hooks of the root.
+        # megatron-fsdp 0.5 calls `module.forward`, which bypasses the hooks of the root.
         ForwardStack.of(self.wrapper).push(ForwardSlot.COMPUTATION, Replacement(self.model.__call__))
         for module in (self.model, self.wrapper):
             module.__dict__[_MANAGED] = self
@@ -123,14 +124,14 @@ class MegatronModel:
         return engine.sharded_parameters(self.wrapper)
 
     def flush(self) -> None:
-        """Sum the partial gradients of small replicated parameters over tp, where that is outstanding."""
+        """All-reduce the partial gradients of replicated parameters over tp, if that has not been done yet."""
         if self.tensor_parallel is not None:
             self.tensor_parallel.partial.flush()
 
     def set_gradient_sync(self, sync: bool) -> None:
-        """Whether the next backward completes an optimizer step.
+        """Set whether the next backward reduces gradients, that is, whether it completes an optimizer step.
 
-        With gradients that are not sharded a reduction in each micro-batch would add up what is reduced already.
+        If gradients are not sharded, a reduction in each micro-batch would reduce already reduced gradients again.
         """
         self.wrapper.is_last_microbatch = sync
         self.wrapper.set_model_auto_sync(sync)
@@ -138,14 +139,14 @@ class MegatronModel:
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, parameters: Iterable[Any] | None = None
     ) -> torch.Tensor:
-        """Clip the gradients, of all parameters or of some; the norm before is returned. Collective."""
+        """Clip the gradients of ``parameters`` (None: all) in place; returns the norm before clipping. Collective."""
         self.flush()
         chosen = list(self.parameters.values() if parameters is None else parameters)
         return clip_(chosen, self.layout.mesh, max_norm, norm_type)
 
     @torch.no_grad()
     def check_gradients(self) -> None:
-        """Raise on all ranks if a gradient is not finite on one of them."""
+        """Raise :class:`NonFiniteGradientError` on all ranks if a gradient is not finite on one of them."""
         bad = [
             name
             for name, parameter in self.parameters.items()
@@ -175,8 +176,8 @@ class MegatronModel:
         Args:
             optimizer: the torch optimizer.
             names: ``names[group][i]``, the names of its parameters.
-            old: name -> parameter that it has held so far.
-            for_dcp: let its state dict hold megatron-fsdp's shards, prepared for ``torch.distributed.checkpoint``.
+            old: name -> the parameter in its groups so far.
+            for_dcp: its state dict has megatron-fsdp's shards, prepared for ``torch.distributed.checkpoint``.
         """
         new = self.parameters
         state = dict(optimizer.state)
@@ -195,7 +196,7 @@ class MegatronModel:
         optimizer.register_step_post_hook(lambda *_: engine.show_sharded(self.wrapper))
 
     def sharded(self, name: str, value: Any) -> Any:
-        """A state of the whole parameter ``name`` as one of its shard; anything else unchanged."""
+        """``value`` sharded like the parameter ``name`` if it has the parameter's full shape; else unchanged."""
         place, parameter = self.places.by_name[name], self.parameters[name]
         if not isinstance(value, torch.Tensor) or not value.ndim or value.shape != place.shape:
             return value
@@ -231,15 +232,15 @@ def shard_with_megatron(
 
     Args:
         model: on one device, or on meta with ``init_fsdp_with_meta_device``.
-        layout: see :func:`.mesh.layout_of`.
+        layout: see :meth:`.mesh.Axes.layout`.
         options: see :class:`MegatronOptions`.
-        units: see :func:`.units.unit_classes`.
+        units: see :func:`.strategy.unit_classes`.
         spec: the resolved tensor-parallel plan, or None.
-        shapes: shapes of the whole parameters, by name.
-        device: where the shards go.
-        has_optimizer: an optimizer follows.
-        tensor_parallel: what tensor parallelism left behind.
-        autocast: compute in this dtype under autocast; parameters and gradients keep theirs.
+        shapes: shapes of the full parameters, by name.
+        device: device of the shards.
+        has_optimizer: an optimizer is prepared as well.
+        tensor_parallel: state of tensor parallelism on the model, None without it.
+        autocast: compute in this dtype under autocast; parameters and gradients keep their dtype. None: no autocast.
     """
     package = engine.load()
     hybrid = {} if layout.replicas is None else {"dp_outer_dim": layout.replicas, "hybrid_fsdp_group": layout.everyone}
@@ -252,8 +253,8 @@ def shard_with_megatron(
         device_mesh=layout.mesh,
         dp_shard_dim=layout.shard,
         tp_dim=layout.tp,
-        # It treats everything under a module "experts" as expert parallel, on a mesh that it expects here; ours are
-        # sharded like the rest.
+        # megatron-fsdp treats every parameter below a module called "experts" as expert parallel, on this mesh. Ours
+        # are sharded like all other parameters, so it gets the same mesh.
         expt_device_mesh=layout.mesh,
         device=device,
         **hybrid,
@@ -278,7 +279,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class _AutocastForward(ForwardWrapper):
-    """A forward as Accelerate's mixed precision has it without FSDP: under autocast, with float32 results."""
+    """A forward like that of Accelerate's mixed precision without FSDP: under autocast, with float32 outputs."""
 
     as_method = False
 
@@ -293,11 +294,16 @@ class _AutocastForward(ForwardWrapper):
 
 
 def managed_by_megatron(model: nn.Module) -> MegatronModel | None:
-    """What belongs to ``model`` (the user's, or the wrapper around it), None if megatron-fsdp does not manage it."""
+    """The :class:`MegatronModel` of ``model`` (the user's model or its wrapper), None if there is none."""
     return model.__dict__.get(_MANAGED)
 
 
-# ---- grad norm -----------------------------------------------------------------------------------------------------
+# ---- norm and clipping of sharded gradients ------------------------------------------------------------------------
+
+# torch's clip_grad_norm_ stacks the norms of DTensors. That fails if they are on different meshes (tensor-parallel
+# parameters on two axes, replicated ones on one), and it assumes DTensor's even shards. Here each rank takes the norm
+# of its local shards, and each sum is reduced over exactly those axes over which a parameter is sharded, so that each
+# element counts once.
 
 
 @torch.no_grad()
@@ -324,7 +330,8 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
         else torch.device("cpu")
     )
     infinite = math.isinf(norm_type)
-    # One cell for every set of axes that a parameter can be sharded over; sums run over the axes one after the other.
+    # One cell for every set of axes that a parameter can be sharded over. The bits of its index are the axes; each axis
+    # then reduces the cells that have its bit.
     cells = torch.zeros(2 ** len(names), dtype=torch.float32, device=device)
     for parameter in parameters:
         gradient = parameter.grad
@@ -359,10 +366,9 @@ def total_norm(parameters: Iterable[torch.Tensor], mesh: DeviceMesh, norm_type: 
 def clip_(
     parameters: Iterable[torch.Tensor], mesh: DeviceMesh, max_norm: float, norm_type: float = 2.0
 ) -> torch.Tensor:
-    """Scale the gradients of ``parameters`` so that their norm is at most ``max_norm``; the gradients themselves, not a
-    copy.
+    """Scale the gradients of ``parameters`` in place, so that their norm is at most ``max_norm``.
 
-    Arguments and result are those of :func:`total_norm`: the norm before clipping.
+    Arguments and result are those of :func:`total_norm`: it returns the norm before clipping.
     """
     parameters = list(parameters)
     norm = total_norm(parameters, mesh, norm_type)

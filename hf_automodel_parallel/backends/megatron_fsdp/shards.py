@@ -1,8 +1,8 @@
-"""Whole tensors from megatron-fsdp's shards, and shards from whole tensors.
+"""Full tensors from megatron-fsdp's shards, and shards from full tensors.
 
-megatron-fsdp cuts a flat buffer of many parameters into equal parts, at rows. A parameter may lie on one rank, on
-several, or end in the middle of one. Its DTensors say ``Shard(0)``, but ``full_tensor()`` assumes DTensor's even cut
-and gives something else. So the rows of each rank are written down here, once, when the model is sharded.
+megatron-fsdp cuts a flat buffer of many parameters into equal chunks, at rows. So the rows of a parameter may be on one
+rank, or unevenly on several. Its DTensors have the placement ``Shard(0)``, but ``full_tensor()`` assumes DTensor's even
+shards and returns wrong values. So this module notes the rows of each rank once, when the model is sharded.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .mesh import Layout
 
 @dataclass(frozen=True)
 class Place:
-    """Which part of one parameter this rank holds.
+    """The rows of one parameter that this rank holds.
 
     Attributes:
-        shape: shape of the whole parameter.
-        spec: its place on the tp axis.
-        start: first row of this rank's part, counted in the rows of the tp shard.
-        rows: number of its rows.
-        dtype: of the parameter.
-        device: where it is.
+        shape: shape of the full parameter.
+        spec: its placement on the tp axis.
+        start: first row of this rank, counted in the rows of the tp shard.
+        rows: number of rows of this rank; may be 0.
+        dtype: dtype of the parameter.
+        device: device of the shard.
     """
 
     shape: torch.Size
@@ -41,14 +41,14 @@ class Place:
 
 
 class Places:
-    """The places of all parameters of one model on this rank.
+    """The rows of all parameters of one model on this rank. The constructor is collective.
 
     Args:
         layout: the mesh.
         sharded: the parameters of the optimizer, by name.
-        shapes: shapes of the whole parameters, by name.
+        shapes: shapes of the full parameters, by name.
         spec: the resolved tensor-parallel plan, or None.
-        split: the rows are spread over the data-parallel ranks; False: each of them holds all.
+        split: rows are sharded over the data-parallel ranks; False: each of them holds all rows.
     """
 
     def __init__(
@@ -84,21 +84,20 @@ class Places:
         }
 
     def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the tensor ``whole``, which has the shape of the parameter ``name``; a view where it can
-        be one.
+        """This rank's rows of the tensor ``whole``, which has the full shape of the parameter ``name``; a view if
+        possible.
         """
         place = self.by_name[name]
         return local_slice(whole, place.spec, self.tp_rank, self.tp_size).narrow(0, place.start, place.rows)
 
     @torch.no_grad()
     def whole(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The whole tensor from the parts of all ranks.
+        """The full tensor from the rows of all ranks.
 
         Args:
-            name: of the parameter.
-            tensor: this rank's part of it, of its gradient or of a state of the same shape; None for a part without
-            rows.
-            dtype: of the result, the parameter's if None; ranks without rows do not know it.
+            name: name of the parameter.
+            tensor: this rank's rows of it, of its gradient or of a state of the same shape; None without rows.
+            dtype: dtype of the result, equal on all ranks; None: that of the parameter.
 
         Returns:
             A plain tensor, on every rank. Collective over data-parallel and tp ranks.
@@ -109,6 +108,7 @@ class Places:
             shape[place.spec.dim] //= self.tp_size
         local = None if tensor is None else local_part(tensor)
         dtype = dtype or place.dtype
+        # Uneven rows cannot be all-gathered in one collective: each rank fills its rows of zeros, and all are summed.
         part = torch.zeros(shape, dtype=dtype, device=place.device)
         if local is not None and place.rows:
             part.narrow(0, place.start, place.rows).copy_(local.reshape(place.rows, *shape[1:]))
@@ -125,5 +125,5 @@ class Places:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of ``tensor``."""
+    """The local tensor of ``tensor``, detached."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

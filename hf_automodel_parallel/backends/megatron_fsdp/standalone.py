@@ -43,16 +43,15 @@ def megatron_fsdp_strategy_parallelize(
     dp_shard_dim: str = "dp",
     tp_dim: str = "tp",
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Apply tensor parallelism, then megatron-fsdp, to ``model`` and, if given, ``optimizer``. Every rank calls it
-    alike.
+    """Apply tensor parallelism, then megatron-fsdp, to ``model`` and, if given, ``optimizer``. Collective.
 
     Args:
         model: a Hugging Face model, plain or PEFT-wrapped, the same on every rank.
         device_mesh: named axes. Ranks of a ``cp`` axis shard and reduce together with those of ``dp_shard_dim``; those
-            of a ``dp_replicate`` axis hold copies (HSDP).
+            of a ``dp_replicate`` axis hold replicas (HSDP).
         optimizer: keeps its groups and settings and gets the sharded parameters.
-        tp_shard_plan: a plan in any form that ``AutoParallelismConfig(tp_plan=...)`` takes. None: one is selected as
-            everywhere, the model's own first; with tp ranks there is always one, or an error.
+        tp_shard_plan: a plan in any form that ``AutoParallelismConfig(tp_plan=...)`` takes. None: one is selected, the
+            model's own first; with more than one tp rank it is an error if there is none.
         dp_shard_dim: axis to shard over (a flattened one such as ``dp_cp`` too).
         tp_dim: axis of tensor parallelism.
         megatron_fsdp_unit_modules, zero_dp_strategy, init_fsdp_with_meta_device, grad_reduce_in_fp32,
@@ -66,8 +65,7 @@ def megatron_fsdp_strategy_parallelize(
         or None.
 
     Raises:
-        AutoParallelError: on all ranks, before anything is changed: an option, axis, class or plan that cannot be
-            honoured.
+        AutoParallelError: an option, axis, class or plan is not supported; on all ranks, before anything is changed.
     """
     with raise_on_all_ranks("megatron_fsdp_strategy_parallelize"):
         options = MegatronOptions(
@@ -103,7 +101,7 @@ def megatron_fsdp_strategy_parallelize(
     if optimizer is not None:
         strategy.switch_optimizer(context, optimizer, names, before)
     managed = managed_by_megatron(context.model)
-    if managed is None:  # one data-parallel rank, so FSDP2 has it
+    if managed is None:  # one data-parallel rank, so FSDP2 manages the model
         manage_adapters(
             model,
             context.tensor_parallel,

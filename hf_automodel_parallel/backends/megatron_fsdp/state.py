@@ -1,9 +1,8 @@
-"""State dicts of a model and of its optimizers under megatron-fsdp: whole tensors, so that everybody can save and load
-them.
+"""State dicts of a model and its optimizers under megatron-fsdp, with full tensors.
 
-Accelerate's and the Trainer's checkpoints ask the model and the optimizer for their state dicts on all ranks, and
-gather DTensors with ``full_tensor()``, which does not know megatron-fsdp's uneven shards. So here they get whole
-tensors, and hand whole tensors back. Checkpoints are the same files as with every other backend and mesh.
+For a checkpoint, Accelerate and the Trainer call ``state_dict()`` on all ranks and gather DTensors with
+``full_tensor()``, which is wrong for megatron-fsdp's uneven shards. So hooks put full tensors into the state dicts, and
+shard full tensors when a state dict is loaded. The files are the same as with every other backend and mesh.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from .shards import local_part
 
 
 class FullStates:
-    """Makes the state dicts of one model and its optimizers whole. To call ``state_dict()`` is collective over all
-    ranks.
-    """
+    """Puts full tensors into the state dicts of one model and its optimizers; ``state_dict()`` is collective."""
 
     def __init__(self, managed: MegatronModel) -> None:
         self.managed = managed
@@ -38,14 +35,14 @@ class FullStates:
         managed.model.register_load_state_dict_post_hook(self._keep)
 
     def of_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the state dict of ``optimizer`` whole, too."""
+        """Put full tensors into the state dict of ``optimizer``, too."""
         optimizer.register_state_dict_post_hook(self._optimizer_saved)
         optimizer.register_load_state_dict_pre_hook(self._optimizer_loaded)
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def _names(self) -> dict[str, str]:
-        """Every name of a parameter, also of a tied one -> the first name, which has the place."""
+        """Every name of a parameter, including each name of a tied one -> its first name, under which it is sharded."""
         by_id = {id(parameter): name for name, parameter in self.managed.parameters.items()}
         shown = self.managed.model.named_parameters(remove_duplicate=False)
         return {name: by_id[id(parameter)] for name, parameter in shown if id(parameter) in by_id}
@@ -79,11 +76,9 @@ class FullStates:
 
     @contextmanager
     def shown_whole(self) -> Iterator[None]:
-        """Show whole plain parameters until ``model.load_state_dict()`` has run; what it writes is kept, each rank its
-        part.
+        """Show full plain parameters until ``model.load_state_dict()`` has run; then each rank keeps its rows of them.
 
-        For code that distributes what it loads by the parameters that it finds, and cuts those of DTensors evenly.
-        Collective.
+        For code that shards what it loads like the parameters of the model: it would cut DTensors evenly. Collective.
         """
         engine.show_sharded(self.managed.wrapper)
         self.whole = {
@@ -98,7 +93,7 @@ class FullStates:
 
     @torch.no_grad()
     def _keep(self, *_: Any) -> None:
-        """Go back to the sharded parameters, with this rank's part of what the whole ones hold now."""
+        """Show the sharded parameters again, with this rank's rows of the current values of the full ones."""
         if self.whole is None:
             return
         whole, self.whole = self.whole, None
@@ -115,8 +110,8 @@ class FullStates:
             self.managed.model.get_submodule(path)._parameters[key] = parameters[first]
 
     def _home(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` on the CPU, where whole models fit, unless the process group could not broadcast it from there
-        again.
+        """``tensor`` on the CPU, where the entire model fits; unchanged if the process group has no CPU backend, which
+        loading needs to broadcast it.
         """
         return tensor.cpu() if "gloo" in dist.get_backend_config() else tensor
 
@@ -133,6 +128,7 @@ class FullStates:
         }
 
     def _optimizer_saved(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # A rank without rows of a parameter has no state of it, so the ranks exchange which states there are.
         mine = {}
         for key, name in self._places_in(optimizer, state).items():
             values = state["state"].get(key, {})
@@ -149,7 +145,7 @@ class FullStates:
         return {**state, "state": result}
 
     def _described(self, name: str, value: Any) -> tuple[torch.dtype | None, Any]:
-        """(dtype, None) of a state with the shape of its parameter, (None, value) of anything else."""
+        """(dtype, None) for a state with the shape of its parameter, (None, value) for any other."""
         if isinstance(value, torch.Tensor) and value.ndim and value.shape == self.managed.places.by_name[name].shape:
             return value.dtype, None
         return None, value.cpu() if isinstance(value, torch.Tensor) else value

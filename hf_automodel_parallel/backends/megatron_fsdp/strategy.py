@@ -1,4 +1,8 @@
-"""The flow with megatron-fsdp in the place of FSDP2: the same steps, plans and checks, for every Hugging Face model."""
+"""The strategy with megatron-fsdp instead of FSDP2: the same steps, plans and checks, for every Hugging Face model.
+
+Also here are its helpers: the form of tensor-parallel parameters that megatron-fsdp can shard (:func:`make_local`), the
+operations that are refused afterwards (:func:`refuse_changes`), and the classes of its units (:func:`unit_classes`).
+"""
 
 from __future__ import annotations
 
@@ -41,16 +45,16 @@ logger = logging.getLogger(__name__)
 
 
 class MegatronFsdpStrategy(DefaultParallelizationStrategy):
-    """Tensor parallelism as everywhere, then megatron-fsdp.
+    """Tensor parallelism as in the default strategy, then megatron-fsdp.
 
-    With one data-parallel rank there is nothing for megatron-fsdp to do; FSDP2 on an axis of one rank takes its place,
-    as it does in the default strategy.
+    With one data-parallel rank there is nothing for megatron-fsdp to shard. Then FSDP2 on an axis of one rank is used,
+    as in the default strategy.
 
     Args:
         options: behaviour of megatron-fsdp.
-        shard: axis of the mesh to shard over; one that is flattened of several, too.
+        shard: axis of the mesh to shard over; may be a flattened one.
         tp: axis of tensor parallelism, None if the mesh has none.
-        has_optimizer: an optimizer is handed over with the model.
+        has_optimizer: an optimizer is prepared together with the model.
     """
 
     def __init__(
@@ -63,10 +67,10 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         self.options = options or MegatronOptions()
         self.shard, self.tp, self.has_optimizer = shard, tp, has_optimizer
 
-    # ---- deciding --------------------------------------------------------------------------------------------------
+    # ---- plan: no collective, no change ----------------------------------------------------------------------------
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Like the default strategy's, with what megatron-fsdp can do."""
+        """Decide everything; raise for a model, option or plan that megatron-fsdp does not support."""
         engine.load()
         self.refuse_options_of_fsdp2(context)
         self.axes = find_axes(context.mesh, self.shard, self.tp)
@@ -86,7 +90,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             refuse_cross_module_reads(context.spec, reads)  # type: ignore[arg-type]
 
     def refuse_options_of_fsdp2(self, context: ParallelizeContext) -> None:
-        """Refuse what the user asked of FSDP2 and megatron-fsdp does not have."""
+        """Refuse options of FSDP2 that megatron-fsdp does not have."""
         refuse_for_backend(context.options, "megatron_fsdp")
         asked = {
             "cpu_offload": "CPU" in type(context.fsdp.offload_policy).__name__,
@@ -111,7 +115,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             )
 
     def check_model(self, context: ParallelizeContext) -> None:
-        """Refuse models that cannot be sharded from here."""
+        """Refuse models that megatron-fsdp or tensor parallelism cannot shard."""
         refuse_sharded(context.model)
         check_trainable_as_shards(context.model)
         if quantization_method(context.model) is not None:
@@ -141,10 +145,10 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             _check_resettable(context.model, context.tp_mesh is not None)
 
     def select_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Choose the plan and resolve it on the model; styles that need DTensors in flight are refused."""
+        """Choose the plan and resolve it on the model; refuse styles that compute with DTensors."""
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
-        # Derived plans have been compared under FSDP2 alone; the refusal names the sources that were asked.
+        # Derived plans have been verified with FSDP2 only.
         order = tuple(source for source in context.options.plan_order if source != "derived")
         context.plan = select_plan(context.model, context.options.tp_plan, order, size)
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
@@ -152,7 +156,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         check_local(context.spec)
         validate(context.model, context.spec, size)
 
-    # ---- carrying out ----------------------------------------------------------------------------------------------
+    # ---- apply: the same steps on every rank -----------------------------------------------------------------------
 
     def apply_data_parallel(self, context: ParallelizeContext) -> None:
         """Wrap with megatron-fsdp; or, with one data-parallel rank, with FSDP2."""
@@ -161,9 +165,8 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
                 logger.warning("there is one data-parallel rank, so megatron-fsdp is not used")
             super().apply_data_parallel(context)
             return
-        shapes = {
-            name: parameter.shape for name, parameter in context.model.named_parameters()
-        }  # of DTensors: the whole ones
+        # Before make_local: a DTensor has the shape of the full tensor.
+        shapes = {name: parameter.shape for name, parameter in context.model.named_parameters()}
         if context.spec is not None:
             make_local(context.model, context.spec)
             context.tensor_parallel.local = True  # type: ignore[union-attr]
@@ -180,7 +183,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             context.fsdp.mp_policy.param_dtype,
         )
         refuse_changes(context.model)
-        if not context.sums_after_backward:  # with an Accelerator, which saves by state dicts
+        if not context.sums_after_backward:  # with an Accelerator, which saves the state dicts of the model
             managed.states = FullStates(managed)
 
     def switch_optimizer(
@@ -190,7 +193,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         names: list[list[str]],
         before: dict[str, nn.Parameter],
     ) -> None:
-        """Let ``optimizer`` work on megatron-fsdp's shards, and do megatron-fsdp's part in each step."""
+        """Let ``optimizer`` update megatron-fsdp's shards, with megatron-fsdp's own work before and after each step."""
         managed: MegatronModel | None = managed_by_megatron(context.model)
         if managed is None:
             super().switch_optimizer(context, optimizer, names, before)
@@ -219,12 +222,17 @@ def _check_resettable(model: nn.Module, tensor_parallel: bool) -> None:
         )
 
 
-# ---- tensor parallel -----------------------------------------------------------------------------------------------
+# ---- tensor-parallel parameters in the form that megatron-fsdp can shard -------------------------------------------
+
+# megatron-fsdp reads the global shape of a DTensor where it needs the local one: a weight that is sharded on dimension
+# 1 gets rows of the wrong length, and its own check fails. So it gets local tensors with Megatron-Core's three
+# attributes (tensor_model_parallel, partition_dim, partition_stride), which it also supports.
 
 
 def make_local(model: nn.Module, spec: ShardingSpec) -> None:
-    """Replace each tensor-parallel DTensor of ``model`` by a parameter of its local part, in place; ties stay."""
-    made: dict[int, tuple[DTensor, nn.Parameter]] = {}  # the old one keeps its id taken
+    """Replace each DTensor parameter of ``model`` by its local tensor as a parameter, in place; tied ones stay tied."""
+    # With the DTensor as well: if it were freed, a new object could get its id.
+    made: dict[int, tuple[DTensor, nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
             if not isinstance(parameter, DTensor):
@@ -240,7 +248,7 @@ def make_local(model: nn.Module, spec: ShardingSpec) -> None:
 
 
 def check_local(spec: ShardingSpec) -> None:
-    """Raise :class:`UnsupportedError` if a module of ``spec`` runs on an engine that needs DTensors in flight."""
+    """Raise :class:`UnsupportedError` if a module of ``spec`` has a torch ``ParallelStyle``, which needs DTensors."""
     for name, module in spec.modules.items():
         if module.native_style is not None:
             raise UnsupportedError(
@@ -250,11 +258,11 @@ def check_local(spec: ShardingSpec) -> None:
             )
 
 
-# ---- changes -------------------------------------------------------------------------------------------------------
+# ---- operations that are refused once the parameters are in megatron-fsdp's buffers --------------------------------
 
 
-#: PEFT's and transformers' operations that change parameters, or which of them are trained, which megatron-fsdp has in
-#: buffers.
+#: Operations of PEFT and transformers that replace parameters, or change which of them are trained. megatron-fsdp made
+#: its buffers for the parameters of the moment when it sharded the model.
 _CHANGING = (
     "add_adapter",
     "add_weighted_adapter",
@@ -271,9 +279,7 @@ _CHANGING = (
 
 
 def refuse_changes(model: nn.Module) -> None:
-    """Let operations that change parameters of ``model``, or which of them are trained, say that they cannot be
-    done.
-    """
+    """Replace the operations of :data:`_CHANGING` on ``model`` by functions that raise :class:`UnsupportedError`."""
     inner = ModelView.of(model).inner
     for owner in {id(o): o for o in (model, getattr(model, "base_model", None), inner)}.values():
         for name in _CHANGING:
@@ -291,7 +297,7 @@ def _refusal(name: str) -> Callable[..., Any]:
     return refuse
 
 
-# ---- units ---------------------------------------------------------------------------------------------------------
+# ---- units: the classes whose instances megatron-fsdp unshards and reshards together -------------------------------
 
 
 def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None) -> list[type[nn.Module]]:
@@ -299,10 +305,11 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
 
     Args:
         model: the model, plain or PEFT-wrapped.
-        given: classes, import paths or class names; None for the repeated layers, and the whole model if it has none.
+        given: classes, import paths or class names. None: the classes of the repeated layers, or the class of the model
+            if it has no repeated layers.
 
     Raises:
-        ConfigError: a class does not occur in the model.
+        ConfigError: no module of the model has such a class.
         UnsupportedError: a unit would contain another one, or a parameter that is also used outside of it.
     """
     if given is None:
@@ -331,7 +338,7 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
 
 
 def _find(model: nn.Module, item: str | type[nn.Module]) -> type[nn.Module]:
-    """The class that ``item`` means."""
+    """The class that ``item`` names; raises :class:`ConfigError` if no module of ``model`` has it."""
     present = {type(module): None for module in model.modules()}
     if isinstance(item, type):
         if any(issubclass(cls, item) for cls in present):
