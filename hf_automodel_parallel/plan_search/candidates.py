@@ -1,8 +1,8 @@
-"""Which linear layers of a model may be pairs of a column-wise and a row-wise projection: guesses, to be verified.
+"""Candidates for pairs of column-wise and row-wise projections among the linear layers of a model, to be verified.
 
-One forward of the tiny proxy model is hooked. Layers that read the *same tensor* are columns (q, k and v; gate and up);
-the next one whose output has the width of that tensor is their row (o, down). All other linear layers can still be
-sharded on their own, with a gathered output.
+Hooks observe one forward of the tiny proxy model. Layers that read the *same tensor object* are columns (q, k and v;
+gate and up). The next layer whose output has the width of that tensor is their row (o, down). Every other linear layer
+can be sharded on its own, with an all-gathered output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Group:
 
     Attributes:
         columns: layers that read the same activation.
-        row: the layer that writes the result, or "" for columns without one.
+        row: the row-wise layer behind them, or "" if there is none.
     """
 
     columns: tuple[str, ...]
@@ -42,9 +42,9 @@ class Variant:
 
     Attributes:
         styles: pattern -> style.
-        counts: pattern of modules -> attributes that count what is sharded.
+        counts: pattern of modules -> attributes that count sharded heads or features.
         head_arguments: pattern of modules -> argument -> (dimension, attribute that counts the heads).
-        inside: the activations between columns and row stay sharded; else the outputs are gathered.
+        inside: the activations between columns and row stay sharded; else each output is all-gathered.
     """
 
     styles: dict[str, str]
@@ -62,14 +62,14 @@ class _Call:
 
 
 class Observed:
-    """What one forward of the tiny proxy model shows.
+    """Observes one forward of the tiny proxy model; the constructor runs it.
 
     Args:
         model: the tiny proxy model.
         inputs: its batch.
 
     Attributes:
-        groups: groups of layers in the order in which they run, each set of patterns once.
+        groups: groups of layers in the order of the forward, each set of patterns once.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Observed:
     # ---- ways to shard a group -----------------------------------------------------------------------------------
 
     def variants(self, group: Group) -> Iterator[Variant]:
-        """Variants to try, the best first: sharded inside, then each layer on its own."""
+        """Variants to verify, the best first: activations sharded inside the group, then each layer on its own."""
         if group.row:
             yield from self._sharded_inside(group)
             gathered = dict.fromkeys(group.columns, "colwise_gather_output") | {group.row: "rowwise_split_input"}
@@ -134,6 +134,7 @@ class Observed:
     def _sharded_inside(self, group: Group) -> Iterator[Variant]:
         by_pattern = {pattern_of(c.name): c for c in reversed(self.calls)}
         width = by_pattern[group.row].in_features
+        # A single column that is 2 or 3 times as wide as its row's input packs gate and up, or q, k and v.
         fused = by_pattern[group.columns[0]].out_features // width if len(group.columns) == 1 else 1
         styles = ["colwise"] + {2: ["packed_colwise"], 3: ["qkv_colwise"]}.get(fused, [])
         owner = _common_owner((*group.columns, group.row))
@@ -146,8 +147,8 @@ class Observed:
                     yield Variant(plan, attributes, arguments)
 
     def _counters(self, owner: str, width: int) -> tuple[list[dict[str, tuple[str, ...]]], dict[str, str]]:
-        """Sets of attributes below ``owner`` that may count heads or the width of all of them, and one that counts
-        heads.
+        """Sets of attributes below ``owner`` that may count heads or their total width, as pattern -> attributes; and
+        pattern -> an attribute that counts all heads.
         """
         heads: dict[str, tuple[str, ...]] = {}
         both: dict[str, tuple[str, ...]] = {}
@@ -176,7 +177,7 @@ class Observed:
         return found, {pattern: name for pattern, name in counter.items() if name}
 
     def _per_head(self, owner: str, heads: dict[str, str]) -> Iterator[dict[str, dict[str, tuple[int, str]]]]:
-        """Arguments of modules below ``owner`` that may have a value for each head."""
+        """Arguments of modules below ``owner`` that may have one value per head; see :attr:`Variant.head_arguments`."""
         found: dict[str, dict[str, tuple[int, str]]] = {}
         for pattern, attribute in heads.items():
             for name, value in self.arguments.get(pattern, {}).items():
@@ -188,9 +189,10 @@ class Observed:
 
 
 def _may_be_row(call: _Call, columns: list[_Call]) -> bool:
-    """True if a layer may write the result of ``columns``: as wide as what they read, or read as wide as they write.
+    """True if a layer may be the row of ``columns``: its output is as wide as their input; or there are three or more
+    columns and its input is as wide as the widest output.
 
-    The latter for attention over more than the hidden states (Zamba), where the input is wider than the result.
+    The second rule is for attention over more than the hidden states (Zamba), whose input is wider than its output.
     """
     wide = len(columns) > 2 and call.in_features == max(column.out_features for column in columns)
     return wide or call.out_features == columns[0].in_features
@@ -212,9 +214,9 @@ def _common_owner(patterns: tuple[str, ...]) -> str:
 
 
 def _read_by_owner(model: nn.Module, name: str) -> bool:
-    """True if the class of the module around a linear layer hands its weight to a kernel of some devices (Mamba).
+    """True if the parent module of a linear layer may pass its weight to a kernel on some devices (Mamba).
 
-    The proxy model runs the branches that a config selects, but on the CPU only.
+    Found in the source, because the proxy model runs on the CPU and does not reach that branch.
     """
     owner, _, leaf = name.rpartition(".")
     cls: Any = type(model.get_submodule(owner))

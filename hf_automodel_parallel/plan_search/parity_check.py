@@ -1,8 +1,8 @@
 """Does a plan compute what one process computes? Outputs and every gradient of a small model are compared.
 
 The ranks are threads (:mod:`..tensor_parallel.thread_group`) that run the package's own TP hooks and local-parameter
-scopes. So a plan is verified anywhere, before there is a process group, in a fraction of a second. Only the collectives
-are others, and a parameter is its local shard between forwards, too, instead of a DTensor.
+scopes. So a plan can be verified without a process group, in a fraction of a second. Two things differ from real ranks:
+the collectives, and a parameter is a local shard between forwards, too, not a DTensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..tensor_parallel.head_counts import set_local_counts
 from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
 from .proxy_model import LENGTH, inputs_for
 
-#: Largest difference of a gradient that rounding in float32 explains: relative to its norm, and to that of all.
+#: Tolerances for float32 rounding: relative to the norm of a gradient, and to the norm of all gradients together.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
 
 
@@ -42,7 +42,7 @@ class Result:
 
     Attributes:
         outputs: every floating-point tensor of the model's output.
-        gradients: parameter name -> gradient, None where there is none.
+        gradients: parameter name -> gradient, or None for a parameter without a gradient.
     """
 
     outputs: list[torch.Tensor]
@@ -50,7 +50,7 @@ class Result:
 
 
 def run_once(model: nn.Module, inputs: dict[str, Any]) -> Result:
-    """One forward, and the backward of a fixed random combination of all its outputs: each entry of each counts."""
+    """One forward, and the backward of a fixed random combination of its outputs, so that every entry has a weight."""
     model.zero_grad(set_to_none=True)
     output = model(**inputs)
     values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else (output,)
@@ -68,17 +68,18 @@ class ParityCheck:
     Args:
         model: a small model in evaluation mode on the CPU, which has not run yet. It is only copied.
         size: number of ranks.
-        length: tokens in each row of the batch.
+        length: number of tokens in each row of the batch.
 
     Raises:
         AutoParallelError: the model cannot be run, or its forward replaces its own modules (BigBird does so for short
-            sequences), so that other runs would compute something else.
+            sequences), so that other runs would compute different results.
     """
 
     def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
         self.model, self.size = model, size
         self.inputs = inputs_for(model, length)
-        used = copy.deepcopy(model)  # `model` itself must not run: some modules keep state that cannot be copied
+        # A copy, because after a forward some modules keep state that deepcopy cannot copy.
+        used = copy.deepcopy(model)
         before = [(name, id(module)) for name, module in used.named_modules()]
         self.want = run_once(used, self.inputs)
         if before != [(name, id(module)) for name, module in used.named_modules()]:
@@ -105,7 +106,7 @@ class ParityCheck:
             if completed:
                 complete(self.model, spec, find_structure(self.model).layers, self.size, plan.strict)
             results = run_ranks(self.size, lambda mesh: self._rank(spec, mesh))
-        except Exception as error:  # of the model's own code too, where shapes no longer fit
+        except Exception as error:  # of the model's own code, too, if its shapes do not fit the shards
             return f"{type(error).__name__}: {first_line(error)}"
         for rank, result in enumerate(results):
             for got, expected in zip(result.outputs, self.want.outputs, strict=True):
@@ -130,9 +131,8 @@ class ParityCheck:
             return f"{name} gets no gradient"
         place = spec.parameters.get(name, REPLICATED)
         if place.partial_gradient:
-            present = [
-                torch.stack(present).mean(0)
-            ]  # contributions are scaled by tp_size, see tensor_parallel.grad_sync
+            # The mean, because each contribution is scaled by tp_size; see tensor_parallel.grad_sync.
+            present = [torch.stack(present).mean(0)]
         for rank, gradient in enumerate(present):
             part = local_slice(want, place, rank, self.size)
             if gradient.shape != part.shape or not _close(gradient, part, float(want.norm()), self.norm):
@@ -141,7 +141,7 @@ class ParityCheck:
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, norm: float, total: float = 0.0) -> bool:
-    return float((got - want).norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for what is not a number
+    return float((got - want).norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for NaN
 
 
 def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh: ThreadGroup) -> nn.Module:
@@ -151,7 +151,7 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
         model: the unsharded model on the CPU; only read.
         spec: its resolved plan, without native torch styles and without sequence parallelism.
         layers: names of the layers; each is a local-parameter scope.
-        mesh: the rank.
+        mesh: this rank's view of the group.
 
     Raises:
         PlanError: the plan has a native torch style.
@@ -167,7 +167,7 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
     for name, module in spec.modules.items():
         install_hooks(result, name, module, state)
     install_head_arguments(result, spec, state)
-    # With the original parameter, because ids are unique among living objects only.
+    # With the original parameter: if it were freed, a new object could get its id.
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for owner_name, owner in result.named_modules():
         for key, parameter in list(owner._parameters.items()):

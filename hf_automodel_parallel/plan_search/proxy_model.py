@@ -1,8 +1,8 @@
-"""A tiny proxy model: the same class and the same switches of its config, with few layers of small sizes.
+"""A tiny proxy model: the model's class, its config with the same switches and with few layers of small sizes.
 
-Which number of a config is a size, and of what, only its name tells (:data:`SIZES`). Where small sizes contradict each
-other, the class cannot be built, and there is no proxy model. Sizes differ from each other (heads, width of a head,
-batch, length), so that a size says what it counts.
+Only the name of a config field shows which size it is (:data:`SIZES`). If the small sizes contradict each other, the
+class cannot be built, and there is no proxy model. Heads, width of a head, batch and length have different sizes, so
+that a size identifies its dimension.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ _HEADS = re.compile(SIZES[5][0])
 
 
 def proxy_config(config: Any, each: int = 1) -> Any:
-    """A small copy of ``config``, a transformers config, with ``each`` layers of every kind; the original is not
-    changed.
-    """
+    """A copy of ``config``, a transformers config, with small sizes and ``each`` layers of every kind."""
     small = copy.deepcopy(config)
     fields = small.to_dict()
     heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
@@ -98,12 +96,12 @@ def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
     """The size of a field that follows from other sizes; ``fields`` are those of the original."""
     hidden = fields.get("hidden_size")
     expansion = next((fields[k] for k in ("mamba_expand", "expand") if isinstance(fields.get(k), int)), 1)
-    # Attention over more than the hidden states: Zamba puts the embeddings beside them.
+    # Attention over more than the hidden states: Zamba concatenates the embeddings to them.
     if name == "attention_hidden_size":
         return HIDDEN * _times(value, hidden)
     if name == "attention_head_dim":
         return HEAD_DIM * _times(fields.get("attention_hidden_size"), hidden)
-    # State-space mixers: all their heads together are as wide as the expanded hidden states.
+    # State-space mixers: their heads together have the width of the expanded hidden states.
     if name == "mamba_d_ssm":
         return HIDDEN * expansion
     alone = name == "num_heads" and "expand" in fields and "num_attention_heads" not in fields
@@ -113,19 +111,19 @@ def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
 
 
 def _times(value: Any, of: Any) -> int:
-    """How many times ``of`` goes into ``value``; 1 if not evenly, or where one is missing."""
+    """``value // of``; 1 if ``of`` does not divide ``value``, or if one of them is not an integer."""
     return value // of if isinstance(value, int) and isinstance(of, int) and of and not value % of else 1
 
 
 def _are_indices(name: str, value: Any, layers: int) -> bool:
-    """True for a list of some of the layers, by their indices."""
+    """True for a list of layer indices."""
     if not (isinstance(value, list) and value and _INDICES.fullmatch(name)):
         return False
     return all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
 
 
 def _is_period(name: str, value: Any, layers: int) -> bool:
-    """True for a short list of kinds of layer that is repeated over all layers (RecurrentGemma)."""
+    """True for a short list of layer kinds that the model repeats over all layers (RecurrentGemma)."""
     kinds = isinstance(value, list) and 1 < len(value) < layers and all(isinstance(kind, str) for kind in value)
     return kinds and re.fullmatch(r".*(types|pattern)", name) is not None
 
@@ -134,11 +132,11 @@ def _set(config: Any, name: str, value: Any) -> None:
     try:
         setattr(config, name, value)
     except (AttributeError, NotImplementedError, ValueError, TypeError):
-        return  # a property that follows from other fields
+        return  # a read-only property, computed from other fields
 
 
 def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
-    """Indices of layers that together show each kind of layer, at least :data:`LAYERS`."""
+    """Indices of layers that cover every kind of layer, at least :data:`LAYERS` of them."""
     full = {k: v for k, v in fields.items() if isinstance(v, list) and layers > 2}
     indices = [v for k, v in full.items() if _are_indices(k, v, layers)]
     lists = [v for k, v in full.items() if len(v) == layers and not _are_indices(k, v, layers)]
@@ -150,21 +148,22 @@ def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
 
 
 def build_proxy_model(model: nn.Module) -> nn.Module:
-    """A tiny proxy model of ``model`` (unwrapped, on any device), in float32 on the CPU and in evaluation mode, with
-    random parameters without zeros.
+    """A tiny proxy model of ``model`` (unwrapped, on any device), in float32 on the CPU and in evaluation mode.
 
-    The global random state is left alone; equal classes and configs give equal proxy models on all ranks.
+    Parameters are random and not zero, so that each has an effect on the output. The global random state is not
+    changed; equal classes and configs give equal proxy models on all ranks.
 
     Raises:
-        PlanError: it has no config, or its class cannot be built with the small one.
+        PlanError: the model has no config, or its class cannot be built with the small config.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise PlanError(f"{type(model).__name__} has no config to make a tiny proxy model of.")
     try:
         small = _build(type(model), proxy_config(config))
-    except Exception as error:  # code of the model, which may raise anything
-        try:  # what layers of one kind share needs two of them
+    except Exception as error:  # code of the model, which may raise any error
+        # Two layers of each kind, for models in which layers of one kind have modules in common (Zamba).
+        try:
             small = _build(type(model), proxy_config(config, each=2))
         except Exception:
             raise PlanError(
@@ -188,10 +187,10 @@ def _build(cls: Any, config: Any) -> nn.Module:
 
 
 def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
-    """A batch for a forward of a proxy model: token ids, with padding at the end of one row.
+    """A batch for a forward of a proxy model: int64 token ids of shape (BATCH, length), with padding in one row.
 
     Raises:
-        PlanError: its forward takes no ``input_ids``.
+        PlanError: its forward has no argument ``input_ids``.
     """
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" not in accepted:
@@ -211,9 +210,9 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
 
 
 def replaced_modules(model: nn.Module) -> list[str]:
-    """Modules of ``model`` whose class is not the one that the model's class builds: they were replaced afterwards.
+    """Names of modules of ``model`` that were replaced by another class after the model was built.
 
-    A module that PEFT wrapped counts as the module inside. Empty, too, if no proxy model can be built.
+    A module in PEFT's wrapper counts as the module inside. Empty if no proxy model can be built.
     """
     inner = ModelView.of(model).inner
     try:

@@ -53,18 +53,17 @@ _KNOWN: dict[tuple[type, str, bool], Plan | str] = {}
 def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
     """A plan for ``model`` that was verified on a tiny proxy model, in this process and without communication.
 
-    The same on every rank, since it depends on class and config alone; searched once per class and config in a process.
+    It depends on class and config only, so it is the same on every rank. A process searches once per class and config.
 
     Args:
         model: the model, unwrapped, on any device including meta. Only its class and its config are used.
-        tp_size: number of ranks that it is for, if known: attention whose heads it does not divide is not sharded by
-            heads.
+        tp_size: number of tp ranks, if known; attention is not sharded by heads if it does not divide the heads.
 
     Returns:
-        The plan, with notes on what stays replicated and why.
+        The plan, with a note for each layer that stays replicated, and the reason.
 
     Raises:
-        PlanError: there is no proxy model, or nothing of it can be sharded; with the reason.
+        PlanError: there is no proxy model, or none of its layers can be sharded; with the reason.
     """
     by_heads = _heads_divide(model, tp_size)
     key = (type(model), _fingerprint(model), by_heads)
@@ -97,10 +96,11 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
         observed = Observed(copy.deepcopy(small), inputs_for(small))
     except AutoParallelError:
         raise
-    except Exception as error:  # code of the model, which may raise anything
+    except Exception as error:  # code of the model, which may raise any error
         raise PlanError(
             f"a tiny proxy model of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
         ) from error
+    # Greedy: a group that is verified stays in the draft. The entire plan is checked at the end.
     draft = _Draft()
     for group in observed.groups:
         draft = _with_group(draft, group, observed, check, by_heads)
@@ -128,7 +128,7 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
 
 
 def _entire_plan_failure(plan: Plan, small: nn.Module, check: ParityCheck) -> str | None:
-    """Check the entire plan, also on sequences that are longer than windows and chunks."""
+    """The first difference of the entire plan, also on sequences longer than windows and chunks; None if equal."""
     failure = check.failure(plan)
     if failure is not None:
         return failure
@@ -151,6 +151,7 @@ def _with_group(draft: _Draft, group: Group, observed: Observed, check: ParityCh
             continue
         candidate = draft.with_variant(variant)
         failure = check.failure(_only(variant).plan())
+        # Groups below one module may change the same head counts, so check them together.
         if failure is None and len(draft.styles) and set(variant.counts) & set(draft.counts):
             failure = check.failure(candidate.plan())
         if failure is None:
@@ -165,7 +166,7 @@ def _only(variant: Variant) -> _Draft:
 
 
 def _has_heads(observed: Observed, group: Group) -> bool:
-    """True if the module around the columns counts heads in any way."""
+    """True if the parent module of the columns has an attribute that may count heads."""
     for name, module in observed.model.named_modules():
         if pattern_of(name) == group.columns[0].rpartition(".")[0]:
             return any("head" in k and isinstance(v, int) and v in (HEADS, 1, 2) for k, v in vars(module).items())
@@ -173,7 +174,7 @@ def _has_heads(observed: Observed, group: Group) -> bool:
 
 
 def _with_ends(draft: _Draft, model: nn.Module, check: ParityCheck) -> _Draft:
-    """The input embedding and the output projection, sharded over the vocabulary, if that is right."""
+    """Add input embedding and output projection, sharded over the vocabulary: both, else one of them, if verified."""
     ends: dict[str, str] = {}
     embedding, head = compat.input_embedding_module(model), compat.lm_head_module(model)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""``verify_plan``: compare a plan with one process before training. No processes, no GPU, a second or two."""
+"""``verify_plan``: compare a plan with one process before training. Runs in one process without a GPU, in seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .search import derived_plan
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared.
+    """Result of :func:`verify_plan` for a plan that computes the same as one process.
 
     Attributes:
         plan: the plan, with the source of each entry.
@@ -43,24 +43,24 @@ def verify_plan(
 ) -> Verified:
     """Compare a tensor-parallel plan with one process on a tiny proxy model: outputs and all gradients.
 
-    The plan is taken as ``prepare`` takes it: completed, where it leaves out a norm of heads, for example.
+    As in ``prepare``, the plan is completed first: for example, the norm of a head's features gets a partial gradient.
 
-    The proxy model has the class and the switches of the model's config with two small layers (more if layers differ).
-    Its ranks are threads that run the TP hooks of this package on shards of the weights, in float32 on the CPU.
-    Dimensions that do not divide show only with the real sizes; ``prepare`` finds them.
+    The proxy model has the class of the model and the switches of its config, with two small layers (more if layers
+    differ). Its ranks are threads that run this package's TP hooks on shards of the weights, in float32 on the CPU. A
+    dimension of the real model that tp does not divide is found by ``prepare``, not here.
 
     Args:
         model: a model on any device including meta, plain or PEFT-wrapped (the proxy model has no adapters); or a
-            config of transformers, of which ``AutoModelForCausalLM`` makes one.
+            config of transformers, from which ``AutoModelForCausalLM`` makes one.
         tp: number of ranks, 2 or 4 (the proxy model has 4 heads).
-        plan: a plan in any form of ``AutoParallelismConfig.tp_plan``; None: the one that the model would get.
-        plan_order: sources to try without ``plan``.
+        plan: a plan in any form of ``AutoParallelismConfig.tp_plan``; None: the plan that ``prepare`` would select.
+        plan_order: sources to try if ``plan`` is None.
 
     Returns:
-        What was compared.
+        The plan, and how much was compared.
 
     Raises:
-        PlanError: there is no plan or no proxy model, or the results differ; the message says where.
+        PlanError: there is no plan or no proxy model, or the results differ; the message names the first difference.
 
     Example:
         >>> verify_plan(AutoConfig.from_pretrained("gpt2"), tp=2).plan.origin

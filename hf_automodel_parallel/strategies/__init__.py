@@ -1,1 +1,1 @@
-"""The flow for one model family: which steps are taken, in which order."""
+"""Strategies: the steps that parallelise a model, in their order, for models in general and for each family."""

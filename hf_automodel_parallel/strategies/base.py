@@ -1,4 +1,4 @@
-"""What a strategy is: the interface that families and third parties implement, and the job that the steps share."""
+"""The interface of a strategy, which families and third parties implement, and the checks of all strategies."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .context import ParallelizeContext
 
 
 class ParallelizationStrategy(ABC):
-    """How models of one family are parallelised. Subclass it and register the subclass with
+    """Parallelises the models of one family. Subclass it and register the subclass with
     :func:`~hf_automodel_parallel.register_parallel_strategy`.
 
-    A family that differs from the default in a step should subclass
+    A family that differs from the default in one step should subclass
     :class:`~hf_automodel_parallel.strategies.default.DefaultParallelizationStrategy` and override that step. A strategy
-    with its own flow implements :meth:`parallelize` alone; ``Accelerator.prepare`` then compares the ranks before,
-    calls it with what the user asked for, and hands the optimizer over to the sharded parameters after it.
+    with other steps implements :meth:`parallelize` alone. ``Accelerator.prepare`` then compares the ranks, calls
+    :meth:`parallelize` with the user's options, and gives the optimizer the sharded parameters.
     """
 
     @abstractmethod
@@ -53,23 +53,23 @@ class ParallelizationStrategy(ABC):
         """Parallelise ``model`` and return it (or what replaces it); the root of the result is an ``FSDPModule``.
 
         Args:
-            model: the model with equal values on all ranks.
+            model: the model, with equal values on all ranks.
             device_mesh: root mesh.
-            mp_policy: dtypes of FSDP2; None means the strategy's default.
-            offload_policy: FSDP2's, None to keep shards where they are.
-            sequence_parallel: shard activations between the tensor-parallel boundaries along the sequence.
-            activation_checkpointing: False, True (whole layers) or the name of a mode ("submodule", "selective").
-            tp_shard_plan: explicit tensor-parallel plan in any form.
+            mp_policy: dtypes of FSDP2; None: the strategy's default.
+            offload_policy: offload policy of FSDP2; None: shards stay on the device.
+            sequence_parallel: shard activations between tensor-parallel blocks along the sequence.
+            activation_checkpointing: False, True (entire layers) or the name of a mode ("submodule", "selective").
+            tp_shard_plan: explicit tensor-parallel plan in any form of ``AutoParallelismConfig.tp_plan``.
             dp_replicate_mesh_name: axis of replicas.
             dp_shard_cp_mesh_name: axis to shard over.
             tp_mesh_name: axis of tensor parallelism.
-            kwargs: further options; one that cannot be honoured is refused, not ignored.
+            kwargs: further options; a strategy raises for one that it does not support.
         """
 
     # ---- the steps that Accelerator.prepare takes ----------------------------------------------------------------
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Decide, and raise everything that a user can have got wrong. No collective, no change."""
+        """Decide everything, and raise all user errors. Runs no collective and changes nothing."""
         refuse_sharded(context.model)
         name = type(self).__name__
         asked = {
@@ -99,6 +99,7 @@ class ParallelizationStrategy(ABC):
         """Parallelise ``context.model``; the same collectives on every rank."""
         if context.load_on_rank_zero:
             materialize_empty(context.model)
+        # Before sharding, after which ranks hold different shards and cannot be compared any more.
         equalize_parameters(context.model, context.group)
         arguments = call_arguments(self.parallelize, self._asked_for(context), type(self).__name__)
         result = self.parallelize(context.model, context.mesh, **arguments)
@@ -119,11 +120,18 @@ class ParallelizationStrategy(ABC):
         names: list[list[str]],
         before: dict[str, nn.Parameter],
     ) -> None:
-        """Let ``optimizer`` work on the sharded parameters: ``names[group][i]`` as they were called before sharding."""
+        """Give ``optimizer`` the sharded parameters, in place.
+
+        Args:
+            context: the context after :meth:`carry_out`.
+            optimizer: the user's optimizer.
+            names: ``names[group][i]``, the names of its parameters before sharding.
+            before: name -> parameter before sharding.
+        """
         switch_parameters(optimizer, names, context.model, before)
 
     def _asked_for(self, context: ParallelizeContext) -> dict[str, tuple[Any, Any]]:
-        """Argument of :meth:`parallelize` -> (value, the value that asks for nothing)."""
+        """Argument of :meth:`parallelize` -> (value, its value if the user did not set the option)."""
         fsdp = context.fsdp
         mode: Any = {"none": False, "full": True}.get(context.checkpointing, context.checkpointing)
         return {
@@ -138,7 +146,7 @@ class ParallelizationStrategy(ABC):
             "dp_replicate_mesh_name": (context.axes.replicate, "dp_replicate"),
             "dp_shard_cp_mesh_name": (context.axes.shard, "dp_shard_cp"),
             "tp_mesh_name": (context.axes.tp, "tp"),
-            "enable_compile": (False, False),  # prepare compiles afterwards, with the user's backend and mode
+            "enable_compile": (False, False),  # carry_out compiles afterwards, with the user's backend and mode
             "fsdp2_backward_prefetch_depth": (fsdp.backward_prefetch, 2),
             "fsdp2_forward_prefetch_depth": (fsdp.forward_prefetch, 1),
             "reshard_after_forward": (fsdp.reshard_after_forward, fsdp.reshard_after_forward),
@@ -146,15 +154,15 @@ class ParallelizationStrategy(ABC):
 
 
 def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any]], name: str) -> dict[str, Any]:
-    """The keyword arguments to call ``function`` with.
+    """The keyword arguments for a call of ``function``.
 
     Args:
-        function: a strategy's ``parallelize``; one without ``**kwargs`` gets what its signature names.
-        asked: argument -> (value, the value that asks for nothing).
-        name: of the strategy, for the message.
+        function: a strategy's ``parallelize``; without ``**kwargs`` it gets only the arguments in its signature.
+        asked: argument -> (value, its value if the user did not set the option).
+        name: name of the strategy, for the message.
 
     Raises:
-        UnsupportedError: something was asked for that ``function`` does not take.
+        UnsupportedError: the user set an option for which ``function`` has no argument.
     """
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -166,7 +174,7 @@ def call_arguments(function: Callable[..., Any], asked: dict[str, tuple[Any, Any
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise :class:`PrepareError` if somebody else has sharded ``model`` already."""
+    """Raise :class:`PrepareError` if transformers or other code has already sharded ``model``."""
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     if sharded:
         by = "transformers' DistributedConfig" if getattr(model, "_device_mesh", None) is not None else "other code"
@@ -178,7 +186,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_meta(context: ParallelizeContext) -> None:
-    """Raise unless the model has values, or files have them, or rank 0 has them for all."""
+    """Raise :class:`UnsupportedError` unless the model, its files, or rank 0 has values for all parameters."""
     pending = context.pending.values if context.pending is not None else {}
     meta = [name for name, p in context.model.named_parameters() if p.device.type == "meta" and name not in pending]
     if meta and not context.load_on_rank_zero:
@@ -191,13 +199,14 @@ def refuse_meta(context: ParallelizeContext) -> None:
 
 
 def materialize_empty(model: nn.Module, pending: PendingValues | None = None) -> None:
-    """Give a rank without weights empty tensors; :func:`equalize_parameters` then fills them from rank 0.
+    """Replace meta tensors of ``model`` by empty ones on the CPU, which :func:`equalize_parameters` fills from rank 0.
 
-    What has its values in ``pending`` stays as it is.
+    Parameters with values in ``pending`` are not changed.
     """
     names = pending.values if pending is not None else {}
     skip = {id(p) for name, p in model.named_parameters() if name in names}
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a tied tensor stays one; the old one keeps its id taken
+    # By id, so that tied tensors stay tied. With the old tensor: if it were freed, a new object could get its id.
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for store in stores:

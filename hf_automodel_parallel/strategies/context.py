@@ -1,4 +1,4 @@
-"""``ParallelizeContext``: one model on its way through the steps of a strategy, with all that the steps share."""
+"""``ParallelizeContext``: one model, its options, and the results of the steps of a strategy."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..tensor_parallel.apply import TensorParallelState
 
 @dataclass
 class ParallelizeContext:
-    """One model on its way through the steps.
+    """One model on its way through the steps of a strategy.
 
     Attributes:
-        model: the model, changed in place; a strategy may also put another object here, which is then used instead.
+        model: the model, changed in place; a strategy may replace it by another object, which is then returned.
         mesh: root mesh with an axis to shard over, and further ones.
-        device: where this rank computes.
-        options: what the user asked for, whole and frozen.
-        fsdp: behaviour of FSDP2 on this model: the options, the ``fsdp_plugin`` and ``mixed_precision`` together.
-        axes: what the axes of ``mesh`` are called.
-        layer_classes: class names of the layers if the user gave them.
-        load_on_rank_zero: only rank 0 holds the weights (``cpu_ram_efficient_loading``).
-        sharded_checkpoints: training checkpoints will be written by each rank for itself (``SHARDED_STATE_DICT``).
-        checkpointing: "none", "full", "submodule" or "selective": what options, plugin and model ask for together.
+        device: device of this rank.
+        options: the user's options, frozen.
+        fsdp: behaviour of FSDP2 on this model, combined from the options, the ``fsdp_plugin`` and ``mixed_precision``.
+        axes: names of the axes of ``mesh``.
+        layer_classes: class names of the layers, if the user gave them.
+        load_on_rank_zero: only rank 0 has the weights (``cpu_ram_efficient_loading``).
+        sharded_checkpoints: each rank writes its own shards of a training checkpoint (``SHARDED_STATE_DICT``).
+        checkpointing: "none", "full", "submodule" or "selective", combined from options, plugin and model.
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         offload_activations: keep the inputs of checkpointed layers on the CPU between forward and backward.
-        context_parallel: forwards inside of ``accelerator.maybe_context_parallel`` get sequence shards.
-        sums_after_backward: there is no Accelerator that reduces ``Partial`` gradients before clipping and stepping,
-            so each backward does.
-        pending: values that are still in files, and read when the model is sharded; None: the model is in memory.
+        context_parallel: this package shards sequences over cp, in ``accelerator.maybe_context_parallel``.
+        sums_after_backward: reduce ``Partial`` gradients at the end of each backward, because there is no Accelerator
+            that would do so before clipping and stepping.
+        pending: values that are still in files, and are read after sharding; None: the model is in memory.
         plan, spec, structure, cross_module_reads, suitable, tensor_parallel: results of the steps.
     """
 
@@ -89,8 +89,8 @@ class ParallelizeContext:
 
     @property
     def choices(self) -> dict[str, object]:
-        """What decides, beside model and plan, which collectives run: the options, or what they, plugins and
-        environment come to together.
+        """The options that decide which collectives run, for the comparison of the ranks. An option that plugins or
+        environment can set as well has its combined value.
         """
         return {
             **compared_values(self.options),

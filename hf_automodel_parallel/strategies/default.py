@@ -1,4 +1,4 @@
-"""The default strategy: it owns the order of the steps; a family overrides the one step in which it differs."""
+"""The default strategy: it has the order of the steps; a family overrides the step in which it differs."""
 
 from __future__ import annotations
 
@@ -73,14 +73,15 @@ logger = logging.getLogger(__name__)
 class DefaultParallelizationStrategy(ParallelizationStrategy):
     """The steps for every Hugging Face model whose family has no strategy of its own.
 
-    :meth:`plan` decides, without a collective or a change, and raises all user errors. Then the ranks compare what they
-    planned, and an error of one is raised on all. :meth:`carry_out` changes the model; it is the table of contents.
+    :meth:`plan` decides and raises all user errors; it runs no collective and changes nothing. An error of one rank is
+    raised on all, then :meth:`compare_ranks` compares the ranks' plans. :meth:`carry_out` changes the model; read it
+    first.
     """
 
-    #: Order in which :meth:`parallelize` looks for a plan; that of the reference API, not of ``Accelerator.prepare``.
+    #: Order of the plan sources in :meth:`parallelize`, as in the reference API; ``Accelerator.prepare`` has its own.
     plan_order = ("registry", "hf", "default")
 
-    #: Dtypes of :meth:`parallelize` if no policy is given; those of the reference API.
+    #: Dtypes of :meth:`parallelize` if no policy is given, as in the reference API.
     mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
 
     def parallelize(  # type: ignore[override]
@@ -112,9 +113,9 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             model: on the CPU, the device, or meta (then ``model.to_empty(device=...)`` and a checkpoint fill it).
             device_mesh: root mesh with the axes named below; ``pp`` may be one of them.
             mp_policy: dtypes of FSDP2; None: parameters in bfloat16, reduction and output in float32.
-            offload_policy: FSDP2's; None keeps shards on the device.
+            offload_policy: offload policy of FSDP2; None: shards stay on the device.
             sequence_parallel: shard activations along the sequence between attention and MLP blocks.
-            activation_checkpointing: False, True (whole layers), "submodule" or "selective".
+            activation_checkpointing: False, True (entire layers), "submodule" or "selective".
             tp_shard_plan: explicit plan in any form of ``AutoParallelismConfig.tp_plan``.
             dp_replicate_mesh_name: axis of replicas, used if it has more than one rank.
             dp_shard_cp_mesh_name: axis that FSDP2 shards over.
@@ -129,7 +130,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             fully_shard_fn: called in place of ``torch.distributed.fsdp.fully_shard``, with its arguments.
 
         Raises:
-            AutoParallelError: an argument cannot be honoured; on all ranks, before anything has changed.
+            AutoParallelError: an argument is not supported; on all ranks, before anything is changed.
         """
         axes = MeshAxes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
         axes.check(device_mesh)
@@ -188,7 +189,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     # ---- plan: no collective, no change --------------------------------------------------------------------------
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Decide everything; raise the first thing that cannot be honoured."""
+        """Decide everything; raise at the first option that is not supported for this model."""
         self.check_model(context)
         context.structure = find_structure(context.model, context.layer_classes)
         refuse_own_backward(ModelView.of(context.model).inner, context.structure.layers)
@@ -232,7 +233,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             refuse_meta(context)
 
     def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """Where to look for a plan of this family, in this order, if the config asks for ``asked``."""
+        """The plan sources of this family, in order; ``asked`` are those of the config."""
         return asked
 
     def select_tensor_parallel(self, context: ParallelizeContext) -> None:
@@ -246,7 +247,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context.spec = resolve(context.model, context.plan, size)
         validate(context.model, context.spec, size)
         layers = context.structure.layers  # type: ignore[union-attr]
-        # A derived plan has been verified against one process, for the class as it is.
+        # A derived plan has been verified against one process, but only for the modules that the class itself builds.
         if context.plan.origin != "derived" or replaced_modules(context.model):
             complete(context.model, context.spec, layers, size, context.plan.strict)
         check_cross_module_reads(context.spec, context.cross_module_reads)
@@ -274,35 +275,36 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             context.pending.compare_ranks(context.group)
 
     def carry_out(self, context: ParallelizeContext) -> None:
-        """Parallelise the model, in place: the steps, and why each stands where it does.
+        """Parallelise the model in place. The comments give the reason for the position of each step.
 
-        Every rank takes the same steps. Each is a method that a family may override; the order stays.
+        Every rank takes the same steps. A family may override a step, but not the order.
         """
         # Values first: later steps move and shard them.
         self.load_values(context)
-        # Before sharding, after which ranks hold different slices and cannot be compared any more.
+        # Before sharding, after which ranks hold different shards and cannot be compared any more.
         equalize_parameters(context.model, context.group)
-        # Before the first forward of the layers, which would convert quantised weights to another layout.
+        # Before the first forward, in which bitsandbytes may convert the layout of quantised weights.
         keep_layout(context.model)
-        # Before anything draws. cp before tp, so that all ranks with one batch get the state of the first of them.
+        # Before any random number is drawn. cp before tp, so that all ranks with the same batch get the random state of
+        # the first of them.
         for mesh in (context.cp_mesh, context.tp_mesh):
             if mesh is not None:
                 synchronize_rng(mesh)
-        # Before FSDP2, which shards once more what TP leaves of a parameter, and unshards within its own axis alone.
+        # Before FSDP2, which shards the tp-local tensor again and all-gathers over its own axis only.
         if context.tp_mesh is not None:
             self.apply_tensor_parallel(context)
-        # After TP, whose DTensors it needs; before the layers are wrapped, whose wrappers ask which units there are.
+        # After TP, whose DTensors it shards; before the forwards of the layers are wrapped, which needs the FSDP units.
         self.apply_data_parallel(context)
-        # After both, because only now it is known which slices of the files a rank holds.
+        # After TP and FSDP2, because only now the slices of the files that this rank reads are known.
         self.read_values(context)
         # After TP and FSDP2, so that its hooks on the model are the last to run before the forward.
         self.apply_context_parallel(context)
-        # After FSDP2, whose param groups are called around the forwards. Checkpoints and compile come with it.
+        # After FSDP2, whose extra param groups are called around the forwards; with checkpointing and compile.
         self.finish_layers(context)
         self.report(context)
 
     def load_values(self, context: ParallelizeContext) -> None:
-        """Give ranks without weights empty tensors, to be filled from rank 0."""
+        """Give ranks without weights empty tensors, and read the parameters that FSDP2 will not shard."""
         if context.load_on_rank_zero:
             materialize_empty(context.model, context.pending)
         if context.pending is not None:
@@ -317,7 +319,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             )
 
     def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Turn parameters into DTensors on the tp axis and register the input and output hooks."""
+        """Make parameters DTensors on the tp axis, register input and output hooks, and set up random numbers."""
         context.tensor_parallel = apply_tensor_parallel(
             context.model,
             context.spec,  # type: ignore[arg-type]
@@ -348,7 +350,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             compat.mark_packed_placements(context.model.parameters())
 
     def read_values(self, context: ParallelizeContext) -> None:
-        """Read this rank's shards of the values that are still in files."""
+        """Read this rank's shards of the parameters whose values are still in files."""
         if context.pending is None:
             return
         context.pending.fill(context.model, context.fsdp.shard_device(context.device), context.group)
@@ -367,7 +369,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def finish_layers(self, context: ParallelizeContext) -> None:
         """Wrap the forwards of the layers: local parameters, checkpoints, compile, extra FSDP param groups.
 
-        How they nest, and why, is written in :class:`~hf_automodel_parallel.core.forward_stack.ForwardSlot`.
+        :class:`~hf_automodel_parallel.core.forward_stack.ForwardSlot` says how they nest, and why.
         """
         layers, mode = without_units_inside(context.structure.layers), context.checkpointing  # type: ignore[union-attr]
         compiled = context.compile_options is not None
@@ -377,7 +379,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if mode == "submodule":
             shares = shares_keys_and_values(inner)
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
-        # Before compile, which looks at the scopes of the layers, and before the views, which they look through.
+        # Scopes before compile, which needs them, and before the full-parameter views.
         if context.tensor_parallel is not None:
             if context.spec is not None and context.spec.packed():
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
@@ -386,7 +388,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         # Checkpoints of parts are compiled with the layer.
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)
-        # A selective checkpoint of a compiled layer is in its graph; each other one stands around the layer.
+        # A selective checkpoint of a compiled layer is part of its graph; every other one is around the layer.
         if compiled:
             options = context.compile_options or {}
             if context.options.async_tensor_parallel:
@@ -414,7 +416,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
 
 
 def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` for a depth that is not a natural number or a flag that is not a bool."""
+    """Raise :class:`ConfigError` for a depth that is not a non-negative integer, or a flag that is not a bool."""
     for name, depth in depths.items():
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ConfigError(f"{name}={depth!r}: give the number of layers to gather ahead, 0 or more.")
@@ -424,10 +426,10 @@ def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 def refuse_fused_loss(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` if Liger has replaced the model's own forward.
+    """Raise :class:`UnsupportedError` if Liger has replaced the model's forward by one with a fused loss.
 
-    Its kernel multiplies hidden states with ``lm_head.weight`` outside of the head's forward, where the weight is a
-    DTensor under tensor parallelism.
+    Liger's kernel reads ``lm_head.weight`` outside of the output projection's forward. There it is a DTensor under
+    tensor parallelism.
     """
     inner = ModelView.of(model).inner
     if str(getattr(inner.forward, "__module__", "")).startswith("liger_kernel"):

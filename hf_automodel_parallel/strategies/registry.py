@@ -1,5 +1,5 @@
-"""Which strategy parallelises which model: by class name, through base classes and wrappers, lazily, open to
-packages.
+"""The registry of strategies: by the model's class name, through base classes and wrappers. Imports lazily; installed
+packages can add entries.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .default import DefaultParallelizationStrategy
 
 logger = logging.getLogger(__name__)
 
-#: Group of entry points of installed packages: name of the model class = "package.module:StrategyClass".
+#: Entry-point group of installed packages; an entry is ``model class name = "package.module:StrategyClass"``.
 ENTRY_POINTS = "hf_automodel_parallel.strategies"
 
 _FAMILIES = "hf_automodel_parallel.strategies.families"
 
-#: The families of this package, in the form of an entry point: nothing is imported before a model of theirs comes.
+#: The families of this package, as entry points: a module is imported when a model of its family is prepared.
 BUILT_IN: dict[str, str] = {
     "NemotronHForCausalLM": f"{_FAMILIES}.nemotron_h:NemotronHParallelizationStrategy",
     "DeepseekV4ForCausalLM": f"{_FAMILIES}.deepseek_v4:DeepseekV4ParallelizationStrategy",
@@ -41,7 +41,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
-    """Name of a model class -> strategy instance, as a dict; instances are made when they are first asked for.
+    """Name of a model class -> strategy instance, as a dict; an instance is made at its first lookup.
 
     A name is looked up among what was registered in this process, then among the entry points of installed packages,
     then among the families of this package.
@@ -85,7 +85,7 @@ class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def __contains__(self, name: object) -> bool:  # without loading anything
+    def __contains__(self, name: object) -> bool:  # imports no strategy
         return name in self._registered or (name in _targets() and name not in self._removed)
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ def _load(name: str, target: str) -> ParallelizationStrategy:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # somebody's module runs here, and may raise anything
+    except Exception as error:  # the import of another package, which may raise any error
         raise ConfigError(
             f"the strategy for {name!r}, {target!r} (an entry point of the group {ENTRY_POINTS!r}), cannot be loaded: "
             f"{type(error).__name__}: {error}. Repair or uninstall that package."
@@ -138,19 +138,20 @@ DEFAULT_STRATEGY = DefaultParallelizationStrategy()
 def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> Callable[[_Class], _Class]:
     """Class decorator that registers a strategy for the model class called ``name`` and its subclasses.
 
-    An installed package can do without a call of its own by an entry point of the group
+    An installed package does not need this call if it has an entry point in the group
     ``hf_automodel_parallel.strategies``: ``name = "package.module:StrategyClass"``.
 
     Args:
-        arg: not used; it catches the decorator without arguments.
-        name: name of the model class, bare (``"LlamaForCausalLM"``) or with its module where two share a name.
+        arg: not used; without it, ``@register_parallel_strategy`` without parentheses would raise an unclear error.
+        name: name of the model class, bare (``"LlamaForCausalLM"``), or with its module if two classes have one name.
 
     Returns:
         A decorator that returns the class unchanged. The class is constructed once, without arguments.
 
     Raises:
-        ValueError: ``name`` is missing.
-        RegistrationError: (also an ``AssertionError``) the decorated object is no strategy class, or the name is taken.
+        ConfigError: ``name`` is missing (also a ``ValueError``).
+        RegistrationError: the decorated object is not a strategy class, or the name is taken (also an
+            ``AssertionError``).
 
     Example:
         >>> @register_parallel_strategy(name="MyForCausalLM")
@@ -178,10 +179,10 @@ def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> C
 def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
     """The strategy for ``model``: that of its class, else of its nearest base class, else the default.
 
-    Wrappers of PEFT, of ``torch.compile`` and of data parallelism are looked through.
+    Wrappers of PEFT, ``torch.compile`` and DDP around the model are ignored.
 
     Raises:
-        PrepareError: what was given is no model.
+        PrepareError: ``model`` is not an ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise PrepareError(
@@ -199,7 +200,7 @@ def _innermost(model: nn.Module) -> nn.Module:
     while True:
         inner = ModelView.of(model).inner
         children = dict(inner.named_children())
-        # A wrapper has nothing else; a model with a part that happens to be called so has more.
+        # A wrapper has one child and no parameters of its own; a model with a module of this name has more.
         if children.keys() in ({"_orig_mod"}, {"module"}) and not any(True for _ in inner.parameters(recurse=False)):
             (inner,) = children.values()
         if inner is model:

@@ -179,8 +179,8 @@ def put_on_one_mesh(wrapper: Any, mesh: DeviceMesh) -> None:
         placements = (*parameter.placements, *[Replicate()] * missing)
         compat.describe_on(parameter, mesh, placements)
         if parameter.requires_grad:
-            # megatron-fsdp makes this DTensor at the first gradient if it is missing, and only replaces its local tensor
-            # later.
+            # megatron-fsdp makes this DTensor at the first gradient if it is missing; later it only replaces the local
+            # tensor inside.
             nothing = parameter.detach().to_local().new_empty(0, *parameter.shape[1:])
             buffer.dist_main_grad[name] = DTensor.from_local(
                 nothing, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()

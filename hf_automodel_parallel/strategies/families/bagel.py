@@ -1,4 +1,4 @@
-"""BAGEL: one model with a language and a vision tower, whose layers are checkpointed as wholes."""
+"""BAGEL: a language model and a vision encoder in one model; the entire layers of both are checkpointed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .family import FamilyParallelizationStrategy
 
 logger = logging.getLogger(__name__)
 
-#: Where the layers of the two towers are.
+#: Paths of the layers of the language model and of the vision encoder.
 BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS = (
     "model.language_model.model.layers",
     "model.vit_model.vision_model.encoder.layers",
@@ -24,10 +24,10 @@ _CLASS = "BagelForUnifiedMultimodal"
 
 
 class BagelParallelizationStrategy(FamilyParallelizationStrategy):
-    """``BagelForUnifiedMultimodal``: the layers of both towers are the FSDP2 units and the checkpoints."""
+    """``BagelForUnifiedMultimodal``: layers of language model and vision encoder are the FSDP units and checkpointed."""
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Decide as for every model, with the layers of both towers."""
+        """Decide as for every model, with the layers of language model and vision encoder."""
         super().plan(context)
         layers = bagel_layers(ModelView.of(context.model).inner)
         if layers and context.layer_classes is None:
@@ -35,7 +35,7 @@ class BagelParallelizationStrategy(FamilyParallelizationStrategy):
 
 
 def bagel_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers in both lists, in order; a list that is missing or no ``ModuleList`` is left out with a warning."""
+    """The layers in both lists, in order; a path without a ``ModuleList`` is left out with a warning."""
     layers: list[nn.Module] = []
     for path in BAGEL_FULL_LAYER_CHECKPOINT_MODULE_LISTS:
         found: object = model
@@ -49,14 +49,13 @@ def bagel_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def apply_bagel_full_layer_activation_checkpointing(model: nn.Module) -> bool:
-    """Put a checkpoint around each whole layer of both towers of a BAGEL model, in place. Repeating it changes nothing.
+    """Checkpoint each entire layer of language model and vision encoder of a BAGEL model, in place. Idempotent.
 
     Args:
-        model: any model; one whose class, or a base of it, is not ``BagelForUnifiedMultimodal`` is left alone.
+        model: any model; it is not changed unless its class, or a base class, is ``BagelForUnifiedMultimodal``.
 
     Returns:
-        True if the model has such layers, which now are checkpointed; False means that the caller has to find other
-        ones.
+        True if the model has such layers, which are now checkpointed. False: the caller has to find the layers.
     """
     inner = ModelView.of(model).inner
     if _CLASS not in {cls.__name__ for cls in type(inner).__mro__}:

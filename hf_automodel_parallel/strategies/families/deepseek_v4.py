@@ -1,4 +1,4 @@
-"""DeepSeek-V4: a few parts that the model's quality hangs on compute in float32."""
+"""DeepSeek-V4: a few modules that the model's quality depends on compute in float32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .family import FamilyParallelizationStrategy
 
 
 class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
-    """``DeepseekV4ForCausalLM``: experts, embedding and head sharded over tp, attention whole, as transformers' own
-    plan says.
+    """``DeepseekV4ForCausalLM``: experts, embedding and output projection are sharded over tp, attention is replicated,
+    as in transformers' own plan.
 
-    Hyper-connections, attention sinks, compressors with their indexers and the head compute in float32 if they are
-    stored so, under a bfloat16 policy and under autocast.
+    Hyper-connections, attention sinks, compressors with their indexers, and the output projection compute in float32 if
+    they are stored in float32, under a bfloat16 policy and under autocast, too.
     """
 
     mixes_tokens = "its compressors pool windows of keys and values, from which an indexer selects"
@@ -31,7 +31,7 @@ class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
         return super().parallelize(model, device_mesh, dp_shard_cp_mesh_name=dp_shard_cp_mesh_name, **kwargs)
 
     def finish_layers(self, context: ParallelizeContext) -> None:
-        """Regions and checkpoints, around modules that stay in their own dtype."""
+        """As for every model; first the forwards of modules that keep their own dtype are wrapped."""
         for name, module in context.model.named_modules():
             own = [f"{name}.{key}" for key, _ in module.named_parameters()]
             if own and context.fsdp.own_dtype.issuperset(own) and not set(self.keeps_dtype).isdisjoint(name.split(".")):
@@ -41,11 +41,11 @@ class DeepseekV4ParallelizationStrategy(FamilyParallelizationStrategy):
 
 
 class InOwnDtype(ForwardWrapper):
-    """A forward without autocast; of a linear layer, on an input cast to the dtype of its weight.
+    """A forward with autocast disabled. The input of a linear layer is cast to the dtype of its weight.
 
     Args:
-        module: its parameters are of one dtype.
-        keep_output: leave the output of a linear layer in that dtype, else it gets back the input's.
+        module: the module, with parameters of one dtype.
+        keep_output: the output of a linear layer keeps that dtype; else it is cast back to the dtype of the input.
     """
 
     def __init__(self, module: nn.Module, keep_output: bool) -> None:

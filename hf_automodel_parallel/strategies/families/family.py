@@ -1,4 +1,4 @@
-"""What the families have in common: they differ from the default in data, and refuse what would be wrong for them."""
+"""The base class of the families: they differ from the default in a few attributes, and refuse unsupported options."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ..default import DefaultParallelizationStrategy
 
 
 class FamilyParallelizationStrategy(DefaultParallelizationStrategy):
-    """The default flow for a family that differs in what these attributes say."""
+    """The default strategy for a family that differs in these attributes."""
 
-    #: What in the model's layers mixes tokens in another way than softmax attention does, so that a rank with a part of
-    #: the sequence would compute something else; empty if there is no such thing.
+    #: The layers' operator that mixes tokens other than softmax attention, so that a rank with a sequence shard would
+    #: compute wrong results under context parallelism; for the message. Empty if there is none.
     mixes_tokens: ClassVar[str] = ""
 
-    #: Why activations cannot be sharded along the sequence; empty if the plan decides.
+    #: The reason why sequence parallelism is not available, for the message; empty if the plan decides.
     no_sequence_parallel: ClassVar[str] = ""
 
-    #: Path components of parameters that compute in the dtype they are stored in, whatever the policy says.
+    #: Path components of parameters that compute in their stored dtype under every policy.
     keeps_dtype: ClassVar[tuple[str, ...]] = ()
 
-    #: The plan written for the family comes before the one that the model brings, unless the user chose an order.
+    #: The registry's plan for the family comes before the model's own ``_tp_plan``, unless the user chose an order.
     own_plan_first: ClassVar[bool] = False
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Refuse what the family cannot honour, then decide as for every model."""
+        """Refuse options that the family does not support, then decide as for every model."""
         family = type(self).__name__.removesuffix("ParallelizationStrategy")
         names = context.mesh.mesh_dim_names or ()
         if self.mixes_tokens and "cp" in names and context.mesh["cp"].size() > 1:
@@ -46,15 +46,13 @@ class FamilyParallelizationStrategy(DefaultParallelizationStrategy):
         super().plan(context)
 
     def sources(self, asked: tuple[str, ...]) -> tuple[str, ...]:
-        """The plan written for the family first where it is the better one; an order of the user's own is kept."""
+        """The plan sources, the registry first if :attr:`own_plan_first`; an order chosen by the user is kept."""
         return self.plan_order if self.own_plan_first and asked == PLAN_SOURCES else asked
 
     def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
-        """Names of parameters that keep their dtype under ``context.fsdp.mp_policy``, beyond those of every
-        model.
-        """
+        """Names of parameters that keep their dtype under ``context.fsdp.mp_policy``, in addition to the default's."""
         return frozenset(wider_parameters(context.model, context.fsdp.mp_policy.param_dtype, self.keeps_dtype))
 
 
 class SequenceParallelUnsupportedError(UnsupportedError, AssertionError):
-    """Sequence parallelism for a family that cannot have it (the reference API promises AssertionError)."""
+    """Sequence parallelism for a family that does not support it (``AssertionError`` in the reference API)."""

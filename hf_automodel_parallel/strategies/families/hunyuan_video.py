@@ -17,8 +17,8 @@ class HunyuanParallelizationStrategy(VideoParallelizationStrategy):
     """``HunyuanVideo15Transformer3DModel``: double-stream blocks, both streams and their joint attention sharded by
     heads.
 
-    :meth:`parallelize` computes and returns bfloat16 if no policy is given, and checkpoints the blocks unless told
-    otherwise, as in the reference API; ``Accelerator.prepare`` does what its config says.
+    As in the reference API, :meth:`parallelize` computes and returns bfloat16 if no policy is given, and checkpoints
+    the blocks by default. ``Accelerator.prepare`` follows its config.
     """
 
     mp_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)

@@ -11,9 +11,10 @@ from .family import FamilyParallelizationStrategy
 
 
 class NemotronHParallelizationStrategy(FamilyParallelizationStrategy):
-    """``NemotronHForCausalLM``. Mamba mixers stay whole on every tp rank; all else is sharded (:mod:`plan.hybrid`).
+    """``NemotronHForCausalLM``: Mamba mixers are replicated over tp, all other layers are sharded
+    (:func:`~hf_automodel_parallel.plan.sources.families.nemotron_h`).
 
-    :meth:`parallelize` computes in the dtypes that are stored if no policy is given.
+    :meth:`parallelize` computes in the stored dtypes if no policy is given.
     """
 
     mp_policy = MixedPrecisionPolicy()
@@ -23,7 +24,7 @@ class NemotronHParallelizationStrategy(FamilyParallelizationStrategy):
 
 
 def nemotronh_decoder_blocks(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The decoder blocks of a Nemotron-H model, in order, and what holds them.
+    """The decoder blocks of a Nemotron-H model, in order, and their container.
 
     Args:
         model: a ``NemotronHForCausalLM``, plain or PEFT-wrapped, with its layers at ``backbone.layers`` or

@@ -1,4 +1,4 @@
-"""Qwen3.5: softmax attention and gated delta nets in turn, with float32 vectors among bfloat16 weights."""
+"""Qwen3.5: layers of softmax attention and of gated delta nets, with float32 vectors among bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .family import FamilyParallelizationStrategy
 class Qwen3_5ParallelizationStrategy(FamilyParallelizationStrategy):
     """``Qwen3_5ForCausalLM`` and ``Qwen3_5ForConditionalGeneration``.
 
-    Parameters of two dtypes in a layer (``A_log`` beside the projections) are two FSDP2 groups that are gathered
-    together (:mod:`hf_automodel_parallel.fsdp.dtype_groups`), as in every model, so nothing is exchanged for the time
-    of sharding.
+    Parameters of two dtypes in a layer (``A_log`` and the projections) are two param groups of one FSDP unit
+    (:mod:`hf_automodel_parallel.fsdp.dtype_groups`), as in every model. So nothing in the layer has to be replaced
+    while it is sharded.
     """
 
     mixes_tokens = "its gated delta nets carry a state along the sequence"

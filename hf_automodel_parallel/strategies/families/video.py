@@ -1,5 +1,5 @@
-"""Transformers of diffusers whose attention is sharded by heads, although it counts the heads itself and norms across
-them.
+"""Video transformers of diffusers: their attention is sharded by heads, although it counts its heads itself and may
+normalise across all heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"
 
 
 class VideoParallelizationStrategy(FamilyParallelizationStrategy):
-    """The default flow, plus what a plan cannot say about the attentions of diffusers."""
+    """The default strategy, plus the head counts and norms in diffusers' attention, which a plan cannot express."""
 
     mixes_tokens = "its sequence arises inside of the model from frames and patches"
     no_sequence_parallel = (
@@ -31,14 +31,14 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
     )
 
     def plan(self, context: ParallelizeContext) -> None:
-        """Decide as for every model. Rotary tables, which blocks get as an argument, stay in float32 as in one
-        process.
+        """Decide as for every model, without FSDP2's cast of the blocks' inputs: rotary tables, an argument of the
+        blocks, stay in float32 as in one process.
         """
         context.fsdp.cast_between_layers = False
         super().plan(context)
 
     def select_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Choose and resolve the plan, and complete it at the attentions that it shards by heads."""
+        """Choose and resolve the plan, and add the norms of the attentions that it shards by heads."""
         super().select_tensor_parallel(context)
         size, spec = context.tp_mesh.size(), context.spec  # type: ignore[union-attr]
         for name, attention in head_sharded_attentions(context.model, spec):  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
                 spec.parameters |= _norm_parameters(f"{name}.{norm_name}", norm, attention)  # type: ignore[union-attr]
 
     def apply_tensor_parallel(self, context: ParallelizeContext) -> None:
-        """Shard, and let the sharded attentions work on the heads of this rank."""
+        """Shard the model, and set the head counts and norms of sharded attentions to the heads of this rank."""
         attentions = list(head_sharded_attentions(context.model, context.spec))  # type: ignore[arg-type]
         for name, attention in attentions:
             for norm_name, norm in _norms(attention):
@@ -59,7 +59,7 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
 
 
 def head_sharded_attentions(model: nn.Module, spec: ShardingSpec) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of each attention of diffusers of which ``spec`` shards a projection in front of the heads."""
+    """Name and module of each attention of diffusers with a projection that ``spec`` shards by heads."""
     for name, module in model.named_modules():
         if isinstance(getattr(module, "heads", None), int) and any(_is_sharded(spec, name, p) for p in _PROJECTIONS):
             yield name, module
@@ -71,7 +71,7 @@ def _is_sharded(spec: ShardingSpec, attention: str, projection: str) -> bool:
 
 
 def _check_attention(name: str, attention: nn.Module, spec: ShardingSpec, size: int) -> None:
-    """Raise unless each rank gets whole heads of all projections."""
+    """Raise unless each rank gets entire heads of all projections."""
     if attention.heads % size:  # type: ignore[operator]
         raise PlanError(
             f"num_attention_heads={attention.heads} does not divide by tp_size={size}: {name} needs a whole number of "
@@ -99,9 +99,13 @@ def _norms(attention: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[str, ParameterSpec]:
-    """Places of a norm's parameters: sharded if it spans all heads; a norm of each head has one weight for all of them.
+    """Placements of a norm's parameters: ``Shard(0)`` for a norm across all heads.
 
-    Each rank then has only some of the heads, so its gradient is a summand.
+    A norm over the features of one head has one weight for all heads. It is replicated, and since each rank has only
+    some of the heads, its gradient is ``Partial``.
+
+    Raises:
+        UnsupportedError: any other norm.
     """
     width = attention.inner_dim
     shapes = {key: tuple(parameter.shape) for key, parameter in norm.named_parameters()}
@@ -116,13 +120,13 @@ def _norm_parameters(name: str, norm: nn.Module, attention: nn.Module) -> dict[s
 
 
 class NormOverRanks(ForwardWrapper):
-    """The forward of an ``nn.RMSNorm`` over the last dimension, of which each rank holds a slice.
+    """The forward of an ``nn.RMSNorm`` whose last dimension is sharded over tp.
 
-    One all-reduce of a number per token forward, one backward: every rank's features depend on the sum, so its gradient
-    is a sum over the ranks as well.
+    Forward all-reduces one number per token, the sum of squares. The features of every rank depend on that sum, so its
+    gradient is all-reduced in backward.
 
     Args:
-        norm: the norm; while it runs its weight is this rank's slice.
+        norm: the norm; in its forward the weight is this rank's shard.
         mesh: the tp axis.
     """
 

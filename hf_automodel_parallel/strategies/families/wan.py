@@ -15,10 +15,10 @@ from .video import VideoParallelizationStrategy
 
 
 class WanParallelizationStrategy(VideoParallelizationStrategy):
-    """``WanTransformer3DModel``: blocks, condition embedders and attention sharded by heads; each block one FSDP2 unit.
+    """``WanTransformer3DModel``: blocks, condition embedders and attention by heads are sharded; each block is one unit.
 
-    What diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation tables,
-    norms) stays in float32 under a bfloat16 policy, and so do the timesteps.
+    Modules that diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation
+    tables, norms) stay in float32 under a bfloat16 policy, and so do the timesteps.
     """
 
     def own_dtype(self, context: ParallelizeContext) -> frozenset[str]:
@@ -27,15 +27,15 @@ class WanParallelizationStrategy(VideoParallelizationStrategy):
         return frozenset(wider_parameters(context.model, context.fsdp.mp_policy.param_dtype, listed))
 
     def finish_layers(self, context: ParallelizeContext) -> None:
-        """As for every model; then the timesteps are led around the policy's cast of inputs."""
+        """As for every model; then exempt the timesteps from the policy's cast of inputs."""
         super().finish_layers(context)
         keep_timestep(context.model)
 
 
 def keep_timestep(model: nn.Module) -> None:
-    """Hand the argument ``timestep`` to the model inside of ``model`` in the dtype it came in.
+    """Pass the argument ``timestep`` to the model inside of ``model`` in the caller's dtype.
 
-    FSDP2 casts all inputs to the policy's dtype, and bfloat16 cannot tell apart the timesteps 999 and 1000.
+    FSDP2 casts all inputs to the policy's dtype, and in bfloat16 the timesteps 999 and 1000 are equal.
 
     Args:
         model: the root unit of FSDP2, plain or PEFT-wrapped; call it with ``timestep`` by name or as second argument.
@@ -47,19 +47,20 @@ def keep_timestep(model: nn.Module) -> None:
             return args, {**kwargs, "timestep": _Untouched(kwargs["timestep"])}
         return (args[0], _Untouched(args[1]), *args[2:]) if len(args) > 1 else args, kwargs
 
+    # In front of FSDP2's pre-forward hook, which casts.
     model.register_forward_pre_hook(wrap, prepend=True, with_kwargs=True)
     ForwardStack.of(inner).push(ForwardSlot.DTYPE, _UntouchedForward(next(inner.parameters()).device))
 
 
 class _Untouched:
-    """A tensor that nobody looks for among the arguments."""
+    """Hides a tensor from FSDP2's cast, which walks through containers but not through other objects."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 class _UntouchedForward(ForwardWrapper):
-    """A forward that gets the tensors inside of :class:`_Untouched`, on ``device``."""
+    """A forward whose :class:`_Untouched` arguments are unwrapped and moved to ``device``."""
 
     as_method = False
 
