@@ -19,7 +19,7 @@ from .. import compat
 
 @dataclass
 class Seen:
-    """What was seen of one module since the hooks were registered.
+    """Facts about one module since the hooks were registered.
 
     Attributes:
         ran: its forward ran with gradients enabled and returned floating-point numbers.

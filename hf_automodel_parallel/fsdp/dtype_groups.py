@@ -152,10 +152,10 @@ def shard_unit(
 def _unshard_in_backward(module: FSDPModule, _: Any, output: Any) -> None:  # type: ignore[misc]
     """Output hook of each module of a unit of several: unshard the unit where the output is differentiated.
 
-    FSDP2 (torch 2.11 to 2.13) watches the output of that module alone which runs last. Final norm and head are such a
-    unit. Let one forward's loss use the norm's output and not the logits, and another forward's loss its logits, before
-    one backward of both: after the second forward's part of the backward the unit is resharded, and the norm of the
-    first reads freed memory, which ends the process. Unsharding what is unsharded costs nothing.
+    FSDP2 (torch 2.11 to 2.13) hooks only the output of the module that runs last. Final norm and head are such a unit.
+    Suppose the loss of a first forward uses the norm's output without the logits, the loss of a second forward uses the
+    logits, and one backward runs for both. The backward of the second forward reshards the unit; then the norm of the
+    first reads resharded memory, and the process crashes. Unsharding an unsharded unit costs nothing.
     """
 
     def unshard(_: torch.Tensor) -> None:

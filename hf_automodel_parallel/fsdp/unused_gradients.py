@@ -117,6 +117,7 @@ class _SameGradients:
         compat.give_gathered_gradient(self.usage, mine.repeat(self.used.shards))
         if not expected:  # a unit of several modules whose main reduction has run: only late gradients are left
             missing = []
+        # Zeros, because FSDP2 reduces those parameters of a unit that have a gradient: ranks must agree on them.
         for _, parameter in missing:
             compat.give_gathered_gradient(parameter, None)
         for i, parameter in missing:

@@ -48,16 +48,16 @@ _INITS_WITHOUT_BASE_WEIGHT = (True, False, "gaussian", "orthogonal")
 
 
 class ShardedAs(Protocol):
-    """How the model was sharded: what new parameters need of the strategy's context.
+    """How the model was sharded: the fields of the strategy's context that new parameters need.
 
     Attributes:
-        plan: the tensor-parallel plan, None without one, or if the strategy keeps it to itself.
+        plan: the tensor-parallel plan; None without one, or if the strategy does not set it.
         spec: ``plan`` resolved for the model; replaced by one that includes the new parameters.
-        tensor_parallel: the state of tensor parallelism, None without.
-        structure: the parts of the model.
+        tensor_parallel: the state of tensor parallelism, None without it.
+        structure: layers, modality encoders and ends of the model.
         fsdp: behaviour of FSDP2.
         compile_options: options of ``torch.compile`` for the layers, None for eager.
-        device: where this rank computes.
+        device: device of this rank.
         tp_mesh, cp_mesh: the axis, None when it has one rank.
         dp_mesh: the axes that FSDP2 works on.
         group: the ranks that hold this model; None means all.
@@ -101,6 +101,7 @@ def adding(
     def add_adapter(
         adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
+        # After a forward some units (the root) are still unsharded.
         for unit in fsdp_units(model):
             unit.reshard()
         inner = ModelView.of(model).inner
@@ -136,9 +137,7 @@ def adding(
 
 
 def _check_config(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
-    """Raise for options that need the values of the base weights, or that put parameters elsewhere than into the
-    adapter's layers.
-    """
+    """Raise for options that need the values of the base weights, or that add parameters outside of the new layers."""
     given = {
         "peft_type": (str(getattr(config.peft_type, "value", config.peft_type)), ("LORA",)),
         "init_lora_weights": (getattr(config, "init_lora_weights", True), _INITS_WITHOUT_BASE_WEIGHT),
@@ -160,7 +159,7 @@ def _check_config(name: str, config: Any, low_cpu_mem_usage: bool) -> None:
 
 
 def _check_sharding(context: ShardedAs) -> None:
-    """Raise where the new adapter could not be sharded like the others."""
+    """Raise if the new adapter cannot be sharded like the others."""
     remedy = "Add this adapter before the model is sharded and switch to it with set_adapter()."
     if context.tp_mesh is not None and context.plan is None:
         raise UnsupportedError(
@@ -173,7 +172,7 @@ def _check_sharding(context: ShardedAs) -> None:
 
 @contextmanager
 def _peft_own_methods(model: nn.Module) -> Iterator[None]:
-    """Let PEFT call its own methods meanwhile, and not the ones that are bound to the prepared model for users."""
+    """A context in which PEFT calls its own methods, and not the ones that are bound to the prepared model."""
     owners: list[Any] = [model, getattr(model, "base_model", None), ModelView.of(model).inner]
     bound = [
         (owner, name, owner.__dict__.pop(name))
@@ -193,7 +192,7 @@ _INTERNAL = ("inject_adapter", "set_adapter", "set_requires_grad")
 
 
 def _blank(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """A parameter of the full shape of a sharded one, on its device, whose elements share one number."""
+    """A zero parameter with the full shape of a sharded one, on its device, whose elements use one number's memory."""
     if not isinstance(parameter, DTensor):
         return None
     zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
@@ -233,6 +232,7 @@ def _shard_new_parameters(
     model: nn.Module, context: ShardedAs, replaced: dict[nn.Module, nn.Module], names: list[str]
 ) -> None:
     new = set(names)
+    # Each rank has drawn the new values from its own random state.
     for name in names:
         broadcast_from_rank_zero(model.get_parameter(name))
     owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
@@ -247,6 +247,7 @@ def _shard_new_parameters(
         if draws_random_numbers(model):
             synchronize_rng(context.tensor_parallel.mesh)
             synchronize_at_first_forward(model, context.tensor_parallel.mesh)
+    # One param group for each unit and dtype, because FSDP2 reduces a group in one dtype.
     before = extra_groups(model)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):

@@ -203,7 +203,7 @@ def merge_whole_weights(model: nn.Module) -> None:
 
 
 def _bind(owner: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replace the method ``name`` of ``owner`` if its class has it. (A PeftModel also answers for its inner model.)"""
+    """Replace the method ``name`` of ``owner`` if its class has it. (A PeftModel forwards other names to its model.)"""
     if callable(getattr(type(owner), name, None)):
         owner.__dict__[name] = wrap(getattr(owner, name))
 
@@ -280,6 +280,7 @@ def full_parameters(layer: nn.Module) -> Iterator[None]:
     def write_shard(parameter: DTensor, merged: torch.Tensor) -> None:
         parameter.to_local().copy_(_shard_like(merged.detach(), parameter).to_local())
 
+    # DoRA's weight norm must not be all-reduced over tp while its inputs are full.
     with unsharded_weight_norm(layer), swapped_parameters(layer, full, write_shard):
         yield
 
@@ -329,6 +330,7 @@ def _unloading(
                     state.move_hooks(gone, new)
                 if isinstance(gone, FSDPModule):
                     _gather_with(new, gone)
+        # The root unit was on PEFT's wrapper, whose forward is not called any more.
         if model is not inner and isinstance(model, FSDPModule):
             compat.initialize_fsdp(model)
             _gather_with(inner, model)
@@ -339,7 +341,7 @@ def _unloading(
 
 
 def _around(old: nn.Module, new: nn.Module) -> list[nn.Module]:
-    """``old`` and the modules between it and ``new``, which no forward calls any more; not copies beside ``new``."""
+    """``old`` and the modules between it and ``new``, whose forwards are not called any more."""
     return [m for m in old.modules() if m is old or (m is not new and any(inner is new for inner in m.modules()))]
 
 

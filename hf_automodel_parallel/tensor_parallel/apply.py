@@ -27,17 +27,17 @@ from .vocab_parallel.logits import KeepSharded
 
 @dataclass
 class TensorParallelState:
-    """What the later steps need to know of tensor parallelism on a model.
+    """The state of tensor parallelism on one model, for the later steps.
 
     Attributes:
         mesh: the tp axis.
         partial: the Partial gradients.
-        copies: copies to TP by module name; those of one layer will share their inputs.
+        copies: copies to TP by module name; the modules of one layer that read the same tensor use one copy.
         native_styles: modules that run on native torch ParallelStyles; their DTensors stay DTensors during forward.
         places: (owner, attribute) of a parameter -> its placement and that of its gradient. By object, because a module
-            that several layers share has several names.
+            that is used in several layers has several names.
         deferred: owner of a bias -> the output hook that adds it after the all-reduce.
-        hooks: module -> its input and output hooks, each as its handle and what registers the same hook on a module.
+        hooks: module -> its input and output hooks, each as (handle, function that registers the hook on a module).
         scopes: module -> the local-parameter scope of its forward.
         local: parameters are local tensors between forwards, too.
         sequence: the hooks of sequence parallelism, None without it.
@@ -72,7 +72,7 @@ class TensorParallelState:
             self.partial.add(module, key)
 
     def bindings_of(self, modules: Iterable[nn.Module]) -> list[ParamBinding]:
-        """What scopes replace of the parameters that ``modules`` own themselves."""
+        """The bindings of the parameters that ``modules`` own directly, for the scope that makes them local."""
         native = {id(inner) for module in self.native_styles for inner in module.modules()}
         result = []
         for owner in modules:
@@ -129,18 +129,19 @@ def apply_tensor_parallel(
     """Shard ``model`` over the tp axis ``mesh``, in place.
 
     Every parameter becomes a DTensor on ``mesh``, the ones without a spec replicated, so that optimizers, clipping and
-    checkpoints see one kind of parameter. A parameter that several modules share stays one parameter.
+    checkpoints see one kind of parameter. A tied parameter stays one parameter.
 
     Args:
         model: the model with equal, full parameters on every rank.
         spec: the validated sharding spec.
         mesh: 1-D mesh of the tp axis.
-        device: where the shards go.
+        device: device of the shards.
 
     Returns:
         The state that :func:`install_local_parameters` completes after FSDP2 has been applied.
     """
     state = TensorParallelState(mesh, PartialGradients(mesh))
+    # Before the hooks, because row-wise layers register theirs with it.
     if spec.sequence is not None:
         state.sequence = SequenceParallel(model, spec.sequence, mesh, set(spec.modules))
     for name, module_spec in spec.modules.items():
@@ -163,7 +164,8 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
     from torch.distributed.tensor import DTensor
 
     converted: dict[int, nn.Parameter] = {}
-    keep: list[nn.Parameter] = []  # ids are only unique among living objects
+    # If a replaced parameter were freed, a new object could get its id.
+    keep: list[nn.Parameter] = []
     for module_name, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is None or isinstance(parameter, DTensor):
@@ -182,8 +184,8 @@ def install_hooks(model: nn.Module, name: str, spec: ModuleSpec, state: TensorPa
     module = model.get_submodule(name)
     mesh = state.mesh
     group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-    # Innermost: input hooks run last and output hooks first, so that hooks which are there already (NEFTune's noise on
-    # the embedding) see what they would see in one process.
+    # Innermost: input hooks run last and output hooks first, so that existing hooks (NEFTune's noise on the embedding)
+    # get the same tensors as in one process.
 
     def before(hook: Callable[..., Any]) -> None:
         state.hook(module, lambda m: m.register_forward_pre_hook(hook, with_kwargs=True))
@@ -228,7 +230,7 @@ def _register_pre_hook(hook: Any, module: nn.Module) -> Any:
 
 
 def install_head_arguments(model: nn.Module, spec: ShardingSpec, state: TensorParallelState) -> None:
-    """Slice arguments that have a value for each head, so that modules get those of this rank's heads."""
+    """Register hooks that slice arguments with one value per head to this rank's heads."""
     group, rank, size = state.mesh.get_group(), state.mesh.get_local_rank(), state.mesh.size()
     for name, arguments in spec.head_arguments.items():
         own = boundaries.OwnHeads(arguments, group, rank, size)
@@ -251,7 +253,7 @@ def _apply_native_style(module: nn.Module, name: str, style: object, mesh: Devic
 def install_local_parameters(
     model: nn.Module, units: list[nn.Module], state: TensorParallelState, parts: dict[nn.Module, list[nn.Module]]
 ) -> None:
-    """Make parameters local during forward, and let the copies to TP inside of a layer share their inputs.
+    """Make parameters local during forward, and connect the copies to TP inside of each layer.
 
     Args:
         model: the model after tensor parallelism and FSDP2.
@@ -259,7 +261,7 @@ def install_local_parameters(
             scope of its own, so that outside of its forward its weight is a DTensor (losses that read
             ``lm_head.weight``).
         state: what :func:`apply_tensor_parallel` returned.
-        parts: modules inside of each unit that are recomputed on their own, so they need a scope of their own too.
+        parts: modules inside of each unit that are recomputed separately, so they need a scope of their own, too.
     """
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     taken: set[tuple[int, str]] = set()
@@ -274,6 +276,7 @@ def install_local_parameters(
         for part in parts.get(unit, []):
             state.scopes[part] = LocalParamForward.install(part, state.bindings_of(part.modules()), shared)
         state.scopes[unit] = LocalParamForward.install(unit, bindings, shared)
+    # Parameters outside of the units: the scope is on the module whose forward reads them.
     for caller, bindings in _callers(model, state, taken).items():
         state.scopes[caller] = LocalParamForward.install(caller, bindings)
     if state.sequence is not None:
@@ -286,7 +289,7 @@ def _callers(
 ) -> dict[nn.Module, list[ParamBinding]]:
     """The modules whose forwards read the parameters that are not ``taken``, (id of the owner, name), by a layer."""
     callers: dict[nn.Module, list[ParamBinding]] = {}
-    for name, owner in model.named_modules(remove_duplicate=False):  # a shared module has several callers
+    for name, owner in model.named_modules(remove_duplicate=False):  # a module with several names has several callers
         bindings = [b for b in state.bindings_of([owner]) if (id(owner), b.name) not in taken]
         if not bindings:
             continue

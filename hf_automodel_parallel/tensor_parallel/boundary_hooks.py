@@ -1,7 +1,7 @@
 """Input and output hooks of sharded modules, where activations change their placement on the tp axis.
 
-A hook object holds what it needs and is called by the module it is registered on, so class, name and ``forward`` of the
-module stay what they are, and ``torch.compile`` traces through it.
+The hooks are objects with the group and the rank, registered on the modules. So class, name and ``forward`` of a module
+do not change, and ``torch.compile`` traces through the hooks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .collectives import copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
 
 
 class SharedInputs:
-    """One copy to TP per activation, however many consumers read it.
+    """One copy to TP per activation, for all column-wise layers that read it.
 
-    Siblings such as q, k and v read the *same tensor object*. Recognising it by identity shares the copy exactly among
-    the sharded consumers, whatever the architecture: a router or a residual reads the original, so no gradient is
-    counted twice. Cleared at the end of the layer's forward, so nothing outlives it.
+    Siblings such as q, k and v read the *same tensor object*. It is recognised by identity, so that exactly the sharded
+    consumers use the copy, in every architecture. A router or a residual reads the original, so no gradient is counted
+    twice. Cleared at the end of the layer's forward, so that no activation is kept alive.
 
     Attributes:
         known: (activation, its version, its copy).
-        length: under sequence parallelism, the tokens of the full sequence while the layer works on sequence shards.
-        regather: under sequence parallelism, what the layer all-gathers is re-all-gathered in backward.
-        told_compiler: the layer is compiled with the policy that makes the compiler do that.
+        length: under sequence parallelism, number of tokens of the full sequence while the layer works on shards.
+        regather: under sequence parallelism, activations that the layer all-gathers are re-all-gathered in backward.
+        told_compiler: the layer is compiled with the policy that makes the compiler re-all-gather them.
     """
 
     length: int | None = None
@@ -56,7 +56,7 @@ class SharedInputs:
         return None
 
     def remember(self, x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
-        """Let later consumers of ``x`` share ``copied``, and return it."""
+        """Keep ``copied`` for later consumers of ``x``, and return it."""
         self.known.append((x, _version(x), copied))
         return copied
 
@@ -65,7 +65,7 @@ class SharedInputs:
         self.known.clear()
 
     def resumed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which finds the present :attr:`length` also when a checkpoint calls it again."""
+        """``function`` with the current :attr:`length`, also when a checkpoint calls it again in backward."""
         return function
 
 
@@ -83,11 +83,11 @@ class SharedInputsForward(ForwardWrapper):
 
 
 def _version(x: torch.Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() else compat.version_of(x)  # nothing that a graph may depend on
+    return 0 if torch.compiler.is_compiling() else compat.version_of(x)  # a compiled graph cannot depend on versions
 
 
 def replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor) -> tuple[tuple[Any, ...], dict]:
-    """The arguments with ``x`` in the place of :func:`first_tensor`."""
+    """The arguments with ``x`` instead of :func:`first_tensor`."""
     if args:
         return (x, *args[1:]), kwargs
     key = _first_tensor_key(kwargs)
@@ -216,8 +216,8 @@ class GatherOutput:
 class CopyTail:
     """Output hook of a projection whose last ``tail`` features go straight to sharded heads: copy those to TP.
 
-    DeepSeek-style latent attention splits this output into a latent part, which goes through a column-wise projection
-    with an input hook of its own, and a rotary part, which is broadcast to the heads of each rank.
+    DeepSeek-style latent attention splits this output into latent features, which go through a column-wise projection
+    with an input hook of its own, and rotary features, which are broadcast to the heads of each rank.
     """
 
     def __init__(self, group: dist.ProcessGroup, tail: int) -> None:
@@ -245,6 +245,7 @@ class VocabularySlice:
         local = first_tensor(args, kwargs) - self.start
         self.mask = (local < 0) | (local >= self.rows)
         self.padding_idx = module.padding_idx  # type: ignore[assignment]
+        # F.embedding gives no gradient to the row padding_idx, so it must be the local row, or None on other ranks.
         if self.padding_idx is not None:
             own = self.padding_idx - self.start
             module.padding_idx = own if 0 <= own < self.rows else None  # type: ignore[assignment]

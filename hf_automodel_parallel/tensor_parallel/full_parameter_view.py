@@ -1,9 +1,9 @@
 """A forward that reads a parameter of another module sees it in full.
 
-Between forwards of its own module a parameter is a DTensor, which does not mix with the plain activations around it.
-:mod:`..plan.analysis.cross_module_reads` finds the forwards that read one. While such a forward runs, a view stands in
-for the parameter: single rows come from the rank that holds them, everything else is computed with the full tensor.
-Outside of the layers all ranks compute the same, so each rank keeps its slice of the full gradient, without a sum.
+Outside of its own module's forward a parameter is a DTensor, which cannot be combined with plain activations.
+:mod:`..plan.analysis.cross_module_reads` finds the forwards that read one. During such a forward, a view replaces the
+parameter: single rows come from the rank that holds them, everything else is computed with the full tensor. Outside of
+the layers all ranks compute the same, so each rank keeps its slice of the full gradient, without an all-reduce.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .collectives import reduce_from_tp
 
 
 class FullParameterView(torch.Tensor):
-    """Stands in for a parameter that is a DTensor on the tp axis; made by :meth:`of`.
+    """Replaces a parameter that is a DTensor on the tp axis, during one forward; made by :meth:`of`.
 
     Attributes:
         parameter: the DTensor, of any shape and dtype.

@@ -1,13 +1,12 @@
 """What sequence parallelism cannot rule out when a model is prepared: user hooks, and in-place changes in a trace.
 
-* :func:`warn_of_hooks`: a hook of the user sees a sequence shard and does not know it.
+* :func:`warn_of_hooks`: a user's hook that gets a sequence shard instead of the full sequence.
 * :func:`note_version` and :func:`refuse_changed`: has an activation been changed in place since it was noted? A layer
-  that reads the full sequence may give its gradient straight to the shard that it was gathered from, past what the
-  model does in between. That is right as long as the model does nothing, and a write in place is all that it can do to
-  the same tensor object. In eager mode the version counter of the tensor answers. A trace does not show versions,
-  because compiled code may not depend on them. But the fake implementation of an operator can read them, and it runs
-  while the trace is made. Both operators here do nothing else. They have no result, so they are removed as dead code
-  before the graph is compiled.
+  that reads the full sequence may give its gradient directly to the shard that was all-gathered, and skip the operators
+  of the model in between. That is right if the model has not changed the tensor object, which it can only do in place.
+  In eager mode the version counter of the tensor shows such a change. A compiled graph cannot depend on versions. But
+  the fake implementation of an operator can read them, and it runs during the trace. The two operators here only do
+  that. They have no result, so they are removed as dead code before the graph is compiled.
 """
 
 from __future__ import annotations

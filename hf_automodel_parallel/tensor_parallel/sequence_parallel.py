@@ -117,14 +117,14 @@ class SequenceParallel:
         model: the model, before FSDP2.
         spec: where to scatter and gather.
         mesh: the tp axis.
-        boundaries: names of the modules that have input or output hooks of tensor parallelism.
+        boundaries: names of the modules with tp input or output hooks.
 
     Attributes:
         length: tokens of the full sequence from the first layer to the tail, else None.
-        records: the running forward of the stack records gradients; None outside of one.
+        records: autograd records the running forward of the stack; None outside of a forward.
         ended: the running forward has all-gathered the output of the layers.
-        shards: what the layers took and returned in this forward, which the model may have recorded.
-        members: what works with the memory of a layer, by module name.
+        shards: inputs and outputs of the layers in this forward, which the model may return as hidden states.
+        members: hooks and forwards that use a layer's :class:`SharedSequence`, by module name.
     """
 
     def __init__(self, model: nn.Module, spec: SequenceSpec, mesh: DeviceMesh, boundaries: set[str]) -> None:
@@ -175,7 +175,7 @@ class SequenceParallel:
         self.members[name] = scatter
 
     def memory(self, layer: str) -> SharedInputs:
-        """What the modules of ``layer`` share; its hooks and forwards inside get it."""
+        """The all-gathered sequences and copies to TP of ``layer``, given to the hooks and forwards inside of it."""
         if layer not in self.spec.layers:
             return SharedInputs()
         shared = SharedSequence(self.mesh, self.spec.regather)
@@ -208,11 +208,11 @@ class SequenceParallel:
             copy.shared = self.tail
 
     def connect(self, scope: LocalParamForward) -> None:
-        """Tell ``scope`` which calls work on sequence shards, where gradients of replicated parameters are Partial."""
+        """Let ``scope`` recognise calls on sequence shards, in which gradients of replicated parameters are Partial."""
         scope.on_sequence_shards = functools.partial(self.on_sequence_shards, scope.shared)
 
     def on_sequence_shards(self, shared: SharedInputs | None, kwargs: dict[str, Any]) -> bool:
-        """Does a call with these arguments work on sequence shards? ``shared`` is that of the layer; None: outside."""
+        """True if a call with these arguments works on sequence shards; ``shared`` is None outside of the layers."""
         if shared is None:
             return self.length is not None
         return LENGTH in kwargs or shared.length is not None
@@ -220,7 +220,7 @@ class SequenceParallel:
     # ---- one forward -------------------------------------------------------------------------------------------------
 
     def begin(self, *_: Any) -> None:
-        """Input hook of the stack: this forward works on sequence shards if it records gradients."""
+        """Input hook of the stack: this forward works on sequence shards if autograd records it."""
         self.forget()
         own = any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in self.layers)
         if own and torch.is_grad_enabled() and compat.checkpoints_around_calls():
@@ -240,7 +240,7 @@ class SequenceParallel:
             scope.adopt_checkpoint_function()
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Output hook of the stack: recorded hidden states are all-gathered.
+        """Output hook of the stack: hidden states in its output are all-gathered.
 
         Raises:
             UnsupportedError: the hidden states that it returns are still shards.
@@ -255,6 +255,7 @@ class SequenceParallel:
                 f"forward of {type(module).__name__}. Call all layers (layerdrop=0 in the model's config), or use "
                 "sequence_parallel=False."
             )
+        # By identity: an output that the model computed from a shard is not all-gathered.
         known = {id(x) for x in (ref() for ref in shards) if x is not None}
         return _map_known(output, known, lambda x: gather_sequence(x, self.group, self.rank, self.size, length))
 
@@ -279,7 +280,7 @@ class SequenceParallel:
         return self.split_first(args, kwargs) if self.records and self.length is None else None
 
     def split_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with this rank's shard of the hidden states in the place of full ones."""
+        """The arguments with this rank's sequence shard of the hidden states."""
         x = first_tensor(args, kwargs)
         self.length = x.shape[1]
         shard = split_sequence(x, self.group, self.rank, self.size)
@@ -287,7 +288,7 @@ class SequenceParallel:
         return replace_first(args, kwargs, shard)
 
     def leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
-        """Output hook of a layer: remember its output, which the model may record."""
+        """Output hook of a layer: remember its output, which the model may return as a hidden state."""
         if self.length is not None:
             self.shards.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
 

@@ -24,7 +24,7 @@ _CLASS = "BagelForUnifiedMultimodal"
 
 
 class BagelParallelizationStrategy(FamilyParallelizationStrategy):
-    """``BagelForUnifiedMultimodal``: layers of language model and vision encoder are the FSDP units and checkpointed."""
+    """``BagelForUnifiedMultimodal``: layers of language model and vision encoder are FSDP units and checkpointed."""
 
     def plan(self, context: ParallelizeContext) -> None:
         """Decide as for every model, with the layers of language model and vision encoder."""

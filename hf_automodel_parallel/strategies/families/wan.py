@@ -15,7 +15,7 @@ from .video import VideoParallelizationStrategy
 
 
 class WanParallelizationStrategy(VideoParallelizationStrategy):
-    """``WanTransformer3DModel``: blocks, condition embedders and attention by heads are sharded; each block is one unit.
+    """``WanTransformer3DModel``: blocks, condition embedders and attention by heads are sharded; each block is a unit.
 
     Modules that diffusers keeps in float32 when it loads the model in bfloat16 (the time embedder, the modulation
     tables, norms) stay in float32 under a bfloat16 policy, and so do the timesteps.

@@ -29,14 +29,14 @@ class ShardedLogits(torch.Tensor):
     """Logits (..., V) of which this rank holds the slice (..., V / size); made by :func:`shard_logits`.
 
     Reading values is a collective over the tp group, once per object: all of its ranks have to do it. Printing reads no
-    values. A change in place reaches the slice, and with it all views that were taken of it.
+    values. A change in place changes the slice, and with it all views of the slice.
 
     An upcast (``logits.float()``, with which losses begin) is deferred to where the values are used, so that the loss
     can do it chunk by chunk; until then ``dtype`` differs from the dtype of the slice.
 
     Private state: ``_slice``; ``_full``, the gathered logits, and the versions of it and of the slice at that time;
-    ``_noted``, the version of the slice when this object was made; ``_family``, shared by the views of one upcast, the
-    id of the one that was changed in place (0: none).
+    ``_noted``, the version of the slice when this object was made; ``_family``, one object for all views of one upcast:
+    the id of the view that was changed in place (0: none).
     """
 
     vocabulary: Vocabulary
