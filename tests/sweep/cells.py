@@ -218,7 +218,7 @@ def _run(case: str, mesh: str, kind: str, dtype: torch.dtype) -> Outcome:
         raise RuntimeError(f"after prepare: {type(error).__name__}: {error}") from error
     if want is None:
         return Outcome(**about, status="parity")
-    plan = prepared(model).job.plan
+    plan = prepared(model).context.plan
     about["plan"] = "" if plan is None else plan.origin
     verdict = judge(total.item() / dist.get_world_size(), gradients, *want)
     detail = "; ".join(verdict.problems)[:600] or verdict.worst
