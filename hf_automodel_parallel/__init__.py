@@ -1,7 +1,6 @@
-"""Parallelise any Hugging Face model, already built and PEFT-wrapped, inside ``Accelerator.prepare`` and the stock
-Trainer.
+"""Parallelise a built, optionally PEFT-wrapped Hugging Face model in ``Accelerator.prepare`` and the stock Trainer.
 
-Only light names are imported here; everything that needs a model or a process group loads when it is first used.
+This module imports only the config and the errors; all other names are imported on first access.
 """
 
 from typing import TYPE_CHECKING, Any

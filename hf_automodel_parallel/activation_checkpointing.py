@@ -1,11 +1,10 @@
-"""Activation checkpointing: none, full, submodule or selective; never reentrant, with the random state preserved.
+"""Activation checkpointing: none, full, submodule or selective; always non-reentrant, with the RNG state preserved.
 
-A checkpoint is put around a module's ``forward``, so no module is wrapped and no name changes. Its recomputation runs
-through the module's local-parameter scope again (:mod:`.tensor_parallel.local_parameters`). Hooks of FSDP2 stay
-outside.
+A checkpoint wraps a module's ``forward``, not the module, so no name changes. Its recomputation runs through the
+module's local-parameter scope again (:mod:`.tensor_parallel.local_parameters`). FSDP2's hooks stay outside.
 
-A reentrant checkpoint runs its first forward without gradients. Anything compiled inside of it then yields a graph
-without a backward, and adapters lose their gradients silently. Hence non-reentrant everywhere.
+A reentrant checkpoint runs its first forward without gradients. Code compiled inside of it would then have a graph
+without a backward, and adapters would silently get no gradients. So all checkpoints are non-reentrant.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from .errors import ConfigError, UnsupportedError
 
 
 def normalized_mode(value: str | bool | None) -> str:
-    """The mode that a checked config value asks for: None and False mean "none", True means "full"."""
+    """Return the mode of a validated config value: None and False mean "none", True means "full"."""
     return "full" if value is True else value or "none"
 
 
 def mode_of_argument(value: str | bool | None) -> str:
-    """The mode that an ``activation_checkpointing`` argument of the reference API asks for.
+    """Return the mode of an ``activation_checkpointing`` argument of the reference API.
 
     Args:
-        value: a truth value (True means "full"), or a mode, in any case and with or without "-" and "_" ("Sub-Module");
+        value: a bool (True means "full"), or the name of a mode. Upper case, "-" and "_" are ignored ("Sub-Module");
             "off" means "none".
 
     Raises:
-        ConfigError: the word does not name a mode.
+        ConfigError: ``value`` is not the name of a mode.
     """
     if value is None or isinstance(value, bool):
         return normalized_mode(value)
@@ -60,13 +59,13 @@ def mode_of_argument(value: str | bool | None) -> str:
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """Which results a checkpoint saves for the backward; the others are recomputed.
+    """The results that a checkpoint saves for the backward; all others are recomputed.
 
     Attributes:
         name: for messages and debuggers.
-        context_fn: argument of torch's checkpoint; None: it saves its inputs alone. A function of a module: dynamo
-            refuses bound methods, and would take the numbers in a partial function for dynamic sizes.
-        eager: worth its memory where the layer is not compiled, too.
+        context_fn: argument of torch's ``checkpoint``; None: save the inputs only. It must be a module-level function:
+            dynamo rejects bound methods, and treats the integers in a ``functools.partial`` as dynamic sizes.
+        eager: the policy also pays off in a layer that is not compiled.
     """
 
     name: str
@@ -75,14 +74,16 @@ class SavePolicy:
 
 
 def selective_contexts(every: int = 2, all_gathers: bool = True) -> tuple[Any, Any]:
-    """Contexts of one checkpoint that saves matrix products, attention and collectives: of forward and recomputation.
+    """Return (forward, recomputation) contexts of a checkpoint that saves matrix products, attention and collectives.
 
     Args:
-        every: save one of so many matrix products.
-        all_gathers: save the results of all-gathers, too.
+        every: save one of ``every`` matrix products.
+        all_gathers: also save the results of all-gathers.
     """
-    counts = {False: 0, True: 0}  # by is_recompute: forward and recomputation see the same sequence of products
+    # By is_recompute. Forward and recomputation run the same sequence of operators, so both decide alike.
+    counts = {False: 0, True: 0}
     gathering = {False: False, True: False}  # the last collective was an all-gather that is not saved
+    # Storage -> reference. The weak reference keeps the address from being reused, not the memory.
     saved: dict[int, StorageWeakRef] = {}
 
     def saves(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_recompute: bool) -> bool:
@@ -91,8 +92,8 @@ def selective_contexts(every: int = 2, all_gathers: bool = True) -> tuple[Any, A
                 if operator not in _WAITS:
                     gathering[is_recompute] = operator in _ALL_GATHERS
                 return not gathering[is_recompute]
-            # The recomputation starts from the random state of the forward: an operator that draws and is not repeated
-            # would shift the stream under all that follow.
+            # The recomputation starts from the RNG state of the forward. If it skipped an operator that draws random
+            # numbers, all later operators would draw different ones.
             return not _draws(operator, args, kwargs)
         if operator in _MATMULS:
             counts[is_recompute] += 1
@@ -104,9 +105,9 @@ def selective_contexts(every: int = 2, all_gathers: bool = True) -> tuple[Any, A
             _refuse_writing(operator, args, kwargs, saved)
         if not saves(operator, args, kwargs, context.is_recompute):
             return CheckpointPolicy.PREFER_RECOMPUTE
-        output = getattr(context, "op_output", None)  # torch 2.11 has no such attribute; writes go unnoticed there
+        output = getattr(context, "op_output", None)  # missing in torch 2.11, where in-place writes are not detected
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
-            if type(tensor) is torch.Tensor:  # not while the compiler traces: its graph has no writes in place
+            if type(tensor) is torch.Tensor:  # a traced tensor is a subclass; its graph has no in-place writes
                 reference = StorageWeakRef(tensor.untyped_storage())
                 saved[reference.cdata] = reference
         return CheckpointPolicy.MUST_SAVE
@@ -122,28 +123,27 @@ def _regathering_contexts() -> tuple[Any, Any]:
     return selective_contexts(every=1, all_gathers=False)
 
 
-#: The inputs of the layer alone.
+#: Saves only the inputs of the layer.
 FULL = SavePolicy("full")
 
-#: Half of the matrix products: the middle between the memory of saving all and the time of saving none (torchtitan's
-#: rule).
+#: Saves half of the matrix products: a compromise between memory and recomputation time (torchtitan's rule).
 SELECTIVE = SavePolicy("selective", selective_contexts)
 
-#: The same under ``sequence_parallel_regather``.
+#: The same with ``sequence_parallel_regather``.
 SELECTIVE_REGATHER = SavePolicy("selective, all-gathers repeated", _regathering_selective_contexts)
 
-#: All that is expensive but all-gathers: how the compiler is told ``sequence_parallel_regather``. What is cheap it
-#: recomputes as it would without a checkpoint. Code that is not compiled would save all these results whether a
-#: backward needs them or not; there hooks repeat the all-gathers (:mod:`.tensor_parallel.saved_shards`).
+#: Saves all expensive results except all-gathers. This is how ``sequence_parallel_regather`` works in compiled layers:
+#: cheap operators the compiler recomputes anyway. Uncompiled code would save results that no backward needs, so there
+#: saved-tensor hooks repeat the all-gathers instead (:mod:`.tensor_parallel.saved_shards`).
 REGATHER = SavePolicy("all-gathers repeated", _regathering_contexts, eager=False)
 
 
 def layer_policy(mode: str, regather: bool, compiled: bool) -> SavePolicy | None:
-    """The policy for the checkpoints of whole layers, None if they have none.
+    """Return the policy for checkpoints around layers; None if layers get no checkpoint.
 
     Args:
-        mode: of ``activation_checkpointing``.
-        regather: ``sequence_parallel_regather``.
+        mode: the mode of ``activation_checkpointing``.
+        regather: the value of ``sequence_parallel_regather``.
         compiled: the layers are compiled.
     """
     if mode == "full":
@@ -157,11 +157,11 @@ def layer_policy(mode: str, regather: bool, compiled: bool) -> SavePolicy | None
 
 
 class Checkpointed(ForwardWrapper):
-    """A forward under a non-reentrant checkpoint; without gradients it is called directly.
+    """A forward under a non-reentrant checkpoint. Without gradients the forward is called directly.
 
     Args:
-        policy: what the checkpoint saves.
-        offload: save it in the memory of the CPU (pinned on a GPU machine).
+        policy: selects the results to save.
+        offload: move saved tensors to CPU memory (pinned if CUDA is available).
     """
 
     def __init__(self, policy: SavePolicy = FULL, offload: bool = False) -> None:
@@ -176,27 +176,27 @@ class Checkpointed(ForwardWrapper):
 
 
 def checkpoint_module(module: nn.Module, policy: SavePolicy = FULL, offload: bool = False) -> None:
-    """Put a checkpoint around the forward of ``module``, in place; see :class:`Checkpointed`."""
+    """Wrap the forward of ``module`` with a checkpoint, in place; see :class:`Checkpointed`."""
     ForwardStack.of(module).push(ForwardSlot.CHECKPOINT, Checkpointed(policy, offload))
 
 
 def is_checkpointed(module: nn.Module) -> bool:
-    """True if :func:`checkpoint_module` has put a checkpoint around ``module``."""
+    """True if :func:`checkpoint_module` has wrapped the forward of ``module``."""
     return ForwardSlot.CHECKPOINT in ForwardStack.of(module)
 
 
 def is_checkpoint_wrapped(module: nn.Module) -> bool:
-    """True if ``module`` is recomputed in backward: torch's wrapper, or our own around its forward."""
+    """True if ``module`` is torch's checkpoint wrapper, or :func:`checkpoint_module` has wrapped its forward."""
     return compat.checkpoint_wrapped_module(module) is not None or is_checkpointed(module)
 
 
 def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn.Module]:
-    """The attention and MLP blocks of a decoder layer: its direct children that have layers of their own below them.
+    """Return the attention and MLP blocks of a decoder layer: its children with a forward, children and parameters.
 
     Args:
         layer: a decoder layer.
-        shares_keys: later layers read keys and values that this layer's attention writes; recomputing it would write
-            them a second time, so modules that take part are left out.
+        shares_keys: later layers read the keys and values that the attention of this layer writes. Its recomputation
+            would write them a second time, so attention blocks are left out.
     """
     parts = [
         child
@@ -209,17 +209,17 @@ def checkpointable_parts(layer: nn.Module, shares_keys: bool = False) -> list[nn
 
 
 def shares_keys_and_values(model: nn.Module) -> bool:
-    """True if the model's config says that some layers reuse the keys and values of earlier ones."""
+    """True if some layers reuse the keys and values of earlier ones (``num_kv_shared_layers`` of the config)."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return bool(getattr(text, "num_kv_shared_layers", 0) or 0)
 
 
 def switch_cache_off(model: nn.Module) -> None:
-    """Pass ``use_cache=False`` in training forwards: a recomputed layer would fill a cache twice.
+    """Pass ``use_cache=False`` to training forwards: a recomputed layer would write to a cache twice.
 
-    Every model inside that names the argument gets it, because a model around others (vision and language) may not pass
-    it on. The config, which would be saved, is not touched; evaluation and generation keep their cache.
+    All models inside with this argument get it, because a composite model (vision and language) may not pass it on. The
+    config is not changed, because it would be saved. Evaluation and generation keep their cache.
     """
     from transformers import PreTrainedModel
 
@@ -238,7 +238,7 @@ def switch_cache_off(model: nn.Module) -> None:
 
 
 def _operators(*names: str) -> set[Any]:
-    """The overloads of the named operators that this torch has."""
+    """Return all overloads of the named operators; names that this torch version lacks are skipped."""
     found: set[Any] = set()
     for name in names:
         namespace, _, operator = name.partition("::")
@@ -272,7 +272,7 @@ _ALWAYS_SAVED = _COLLECTIVES | _operators(
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True if this call of ``operator`` draws random numbers.
 
-    Attention is tagged random, but does not draw with ``dropout_p=0``.
+    Attention has the tag ``nondeterministic_seeded``, but draws nothing with ``dropout_p=0``.
     """
     if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
         return False
@@ -286,10 +286,13 @@ def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 def _refuse_writing(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], saved: dict[int, StorageWeakRef]
 ) -> None:
-    """Raise if ``operator`` has written into something saved: the recomputation would start from the changed value.
+    """Raise if ``operator`` has written in place to a saved result, which the backward would then use.
 
-    torch compares versions, but a product that was reshaped (``_unsafe_view``) shares its memory and not its version,
-    so the gradients would be silently wrong.
+    torch compares version counters. But the result of a reshaped matrix product (``_unsafe_view``) shares its memory
+    and not its version counter, so torch would not raise and the gradients would be wrong.
+
+    Raises:
+        UnsupportedError: an argument that ``operator`` mutates shares its storage with a saved result.
     """
     for position, argument in enumerate(operator._schema.arguments):
         written = args[position] if position < len(args) else kwargs.get(argument.name)

@@ -1,4 +1,4 @@
-"""The command-line flag: ``--auto_parallel tp=2,dp_shard=4`` for ``TrainingArguments`` and classes derived from it."""
+"""The command-line flag ``--auto_parallel tp=2,dp_shard=4`` for ``TrainingArguments`` and its subclasses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .errors import ConfigError
 
 @dataclass
 class AutoParallelArgumentsMixin:
-    """Adds the ``auto_parallel`` field to any subclass of ``transformers.TrainingArguments``.
+    """Adds the field ``auto_parallel`` to a subclass of ``transformers.TrainingArguments``.
 
-    Put it first among the bases. The field's value becomes ``parallelism_config``, which the stock Trainer hands to
+    It must be the first base class. The field sets ``parallelism_config``, which the stock Trainer passes to
     Accelerate.
 
     Example:
@@ -52,22 +52,20 @@ class AutoParallelArgumentsMixin:
                 )
             if explicit is None:
                 self.parallelism_config = config
-            if not isinstance(self.auto_parallel, str):  # to_dict and to_json_string take the field as it is
+            if not isinstance(self.auto_parallel, str):  # to_dict and to_json_string do not convert the field
                 self.auto_parallel = _as_json(self.auto_parallel)
         super().__post_init__()  # type: ignore[misc]
 
 
 def _as_json(value: Any) -> Any:
-    """A form of ``value`` (config, dict or path) that JSON can hold and :meth:`AutoParallelismConfig.parse` reads
-    back.
-    """
+    """Convert ``value`` (config, dict or path) to JSON types that :meth:`AutoParallelismConfig.parse` reads."""
     if isinstance(value, AutoParallelismConfig):
         return value.to_dict()
     return plain(value) if isinstance(value, Mapping) else os.fspath(value)
 
 
 def _compatible(explicit: Any, config: AutoParallelismConfig) -> bool:
-    """True if every field that ``config`` sets has the same value in ``explicit`` (which may have inferred sizes)."""
+    """True if ``explicit`` (its sizes may be inferred already) has equal values in all fields that ``config`` sets."""
     if not isinstance(explicit, AutoParallelismConfig):
         return False
     known = explicit.to_dict()
@@ -76,7 +74,7 @@ def _compatible(explicit: Any, config: AutoParallelismConfig) -> bool:
 
 @dataclass
 class AutoParallelTrainingArguments(AutoParallelArgumentsMixin, TrainingArguments):
-    """``transformers.TrainingArguments`` with ``--auto_parallel``.
+    """``transformers.TrainingArguments`` with the flag ``--auto_parallel``; see :class:`AutoParallelArgumentsMixin`.
 
     Example:
         >>> args = AutoParallelTrainingArguments(output_dir="out", auto_parallel="tp=2,dp_shard=4")

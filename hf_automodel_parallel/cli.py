@@ -1,4 +1,4 @@
-"""``hf-automodel-parallel``: look at what the package would do, before it does it."""
+"""``hf-automodel-parallel``: show the plan of a model, list the options, export checkpoints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def plan(
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe has no width of its own
+        console = Console(width=120)  # a file or pipe has no width; rich would assume 80 columns
     try:
         if sequence_parallel and tp == 1:
             raise ConfigError(
@@ -126,7 +126,11 @@ app.command("export", epilog=export_command.EPILOG)(export_command.export)
 
 
 def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]
-    """The model of a config on the meta device, optionally LoRA-wrapped."""
+    """Build the model of a config on the meta device, optionally with LoRA.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

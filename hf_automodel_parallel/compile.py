@@ -1,4 +1,4 @@
-"""Per-layer ``torch.compile``, in place, after everything else: only the arithmetic of a layer is inside the graph."""
+"""Per-layer ``torch.compile``, in place, as the last step; a graph contains only the computation of a layer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def compile_layers(
 ) -> None:
     """Compile the forward of each layer, in place.
 
-    What is compiled is the ``forward``, not the module: FSDP2's hooks, the exchange of DTensors for local tensors and a
-    full checkpoint of the layer stay outside. So the graph holds plain tensors, checkpoints compose, and no name in the
-    model changes (no ``_orig_mod``). Layers of one class share their graphs.
+    It compiles the ``forward``, not the module: FSDP2's hooks, the local-parameter scope and a full checkpoint of the
+    layer stay outside. So the graph has plain tensors only, checkpoints compose, and no name in the model changes (no
+    ``_orig_mod``). Layers of the same class share their graphs.
 
     Args:
         layers: the layers, after tensor parallelism and FSDP2 have been applied.
-        policy: of the checkpoints of the layers, None without. One that selects operators is put into the graph, where
-            the compiler sees which results to save; with :data:`.activation_checkpointing.FULL`, a checkpoint stands
-            around the layer, or will.
+        policy: policy of the layers' checkpoints; None without checkpoints. A selective policy is put into the graph,
+            where the compiler sees which results to save. With :data:`.activation_checkpointing.FULL` the checkpoint is
+            around the compiled layer; the caller adds it, before or after this call.
         parts: modules inside of the layers are checkpointed.
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     in_graph = policy if policy is not None and policy.context_fn is not None else None
+    # Under a checkpoint a layer has to be one graph; _OneGraph explains why and has the fallback.
     one_graph = policy is not None or parts
     for layer in layers:
         make_traceable(layer)
@@ -54,19 +55,20 @@ def compile_layers(
 
 
 def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
-    """Compile every layer of ``model``, in place, after it has been sharded and checkpointed; names do not change.
+    """Compile each layer of ``model`` in place, after sharding and checkpointing. No name in the model changes.
 
-    At the granularity of layers, so that forward and backward of a layer are traced together, with gradients: a part
-    that is compiled below a reentrant checkpoint would be traced without, and its adapters would not train. A
-    checkpoint around a layer (ours or torch's wrapper) stays around what is compiled; a selective one, and those around
-    parts of a layer, are compiled with it. Layers that are compiled already are left alone.
+    Forward and backward of a layer are traced together, with gradients. Code that is compiled below a reentrant
+    checkpoint would be traced without gradients, and its adapters would not train. A full checkpoint around a layer
+    (of this package or torch's wrapper) stays outside of the graph. A selective one, and checkpoints of submodules, are
+    compiled with the layer. Layers that are compiled already are skipped.
 
     Args:
-        model: the model; every tower, see :func:`layers.model_layers`.
-        options: of ``torch.compile``.
+        model: the model. Its layers are those of :func:`~.core.model_structure.model_layers`, modality encoders
+            included.
+        options: options of ``torch.compile``.
 
     Raises:
-        UnsupportedError: no layers are found, or a reentrant checkpoint lies inside of one.
+        UnsupportedError: the model has no layers, or a layer contains a reentrant checkpoint.
     """
     from .core.model_structure import model_layers
 
@@ -76,7 +78,7 @@ def apply_per_layer_compile(model: nn.Module, **options: Any) -> None:
 
 
 def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
-    """Compile one layer that has been sharded and checkpointed, see :func:`apply_per_layer_compile`."""
+    """Compile one layer after sharding and checkpointing; see :func:`apply_per_layer_compile`."""
     wrapped = compat.checkpoint_wrapped_module(layer)
     if wrapped is not None and "context_fn" not in _keywords(layer.checkpoint_fn):
         compile_finished_layer(wrapped, {**options, "fullgraph": True})
@@ -98,14 +100,14 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
             )
     shared = scope.shared if isinstance(scope, LocalParamForward) else None
     if policy is None and not parts and shared is not None and shared.regather:
-        policy = REGATHER  # until now hooks repeated the all-gathers
+        policy = REGATHER  # replaces the saved-tensor hooks that repeat the all-gathers in uncompiled code
     if policy is not None and policy.context_fn is not None:
-        stack.remove(ForwardSlot.CHECKPOINT)  # it moves into the graph
+        stack.remove(ForwardSlot.CHECKPOINT)  # compile_layers adds it again, inside of the graph
     compile_layers([layer], policy, parts, **options)
 
 
 def _keywords(function: Any) -> dict[str, Any]:
-    """What a partial function (or a wrapper of one that names it) is called with."""
+    """Return the keyword arguments that a ``functools.partial`` holds, also below a wrapper with ``function``."""
     function = getattr(function, "function", function)
     return dict(function.keywords) if isinstance(function, functools.partial) else {}
 
@@ -114,10 +116,10 @@ class _Compiled(ForwardWrapper):
     """A compiled forward.
 
     Args:
-        options: of ``torch.compile``.
-        checkpoints_inside: the graph contains checkpoints. One of ours notes something outside of it, which breaks the
-            graph unless the compiler skips such notes in the recomputation. The only one is which inputs share a
-            copy to TP; the recomputation need not take it again.
+        options: options of ``torch.compile``.
+        checkpoints_inside: the graph contains checkpoints. The forward then has a side effect inside of a checkpoint:
+            it notes which inputs share a copy to TP. Dynamo breaks the graph there unless it skips side effects in the
+            recomputation, which does not need the note.
     """
 
     def __init__(self, options: dict[str, Any], checkpoints_inside: bool) -> None:
@@ -138,15 +140,15 @@ class _Compiled(ForwardWrapper):
 
 
 class _OneGraph(ForwardWrapper):
-    """The forward of a layer that is compiled and checkpointed; uncompiled where it cannot be one graph.
+    """The forward of a compiled and checkpointed layer. It runs uncompiled if it cannot be one graph.
 
-    If the compiler breaks the graph, it runs pieces, and may run other pieces in the recomputation than in the forward
-    (inside of a checkpoint eagerly; around data-dependent shapes those that were compiled meanwhile). What the forward
-    saved would then not be found again.
+    With graph breaks the compiler runs several graphs, and the recomputation may run others than the forward: eager
+    code inside of a checkpoint, or graphs that were compiled meanwhile for data-dependent shapes. The checkpoint could
+    then not match the tensors that the forward has saved.
 
     Args:
-        stack: of the layer.
-        policy: of the checkpoint that the layer needs around it where it is not compiled; None: none.
+        stack: the forward stack of the layer.
+        policy: policy of the checkpoint around the layer if it runs uncompiled; None without a checkpoint.
     """
 
     as_method = False
@@ -156,7 +158,7 @@ class _OneGraph(ForwardWrapper):
         self.compiled = True
 
     def wrap(self, inner: Forward) -> Forward:
-        """Stand around ``inner``, with a checkpoint in between if it is not compiled."""
+        """Wrap ``inner``, with a checkpoint in between if the layer is not compiled."""
         if self.policy is not None and not self.compiled:
             inner = Checkpointed(self.policy).wrap(inner)
         return super().wrap(inner)
@@ -167,7 +169,7 @@ class _OneGraph(ForwardWrapper):
         try:
             return self.inner(*args, **kwargs)
         except compat.graph_break_type() as error:
-            # Raised while tracing: nothing has run yet, and the other ranks trace the same code.
+            # Raised while tracing: nothing has run yet, and all ranks trace the same code, so all of them fall back.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
             "%s is not one graph (%s), which activation checkpointing needs: this layer runs uncompiled.",

@@ -1,9 +1,9 @@
-"""``AutoParallelismConfig``: the one object a user passes, its fields, its text forms and its validation.
+"""``AutoParallelismConfig``: the user's config, its fields, its text forms and its validation.
 
-It subclasses :class:`accelerate.ParallelismConfig`, so it goes wherever that class goes. ``Accelerator.__init__`` calls
-two of its methods, in this order, with the process group ready: :meth:`AutoParallelismConfig.get_device_mesh`, where
-open sizes are inferred and wrong ones refused, and :meth:`AutoParallelismConfig._validate_accelerator`, where the
-package binds itself to that one ``Accelerator`` instance.
+It is a subclass of :class:`accelerate.ParallelismConfig` and replaces it everywhere. ``Accelerator.__init__`` calls two
+of its methods, after the process group is initialised and in this order: :meth:`AutoParallelismConfig.get_device_mesh`
+infers and checks the sizes of the mesh axes, :meth:`AutoParallelismConfig._validate_accelerator` extends this one
+``Accelerator`` instance.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
-#: Environment variable that holds the text form of a config (set by the launcher, read by it in the workers).
+#: Environment variable with the text form of a config. The launcher sets it and reads it in the workers.
 CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
 
-# Who fills up an unexplained rest of the world, first open axis first. tp changes which kernels run, so it comes last.
+# The first of these axes without a given size takes the remaining ranks. tp is last, because it changes the kernels.
 _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
 
 
 @dataclass(repr=False)
 class AutoParallelismConfig(OptionFields, ParallelismConfig):
-    """How to spread a model over the processes: sizes of the mesh axes, plan, and how FSDP2 behaves.
+    """How to parallelise a model: sizes of the mesh axes, tensor-parallel plan and FSDP2 options.
 
-    The size fields are Accelerate's (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``, ``sp_size``)
-    and mean the same, with one addition: a size that is given neither here nor in the environment is inferred from the
-    world size instead of being 1. ``dp_shard`` takes the rest; if it was given, ``dp_replicate`` does; then ``tp``.
+    The size fields are those of Accelerate (``dp_replicate_size``, ``dp_shard_size``, ``tp_size``, ``cp_size``,
+    ``sp_size``) with the same meaning. One rule is added: a size that is given neither here nor in the environment is
+    inferred from the world size instead of being 1. ``dp_shard`` takes the remaining ranks; if its size is given,
+    ``dp_replicate`` takes them; if that is given too, ``tp``.
 
-    The other fields are the options of :class:`~.core.options.OptionFields`; ``docs/options.md`` is a table of them.
+    The other fields are the options of :class:`~.core.options.OptionFields`; ``docs/options.md`` has a table of them.
 
     Raises:
-        ConfigError: a value is of the wrong type or out of range, or two contradict each other.
-        UnsupportedError: a ``cp_handler`` asks for ring attention.
+        ConfigError: a value has the wrong type or is out of range, or two values contradict each other.
+        UnsupportedError: a ``cp_handler`` requests ring attention.
 
     Example:
         >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
@@ -64,8 +65,8 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         self._read_sizes_from_environment()
         self._check_fields()
         self._open_axes = tuple(axis for axis in AXES if getattr(self, f"{axis}_size") is None)
-        # The parent refuses tp with replicas and dp_shard=1, because it would use DDP; FSDP2 runs on an axis of one
-        # rank.
+        # The parent class rejects dp_replicate with tp if dp_shard=1, because Accelerate would use DDP. Here FSDP2 runs
+        # on a dp_shard axis of one rank. So the parent checks with 2, and the real size is set afterwards.
         dp_shard_size: int | None = self.dp_shard_size  # type: ignore[has-type]
         self.dp_shard_size = 2
         super().__post_init__()
@@ -82,7 +83,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
             )
 
     def _read_sizes_from_environment(self) -> None:
-        """Take sizes that nobody gave from ``accelerate launch``, before the checks, which they have to pass too."""
+        """Read sizes that are not given from the environment of ``accelerate launch``, before they are checked."""
         for axis in AXES:
             variable = f"PARALLELISM_CONFIG_{axis.upper()}_SIZE"
             if getattr(self, f"{axis}_size") is not None or variable not in os.environ:
@@ -114,9 +115,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
             )
 
     def _check_no_other_accelerator(self) -> None:
-        """Accelerate silently drops a config given to a second ``Accelerator``; say so while there is somebody to
-        tell.
-        """
+        """Raise if an ``Accelerator`` with another config exists: Accelerate would silently ignore this config."""
         state = compat.accelerator_already_exists()
         if state is None or isinstance(state.parallelism_config, AutoParallelismConfig):
             return
@@ -129,10 +128,11 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
     # ---- sizes -------------------------------------------------------------------------------------------------
 
     def resolve_sizes(self, world_size: int) -> None:
-        """Fill in the sizes that nobody gave, so that the product of all axes is ``world_size``.
+        """Set the sizes that were not given, so that the product of all axes is ``world_size``.
 
         Raises:
-            ConfigError: the given sizes do not divide, or do not multiply to, the world size.
+            ConfigError: the product of the given sizes does not divide the world size, or is not equal to it if all
+                sizes are given; or an option needs ``tp_size`` of 2 or more.
         """
         known = 1
         for axis in AXES:
@@ -167,17 +167,20 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
 
     @property
     def dp_shard_enabled(self) -> bool:
-        """True whenever there is a process group: FSDP2 also runs on a ``dp_shard`` axis of size 1 ("TP only")."""
+        """True if there is a process group: FSDP2 also runs on a ``dp_shard`` axis of size 1 (tensor parallelism only).
+
+        Accelerate leaves disabled axes out of the mesh.
+        """
         return self.dp_shard_size > 1 or self.device_mesh is not None or _world_size() is not None
 
     def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
-        """Infer open sizes, then build the mesh (Accelerate calls this first, before any other method).
+        """Infer missing sizes and build the mesh. Accelerate calls this before any other method. Collective.
 
         Returns:
-            The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp), or None in a process without a process group.
+            The mesh with axes (dp_replicate,) dp_shard (, cp) (, tp); None without a process group.
 
         Raises:
-            ConfigError: the sizes do not fit the world size, or the ranks have different configs.
+            ConfigError: on all ranks, if the sizes do not fit the world size, or the ranks have different configs.
         """
         if self.device_mesh is None:
             world = _world_size()
@@ -199,7 +202,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         return mesh
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
-        # Called at the end of Accelerator.__init__, the only moment at which Accelerate hands us the instance.
+        # Accelerate calls this at the end of Accelerator.__init__. It is the only call that gets the instance.
         from .trainer_plugin.extend import install
 
         install(accelerator, self)
@@ -208,14 +211,16 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
 
     @classmethod
     def parse(cls, value: str | os.PathLike[str] | Mapping[str, Any] | AutoParallelismConfig) -> AutoParallelismConfig:
-        """Read a config from any of its forms.
+        """Make a config from any of its forms.
 
         Args:
-            value: a config (returned as it is), a dict, the path of a YAML or JSON file, a JSON object as text, or a
-                comma-separated list such as ``"tp=2,dp_shard=4,plan_order=registry+hf"`` (a bare name means true).
+            value: a config (returned unchanged), a dict, the path of a YAML or JSON file, a JSON object as text, or a
+                comma-separated list such as ``"tp=2,dp_shard=4,plan_order=registry+hf"``, where a name without a value
+                means true.
 
         Raises:
-            ConfigError: unreadable file, malformed text, unknown field (with the nearest known one).
+            ConfigError: the file cannot be read, the text is malformed, or a field is unknown (the message suggests the
+                nearest known one).
         """
         if isinstance(value, cls):
             return value
@@ -232,7 +237,11 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoParallelismConfig:
-        """Build a config from a mapping of field names, with or without the ``_size`` suffix of the axes."""
+        """Make a config from field name -> value; the names of axes may omit their suffix ``_size``.
+
+        Raises:
+            ConfigError: a field is unknown, given twice, or has an invalid value.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         arguments: dict[str, Any] = {}
         for key, value in values.items():
@@ -250,7 +259,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         return cls(**arguments)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values of every field that differs from its default; ``from_dict`` restores an equal config."""
+        """Return the fields that differ from their defaults, as JSON types; ``from_dict`` restores an equal config."""
         result: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -269,19 +278,19 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         return result
 
     def to_json(self) -> dict[str, Any]:
-        """What ``TrainingArguments.to_dict`` stores (Accelerate's own version returns None)."""
+        """Return :meth:`to_dict`; ``TrainingArguments.to_dict`` stores it (Accelerate's own version returns None)."""
         return self.to_dict()
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
         return f"{type(self).__name__}({inner})"
 
-    # A mesh holds process groups: it belongs to one process and is rebuilt, never copied or written to disk.
+    # A mesh has process groups, which cannot be pickled or copied; each process builds its own mesh again.
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "device_mesh"}
         try:
             pickle.dumps(self.tp_plan)
-        except Exception:  # a lambda; the Trainer pickles its arguments with each checkpoint, which must not fail there
+        except Exception:  # e.g. a lambda. The Trainer pickles its arguments in each checkpoint, which must not fail.
             state["tp_plan"] = plain(self.tp_plan)
         return state
 
@@ -297,15 +306,18 @@ AutoParallelismConfig.__doc__ = f"{AutoParallelismConfig.__doc__}\n    Args:\n{a
 
 
 def _world_size() -> int | None:
-    """Size of the process group, None without one."""
+    """Return the world size; None without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
 
 
 def _check_alone() -> None:
-    """Raise if this process was launched as one of several that Accelerate has not connected.
+    """Raise if the launcher started several processes and Accelerate made no process group for them.
 
-    Without a GPU Accelerate forms a process group only for those who ask for the CPU; else each process trains on its
-    own.
+    On a machine without an accelerator device, Accelerate makes one only if the user requests the CPU. Otherwise each
+    process would train on its own.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` is greater than 1.
     """
     started = os.environ.get("WORLD_SIZE", "1")
     if started.isdecimal() and int(started) > 1:

@@ -1,14 +1,14 @@
-"""Errors a user can meet, each naming the field, its value and the remedy."""
+"""The error classes of this package. A message names the field, its value and the remedy."""
 
 from __future__ import annotations
 
 
 class AutoParallelError(ValueError):
-    """Base of every error that this package raises for a user's mistake or an unsupported request."""
+    """Base class of all errors that this package raises for user mistakes and unsupported requests."""
 
 
 class ConfigError(AutoParallelError):
-    """A field of :class:`AutoParallelismConfig` (or of what Accelerate was given beside it) cannot be honoured."""
+    """A field of :class:`AutoParallelismConfig`, or another argument of Accelerate, is invalid or has a conflict."""
 
 
 class PlanError(AutoParallelError):
@@ -16,25 +16,23 @@ class PlanError(AutoParallelError):
 
 
 class PlanAssertionError(PlanError, AssertionError):
-    """A :class:`PlanError` that code written for NeMo AutoModel's functions of the same names catches as
-    ``AssertionError``.
-    """
+    """A :class:`PlanError` that is also an ``AssertionError``, as NeMo AutoModel's functions of the same name raise."""
 
 
 class UnsupportedError(AutoParallelError):
-    """The request is understood but this version does not support it; the message says what to use instead."""
+    """The request is valid, but this version does not support it; the message names an alternative."""
 
 
 class PrepareError(AutoParallelError):
-    """The objects given to ``Accelerator.prepare`` do not belong together."""
+    """The objects in one ``Accelerator.prepare`` call do not fit together, or differ across ranks."""
 
 
 class ExportError(AutoParallelError):
-    """Files of a model cannot be written, or what they should be made of cannot be read."""
+    """The files of a model cannot be written, or their source cannot be read."""
 
 
 class NotAvailableYetError(UnsupportedError, NotImplementedError):
-    """The option is part of the design and refused until it is implemented, never ignored."""
+    """The option is planned, but not implemented yet. It raises instead of being ignored."""
 
 
 class CheckpointError(AutoParallelError):
@@ -42,24 +40,20 @@ class CheckpointError(AutoParallelError):
 
 
 class RegistrationError(ConfigError, AssertionError):
-    """Something that is no strategy, or whose name is taken, was registered (the reference API promises
-    AssertionError).
-    """
+    """The registered object is not a strategy, or its name is taken. The reference API documents AssertionError."""
 
 
 def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYetError:
-    """Build the uniform refusal of an option that this version does not implement.
+    """Return the error for an option that this version does not implement.
 
     Args:
         field: name of the option as the user writes it.
-        value: the value given.
-        remedy: what to do instead, as an imperative sentence.
+        value: the given value.
+        remedy: an alternative, as an imperative sentence.
     """
     return NotAvailableYetError(f"{field}={value!r} is not available yet in this version. {remedy}")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of ``error`` without its full stop, or its class if it has none: for a message of
-    ours.
-    """
+    """Return the first line of the message of ``error`` without its full stop, to quote it; the class name if empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,8 +1,8 @@
 """``python -m hf_automodel_parallel.launch``: run an unmodified training script, parallelised by this package.
 
-``Accelerator.__init__`` builds a ``ParallelismConfig`` from the environment when nobody passes one. For this process,
-that one name in the module ``accelerate.accelerator`` is replaced by a factory of :class:`AutoParallelismConfig`;
-nothing else is changed, and a script that is started without this launcher does not import the package.
+``Accelerator.__init__`` builds a ``ParallelismConfig`` from the environment if its caller passes none. In this process
+the launcher replaces this one name in the module ``accelerate.accelerator`` by a factory of
+:class:`AutoParallelismConfig`. Nothing else changes, and a script without the launcher does not import the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         install(config_text)
     except AutoParallelError as error:
-        # One line instead of a traceback through runpy; every rank reads the same text and ends the same way.
+        # One line instead of a traceback through runpy. All ranks read the same text and exit in the same way.
         sys.exit(f"hf_automodel_parallel: {error}")
     sys.argv = [script, *rest]
     if is_module:
@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def install(config_text: str | None) -> None:
-    """Make this process's ``Accelerator`` build an :class:`AutoParallelismConfig`.
+    """Make ``Accelerator`` build an :class:`AutoParallelismConfig` in this process.
 
     Args:
-        config_text: a config in text form, or None for the environment's (``$HF_AUTO_PARALLEL``, else the
-            ``parallelism_config`` section that ``accelerate launch`` put into ``PARALLELISM_CONFIG_*``).
+        config_text: a config in text form. None: the environment decides (``$HF_AUTO_PARALLEL``, or else the
+            ``parallelism_config`` section that ``accelerate launch`` exports as ``PARALLELISM_CONFIG_*``).
 
     Raises:
-        ConfigError: the text cannot be read, or nothing says how to parallelise.
+        ConfigError: the text cannot be read, or there is no config at all.
     """
     import accelerate.accelerator
 
@@ -72,20 +72,21 @@ def install(config_text: str | None) -> None:
             "with a parallelism_config section (accelerate launch --config_file ...)."
         )
     if config_text is not None:
-        # The config replaces the section of the file: sizes it leaves open are inferred, not taken from there.
+        # The given config replaces the section of Accelerate's config file: a size that it does not set is inferred and
+        # not read from there.
         for axis in AXES:
             os.environ.pop(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", None)
         AutoParallelismConfig.parse(config_text)  # errors now, before anything is loaded
         os.environ[CONFIG_VARIABLE] = config_text
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
     if _on_cpu():
-        # Accelerate tells CPU workers of an FSDP config nothing about the CPU and then does not start gloo.
+        # With an FSDP config, Accelerate does not set this variable for CPU workers, and then does not start gloo.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     accelerate.accelerator.ParallelismConfig = _from_environment  # type: ignore[misc,assignment]
 
 
 def _from_environment(*args: Any, **kwargs: Any) -> AutoParallelismConfig:
-    """What ``Accelerator.__init__`` calls where it would build a ``ParallelismConfig``."""
+    """Return the config of the environment. ``Accelerator.__init__`` calls this instead of ``ParallelismConfig``."""
     text = os.environ.get(CONFIG_VARIABLE)
     if not text or args or kwargs:
         return AutoParallelismConfig(*args, **kwargs)
@@ -99,7 +100,11 @@ def _on_cpu() -> bool:
 
 
 def _parse(arguments: list[str]) -> tuple[str | None, bool, str, list[str]]:
-    """Split our options from the script and its arguments; everything after the script belongs to the script."""
+    """Separate the launcher's options from the script and its arguments. All arguments after the script belong to it.
+
+    Returns:
+        (config text or None, the script is a module, script, arguments of the script).
+    """
     config_text: str | None = None
     position = 0
     while position < len(arguments) and arguments[position].startswith("-"):

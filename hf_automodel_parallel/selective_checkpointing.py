@@ -1,4 +1,4 @@
-"""Selective activation checkpointing alone, without any parallelism."""
+"""Selective activation checkpointing without parallelism."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .core.model_structure import find_layers
 from .core.model_view import ModelView
 from .errors import UnsupportedError
 
-# Where the checkpoint of a layer can stand; the fallback has one of its own.
+# The slots that can contain a checkpoint of a layer; GRAPH_FALLBACK adds one if it runs the layer uncompiled.
 _CHECKPOINTS = (ForwardSlot.CHECKPOINT, ForwardSlot.GRAPH_CHECKPOINT, ForwardSlot.GRAPH_FALLBACK)
 
 
 def apply_selective_activation_checkpointing(model: nn.Module, *, enable_compile: bool = False) -> None:
-    """Put selective checkpoints around the layers of ``model``, in place, without any parallelism or process group.
+    """Put a selective checkpoint around each layer of ``model``, in place. Needs no process group.
 
-    For one device, or for code that shards by itself; ``AutoParallelismConfig(activation_checkpointing="selective")``
-    does the same inside ``Accelerator.prepare``. Training forwards get ``use_cache=False``; config and state dict keep
-    their content.
+    For a single device, or for code with its own sharding. In ``Accelerator.prepare``,
+    ``AutoParallelismConfig(activation_checkpointing="selective")`` does the same. Training forwards get
+    ``use_cache=False``; config and state dict do not change.
 
     Args:
         model: a model with repeated layers, plain or PEFT-wrapped.
-        enable_compile: compile each layer as well, in place, with the checkpoint inside of its graph, where the
-            compiler sees which operators to keep.
+        enable_compile: also compile each layer, in place, with the checkpoint inside of its graph, where the compiler
+            sees which results to save.
 
     Raises:
-        UnsupportedError: no layers are found, the model is checkpointed already, by this function or by its own
-            ``gradient_checkpointing_enable()``, or later layers read keys that earlier ones write.
+        UnsupportedError: the model has no layers, or it is checkpointed already, by this function or by its own
+            ``gradient_checkpointing_enable()``.
     """
     inner = ModelView.of(model).inner
     layers = find_layers(inner)

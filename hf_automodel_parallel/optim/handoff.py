@@ -1,4 +1,4 @@
-"""Hand an optimizer over from a model's old parameters to the sharded ones."""
+"""Replace the parameters of an optimizer by the sharded parameters of the model, with their state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..errors import PrepareError
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrappers."""
+    """Return the torch optimizer inside of Accelerate's wrappers."""
     while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """``id(parameter) -> name`` for every parameter; a shared one has its first name."""
+    """Return ``id(parameter)`` -> name for all parameters; a tied parameter has its first name."""
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names.setdefault(id(parameter), name)
@@ -27,14 +27,19 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[list[list[str]]]:
-    """Name the parameters of each group of each optimizer.
+    """Return the names of the parameters in each group of each optimizer.
+
+    Args:
+        model: the model before sharding.
+        optimizers: torch optimizers, without Accelerate's wrappers.
 
     Returns:
         ``names[optimizer][group][i]``.
 
     Raises:
-        PrepareError: an optimizer holds a parameter that the model does not have, or a trainable one is in none of
-            them.
+        PrepareError: an optimizer holds a parameter that the model does not have, holds one outside of
+            ``param_groups``, or has state of a shape that cannot be sharded; or a trainable parameter is in no
+            optimizer.
     """
     names = parameter_names(model)
     shapes = dict(model.named_parameters())
@@ -76,9 +81,9 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
 
 
 def _held_elsewhere(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> list[str]:
-    """``attribute: parameter`` for parameters that attributes of ``optimizer`` hold beside groups and state.
+    """Return ``attribute: parameter`` for each parameter that ``optimizer`` holds outside of its groups and state.
 
-    The very lists of the groups do not count, because they are changed in place.
+    The list objects of the groups do not count: :func:`switch_parameters` changes them in place (LBFGS keeps one).
     """
     lists = {id(group["params"]) for group in optimizer.param_groups}
     found: list[str] = []
@@ -105,14 +110,14 @@ def switch_parameters(
 ) -> None:
     """Replace the parameters of ``optimizer`` by those of the sharded ``model``, by name, in place.
 
-    Groups and all their hyper-parameters stay. State that already exists (an optimizer that has stepped, or one like
-    Adagrad that makes its state at once) is sharded as its parameter is.
+    Groups and their hyperparameters stay. Existing state gets the placements of its parameter: of an optimizer that has
+    stepped, or that creates its state in the constructor (Adagrad).
 
     Args:
         optimizer: the torch optimizer.
         names: ``names[group][i]``, from :func:`check_optimizers`.
         model: the model after sharding.
-        old: name -> parameter before sharding, to find existing state.
+        old: name -> parameter before sharding, the key of existing state.
     """
     new = dict(model.named_parameters())
     state = dict(optimizer.state)
@@ -126,8 +131,9 @@ def switch_parameters(
 
 
 def replace_parameters(optimizer: torch.optim.Optimizer, replacements: dict[int, nn.Parameter]) -> None:
-    """Replace the parameters of ``optimizer`` by ``replacements[id(parameter)]`` (often itself), in place, with their
-    state.
+    """Replace each parameter of ``optimizer`` by ``replacements[id(parameter)]``, in place, and shard its state.
+
+    A parameter may be mapped to itself; then its state stays as it is.
     """
     for group in optimizer.param_groups:
         for old in group["params"]:

@@ -1,11 +1,10 @@
-"""Does an optimizer compute on shards what it computes on whole parameters? Tried on small tensors, before anything
-changes.
+"""Check numerically that an optimizer computes the same update on shards as on full parameters.
 
-An optimizer that treats each element on its own is right on any shard. One that computes something over a whole
-parameter (Adafactor's row and column means, LAMB's trust ratio, Muon's orthogonalisation) is right only if it does so
-with DTensor operators, across the shards. No list of names can tell for an optimizer that a user wrote; its own
-arithmetic can: an optimizer of the same class and settings steps on a small whole tensor and on the same tensor sharded
-as the real one.
+An element-wise optimizer is correct on any shard. An optimizer with a statistic over the full parameter (Adafactor's
+row and column means, LAMB's trust ratio, Muon's orthogonalisation) is correct only if it computes it with DTensor
+operators, across the shards. A list of names could not cover optimizers that users write. So an optimizer of the same
+class with the same settings steps on a small full tensor, and on the same tensor with the placements of the real
+parameter. The results must agree. The check runs before ``prepare`` changes anything.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ from ..core.sharding_spec import REPLICATED, ParameterSpec
 from ..errors import PrepareError, UnsupportedError
 from ..fsdp.shard import data_parallel_placement
 
-#: A difference beyond this part of the whole update means another algorithm; rounding (also that of the bfloat16
-#: iterations inside of Muon and of 8-bit states) stays well below, a statistic over a shard instead of the whole well
-#: above.
+#: Largest accepted difference, relative to the norm of the full update. Rounding stays well below (also the bfloat16
+#: iterations of Muon and 8-bit states); a statistic over a shard instead of the full parameter is well above.
 TOLERANCE = 0.05
 
 _STEPS = 3
@@ -47,7 +45,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class _Kind:
-    """What distinguishes one parameter from another for an optimizer that runs on shards: shape class and placement."""
+    """A small shape and a placement, which represent all parameters that a sharded optimizer treats in the same way."""
 
     shape: tuple[int, ...]
     spec: ParameterSpec
@@ -65,25 +63,25 @@ def check_on_shards(
     offload_policy: OffloadPolicy | None = None,
     unsharded: frozenset[str] | set[str] = frozenset(),
 ) -> None:
-    """Raise unless every optimizer computes on shards what it computes on whole parameters.
+    """Raise unless each optimizer computes the same update on shards as on full parameters.
 
-    Collective over both meshes; every rank has to call it with the same arguments. The optimizers, their parameters and
-    the random state are left as they are.
+    Collective over both meshes; all ranks call it with the same arguments. The optimizers, their parameters and the
+    random state are not changed.
 
     Args:
         optimizers: torch optimizers.
-        names: ``names[optimizer][group][i]``, names of their parameters.
-        shapes: shape of each parameter, by name.
-        specs: places on the tp axis; a name that is missing is replicated there.
-        dp_mesh: the axes that FSDP2 works on.
-        tp_mesh: the tp axis, None without tensor parallelism.
-        device: where the shards are.
-        offload_policy: FSDP2's, which may put the shards on the CPU.
-        unsharded: names of parameters that are not sharded at all.
+        names: ``names[optimizer][group][i]``, the names of their parameters.
+        shapes: name -> full shape of the parameter.
+        specs: name -> placement on the tp axis; a missing name means ``Replicate``.
+        dp_mesh: the mesh for ``fully_shard``.
+        tp_mesh: the tp axis; None without tensor parallelism.
+        device: device of the shards.
+        offload_policy: FSDP2's offload policy; it may put the shards on the CPU.
+        unsharded: names of parameters that FSDP2 ignores.
 
     Raises:
-        UnsupportedError: an optimizer fails on shards or computes something else there.
-        PrepareError: an optimizer cannot be tried, or ranks have different ones.
+        UnsupportedError: an optimizer raises on shards, or computes a different update there.
+        PrepareError: an optimizer cannot be constructed or run on small tensors, or ranks have different optimizers.
     """
     kinds = [
         [_kinds_of(group, shapes, specs, dp_mesh, tp_mesh, unsharded) for group in optimizer_names]
@@ -115,7 +113,7 @@ def _kinds_of(
         small = []
         for dim, (size, target) in enumerate(zip(shape, targets, strict=True)):
             multiple = unit * dp_size if dim == 0 or spec.blocks > 1 else unit
-            # What counts is whether shards are even, or empty where there are fewer rows than ranks.
+            # The small size keeps the remainder of the real one, because uneven and empty shards are special cases.
             small.append(size if size < multiple else math.ceil(target / multiple) * multiple + size % multiple)
         found.setdefault(_Kind(tuple(small), spec, name not in unsharded))
     return list(found)
@@ -165,7 +163,7 @@ def _check_one(
     sharded_gradients = [shard(step, kinds) for step in gradients]
     home = parameters[0].device
     whole = [nn.Parameter(value.clone().to(home)) for value in values]
-    # A rank that fails alone must not leave the others in the gathering below.
+    # If only one rank fails, the others must not wait in the all-gather of the results below.
     with raise_on_all_ranks("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
         reference = like_on(optimizer, groups, whole)
         run_steps(reference, whole, [[g.to(home) for g in step] for step in gradients])
@@ -187,7 +185,7 @@ def _check_one(
 
 @contextmanager
 def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
-    """Turn what the optimizer's own code raises into the error that ``explain`` makes of it."""
+    """Convert any exception of the optimizer's own code with ``explain``."""
     try:
         yield
     except Exception as error:
@@ -207,7 +205,13 @@ def _fails_on_shards(cls: str, reason: str) -> UnsupportedError:
 
 
 def uneven_numbers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Random numbers with heavy tails that grow along every dimension: no statistic of a shard is that of the whole."""
+    """Return heavy-tailed random numbers that grow along each dimension.
+
+    So each statistic over a shard differs clearly from the one over the full tensor.
+
+    Returns:
+        float32 on the CPU, of the given shape.
+    """
     result = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(2).exp()
     for dim, size in enumerate(shape):
         ramp = torch.logspace(-1, 1, size)
@@ -223,7 +227,7 @@ def _sharded(
     device: torch.device,
     offload_policy: OffloadPolicy,
 ) -> list[nn.Parameter]:
-    """``values`` as parameters that are sharded as those of the model will be, by the same code."""
+    """Return ``values`` as parameters, sharded by the same code that shards the model."""
     module = nn.Module()
     ignored: set[nn.Parameter] = set()
     for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
@@ -247,7 +251,7 @@ def _sharded(
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return parameter.detach()
-    # Shards that are offloaded to the CPU are gathered where the process group works.
+    # Offloaded shards are on the CPU; NCCL can only all-gather them on the GPU.
     local = parameter.to_local().detach().to(parameter.device_mesh.device_type)
     gathered = DTensor.from_local(
         local,
@@ -264,9 +268,14 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
 def like_on(
     optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Any]], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings for ``parameters``, which lie in the order of ``groups``.
+    """Return a new optimizer of the same class with the same settings.
 
-    The learning rate is one of ours: a warm-up may hold it at zero.
+    The learning rate is replaced by a fixed one, because a warm-up may start at zero.
+
+    Args:
+        optimizer: the optimizer to imitate.
+        groups: for each of its groups a sequence with as many items as the new group has parameters.
+        parameters: the parameters of all new groups, concatenated.
     """
     made = []
     remaining = iter(parameters)
@@ -277,6 +286,7 @@ def like_on(
         settings["lr"] = _learning_rate(settings.get("lr"))
         made.append({**settings, "params": [next(remaining) for _ in kinds]})
     arguments = {}
+    # Constructor arguments need not be in `defaults`: some optimizers keep them as attributes only.
     for name, parameter in list(inspect.signature(type(optimizer).__init__).parameters.items())[2:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -300,13 +310,13 @@ def _learning_rate(given: Any) -> Any:
 
 
 def run_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: list[list[Any]]) -> None:
-    """Let ``optimizer`` step on ``parameters``, once with each list of gradients."""
+    """Take one step of ``optimizer`` for each list of gradients (one for each parameter, in the same placement)."""
     torch.manual_seed(0)
     for gradients in steps:
 
         def closure(gradients: list[Any] = gradients) -> Any:
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                # The part that follows the parameter gives a line search something to find.
+                # The term with the parameter makes the gradient depend on it, which a line search needs.
                 parameter.grad = (gradient + 0.1 * parameter).detach()
             return torch.zeros((), device=parameters[0].device)
 

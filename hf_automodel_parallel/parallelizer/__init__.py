@@ -1,8 +1,9 @@
 """The reference API: ``nemo_automodel.components.distributed.parallelizer`` under its own names and signatures.
 
-Code written for it can switch its import. This folder has the functions that only the reference API needs; all other
-names are implemented elsewhere in this package. ``docs/reference_api.md`` says where each name lives, and where it
-differs from the reference and why. Names with a leading underscore are aliases of public functions.
+Code written for the reference only has to change its import. This subpackage has the functions that only the reference
+API needs; all other names are implemented elsewhere in the package. ``docs/reference_api.md`` lists where each name is
+implemented, and each difference from the reference with its reason. Names with a leading underscore are aliases of
+public functions.
 """
 
 from __future__ import annotations
@@ -98,14 +99,14 @@ def fsdp2_strategy_parallelize(
     fsdp2_forward_prefetch_depth: int = 1,
     reshard_after_forward: bool | None = None,
 ) -> nn.Module:
-    """Parallelise ``model`` in place by the strategy of its class, without an Accelerator, and return it.
+    """Parallelise ``model`` in place with the strategy of its class, without an Accelerator, and return it.
 
-    All arguments are handed to :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of that strategy, as far
-    as its signature takes them; see :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for what
-    they mean.
+    The arguments are passed to the :meth:`~.strategies.base.ParallelizationStrategy.parallelize` of this strategy, as
+    far as its signature has them. See :meth:`~.strategies.default.DefaultParallelizationStrategy.parallelize` for their
+    meaning.
 
     Raises:
-        AutoParallelError: what the strategy cannot honour, on all ranks alike.
+        AutoParallelError: on all ranks, if the strategy does not support an argument.
     """
     strategy = get_parallelization_strategy(model)
     asked: dict[str, tuple[Any, Any]] = {
@@ -146,7 +147,7 @@ _update_attention_head_counts_for_tp = update_attention_head_counts_for_tp
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up on access, because each would import a large library.
+    # Evaluated on access, because each of them imports a large library.
     if name == "HAVE_MEGATRON_FSDP":
         from ..backends import megatron_fsdp as megatron
 

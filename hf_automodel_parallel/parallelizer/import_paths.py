@@ -1,4 +1,4 @@
-"""Objects by their dotted names, as configs and command lines give them."""
+"""Import objects by dotted names from configs and command lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def import_class_from_path(name: str) -> Any:
     """Import ``package.module.Class`` (also nested: ``package.module.Class.Inner``, and ``package.module:Class``).
 
     Raises:
-        ConfigError: (a ``ValueError``) ``name`` is no dotted path.
-        ImportError, AttributeError: of Python, if there is no such module, or nothing of that name in it.
+        ConfigError: (a ``ValueError``) ``name`` is not a dotted path.
+        ImportError, AttributeError: Python's own, if the module does not exist or does not have the name.
     """
     if not isinstance(name, str):
         raise ConfigError(f"{name!r} is no import path; give a string such as 'torch.optim.AdamW'.")
@@ -32,7 +32,8 @@ def import_class_from_path(name: str) -> Any:
             value: Any = importlib.import_module(module_name)
             break
         except ModuleNotFoundError as error:
-            # The last part of the module may be a class; any other module that is missing is an error of that import.
+            # The last component may be an outer class instead of a module. Another missing module means that the
+            # imported module itself fails on an import: raise that error.
             parent, _, last = module_name.rpartition(".")
             if separator or not parent or error.name != module_name or not last[:1].isupper():
                 raise
@@ -43,11 +44,13 @@ def import_class_from_path(name: str) -> Any:
 
 
 def import_classes_from_paths(class_paths: Iterable[str] | None) -> list[Any]:
-    """Import every path of ``class_paths``, in order; one that fails raises, because it names something that is to be
-    sharded.
+    """Import all paths of ``class_paths`` and return the objects in order.
+
+    An import that fails raises instead of being skipped: the classes name modules to be sharded, and without one the
+    model would be sharded differently without a message.
 
     Raises:
-        ConfigError: (a ``ValueError`` whose cause is Python's error) the message names the path that failed.
+        ConfigError: (a ``ValueError`` with Python's error as its cause) an import failed; the message names its path.
     """
     if class_paths is None or isinstance(class_paths, str):
         raise ConfigError(f"class_paths={class_paths!r}: give a list of import paths, [] for none.")

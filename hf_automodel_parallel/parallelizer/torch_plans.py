@@ -1,7 +1,7 @@
 """The reference API's plans: dicts of torch ``ParallelStyle`` objects, selected in NeMo AutoModel's order of sources.
 
-The entries are those of :func:`~hf_automodel_parallel.plan.select.select_plan`, translated from style names to torch's
-styles. This package's own engine takes a plan in either form.
+:func:`~hf_automodel_parallel.plan.select.select_plan` gives the entries; their style names are translated to torch's
+styles. The package itself accepts plans in both forms.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _ORDER = ("registry", "hf", "default")
 
 
 class NamedStyle(ParallelStyle):
-    """A style name that none of torch's own styles can express, as a style object for a dict of torch styles.
+    """A ``ParallelStyle`` object for a style name that torch's own styles cannot express.
 
-    In a plan for this package the object means its name. torch's ``parallelize_module`` can apply the names that leave
-    the parameters replicated, and raises for the others.
+    This package treats the object like its name. torch's ``parallelize_module`` can apply the names that leave the
+    parameters replicated, and raises for the others.
 
     Attributes:
-        style_name: a name of :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, or one that was registered with
-            transformers.
+        style_name: a name of :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, or one that a user has registered
+            with transformers.
     """
 
     def __init__(self, name: str) -> None:
@@ -65,10 +65,10 @@ class NamedStyle(ParallelStyle):
         return hash((NamedStyle, self.style_name))
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Called by ``parallelize_module``.
+        """Apply the style; torch's ``parallelize_module`` calls this.
 
         Raises:
-            UnsupportedError: torch's engine cannot apply this style.
+            UnsupportedError: ``parallelize_module`` cannot apply this style.
         """
         if self.style_name == "replicated_with_grad_allreduce":
             sum_gradients(module, device_mesh)
@@ -82,16 +82,16 @@ class NamedStyle(ParallelStyle):
 
 
 def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
-    """The torch style that means the same as a style name of transformers' ``_tp_plan``; a new object at each call.
+    """Return a new torch style object for a style name of transformers' ``_tp_plan``.
 
-    The names are those of :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, ``sequence_parallel``, and those
-    that a user has registered with transformers. A name without a counterpart in torch becomes a :class:`NamedStyle`.
-    ``replicated_with_grad_allreduce`` is one of these: left out, the Partial gradients of ``q_norm`` and ``k_norm``
-    would be wrong. A gathered output is a plain full tensor, because models compute their losses from it.
+    Known names are :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, ``sequence_parallel``, and the names that a
+    user has registered with transformers. A name without a counterpart in torch becomes a :class:`NamedStyle`.
+    ``replicated_with_grad_allreduce`` is one of these; without it the Partial gradients of ``q_norm`` and ``k_norm``
+    would not be reduced. A gathered output is a plain full tensor, because models compute their losses from it.
 
     Raises:
-        PlanAssertionError: (an AssertionError, too) ``style`` is not a string.
-        PlanError: the name is unknown, or belongs to expert parallelism.
+        PlanAssertionError: (also an ``AssertionError``) ``style`` is not a string.
+        PlanError: the name is unknown, or means expert parallelism.
     """
     if not isinstance(style, str):
         raise PlanAssertionError(
@@ -118,22 +118,22 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
 
 
 def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
-    """The plan that a Hugging Face model has itself, as torch styles.
+    """Return the plan that a Hugging Face model declares, as torch styles.
 
-    Merged from the ``_tp_plan`` of its classes, configs and instances and of every model inside of it, each under its
-    path (see :func:`~hf_automodel_parallel.plan.sources.huggingface.huggingface_plan`); the input embedding is added if
-    no entry names it. Entries may name parameters (expert weights). A style without a counterpart in torch is a
+    Merges the plans of the classes, configs and instances of the model and of all models inside, each under its path
+    (see :func:`~hf_automodel_parallel.plan.sources.huggingface.huggingface_plan`). Adds the input embedding if no entry
+    names it. Entries may name parameters (expert weights). A style without a counterpart in torch is a
     :class:`NamedStyle`.
 
     Args:
         model: any transformers model, plain or PEFT-wrapped, on any device including meta. It is only read.
 
     Returns:
-        Path below the unwrapped model, ``*`` for any one component -> a new style object.
+        Path relative to the unwrapped model (``*`` for exactly one component) -> a new style object.
 
     Raises:
         PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) no part of the model has a plan.
-        PlanError: a style of the plan is unknown, or of expert parallelism.
+        PlanError: a style of the plan is unknown, or means expert parallelism.
     """
     inner = ModelView.of(model).inner
     entries = huggingface_plan(inner)
@@ -151,21 +151,20 @@ def get_parallel_plan(
     tp_shard_plan: Mapping[str, Any] | str | None = None,
     tp_size: int = 1,
 ) -> TorchPlan:
-    """Select the tensor-parallel plan for ``model``: the given one, else the registry's, the model's own, the default
-    plan.
+    """Select the plan for ``model``: the given one, else the registry's, else the model's own, else the default plan.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
-        sequence_parallel: shard norms and residual activations along the sequence, too. Applied to selected plans; a
-            given dict is returned as it is.
-        tp_shard_plan: a dict, which is returned itself; or the name of a plan, a callable, or the import path of a dict
-            or a callable (function, partial, object; called with the model if it takes an argument).
-        tp_size: number of ranks on the tp axis; with one rank no plan is applied, so it need not be usable.
+        sequence_parallel: shard the activations of norms and residuals along the sequence. A dict in
+            ``tp_shard_plan`` is returned unchanged, without it.
+        tp_shard_plan: a dict, which is returned unchanged; or the name of a plan, a callable, or the import path of a
+            dict or callable. A callable is called with the model if it takes an argument.
+        tp_size: number of ranks on the tp axis. With one rank no plan is applied, so none has to be usable.
 
     Raises:
-        PlanError: (a ``ValueError``) a given plan cannot be read; or no source has a usable plan, where the message
-            lists what to do and, as a ``Note:``, why each source was passed over.
-        UnsupportedError: (a ``ValueError``) ``sequence_parallel`` cannot be derived for this model.
+        PlanError: (a ``ValueError``) a given plan cannot be read, or no source has a usable plan. In the latter case
+            the message gives remedies and, as ``Note:``, the reason for each source.
+        UnsupportedError: (a ``ValueError``) sequence parallelism cannot be derived for this model.
     """
     if isinstance(tp_shard_plan, dict):
         return tp_shard_plan
@@ -198,21 +197,21 @@ def _translated(entries: Iterable[PlanEntry]) -> TorchPlan:
 
 
 def along_the_sequence(model: nn.Module, plan: TorchPlan) -> TorchPlan:
-    """``plan`` with the activations between sharded blocks in ``Shard(1)``, along the sequence.
+    """Return ``plan`` with sequence parallelism: ``Shard(1)`` activations between the sharded blocks.
 
-    A second, simpler derivation than :mod:`hf_automodel_parallel.plan.analysis.sequence_parallel`: it exists because
-    the reference's ``_get_parallel_plan`` returns its layouts as torch styles, which the own engine does not use.
+    :mod:`hf_automodel_parallel.plan.analysis.sequence_parallel` has a more general derivation. This simpler one exists
+    because the reference's ``_get_parallel_plan`` returns torch styles, which the package's own engine does not use.
 
-    Derived from the module tree, after Korthikanti et al. (2022, arXiv:2205.05198): the norms of the layers and the
-    final norm run on sequence shards, column-wise layers gather the full sequence, row-wise layers and the embedding
-    reduce-scatter it. These activations are DTensors, so that models read the length of the full sequence from them.
+    It reads the module tree only and follows Korthikanti et al. (2022, arXiv:2205.05198): the norms of the layers and
+    the final norm run on sequence shards, column-wise layers all-gather the sequence, row-wise layers and the embedding
+    reduce-scatter it. These activations are DTensors, so that models read the full sequence length from their shape.
 
     Args:
         model: a text model with repeated layers.
-        plan: its plan, as torch styles. It and its styles are only read.
+        plan: its plan, as torch styles. The plan and its styles are only read.
 
     Raises:
-        UnsupportedError: the layouts cannot be shown to be right; the message names the module or entry.
+        UnsupportedError: the layouts cannot be derived safely; the message names the module or entry.
     """
     inner = ModelView.of(model).inner
     structure = find_structure(model)
@@ -261,7 +260,7 @@ def _along_the_sequence(pattern: str, style: ParallelStyle, is_table: bool) -> P
         (read,) = style.input_layouts
         return RowwiseParallel(input_layouts=read, output_layouts=sequence, use_local_output=False)
     if getattr(style, "style_name", None) == "replicated_with_grad_allreduce":
-        return style  # between sharded projections, which work on the full sequence
+        return style  # between sharded projections (q_norm, k_norm), which run on the full sequence
     raise UnsupportedError(
         f"sequence_parallel=True: the layouts of the plan entry {pattern!r} ({style!r}) for activations that are "
         f"sharded along the sequence cannot be derived. Use sequence_parallel=False, or write the plan as a dict."

@@ -1,4 +1,4 @@
-"""The reference API's check that attention heads divide by the size of the tp mesh, before a plan is chosen."""
+"""The reference API's check that tp_size divides the numbers of attention heads, before a plan is selected."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from ..plan.validate import config_with_heads, counted_heads
 
 
 def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
-    """Check that the attention heads of ``model`` can be dealt out evenly, before a plan is chosen.
+    """Check that ``tp_mesh.size()`` divides the numbers of attention heads and of key/value heads of ``model``.
 
     Args:
-        model: anything with a ``config``; composite configs are looked into. Without head counts there is nothing to
-        check.
-        tp_mesh: anything whose ``size()`` is the number of ranks.
+        model: an object with a ``config``, which may be composite. A config without head counts passes.
+        tp_mesh: an object whose ``size()`` is the number of tp ranks.
 
     Raises:
-        PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) key-value heads or heads do not divide.
+        PlanAssertionError: (a ``ValueError`` and an ``AssertionError``) a number of heads is not divisible.
     """
     size = tp_mesh.size()
     if size == 1:
@@ -31,11 +30,12 @@ def validate_tp_mesh(model: Any, tp_mesh: Any) -> None:
 
 
 def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
-    """The same for Nemotron-NAS, whose layers (``config.block_configs``) differ: in the heads that share a key, and in
-    whether they have attention at all.
+    """The same check for Nemotron-NAS, whose ``config.block_configs`` describes each layer.
+
+    The layers differ in their number of key/value heads, and some have no attention.
 
     Raises:
-        PlanAssertionError: the heads of a layer do not divide, or ``block_configs`` does not describe all layers.
+        PlanAssertionError: a number of heads is not divisible, or ``block_configs`` does not describe all layers.
     """
     config = model.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
@@ -50,7 +50,7 @@ def validate_tp_mesh_for_nemotron_nas(model: Any, tp_size: int) -> None:
     for index, block in enumerate(blocks[:layers]):
         attention = _field(block, "attention")
         if _field(attention, "replace_with_linear"):
-            continue  # no heads: a linear layer, which stays whole unless a plan names it
+            continue  # a linear layer instead of attention: no heads, replicated unless a plan names it
         group = _field(attention, "n_heads_in_group")
         if group is None:
             if not _field(attention, "no_op"):
