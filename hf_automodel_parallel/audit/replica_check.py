@@ -120,7 +120,7 @@ def _fingerprint(local: torch.Tensor) -> torch.Tensor:
 def _replicated_axes(tensor: DTensor) -> tuple[DeviceMesh, list[int]]:
     """A mesh of all ranks, the same on each of them, and its axes over which ``tensor`` is replicated.
 
-    A parameter that FSDP2 leaves alone (of a replicated modality encoder) is a DTensor on the tp axis only, and is
+    A parameter that FSDP2 does not manage (of a replicated modality encoder) is a DTensor on the tp axis only, and is
     replicated over the other axes.
     """
     mesh, placements = tensor.device_mesh, list(tensor.placements)

@@ -53,7 +53,7 @@ class GroupedForward(ForwardWrapper):
         self.group = group
 
     def wrap(self, inner: Forward) -> Forward:
-        """Stand around ``inner`` from now on."""
+        """Wrap ``inner``."""
         self.group.around = inner
         return super().wrap(inner)
 
@@ -104,13 +104,13 @@ def shard_unit(
 
     Args:
         modules: one module, or several that form one unit.
-        own_dtype: parameters that compute in the dtype they are stored in, whatever the policy says.
+        own_dtype: parameters that compute in their stored dtype under every policy.
         agree: the ranks agree on the parameters that have a gradient, see :mod:`.unused_gradients`.
         options: of ``fully_shard``; ``mp_policy`` is that of all other parameters. ``fully_shard_fn`` is called in its
             place.
 
     Raises:
-        UnsupportedError: modules of one unit share a parameter that differs from the unit's dtype.
+        UnsupportedError: a parameter is tied between modules of one unit, and its dtype differs from the unit's.
     """
     roots = modules if isinstance(modules, list) else [modules]
     ignored = set(options.pop("ignored_params", None) or ())
@@ -231,7 +231,7 @@ def _groups(
         like = [key for key in groups if key[0] == keeps]
         home = max(like, key=lambda key: sum(p.numel() for p in groups[key])) if like else (keeps, members[0].dtype)
         groups[home] = groups.get(home, []) + members
-    # First the group with shared parameters, else the largest of those that follow the policy, so that FSDP2 casts the
+    # First the group with tied parameters, else the largest of those that follow the policy, so that FSDP2 casts the
     # unit's inputs as the policy says.
     order = sorted(
         groups,

@@ -1,4 +1,4 @@
-"""Where FSDP2 keeps the parameters of modality encoders (vision, audio), and what keeps the ranks in step there.
+"""Where FSDP2 keeps the parameters of modality encoders (vision, audio), and how the ranks stay in step there.
 
 A batch without images does not run the vision encoder, so some data-parallel ranks may run it while others do not. The
 collectives of all ranks have to match all the same:
@@ -36,7 +36,7 @@ def placement(
 
     Args:
         model: the model, before sharding.
-        structure: its parts.
+        structure: its layers and modality encoders.
         options: ``towers`` is the user's choice, None for the default.
         layer_classes: names of layer classes if the user gave them; those of encoders among them mean "layers".
 
@@ -71,7 +71,7 @@ def placement(
 
 
 def replicated_parameters(structure: ModelStructure, options: ShardingOptions) -> set[nn.Parameter]:
-    """The parameters that FSDP2 leaves alone under ``options``, because each data-parallel rank has a replica."""
+    """The parameters that FSDP2 does not manage under ``options``, because each data-parallel rank has a replica."""
     return frozen_parameters(structure.towers) if options.towers == "replicated" else set()
 
 
@@ -81,7 +81,7 @@ def frozen_parameters(encoders: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def keep_ranks_in_step(model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, where: str | None) -> None:
-    """Install what the placement ``where`` needs; ``model`` is sharded and has modality encoders."""
+    """Install the hooks that the placement ``where`` needs; ``model`` is sharded and has modality encoders."""
     if where != "layers":
         RootGradients(model, mesh)
         return
@@ -143,7 +143,7 @@ class RootGradients:
 
 
 class ModalityEncoderGuard:
-    """Raises on all data-parallel ranks if they are about to run different parts of the model.
+    """Raises on all data-parallel ranks if they are about to run different modules of the model.
 
     They are compared at the entry of each modality encoder, at the first layer of the language model, and at the
     embedding where that is a unit, because some models run their encoder before it. Each comparison is an all-reduce
@@ -187,7 +187,7 @@ class ModalityEncoderGuard:
         """Pre-hook of a first layer.
 
         Raises:
-            UnsupportedError: on all ranks, if they are about to run different parts of the model.
+            UnsupportedError: on all ranks, if they are about to run different modules of the model.
         """
         if not self.in_forward:
             return

@@ -21,10 +21,10 @@ class ShardingOptions:
         reshard_after_forward: reshard a unit after its forward.
         forward_prefetch: number of units to all-gather ahead in forward.
         backward_prefetch: number of units to all-gather ahead in backward.
-        ignored_parameters: parameters that FSDP2 leaves alone.
+        ignored_parameters: parameters that FSDP2 does not manage.
         minimum_unit_size: make units of modules with at least this many parameters instead of layers (size-based
             policy), or None.
-        own_dtype: names of parameters that compute in the dtype they are stored in, whatever ``mp_policy`` says.
+        own_dtype: names of parameters that compute in their stored dtype under every ``mp_policy``.
         fully_shard_fn: called in place of torch's ``fully_shard``, with its arguments; None for torch's.
         towers: where the parameters of modality encoders are kept, see
             :data:`~..core.modality_encoders.PLACEMENTS`; None for the first of these.

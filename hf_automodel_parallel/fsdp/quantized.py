@@ -37,11 +37,11 @@ def check_quantized(
         compute_dtype: dtype to which FSDP2 casts unsharded parameters (``param_dtype`` of its policy), None for no
             cast.
         tensor_parallel: the tp axis has more than one rank.
-        load_on_rank_zero: only rank 0 holds the weights.
+        load_on_rank_zero: only rank 0 has the weights.
 
     Raises:
         UnsupportedError: tensor parallelism; a parameter subclass that loses its quantisation state in shards; weights
-            converted for inference; weights that only rank 0 holds.
+            converted for inference; weights that only rank 0 has.
         ConfigError: packed numbers stored as a floating-point type that mixed precision would cast.
     """
     method = quantization_method(model)
@@ -63,7 +63,7 @@ def check_quantized(
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compute_dtype: torch.dtype | None) -> None:
-    if hasattr(parameter, "fsdp_pre_all_gather"):  # FSDP2's extension: the subclass says how it is sharded
+    if hasattr(parameter, "fsdp_pre_all_gather"):  # FSDP2's extension: the subclass has its own all-gather
         return
     state = getattr(parameter, "quant_state", None)
     if state is None or getattr(owner, "quant_state", None) is None:

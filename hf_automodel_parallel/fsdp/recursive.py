@@ -40,7 +40,7 @@ def apply_fsdp2_sharding_recursively(
 
     A list inside of a list is entered, because a list has no forward of its own. Parameters outside of all lists are
     left for the root, which the caller shards afterwards: ``fully_shard(model, mesh=mesh, mp_policy=mp_policy)``.
-    Parameters of several dtypes may share a unit. The last module of a list is not resharded after forward, because
+    A unit may have parameters of several dtypes. The last module of a list is not resharded after forward, because
     its backward comes next.
 
     Args:

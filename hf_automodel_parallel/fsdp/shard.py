@@ -55,7 +55,7 @@ def shard_data_parallel(
         "agree": True,
         "own_dtype": [p for name, p in model.named_parameters() if name in options.own_dtype],
     }
-    # The policy's output dtype is for the output of the model; its code decides what layers return.
+    # The policy's output dtype is for the output of the model; its code decides the output dtype of layers.
     cast = options.mp_policy.cast_forward_inputs and options.cast_between_layers
     inside = dataclasses.replace(options.mp_policy, output_dtype=None, cast_forward_inputs=cast)
     common = {**outermost, "mp_policy": inside}
@@ -172,7 +172,7 @@ def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
 def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
     """True if a walk over ``model`` that leaves ``group`` out finds none of its parameters.
 
-    That also finds a shared module, of which ``named_modules`` would list one place only.
+    That also finds a module with several names, of which ``named_modules`` would list only one.
     """
     mine = {id(p) for root in group for p in root.parameters()}
     seen = {id(root) for root in group}

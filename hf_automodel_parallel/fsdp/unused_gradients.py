@@ -1,11 +1,11 @@
-"""The data-parallel ranks reduce the gradients of the same parameters, whatever each rank's batch used of an FSDP unit.
+"""The data-parallel ranks reduce the gradients of the same parameters, also if a batch did not use some of them.
 
 FSDP2 reduces those parameters of a unit that have a gradient. With experts as modules the tokens of each rank choose
 other experts, so the ranks would add up gradients of different parameters, or hang. So a parameter without a gradient
 gets zeros before the reduction. A parameter that no rank used has no gradient afterwards, as in one process, where an
 optimizer then skips it.
 
-Each unit has one more, tiny *usage* parameter, whose gradient says which of the others this rank used. It is reduced
+Each unit has one more, tiny *usage* parameter, whose gradient marks the others that this rank used. It is reduced
 together with the gradients, so this costs no extra collective, and only ranks that have filled in zeros read the
 result.
 """
@@ -60,7 +60,7 @@ def shard_counting(
         modules: one module, or several that form one unit.
         members: the parameters of the unit.
         mesh: the data-parallel axes.
-        options: of ``fully_shard``.
+        options: options of ``fully_shard``.
     """
     trained = [p for p in members if p.requires_grad]
     if mesh.size() == 1 or not trained:

@@ -291,8 +291,8 @@ def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:
 
 
 def _unmerge_disabled(model: nn.Module, args: Any) -> None:
-    """Unmerge disabled adapters before the forward. PEFT does it inside, where it would change unsharded parameters and
-    not the shards.
+    """Unmerge disabled adapters before the forward. PEFT does it in the forward, where it would change the unsharded
+    parameters and not the shards.
     """
     tuner = compat.peft_tuner_layer_type()
     for layer in model.modules():

@@ -24,12 +24,12 @@ _METHOD = "get_weight_norm"
 def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:
     """Let DoRA compute the full norm of the rows of W + scaling B A in a row-wise layer.
 
-    Each rank holds a slice of the columns, so the squares are summed over ``mesh`` by one all-reduce of
+    Each rank has a slice of the columns, so the squares are summed over ``mesh`` by one all-reduce of
     ``out_features`` numbers. DoRA treats the norm as a constant (Liu et al., 2024, arXiv:2402.09353, section 4.3), so
     the all-reduce needs no backward.
 
     Args:
-        magnitude: PEFT's layer that holds the magnitude vector.
+        magnitude: PEFT's layer with the magnitude vector.
         mesh: the tp axis.
     """
     group = mesh.get_group()
@@ -47,7 +47,7 @@ def sum_weight_norm(magnitude: nn.Module, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def unsharded_weight_norm(module: nn.Module) -> Iterator[None]:
-    """Undo :func:`sum_weight_norm` below ``module`` meanwhile, for code that is shown full weights (merging)."""
+    """A context without :func:`sum_weight_norm` below ``module``, for code that gets full weights (merging)."""
     replaced = [(m, m.__dict__.pop(_METHOD)) for m in module.modules() if _METHOD in m.__dict__]
     try:
         yield
@@ -83,12 +83,12 @@ def _dora(
     base_result: torch.Tensor | None = None,
     adapter_name: str = "default",
 ) -> torch.Tensor:
-    """What DoRA adds to the base layer's output: ``m / |W + s B A|`` times (base + adapter), minus the base.
+    """The term that DoRA adds to the base layer's output: ``m / |W + s B A|`` times (base + adapter), minus the base.
 
     Args:
         magnitude: PEFT's layer with the vector m (out_features) and its two methods for the weights.
         x: (..., in_features), after dropout.
-        base_result: the base layer's output where there is no dropout, else None.
+        base_result: the base layer's output without dropout, None with dropout.
 
     Returns:
         (..., out_features); the bias is not scaled.

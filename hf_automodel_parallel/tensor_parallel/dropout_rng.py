@@ -57,7 +57,7 @@ class ShardedDropout(nn.Dropout):
 
 
 class TPRngTracker:
-    """Switches the default generator between the random state that all tp ranks share and a TP-local one.
+    """Switches the default generator between the common random state of all tp ranks and a TP-local one.
 
     Args:
         rank: coordinate of this rank on the tp axis.
@@ -67,7 +67,7 @@ class TPRngTracker:
     def __init__(self, rank: int, device: torch.device) -> None:
         self.rank = rank
         self.generator = _default_generator(device)
-        self.common: Any = None  # the shared seed or state, while TP-local numbers are drawn
+        self.common: Any = None  # the common seed or state, while TP-local numbers are drawn
         self.untouched = b""
 
     def enter(self, *_: Any) -> None:
@@ -87,7 +87,7 @@ class TPRngTracker:
             self.untouched = _digest(generator.get_state())
 
     def leave(self, *_: Any) -> None:
-        """Draw the numbers that all tp ranks share again. For use as a forward (pre-)hook; may be called twice."""
+        """Return to the common random state of all tp ranks. For use as a forward (pre-)hook; may be called twice."""
         if self.common is None or torch.compiler.is_compiling():
             return
         generator, common, self.common = self.generator, self.common, None
@@ -154,7 +154,7 @@ def install_tp_rng(
         hook: called with a module and a function that registers a hook on it.
 
     Returns:
-        The tracker, which the hooks of the model share.
+        The tracker, one for all hooks of the model.
     """
     numbers = TPRngTracker(mesh.get_local_rank(), device)
     tuner = compat.peft_tuner_layer_type()
@@ -199,7 +199,7 @@ def draws_random_numbers(model: nn.Module) -> bool:
 
 
 def active_dropouts(module: nn.Module) -> dict[str, float]:
-    """The dropout probabilities above zero that ``module`` holds itself, by name.
+    """The dropout probabilities above zero in attributes of ``module`` itself, by name.
 
     Modules keep the probability for a functional dropout (attention kernels take one) in an attribute whose name says
     so: ``attention_dropout``, ``attn_pdrop``, ``drop_path``, ...

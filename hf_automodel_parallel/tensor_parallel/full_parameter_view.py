@@ -79,7 +79,7 @@ class CrossModuleReadForward(ForwardWrapper):
     """The forward of a module that reads parameters of other modules.
 
     Args:
-        places: (owner, name) of what it reads.
+        places: (owner, name) of each parameter that it reads.
     """
 
     as_method = False
@@ -101,7 +101,7 @@ class CrossModuleReadForward(ForwardWrapper):
 
 
 def install_full_parameter_views(model: nn.Module, reads: dict[str, list[str]]) -> None:
-    """Show the modules of ``reads`` (name -> names of parameters) what they read in full; after TP and FSDP2."""
+    """Show the modules in ``reads`` (name -> names of parameters) these parameters in full; after TP and FSDP2."""
     for reader, names in reads.items():
         places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         shared = {id(owner._parameters[key]) for owner, key in places}

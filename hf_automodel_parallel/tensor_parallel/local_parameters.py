@@ -29,12 +29,12 @@ class ParamBinding:
     """How one parameter is replaced in a scope.
 
     Attributes:
-        owner: the module that holds it.
+        owner: the module that owns it.
         name: its name there.
         on_gradient: hook for the gradient of the local tensor, which is Partial; None if it is complete.
         on_sequence_shards: the gradient is Partial only in calls that work on sequence shards
             (:attr:`LocalParamForward.on_sequence_shards`).
-        bias_of: the output hook that adds it after an all-reduce; the module itself sees no bias meanwhile.
+        bias_of: the output hook that adds it after an all-reduce; the bias is None in the forward of the module.
         zero: the module sees zeros, because the parameter is added on TP rank 0 only.
         forward_shard: (dimension, blocks, index, shards): of each equal block along the dimension, the module sees one
             of so many shards, while the parameter is replicated between forwards (KV-head replication).
@@ -63,7 +63,7 @@ class ParamBinding:
         return self.local and special and isinstance(parameter, nn.Parameter)
 
     def local_tensor(self, parameter: nn.Parameter, sequence_shards: bool) -> torch.Tensor:
-        """What the module computes with in place of ``parameter``, in a call on sequence shards or not."""
+        """The tensor that the module computes with instead of ``parameter``, in a call on sequence shards or not."""
         # The gradient is declared complete: Partial gradients are reduced later, once, by PartialGradients.
         tensor = (
             parameter.to_local(grad_placements=parameter.placements)
@@ -88,7 +88,7 @@ class LocalParamForward(ForwardWrapper):
     Args:
         module: the root of the scope.
         bindings: the parameters to replace.
-        shared: what the hooks inside share, or None.
+        shared: the activations that are known to the hooks inside, or None.
 
     Attributes:
         on_sequence_shards: keyword arguments of a call -> does it work on sequence shards? Set by sequence parallelism.

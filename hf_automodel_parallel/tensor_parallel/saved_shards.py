@@ -3,7 +3,7 @@
 Under sequence parallelism the inputs of attention and MLP are all-gathered, and the column-wise layers save the full
 sequence for the gradients of their weights, which costs the memory that sharded norms and residuals have saved
 (Korthikanti et al., 2022, arXiv:2205.05198, section 4.2.2, re-all-gather for this reason). With these hooks only the
-shard is saved. Backward all-gathers it once for all consumers, and frees it after the last of them.
+shard is saved. Backward all-gathers it once for all consumers, and drops it after the last of them.
 
 It works by hooks on the tensors that autograd saves, so it covers every consumer of the activation: projections,
 adapters, a router. Compiled layers have no such hooks; there the compiler recomputes the all-gathers, see
@@ -86,7 +86,7 @@ _MODIFIED = (
 
 
 def saving_shards(find: Callable[[torch.Tensor], SavedShards | None]) -> AbstractContextManager[Any]:
-    """Context of a forward: where ``find`` knows the source of a saved tensor, only the source is saved."""
+    """Context of a forward: if ``find`` finds the source of a saved tensor, only the source is saved."""
 
     def pack(tensor: torch.Tensor) -> _SavedView | _SavedTensor:
         source = find(tensor)
@@ -96,5 +96,5 @@ def saving_shards(find: Callable[[torch.Tensor], SavedShards | None]) -> Abstrac
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two tensors, both alive, share memory and dtype."""
+    """True if two tensors, both alive, have the same memory and dtype."""
     return a.dtype == b.dtype and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0

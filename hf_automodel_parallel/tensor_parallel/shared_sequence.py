@@ -1,4 +1,4 @@
-"""What the modules of one layer share under sequence parallelism: all-gathered sequences and the copies to TP of them.
+"""All-gathered sequences of one layer under sequence parallelism, and their copies to TP, for all its modules.
 
 Two shortcuts make sequence parallelism cost what tensor parallelism alone costs (Korthikanti et al., 2022,
 arXiv:2205.05198, section 4.2.2), and change no value. A column-wise layer that reads an all-gathered activation needs
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class SharedSequence(SharedInputs):
-    """What one layer has all-gathered, and the length of the full sequence.
+    """The sequences that one layer has all-gathered, and the length of the full sequence.
 
     Attributes:
         length: tokens of the full sequence while the layer works on sequence shards, else None.
-        gathered: (shard, full) pairs; two blocks that read the same activation share one all-gather.
+        gathered: (shard, full) pairs; two blocks that read the same activation need one all-gather.
         again: under ``sequence_parallel_regather``, (full, its version, how to all-gather it again in backward) of a
             layer that is not compiled.
         numbers: the TP-local random numbers, None if the model draws none or is compiled.
@@ -85,7 +85,7 @@ class SharedSequence(SharedInputs):
             self.numbers.enter()
 
     def draw_common(self) -> None:
-        """Draw the random numbers that the tp ranks share from here on: activations are full sequences."""
+        """Draw from the common random state of the tp ranks from here on: activations are full sequences."""
         if self.numbers is not None:
             self.numbers.leave()
 
@@ -103,7 +103,7 @@ class SharedSequence(SharedInputs):
             if known is shard and not writes:
                 return full
         length: int = self.length  # type: ignore[assignment]
-        if shard.ndim == 2:  # flat: no shortcut, because the result is a view of what is all-gathered
+        if shard.ndim == 2:  # flat: no shortcut, because the result is a view of the all-gathered tensor
             tokens = -(-length // self.size)
             shard = shard.reshape(-1, tokens, shard.shape[1])
             full = gather_sequence(shard, self.group, self.rank, self.size, length)
@@ -199,7 +199,7 @@ class TailInputs(SharedInputs):
 
 
 def _is_unchanged(full: torch.Tensor) -> bool:
-    """False if the model has written into an all-gathered tensor, whose history then does not lead to the shard alone.
+    """False if the model has written into an all-gathered tensor, whose history then leads to more than the shard.
 
     While the compiler traces, :func:`refuse_changed` checks the same.
     """

@@ -1,7 +1,7 @@
 """Numerical check of fused experts: do the outputs of the ranks sum to what one process computes?
 
 Whether the gate and the up projection of a fused weight lie one after the other or interleaved is known to the forward
-of the experts alone, and plans get it wrong. So a small copy of the experts is run, unsharded and on each rank's
+of the experts only, and plans get it wrong. So a small copy of the experts is run, unsharded and on each rank's
 shards.
 """
 
@@ -21,7 +21,7 @@ from ...errors import PlanError, first_line
 from ..layer_kinds import is_parameter_adapter
 from .numerical_checks import CannotRun, holds_layers, is_close, local_shards, own_parameters, small_copy
 
-#: Sizes of the small copy, which differ from each other, so that a size says what it counts.
+#: Sizes of the small copy; they differ from each other, so that a size identifies its dimension.
 _EXPERTS, _WIDTH, _TOKENS, _CHOSEN = 4, 6, 5, 2
 
 

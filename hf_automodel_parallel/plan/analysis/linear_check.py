@@ -26,7 +26,7 @@ _FEATURES, _TOKENS = 4, 5  # features per rank
 
 
 def faulty_linears(model: nn.Module, spec: ShardingSpec, tp_size: int, inside: set[str]) -> dict[str, str]:
-    """Sharded linear layers with a custom forward that does not compute the same on shards: name -> what is wrong.
+    """Sharded linear layers with a custom forward that does not compute the same on shards: name -> the fault.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta; only read.
@@ -68,7 +68,7 @@ def leave_ends_replicated(
     Args:
         model: the model.
         spec: its resolved plan.
-        faults: what :func:`faulty_linears` returned.
+        faults: the result of :func:`faulty_linears`.
         inside: names of the repeated layers, whose parts the run on fake tensors takes out of the plan.
         strict: the plan is the user's own, so a fault in it is an error.
 

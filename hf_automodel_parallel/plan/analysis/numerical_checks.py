@@ -1,4 +1,4 @@
-"""What the numerical checks of one layer have in common.
+"""Common helpers of the numerical checks of one layer.
 
 A check builds a small copy of a layer, runs it unsharded and with each rank's shards of its parameters, in float32 on
 the CPU, and compares the sum or the concatenation of the ranks' results with the unsharded one. It needs neither
@@ -19,7 +19,7 @@ from ...core.sharding_spec import ParameterSpec
 
 
 class CannotRun(Exception):
-    """The small copy does not run even unsharded; says why."""
+    """The small copy does not run even unsharded; the message has the reason."""
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,7 +51,7 @@ def small_copy(module: nn.Module, values: Mapping[str, torch.Tensor], requires_g
 def local_shards(
     values: Mapping[str, torch.Tensor], specs: Mapping[str, ParameterSpec], rank: int, size: int
 ) -> dict[str, torch.Tensor]:
-    """What ``rank`` of ``size`` holds of each of ``values``."""
+    """The local shards of ``values`` on ``rank`` of ``size``."""
     return {key: local_slice(value, specs[key], rank, size) for key, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""What dispatch modes that follow facts about tensors through operators have in common."""
+"""Base of the dispatch modes that follow facts about tensors through operators."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Fact = TypeVar("Fact")
 
 
 class OperatorTrace(compat.TorchDispatchMode, Generic[Fact]):
-    """A dispatch mode that knows a fact about some tensors.
+    """A dispatch mode that keeps a fact for some tensors.
 
     Args:
-        facts: id of a tensor -> what is known of it. The caller keeps these tensors alive.
+        facts: id of a tensor -> its fact. The caller keeps these tensors alive.
     """
 
     def __init__(self, facts: dict[int, Fact]) -> None:
@@ -38,7 +38,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def storage_id(x: torch.Tensor) -> int:
-    """Identifies the memory of ``x``, which its views share, while it is alive."""
+    """Identifies the storage of ``x`` and its views, while it is alive."""
     return StorageWeakRef(x.untyped_storage()).cdata
 
 

@@ -19,14 +19,14 @@ from .operator_trace import OperatorTrace, argument_of, operator_name, storage_i
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a tensor.
+    """The facts about a tensor.
 
     Attributes:
         varying: it varies over the ranks.
         data: it is invariant and depends on activations, so a gradient flows back through it.
-        parameters: it is computed from these replicated parameters and constants alone.
+        parameters: it is computed only from these replicated parameters and constants.
         tail: only this many of its last features vary; None: all or none.
-        features: its last dimension holds one rank's shard of features that belong together.
+        features: its last dimension is one rank's shard of features that belong together.
     """
 
     varying: bool = False
@@ -41,7 +41,7 @@ INVARIANT = Value(data=True)
 VARYING = Value(varying=True)
 FEATURES = Value(varying=True, features=True)
 
-#: Arguments that say along which dimensions an operator combines entries.
+#: Arguments with the dimensions along which an operator combines entries.
 _ALONG = ("dim", "normalized_shape", "axis")
 #: Operators that combine entries along a dimension.
 _COMBINES = frozenset(
@@ -60,14 +60,14 @@ class WrongPlan(Exception):
 
 
 class NotTraceable(Exception):
-    """Something runs past the TP hooks of the plan, so nothing is known of what it computes."""
+    """An operator bypasses the TP hooks of the plan, so there are no facts about its result."""
 
 
 class ReplicationTrace(OperatorTrace[Value]):
     """Follows :class:`Value` through operators.
 
     Args:
-        parameters: id of a parameter -> what is known of it.
+        parameters: id of a parameter -> its facts.
         unsharded: ids of the original, unsharded tensors of sharded parameters. A forward that was replaced by a
             function of the original module reads them, and runs past the TP hooks.
 
@@ -86,7 +86,7 @@ class ReplicationTrace(OperatorTrace[Value]):
         self._written: dict[int, Value] = {}  # id of a storage -> what was written into it through one of its views
 
     def value(self, x: Any) -> Value:
-        """What is known of ``x``, or of the memory that it is a view of."""
+        """The facts about ``x``, or about the storage that it is a view of."""
         known = self.facts.get(id(x))
         if isinstance(x, torch.Tensor) and self._written and not (known and known.varying):
             return self._written.get(storage_id(x), known or CONSTANT)
@@ -136,7 +136,7 @@ class ReplicationTrace(OperatorTrace[Value]):
         return result
 
     def _write(self, x: torch.Tensor, value: Value) -> Value:
-        """Note that ``value`` was written into the memory of ``x``; returns what is known of ``x`` now."""
+        """Note that ``value`` was written into the memory of ``x``; returns the new facts about ``x``."""
         before = self.value(x)
         if before.varying or value.varying:
             now = VARYING

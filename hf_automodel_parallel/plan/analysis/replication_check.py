@@ -122,8 +122,8 @@ class ReplicationCheck:
         faults: linear layer -> why its forward may not be sharded.
 
     Attributes:
-        trace: what the forward showed.
-        notes: corrections of the plan, and what could not be checked.
+        trace: the facts that the forward showed.
+        notes: corrections of the plan, and layers that could not be checked.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class ReplicationCheck:
         return True
 
     def _fault(self, layer: str, place: str, error: Exception, arguments: Any) -> str | None:
-        """What is wrong with the plan after a failure, None if it is this check that cannot run the layer."""
+        """The fault of the plan after a failure; None if only this check cannot run the layer."""
         module = type(self.model.get_submodule(place)).__name__
         if isinstance(error, WrongPlan):
             return f"the tensor-parallel plan is wrong for {place} ({module}): {error}"
@@ -331,10 +331,10 @@ class ReplicationCheck:
             return _expert_output(args, kwargs)
         return forward(*args, **kwargs)
 
-    # ---- parts of layers that are taken out of the plan --------------------------------------------------------------
+    # ---- modules of layers that are taken out of the plan ------------------------------------------------------------
 
     def _block_around(self, place: str, layer: str) -> str | None:
-        """The smallest part of the layer around ``place`` of which the plan shards something."""
+        """The smallest module of the layer around ``place`` in which the plan shards a parameter."""
         planned = [*self.spec.modules, *(name for name, p in self.spec.parameters.items() if p != REPLICATED)]
         block = place
         if block != layer and as_matrix(self.model.get_submodule(block), block) is not None:
@@ -439,6 +439,6 @@ def _is_within(name: str, module: str) -> bool:
 
 
 def _expert_output(args: Any, kwargs: Any) -> torch.Tensor:
-    """What fused experts return; they choose tokens by values, which there are none of."""
+    """The output of fused experts, without a run: they choose tokens by values, which fake tensors do not have."""
     first = first_tensor(args, kwargs)
     return torch.empty(first.shape, dtype=first.dtype)

@@ -24,12 +24,12 @@ REMEDY = "Use sequence_parallel=False; tensor parallelism alone computes the sam
 
 @dataclass
 class Found:
-    """What the forward showed.
+    """The result of the forward.
 
     Attributes:
         blocks: parts of layers that work on the full sequence, and how they are entered and left.
         scatters: row-wise layers whose output is reduce-scattered along the sequence.
-        used: parameter name -> "shard" and / or "full", what it was applied to.
+        used: parameter name -> "shard" and / or "full": the activations that it was applied to.
         tail: the last module that works on sequence shards.
         reasons: module -> why it does not work on sequence shards, where that was tried.
     """

@@ -22,7 +22,7 @@ from ...errors import UnsupportedError, first_line
 #: Rows of the batch that the stack is called with.
 BATCH = 2
 
-#: Called instead of a module's forward: (name in the model, the forward, its args, its kwargs) -> what it returns.
+#: Called instead of a module's forward: (name in the model, the forward, its args, its kwargs) -> its result.
 Callback = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -81,7 +81,7 @@ class StackRunner:
 
         Raises:
             TypeError: its forward takes neither ``input_ids`` nor ``inputs_embeds``.
-            Exception: whatever the model's code and the callbacks raise.
+            Exception: any error of the model's code or of the callbacks.
         """
         with compat.quiet_fake_tensors():
             return self.copy(**self._inputs())
@@ -96,7 +96,7 @@ class StackRunner:
 
     @staticmethod
     def to_real(value: Any) -> Any:
-        """``value`` with zeros for each tensor. They share one element, because activations are large and unread."""
+        """``value`` with zeros for each tensor, in the memory of one element: activations are large and unread."""
         return compat.tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), value)
 
     def run_beside(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ class StackRunner:
     def _fake_parameters(
         self, model: nn.Module, shape: Callable[[str, nn.Parameter], tuple[int, ...]] | None
     ) -> dict[int, Any]:
-        """The memo of the copy: id of a parameter or buffer -> what stands in for it."""
+        """The memo of the copy: id of a parameter or buffer -> its replacement."""
         memo: dict[int, Any] = {}
         with self.fake:
             for name, parameter in model.named_parameters():

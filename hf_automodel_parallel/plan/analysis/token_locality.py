@@ -52,7 +52,7 @@ class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
         parameters: id of a parameter -> its name.
 
     Attributes:
-        used: parameter name -> "shard" and / or "full", what it was applied to.
+        used: parameter name -> "shard" and / or "full": the activations that it was applied to.
         outdated: sequence shards whose full sequence has been changed in place.
     """
 

@@ -5,13 +5,13 @@ so each tp rank computes the logits of its vocabulary slice, and here they are n
 them all.
 
 * :mod:`.logits`: the projection's hook returns a :class:`~.logits.ShardedLogits`, a tensor subclass with the full shape
-  that holds this rank's shard. So the model's own loss, soft-capping and scaling run unchanged, whatever they are.
+  with this rank's shard. So the model's own loss, soft-capping and scaling run unchanged.
   ``__torch_function__`` looks each torch function up in the table ``HANDLERS``. A handler works on the shard, or
   returns NotImplemented where its arguments do not allow that. Then, and without a handler, the logits are gathered
   once and the function gets plain tensors: right for every function, but not sharded.
 * :mod:`.elementwise`: handlers for gradients, element-wise functions, and views of the leading dimensions.
 * :mod:`.reductions`: handlers for functions over the vocabulary (cross entropy, log_softmax, gather, sum).
-* :mod:`.cross_entropy`: their arithmetic on plain shards; it knows nothing of the tensor subclass.
+* :mod:`.cross_entropy`: their arithmetic on plain shards, without the tensor subclass.
 
 The two handler modules fill the table when they are imported, which this file does. They import ``logits``, never the
 other way round.

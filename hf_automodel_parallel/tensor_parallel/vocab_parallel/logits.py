@@ -132,7 +132,7 @@ class ShardedLogits(torch.Tensor):
 
         Args:
             part: (..., V / size).
-            dtype: that of the result if ``part`` is narrower.
+            dtype: dtype of the result if ``part`` is narrower.
             alias: ``part`` is a view of this slice.
         """
         result = shard_logits(part, self.vocabulary, dtype)
@@ -254,7 +254,7 @@ class KeepSharded:
 Handler = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-#: Functions that the wrapper answers by itself: shape, dtype, device and ``grad_fn`` are its own.
+#: Functions of the wrapper's own metadata: shape, dtype, device and ``grad_fn``.
 METADATA: set[Any] = set()
 
 #: torch function -> its handler; filled by :mod:`.elementwise` and :mod:`.reductions`.

@@ -1,4 +1,4 @@
-"""Handlers of :class:`ShardedLogits` for functions over the vocabulary: cross entropy and parts of other losses."""
+"""Handlers of :class:`ShardedLogits` for functions over the vocabulary: cross entropy, reductions of other losses."""
 
 from __future__ import annotations
 
