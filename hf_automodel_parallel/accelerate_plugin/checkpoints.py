@@ -179,6 +179,7 @@ def load_random_state(
     Raises:
         CheckpointError: on all ranks, if a file is missing or damaged.
     """
+    # The file of another rank may be read: on another mesh the states of the ranks are assigned anew.
     mesh, me = mesh_sizes(accelerator), rank()
     source = origin(me, mesh, manifest.mesh if manifest else mesh, manifest.world_size if manifest else world_size())
     path = folder / file.format(rank=source.rank)
@@ -241,6 +242,7 @@ def save_state(
     """
     from accelerate.checkpointing import save_accelerator_state, save_custom_state
 
+    # One save at a time; an error of the previous background save is raised here.
     wait_for_saves()
     if save_model_func_kwargs:
         raise CheckpointError(
@@ -264,6 +266,7 @@ def save_state(
                     f"{folder} already exists. Set accelerator.project_configuration.iteration to the number to go on "
                     "with."
                 )
+    # The mark comes first: if the job dies after it, the directory does not count as complete.
     save = stage(folder)
     folder = save.folder
     how = how_to_save(self)
@@ -278,6 +281,7 @@ def save_state(
             # No weights: they are not gathered here. Hooks may save other things beside them.
             for hook in self._save_model_state_pre_hook.values():
                 hook(self._models, [], str(folder))
+            # Without models and optimizers, which are collected above: only Accelerate's small files.
             save_accelerator_state(
                 str(folder),
                 [],
@@ -286,6 +290,7 @@ def save_state(
                 self._dataloaders,
                 self.state.process_index,
                 self.step,
+                # Otherwise all ranks would write scaler.pt at the same time.
                 self.scaler if rank() == 0 else None,
                 save_on_each_node=project.save_on_each_node,
                 safe_serialization=safe_serialization,
@@ -320,6 +325,7 @@ def _now_or_later(task: Task, how: How, later: list[Task]) -> None:
 
 
 def _model_of(accelerator: Accelerator, optimizer: Any, index: int) -> nn.Module:
+    # Accelerate keeps no link from an optimizer to its model; for foreign optimizers the index has to do.
     record = attached_to(raw_optimizer(optimizer))
     return record.context.model if record is not None else accelerator._models[min(index, len(accelerator._models) - 1)]
 
@@ -359,6 +365,7 @@ def load_state(
         folder = found
     else:
         folder = to_load(os.path.expanduser(input_dir))
+    # Before anything is loaded, so that a damaged small file leaves the run as it was.
     manifest = verify(folder)
     for index, model in enumerate(self._models):
         load_model(self, model, folder, index, bool(manifest and manifest.adapter_only), manifest)
@@ -378,6 +385,7 @@ def load_state(
             scheduler.load_state_dict(repaced(state, manifest, _pace(scheduler, manifest)))
         load_positions(self, folder, manifest)
         _load_custom_states(self, folder)
+    # After load_accelerator_state, which restores random states by process index, whatever the mesh.
     states = load_random_state(self, folder, manifest, "random_states_{rank}.pkl")
     if "step" in states:
         self.step = states["step"]

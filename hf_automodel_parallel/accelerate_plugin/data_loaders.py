@@ -39,6 +39,7 @@ def prepare_data_loader(
             "ranks of one tp or cp group. Leave it out; every rank then reads the data set itself."
         )
     if shared and dispatch is None and isinstance(getattr(data_loader, "dataset", None), IterableDataset):
+        # For this loader only: the setting belongs to the Accelerator and is restored below.
         self.dataloader_config.dispatch_batches = False
     try:
         loader = type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
@@ -102,6 +103,7 @@ def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
         self.split_batches,
         self.parallelism_config.data_parallel_size,  # type: ignore[union-attr]
     )
+    # Stock has just appended its own wrapper.
     self._schedulers[-1] = paced
     return paced
 
@@ -127,7 +129,9 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
         whole = self.gather(input_data)
 
         def once(x: torch.Tensor) -> torch.Tensor:
+            # tp and cp are the innermost mesh axes: every `copies` adjacent ranks have the same samples.
             per_rank = x.reshape(self.num_processes, x.shape[0] // self.num_processes, *x.shape[1:])
+            # Under cp: one tp rank of each cp rank, to find results that were computed on sequence shards.
             if copies > tp:
                 check_whole(per_rank.unflatten(0, (-1, copies))[:, ::tp])
             return per_rank[::copies].flatten(0, 1)
@@ -135,6 +139,7 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
         data = recursively_apply(once, whole)
     else:
         data = [item for objects in gather_object([input_data])[::copies] for item in objects]
+    # Accelerate fills up the last batch with samples from the start of the data set; drop these.
     remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else 0
     if remainder is None or remainder <= 0:
         return data

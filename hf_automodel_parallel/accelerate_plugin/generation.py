@@ -64,6 +64,8 @@ def guard_generation(model: nn.Module, context: ParallelizeContext) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         if tp_mesh is not None:
             with raise_on_all_ranks("generate", group):
+                # Before the random state is synchronised: different prompts are an error, different seeds are
+                # repaired.
                 _check_same_prompt([*enumerate(args), *kwargs.items()], tp_mesh)
             synchronize_rng(tp_mesh)
         if together is None:
@@ -119,6 +121,7 @@ class _Together:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # Forwards outside of generate() (training, evaluation) need no agreement.
         if not self._writing:
             return
         if self._inputs is None:

@@ -241,14 +241,17 @@ def _shard(
         strategy.plan(context)
     # Collectives from here on, so outside of the block above: each rank has planned without an error.
     strategy.compare_ranks(context)
+    # Before the model changes, so that a refused optimizer leaves it as it was.
     _check_on_shards(context, raw, names)
     upcast: list[str] = []
+    # Before the upcast: files get the dtypes in which the model was loaded.
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if accelerator.mixed_precision != "no":
         upcast = upcast_trainable(model)
         if upcast and accelerator.is_main_process:
             logger.info("%d trainable parameters are kept in float32 under mixed precision", len(upcast))
     before = dict(model.named_parameters())
+    # The audit of the first step expects a gradient for each of these.
     trainable_names = frozenset(name for name, parameter in before.items() if parameter.requires_grad)
     # The model changes from here on: after an error there is nothing left to restore.
     pending.keep()
@@ -295,6 +298,7 @@ def _after_unload(plain: nn.Module, record: PreparedModel) -> None:
 
     Not for training: no optimizer holds the parameters that are left.
     """
+    # Unloading removes PEFT's prefixes from the names; the parameters are the same objects.
     kept = {id(p): n for n, p in plain.named_parameters()}
     dtypes = file_dtypes(record.context.model)
     dtypes = {
@@ -355,6 +359,7 @@ def _adopt_optimizers(self: Accelerator, record: PreparedModel | None, optimizer
                 )
             replace_parameters(optimizer, sharded)
             owners.append((optimizer, owner))
+    # A second loop, outside of the block: the check on shards raises on all ranks by itself.
     for optimizer, owner in owners:
         owner.handed_over_late = not owner.trainable
         names = parameter_names(owner.context.model)

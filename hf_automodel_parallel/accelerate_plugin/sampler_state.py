@@ -105,6 +105,7 @@ def _keep_random_state(loader: Any, first: int) -> None:
     """In the first iteration of ``loader``, undo the random draws made up to batch ``first``."""
 
     def read_once() -> Iterator[Any]:
+        # Only the first iteration: later epochs begin as in the uninterrupted run.
         del loader.__iter__
         states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         for index, batch in enumerate(loader):

@@ -82,6 +82,7 @@ def _save_pretrained(
         return original(*args, **kwargs)
     directory = Path(given.pop("save_directory"))
     options = {k: v for k, v in given.items() if k not in ("state_dict", "is_main_process")}
+    # Before the rendezvous: wrong arguments raise on all ranks without a wait.
     _check(model, directory, options)
     push = options.pop("push_to_hub", False)
     hub = {k: options.pop(k) for k in _HUB_OPTIONS if k in options}
@@ -92,8 +93,10 @@ def _save_pretrained(
     name = f"{type(model).__name__}.save_pretrained()"
     writers = rendezvous(name, {k: str(v) for k, v in options.items()}, main)
     shards = ShardedState(model, dist.get_rank() in writers)
+    # One writer after the other (with is_main_process on one rank per node), since each gather needs all ranks.
     for writer in writers:
         written = shards.led_by(writer, lambda fetch: write_model(model, directory, options, shards, fetch))
+        # Several writers write equal files; one upload is enough.
         if push and written is not None and writer == writers[0]:
             _upload(model, directory, written, hub)
     return None
@@ -208,6 +211,7 @@ def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any
                 options.pop("max_shard_size", None)  # PushToHubMixin passes it; PEFT writes one file
             _save_pretrained(model, bound, (directory, *positional), {**options, "state_dict": streamed})
 
+        # The mixin's push_to_hub calls model.save_pretrained on this rank alone, which must not wait in a rendezvous.
         bound = model.__dict__["save_pretrained"]
         streamed = Streamed(shards)
         streamed.fetch = fetch

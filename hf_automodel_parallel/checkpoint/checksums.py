@@ -137,6 +137,7 @@ def renamed(path: Path, new: Path) -> None:
 
 def take_written(path: Path) -> Checksums | None:
     """Checksums of a file that this process has written, once; None if it has not, or the file was changed since."""
+    # Size and time are compared because a library may have written the file again by name.
     checksums, changed = _written.pop(os.path.abspath(path), (None, 0))
     found = path.stat()
     if checksums is None or (checksums.size, changed) != (found.st_size, found.st_mtime_ns):

@@ -6,7 +6,7 @@
   deleted.
 * :func:`roll_back` restores the backup after an error.
 
-A job that is killed at any time leaves the last complete checkpoint on the disk; mark and manifest tell the state of
+A job that is killed at any time leaves the last complete checkpoint on the disk; mark and manifest show the state of
 each directory. The Trainer and Accelerate choose the directory and write into it themselves, so a save cannot be staged
 in another directory and renamed.
 
@@ -86,6 +86,7 @@ def _own_status(folder: Path) -> Status:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return Status(folder, "damaged", str(error))
+    # The manifest decides, also beside a mark: commit() writes it before it deletes the mark.
     if manifest is not None:
         problems = check_sizes(folder, manifest)
         if problems:
@@ -133,6 +134,7 @@ def _stage(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         _recover_backup(folder)
         if _own_status(folder).usable is not None:
+            # From the phase a later run knows that the files are a complete checkpoint, spread over two directories.
             _mark(folder, _BACKING_UP)
             _back_up(folder)
         else:
@@ -220,6 +222,7 @@ def commit(save: StagedSave, manifest: Manifest, group: Any = None) -> None:
     add_new_files(manifest, save.folder, save.since, group)
     with checkpoint_step(f"completing {save.folder}", group):
         if rank(group) == 0:
+            # In this order: a crash after the first line leaves a complete checkpoint.
             write_manifest(save.folder, manifest)
             with naming(save.folder):
                 (save.folder / MARK).unlink()
@@ -277,6 +280,7 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
     with checkpoint_step(f"looking for checkpoints in {folder}", group):
         if rank(group) == 0:
             for path in numbered(folder):
+                # A job may have been killed while it moved a complete checkpoint to its backup.
                 _try_to_recover(path)
                 found = status(path)
                 if found.kind != "complete":

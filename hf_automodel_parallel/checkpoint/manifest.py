@@ -122,6 +122,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             )
         manifest = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__ if name in content})
         for name, entry in manifest.files.items():
+            # A manifest is read from a directory that others may have written: no path may leave it.
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise CheckpointError(f"{path} lists {name!r}, which is outside of the checkpoint.")
             int(entry["size"]), int(entry["crc32"])
@@ -210,7 +211,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def verify(folder: str | Path, group: Any = None) -> Manifest | None:
-    """Check a checkpoint against its manifest before it is loaded, on all ranks alike; collective.
+    """Check a checkpoint against its manifest before it is loaded; collective.
 
     Checks that every file exists with its size. One rank reads each file without checksums per block; the others are
     verified while they are read.
@@ -234,6 +235,7 @@ def verify(folder: str | Path, group: Any = None) -> Manifest | None:
         }
         problems = check_sizes(folder, Manifest(files=dict(mine)))
         for name, entry in mine.items():
+            # Blocks are verified while they are read; and one problem is enough to refuse the checkpoint.
             if problems or name in manifest.blocks:
                 continue
             try:

@@ -70,6 +70,7 @@ def read_metadata(folder: str | Path, checksums: Checksums | None = None) -> Met
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
         raise CheckpointError(f"{path} does not hold the metadata of a checkpoint.")
+    # torch joins these names to the directory; `../` would read any file of the machine.
     for index, place in metadata.storage_data.items():
         name = str(getattr(place, "relative_path", ""))
         if not name or Path(name).name != name:

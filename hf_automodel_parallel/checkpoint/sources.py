@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
     Attributes:
         size: shape of the full tensor; None for a value that is not a tensor.
-        dtype: its dtype; None likewise.
+        dtype: dtype of the tensor; None for a value that is not a tensor.
         one_chunk: the tensor was saved as one chunk.
     """
 
@@ -130,6 +130,7 @@ class FileSource:
                 self._values = dict(_flat(load_plain(path, mmap=True, checksums=checksums), depth))
                 for key, value in self._values.items():
                     entries[key] = Entry(value.shape, value.dtype) if isinstance(value, torch.Tensor) else Entry()
+        # All ranks check keys and shapes, so that all of them raise the same error.
         self.entries: Mapping[Path_, Entry] = broadcast_object(entries, group)
 
     def read(self, shards: Mapping[Path_, LocalShard | None]) -> dict[Path_, Any]:
@@ -142,6 +143,7 @@ class FileSource:
                 shard.fill_from(self._values[path])
                 continue
             entry, device = self.entries[path], communication_device()
+            # pop: rank 0 frees each tensor once it was broadcast.
             full = (
                 self._values.pop(path).to(device).contiguous()
                 if rank(self.group) == 0

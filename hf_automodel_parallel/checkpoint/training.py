@@ -92,6 +92,7 @@ def _full(state: State, path: Path) -> Task:
     gathered: State = {}
     for key, value in state.items():
         if isinstance(value, DTensor):
+            # A collective: the state has the same order on all ranks.
             value = value.full_tensor()
         if keep:
             gathered[key] = value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
@@ -165,6 +166,7 @@ def load_training_state(
 def _source(folder: Path, directory: str, file: str, root: str, depth: int, manifest: Manifest | None) -> Source:
     sharded = False
     with checkpoint_step(f"loading {folder}"):
+        # Rank 0 decides: a full state need not be visible on the disks of other nodes.
         if rank() == 0:
             sharded = (folder / directory).is_dir()
             if not sharded and not (folder / file).is_file():

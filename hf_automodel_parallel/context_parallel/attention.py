@@ -63,6 +63,7 @@ def install(modules: list[nn.Module], place: Place) -> None:
     computes outside of ``maybe_context_parallel``, and the Trainer checks it.
     """
     register()
+    # One copy per config object: modules that had a common config still have one.
     copies: dict[int, Any] = {}
     for module in modules:
         config = module.config

@@ -72,6 +72,7 @@ def sharded_buffers(
     everyone = _agree(error, torch.stack(prints).sum(0) if prints else torch.zeros(2, dtype=torch.float64))
     _check_same_batch(everyone, mesh)
     length = next(tensor.shape[dim] for tensor, dim in unique.values())
+    # detach() keeps the old storage alive; set_() below replaces the storage of the tensor object itself.
     originals = {key: tensor.detach() for key, (tensor, _) in unique.items()}
     with torch.no_grad():
         for tensor, dim in unique.values():
@@ -128,7 +129,7 @@ def _checked(
 
 
 def _fingerprint(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Sum and position-weighted sum, float64 of shape (2,); the weights tell permuted values apart."""
+    """Sum and position-weighted sum, float64 of shape (2,); the weights distinguish permuted values."""
     flat = tensor.detach().double().reshape(-1).nan_to_num()
     weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
     yield torch.stack([flat.sum(), (flat * weights).sum()])

@@ -1,4 +1,4 @@
-"""The hooks of a forward inside of ``maybe_context_parallel``: they check its inputs, set the mask and fix the loss.
+"""The hooks of a forward inside of ``maybe_context_parallel``: they check its inputs, set the mask and scale the loss.
 
 The ranks of a cp group hold different tokens of the same sequences. FSDP2 averages gradients over ``dp_shard_cp``, so
 the loss that a rank differentiates has to be ``size`` times its contribution to the mean over all tokens.
@@ -65,6 +65,7 @@ class _Hooks:
             kwargs = self._prepared(model, context, args, kwargs)
         except Exception as caught:
             error = caught
+        # A rank that raised alone would leave the others in the collectives of the forward.
         raise_together(error)
         shift = kwargs.get("shift_labels")
         if shift is not None and kwargs.get("num_items_in_batch") is None:
@@ -72,6 +73,7 @@ class _Hooks:
             # tokens per rank, its loss is `size` times its contribution to the mean over all tokens.
             valid = shift.ne(kwargs.get("ignore_index", _IGNORED)).sum()
             kwargs["num_items_in_batch"] = all_reduce(valid.float(), self.group) / self.layout.size
+        # Dropout masks of different tokens are independent, so each cp rank draws from a stream of its own.
         self.numbers.enter()
         return args, kwargs
 

@@ -145,6 +145,7 @@ def _in_order(model: nn.Module, shapes: Shapes, where: Path) -> dict[str, Any]:
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
+    # A tied tensor is present if the checkpoint has it under any of its names.
     present = {name for names in tied.values() if any(n in shapes for n in names) for name in names}
     missing = [name for name in state if name not in shapes and name not in present]
     unexpected = [name for name in shapes if name not in state]
@@ -290,6 +291,7 @@ def _lift(folder: Path, out: Path) -> None:
 def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: Progress) -> None:
     _, config = _adapter_config(request, beside)
     base = request.base
+    # Frozen base weights have names with `.base_layer.`; a checkpoint that has them needs no base model.
     complete = any("lora_" not in n and ".base_layer." in n for n in weights.shapes)
     if base is None and not complete:
         named = config.base_model_name_or_path

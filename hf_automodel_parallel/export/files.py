@@ -42,6 +42,7 @@ def replaced_at_end(directory: Path) -> Iterator[Path]:
         mode = os.umask(0)
         os.umask(mode)
         incomplete.chmod(0o777 & ~mode)  # mkdtemp creates it with access for the owner only
+        # The old directory is deleted last, when the new one has its name.
         if directory.exists():
             directory.rename(old)
         incomplete.rename(directory)

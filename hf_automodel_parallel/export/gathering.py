@@ -45,6 +45,7 @@ def file_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     kept = model.__dict__.get(_FILE_DTYPES)
     if not kept:
         return {}
+    # Kept by one name of each parameter; the state dict also has the further names of tied ones.
     of_parameter = {id(p): kept[name] for name, p in model.named_parameters() if name in kept}
     return {
         name: of_parameter[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in of_parameter

@@ -127,6 +127,7 @@ class Merging:
         shared: dict[int, _Layer] = {}
 
         def visit(module: Any, plain: str, path: str) -> None:
+            # modules_to_save, trainable tokens: descend to the module that unloading would keep.
             if isinstance(module, auxiliary):
                 inside = self._inside_wrapper(module)
                 visit(module.get_submodule(inside), plain, f"{path}{inside}.")
@@ -146,6 +147,7 @@ class Merging:
                             f"in one process."
                         )
                     self.sources[plain + name], self.layers[plain + name] = below + name, layer
+                # Each merge starts from the unmerged weight, so a second adapter on a tied weight would be lost.
                 for weight in base.parameters():
                     if shared.setdefault(id(weight), layer) is not layer:
                         raise UnsupportedError(
@@ -190,6 +192,7 @@ class Merging:
         if hasattr(self.inner, "generation_config"):
             plain.generation_config = copy.deepcopy(self.inner.generation_config)
         compat.copy_weight_conversions(self.inner, plain)
+        # Weights that the config does not account for would be missing from the files, without an error.
         names = set(plain.state_dict())
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]

@@ -222,6 +222,7 @@ def write_configs(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     """
     cls: Any = type(model)  # the instance's save_pretrained is our own
     with _quiet():
+        # With an empty state dict transformers writes everything but weights.
         cls.save_pretrained(model, directory, state_dict={})
     path = directory / "config.json"
     if dtype is not None and path.exists():

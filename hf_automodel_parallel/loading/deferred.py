@@ -139,6 +139,7 @@ def _defer(func: Any, args: Any, kwargs: Any, device: Any = None) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key != "device"}
     if device is None:
         device = next(t.device for t in compat.tree_leaves((args, kwargs)) if isinstance(t, DeferredTensor))
+    # The operator runs on meta tensors to find shapes and dtypes of its results.
     meta_args, meta_kwargs = compat.tree_map_only(
         torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), (args, kwargs)
     )

@@ -77,6 +77,7 @@ class PendingValues:
         if not new:
             return
         exchange(stand_ins(self._model, lambda _, parameter: new.get(id(parameter))))
+        # Optimizers hold parameters by identity.
         for optimizer in self._optimizers:
             held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
             replace_parameters(optimizer, held | new)
@@ -135,6 +136,7 @@ class PendingValues:
                 return _local_shard(tensor, self.values[name], device)
 
             with torch.no_grad():
+                # Through Module._apply, which FSDP2 overrides so that its units refer to the new shards.
                 compat.apply_to_tensors(model, filled)
         self.values = {}
 

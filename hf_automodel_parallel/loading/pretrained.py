@@ -138,6 +138,7 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
     loader.setdefault("generation_config", _generation_config(path, hub))
     with DEFER_ALL, _no_progress_bar():
         # With mismatches allowed transformers reports all of them, so that the error below can name their files.
+        # With state_dict and no path, transformers opens no file but runs all of its conversions.
         model, info = concrete.from_pretrained(
             None,
             config=config,
@@ -149,9 +150,11 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
         )
     if info["mismatched_keys"] and not tolerant:
         raise CheckpointError(_mismatch(info["mismatched_keys"], files))
+    # transformers had no path; PEFT writes this one as base_model_name_or_path.
     model.config.name_or_path = model.name_or_path = path
     _check_kinds(model)
     _read_buffers(model)
+    # Mapped again when the ranks read, in prepare.
     for file in files:
         file.close()
     return (model, info) if wants_info else model

@@ -71,6 +71,7 @@ def install(accelerator: Accelerator, config: ParallelismConfig) -> None:
     """
     hooks = TrainerHooks()
     methods.install(accelerator, config, hooks)
+    # Also without a process group, so that one process can resume from a checkpoint of a parallel run.
     trainer = _extend_trainer(accelerator)
     if trainer is None or config.device_mesh is None:
         return

@@ -197,6 +197,7 @@ class ParallelTrainer(ParallelEvaluation):
             self.args.save_total_limit = limit
             self._tasks = None
         best = self.state.best_model_checkpoint
+        # load_best_model_at_end needs the best checkpoint, whatever its age.
         keep = {folder} if best is None else {folder, Path(best).absolute()}
 
         def afterwards() -> None:
@@ -216,6 +217,7 @@ class ParallelTrainer(ParallelEvaluation):
         """Like the Trainer's, but deferred to the end of the save, so that the hub gets the manifest and not the mark
         of an incomplete checkpoint.
         """
+        # Outside of _save_checkpoint there is nothing to defer to.
         if self._tasks is None:
             super()._push_from_checkpoint(checkpoint_folder)
             return
