@@ -38,7 +38,9 @@ class Suitable:
     no_loss: str = ""
 
 
-def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence_parallel: bool = False) -> Suitable:
+def check_model(
+    model: nn.Module | ModelView, structure: ModelStructure, size: int, sequence_parallel: bool = False
+) -> Suitable:
     """Find the attention of ``model`` and refuse what would be wrong on a sequence shard.
 
     Args:
@@ -50,7 +52,8 @@ def check_model(model: nn.Module, structure: ModelStructure, size: int, sequence
     Raises:
         UnsupportedError: names the property that prevents context parallelism, and a remedy.
     """
-    inner = ModelView.of(model).inner
+    view = ModelView.of(model)
+    model, inner = view.model, view.inner
 
     def refuse(why: str, remedy: str = "Use cp_size=1 for this model.") -> UnsupportedError:
         return UnsupportedError(f"cp_size={size} cannot be used with {type(inner).__name__}: {why} {remedy}")

@@ -48,7 +48,7 @@ class ModelStructure:
         return [layer for layer in self.layers if id(layer) not in others]
 
 
-def find_structure(model: nn.Module, layer_classes: list[str] | None = None) -> ModelStructure:
+def find_structure(model: nn.Module | ModelView, layer_classes: list[str] | None = None) -> ModelStructure:
     """Find layers, embedding, head and modality encoders of ``model``.
 
     Args:

@@ -13,7 +13,7 @@ from ..errors import PlanError
 
 
 def keep_logits_sharded(
-    model: nn.Module, spec: ShardingSpec, wanted: bool | None = None, chunk_rows: int | None = None
+    model: nn.Module | ModelView, spec: ShardingSpec, wanted: bool | None = None, chunk_rows: int | None = None
 ) -> None:
     """Let the output projection of ``model`` keep its logits sharded instead of all-gathering them; changes ``spec``.
 
@@ -30,7 +30,8 @@ def keep_logits_sharded(
     """
     if wanted is False:
         return
-    inner = ModelView.of(model).inner
+    view = ModelView.of(model)
+    model, inner = view.model, view.inner
     # Also names below the head: `modules_to_save` has copies of the head there, with hooks of their own.
     head = compat.lm_head_module(inner)
     names = [name for name, module in model.named_modules() if module is head] if head is not None else []

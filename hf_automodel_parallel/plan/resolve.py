@@ -41,7 +41,7 @@ from .validate import local_head_counts
 T = TypeVar("T")
 
 
-def resolve(model: nn.Module, plan: Plan, tp_size: int) -> ShardingSpec:
+def resolve(model: nn.Module | ModelView, plan: Plan, tp_size: int) -> ShardingSpec:
     """Apply ``plan`` to the module tree of ``model``.
 
     Args:
@@ -57,19 +57,19 @@ def resolve(model: nn.Module, plan: Plan, tp_size: int) -> ShardingSpec:
             divide.
         UnsupportedError: a PEFT or quantised layer that cannot be sharded.
     """
-    return _Resolver(model, plan, tp_size).run()
+    return _Resolver(ModelView.of(model), plan, tp_size).run()
 
 
 @dataclass
 class _Resolver:
-    model: nn.Module
+    view: ModelView
     plan: Plan
     tp_size: int
     spec: ShardingSpec = field(default_factory=ShardingSpec)
 
     def run(self) -> ShardingSpec:
+        self.model = self.view.model
         check_peft_method(self.model)
-        self.view = ModelView.of(self.model)
         inner = self.view.inner
         self.config = getattr(inner, "config", None)
         self.spec.notes.extend(self.plan.notes)

@@ -49,7 +49,7 @@ def register_plan(name: str, plan: Mapping[str, Any] | Callable[[nn.Module], Map
 
 
 def select_plan(
-    model: nn.Module,
+    model: nn.Module | ModelView,
     tp_plan: str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
     plan_order: tuple[str, ...] = ("hf", "registry", "default"),
     tp_size: int | None = None,

@@ -20,7 +20,7 @@ from ..errors import PlanError, UnsupportedError
 from .layer_kinds import as_matrix
 
 
-def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
+def validate(model: nn.Module | ModelView, spec: ShardingSpec, tp_size: int) -> None:
     """Check a resolved plan against the model's attention geometry.
 
     A column-wise projection without an output hook gives each rank a slice of the features. If its parent module has a
@@ -29,7 +29,8 @@ def validate(model: nn.Module, spec: ShardingSpec, tp_size: int) -> None:
     Raises:
         PlanError: tp_size does not divide the heads; the message names the config field and its value.
     """
-    inner = ModelView.of(model).inner
+    view = ModelView.of(model)
+    model, inner = view.model, view.inner
     fields = _head_fields(getattr(inner, "config", None))
     for name, module_spec in spec.modules.items():
         if module_spec.native_style is not None or module_spec.output is not OutputHook.NONE:
@@ -108,7 +109,7 @@ def config_with_heads(model: nn.Module) -> Any | None:
 # ---- expert parallelism --------------------------------------------------------------------------------------------
 
 
-def refuse_expert_parallel(model: nn.Module) -> None:
+def refuse_expert_parallel(model: nn.Module | ModelView) -> None:
     """Raise :class:`UnsupportedError` if the model's ``distributed_config`` asks for expert parallelism.
 
     transformers applies it while it loads a model. On a model that is already built the request would be dropped

@@ -209,7 +209,7 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
     return inputs
 
 
-def replaced_modules(model: nn.Module) -> list[str]:
+def replaced_modules(model: nn.Module | ModelView) -> list[str]:
     """Names of modules of ``model`` that were replaced by another class after the model was built.
 
     A module in PEFT's wrapper counts as the module inside. Empty if no proxy model can be built.

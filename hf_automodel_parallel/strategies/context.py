@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..context_parallel.models import Suitable
 from ..core.mesh import MeshAxes
 from ..core.model_structure import ModelStructure
+from ..core.model_view import ModelView
 from ..core.option_fields import compared_values
 from ..core.options import ParallelOptions
 from ..core.sharding_spec import Plan, ShardingSpec
@@ -66,6 +68,11 @@ class ParallelizeContext:
     cross_module_reads: dict[str, list[str]] = field(default_factory=dict)
     suitable: Suitable | None = None
     tensor_parallel: TensorParallelState | None = None
+
+    @cached_property
+    def view(self) -> ModelView:
+        """The names of the model, computed once for planning. Not for later steps: sharding replaces parameters."""
+        return ModelView(self.model)
 
     @property
     def tp_mesh(self) -> DeviceMesh | None:

@@ -191,8 +191,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
     def plan(self, context: ParallelizeContext) -> None:
         """Decide everything; raise at the first option that is not supported for this model."""
         self.check_model(context)
-        context.structure = find_structure(context.model, context.layer_classes)
-        refuse_own_backward(ModelView.of(context.model).inner, context.structure.layers)
+        context.structure = find_structure(context.view, context.layer_classes)
+        refuse_own_backward(context.view.inner, context.structure.layers)
         context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
         context.fsdp.read_by_other_modules = frozenset(
             name for names in context.cross_module_reads.values() for name in names
@@ -209,7 +209,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             )
         if context.cp_mesh is not None:
             context.suitable = check_for_context_parallel(
-                context.model, context.structure, context.cp_mesh.size(), context.options.sequence_parallel
+                context.view, context.structure, context.cp_mesh.size(), context.options.sequence_parallel
             )
         if context.tp_mesh is not None:
             self.select_tensor_parallel(context)
@@ -241,21 +241,21 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
         context.plan = select_plan(
-            context.model, context.options.tp_plan, self.sources(context.options.plan_order), size, derived_plan
+            context.view, context.options.tp_plan, self.sources(context.options.plan_order), size, derived_plan
         )
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
-        context.spec = resolve(context.model, context.plan, size)
-        validate(context.model, context.spec, size)
+        context.spec = resolve(context.view, context.plan, size)
+        validate(context.view, context.spec, size)
         layers = context.structure.layers  # type: ignore[union-attr]
         # A derived plan has been verified against one process, but only for the modules that the class itself builds.
-        if context.plan.origin != "derived" or replaced_modules(context.model):
-            complete(context.model, context.spec, layers, size, context.plan.strict)
+        if context.plan.origin != "derived" or replaced_modules(context.view):
+            complete(context.view, context.spec, layers, size, context.plan.strict)
         check_cross_module_reads(context.spec, context.cross_module_reads)
         if context.options.sequence_parallel:
-            derive(context.model, context.spec, layers)
+            derive(context.view, context.spec, layers)
         if context.options.sequence_parallel_regather:
-            regather(context.model, context.spec, context.checkpointing)
-        keep_logits_sharded(context.model, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
+            regather(context.view, context.spec, context.checkpointing)
+        keep_logits_sharded(context.view, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
         if context.compile_options is not None:
             refuse_compiled_dropout(context.model, context.spec)
         shapes = {name: p.shape for name, p in context.model.named_parameters()}

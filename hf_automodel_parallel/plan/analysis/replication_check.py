@@ -30,7 +30,9 @@ from .stack_runner import StackRunner, first_tensor, smallest_stack
 _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
 
 
-def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_size: int, strict: bool) -> None:
+def complete(
+    model: nn.Module | ModelView, spec: ShardingSpec, layers: list[nn.Module], tp_size: int, strict: bool
+) -> None:
     """Check a resolved plan by a run of one rank's layers on fake tensors, and complete it, in place.
 
     Replicated parameters that are combined with varying values get a partial gradient. Where a plan that is not the
@@ -47,6 +49,8 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         PlanError: the layers cannot run with the shapes of one rank, or would compute something else; the message
             names the module.
     """
+    view = ModelView.of(model)
+    model = view.model
     check_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
     inside = {names[layer] for layer in layers}
@@ -62,7 +66,7 @@ def complete(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], tp_s
         return
     refuse_remaining(spec, faults)
     spec.notes.extend(dict.fromkeys(check.notes))
-    _add(model, spec, check.trace)
+    _add(view, spec, check.trace)
 
 
 def _stack(
@@ -80,9 +84,8 @@ def _stack(
     return stack, [layer for layer in layers if not prefix or names[layer].startswith(f"{prefix}.")]
 
 
-def _add(model: nn.Module, spec: ShardingSpec, trace: ReplicationTrace) -> None:
+def _add(view: ModelView, spec: ShardingSpec, trace: ReplicationTrace) -> None:
     """Give the replicated parameters that were combined with varying values a partial gradient in ``spec``."""
-    view = ModelView.of(model)
     deferred = {
         ".".join(part for part in (name, module.deferred_bias, "bias") if part)
         for name, module in spec.modules.items()

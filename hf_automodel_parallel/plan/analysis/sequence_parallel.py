@@ -30,7 +30,7 @@ from .sequence_check import REMEDY, Found, SequenceCheck
 _SOURCE = "derived: sequence parallelism"
 
 
-def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> None:
+def derive(model: nn.Module | ModelView, spec: ShardingSpec, layers: list[nn.Module]) -> None:
     """Add sequence parallelism to a resolved plan, in place.
 
     Args:
@@ -41,14 +41,16 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
     Raises:
         UnsupportedError: a layer cannot work on sequence shards; the message names the module and what it does.
     """
+    view = ModelView.of(model)
+    model = view.model
     names = {module: name for name, module in model.named_modules()}
-    stack, stack_layers = _stack(model, spec, layers, names)
+    stack, stack_layers = _stack(view, spec, layers, names)
     found = SequenceCheck(model, spec, stack, stack_layers, names).run()
     _check_one_layer_each(model, (*found.blocks, *spec.modules), stack_layers, names)
     for name, reason in found.reasons.items():
         if name in found.blocks:
             spec.notes.append(f"{name} gets the full sequence, and its output is split ({reason}).")
-    on_sequence_shards = _parameters_on_sequence_shards(model, spec, found)
+    on_sequence_shards = _parameters_on_sequence_shards(view, spec, found)
     for name in found.scatters:
         module = replace(spec.modules[name], output=OutputHook.REDUCE_SCATTER_SEQUENCE)
         spec.modules[name] = module
@@ -64,7 +66,7 @@ def derive(model: nn.Module, spec: ShardingSpec, layers: list[nn.Module]) -> Non
         found.tail,
         frozenset(o for o in owners if not any(o == n or o.startswith(f"{n}.") for n in found.scatters)),
     )
-    _describe(spec, ModelView.of(model).prefix)
+    _describe(spec, view.prefix)
 
 
 def _wrapper(model: nn.Module, path: str) -> str:
@@ -90,7 +92,7 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
             new.parameters[name] = ON_SEQUENCE_SHARDS
 
 
-def regather(model: nn.Module, spec: ShardingSpec, checkpointing: str) -> None:
+def regather(model: nn.Module | ModelView, spec: ShardingSpec, checkpointing: str) -> None:
     """Let blocks re-all-gather their inputs in backward, in place (``sequence_parallel_regather``).
 
     Raises:
@@ -114,10 +116,10 @@ def recomputes_anyway(what: str) -> ConfigError:
 
 
 def _stack(
-    model: nn.Module, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
+    view: ModelView, spec: ShardingSpec, layers: list[nn.Module], names: dict[nn.Module, str]
 ) -> tuple[nn.Module, list[nn.Module]]:
     """The module that runs the sharded layers, and these."""
-    inner = ModelView.of(model).inner
+    model, inner = view.model, view.inner
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
@@ -188,9 +190,8 @@ def _lists_of_tensors(stack: nn.Module) -> list[str]:
     ]
 
 
-def _parameters_on_sequence_shards(model: nn.Module, spec: ShardingSpec, found: Found) -> set[str]:
+def _parameters_on_sequence_shards(view: ModelView, spec: ShardingSpec, found: Found) -> set[str]:
     """Names of the replicated parameters that are applied to sequence shards, each under all of its names."""
-    view = ModelView.of(model)
     result: set[str] = set()
     for name, lengths in found.used.items():
         if "shard" not in lengths:
