@@ -46,6 +46,7 @@ def compile_layers(
             stack.push(ForwardSlot.GRAPH_CHECKPOINT, Checkpointed(in_graph))
             scope = stack.get(ForwardSlot.LOCAL_PARAMETERS)
             if isinstance(scope, LocalParamForward) and scope.shared is not None:
+                # With sequence_parallel_regather, tracing warns about layers that are compiled without such a policy.
                 scope.shared.told_compiler = True
         compiled_options = {**options, "fullgraph": True} if one_graph else options
         stack.push(ForwardSlot.COMPILE, _Compiled(compiled_options, parts or in_graph is not None))

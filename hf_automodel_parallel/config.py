@@ -64,6 +64,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
     def __post_init__(self) -> None:
         self._read_sizes_from_environment()
         self._check_fields()
+        # Before super().__post_init__(), which sets missing sizes to 1.
         self._open_axes = tuple(axis for axis in AXES if getattr(self, f"{axis}_size") is None)
         # The parent class rejects dp_replicate with tp if dp_shard=1, because Accelerate would use DDP. Here FSDP2 runs
         # on a dp_shard axis of one rank. So the parent checks with 2, and the real size is set afterwards.
@@ -160,6 +161,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
                 "tp_handler=TorchTensorParallelConfig(enable_async_tp=True): Accelerate ignores it, and so would we. "
                 "Use AutoParallelismConfig(async_tensor_parallel=True)."
             )
+        # Accelerate makes the handler in its __post_init__, which does not see a tp_size that is inferred later.
         if self.tp_size > 1 and self.tp_handler is None:  # type: ignore[has-type]
             from accelerate.utils import TorchTensorParallelConfig
 
@@ -191,6 +193,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
             from .core.consistency import check_same_configs
             from .core.ranks import raise_on_all_ranks
 
+            # A rank whose sizes do not fit must not leave the others waiting in the comparison.
             with raise_on_all_ranks("AutoParallelismConfig"):
                 self.resolve_sizes(world)
             check_same_configs(self._sizes, compared_values(self))
@@ -302,6 +305,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         return result
 
 
+# The options document themselves where they are declared (core/options.py), so that the docstring cannot differ.
 AutoParallelismConfig.__doc__ = f"{AutoParallelismConfig.__doc__}\n    Args:\n{argument_docs(OptionFields)}\n"
 
 

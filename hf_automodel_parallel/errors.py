@@ -8,7 +8,7 @@ class AutoParallelError(ValueError):
 
 
 class ConfigError(AutoParallelError):
-    """A field of :class:`AutoParallelismConfig`, or another argument of Accelerate, is invalid or has a conflict."""
+    """A field of :class:`AutoParallelismConfig`, or another argument of Accelerate, is invalid, or two conflict."""
 
 
 class PlanError(AutoParallelError):

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not Path(script).is_file():
         sys.exit(f"hf_automodel_parallel: the script {script!r} does not exist.")
+    # As `python SCRIPT` does; runpy.run_path does not add the folder of a script file.
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")
 

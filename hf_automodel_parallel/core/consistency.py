@@ -88,6 +88,7 @@ def check_same_structure(
         return
     ranks = found.ranks
     # All ranks compare rank 0 with the same other rank, so that all of them raise the same message.
+    # Only here the full text is exchanged; it has a line for each parameter.
     compared = [broadcast_object(described, group, source) for source in (0, ranks[0])]
     alone = [sorted(set(a) - set(b)) for a, b in (compared, compared[::-1])]
     examples = [f"{lines[0]!r} on rank {rank}" for lines, rank in zip(alone, (0, ranks[0]), strict=True) if lines]

@@ -157,11 +157,13 @@ class Recording(TorchDispatchMode):
                 f"saving: {func} writes in place to a weight that is being converted, which cannot be done tensor by "
                 f"tensor. {_GATHER}"
             )
+        # The operator is evaluated on contiguous tensors, where the recorded strides would address other values.
         if func is _aten.as_strided.default and not inputs[0].is_contiguous():
             raise UnsupportedError(f"saving: {func} of a weight that is not contiguous cannot be recorded. {_GATHER}")
         nodes = tree_map_only(torch.Tensor, self.node, (args, kwargs))
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         for output, node in zip(outputs, Operation.results(func, nodes[0], nodes[1], result), strict=True):
+            # An operator may return its input itself; the tensor then keeps its node.
             if not any(output is x for x in inputs):
                 self._nodes[id(output)] = (output, node)
         return result

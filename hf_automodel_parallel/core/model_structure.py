@@ -109,6 +109,7 @@ def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> lis
         if named or (module in items and layer_type is not None and isinstance(module, layer_type)):
             hits.append(module)
     hits = [m for m in hits if any(True for _ in m.parameters())]
+    # In a model without containers the declared modules themselves are the layers. Of nested layers keep the outer one.
     found = list(dict.fromkeys(around[m] for m in hits if m in around)) or hits
     inside = {inner for layer in found for inner in layer.modules() if inner is not layer}
     return [layer for layer in found if layer not in inside] or _layers_by_layout(model)

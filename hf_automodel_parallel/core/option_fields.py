@@ -191,6 +191,7 @@ def option(
             implement this method raise for an option without one.
         by_strategy: False if Accelerator and Trainer implement the option, and not the strategy.
     """
+    # Must be the first statement: locals() may only contain the arguments, which become fields of `Option`.
     facts = dict(locals())
     return field(default=facts.pop("default"), metadata={_KEY: facts})
 

@@ -125,6 +125,7 @@ def raise_on_all_ranks(
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        # The process is exiting; it must not wait in an exchange for ranks that have not been interrupted.
         raise
     except BaseException as caught:  # DCP's CheckpointException does not derive from Exception
         if _known_on(caught, group):

@@ -23,7 +23,8 @@ from ..errors import ConfigError, ExportError
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
 
-#: Store -> number of rendezvous so far. A rank that missed some catches up at its next one.
+#: Store -> number of rendezvous so far. A rank that missed some catches up at its next one. A new process group has a
+#: new store, so that all ranks start at 0 again.
 _counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 

@@ -125,6 +125,7 @@ def _chunk(ranges: Ranges, parts: int, index: int) -> Ranges:
 
 
 def _merged(ranges: Ranges) -> Ranges:
+    # Adjacent ranges become one, so that values that are contiguous in the full tensor are one chunk.
     merged: Ranges = []
     for start, stop in ranges:
         if merged and merged[-1][1] == start:
@@ -165,6 +166,7 @@ def local_slice(full: torch.Tensor, spec: ParameterSpec, rank: int, size: int) -
     """
     if spec.dim is None:
         return full
+    # More ranks than rows leave some ranks without a chunk; torch.cat needs at least one tensor.
     chunks = [chunk.of_full(full) for chunk in tp_chunks(full.shape, spec, rank, size)]
     return torch.cat(chunks or [full.narrow(spec.dim, 0, 0)], spec.dim).contiguous()
 

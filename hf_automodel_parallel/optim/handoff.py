@@ -150,6 +150,7 @@ def _shard_state(values: Any, parameter: nn.Parameter, full_shape: tuple[int, ..
     for key, value in values.items():
         if isinstance(value, torch.Tensor) and value.ndim and tuple(value.shape) == full_shape:
             value = value.full_tensor() if isinstance(value, DTensor) else value
+            # src_data_rank=None: each rank slices its own full value; the default would scatter the one of rank 0.
             value = distribute_tensor(
                 value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
             )

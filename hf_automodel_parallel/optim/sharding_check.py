@@ -106,6 +106,7 @@ def _kinds_of(
     tp_size, dp_size = 1 if tp_mesh is None else tp_mesh.size(), dp_mesh.size(dp_mesh.ndim - 1)
     for name in group:
         spec = specs.get(name, REPLICATED)
+        # Only these fields decide the shards; the others would multiply the number of kinds to check.
         spec = ParameterSpec(spec.dim, spec.blocks)
         unit = spec.blocks * tp_size
         shape = tuple(shapes[name])
@@ -174,6 +175,7 @@ def _check_one(
     for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
         update = (expected.detach().cpu() - value).double().norm().item()
         difference = (expected.detach().cpu() - result.detach().cpu()).double().norm().item()
+        # The second term is rounding of the values, for updates that are tiny or zero. `not <=` also catches NaN.
         if not difference <= TOLERANCE * update + 1e-6 * value.double().norm().item():
             raise UnsupportedError(
                 f"{cls} computes something else on sharded parameters than on whole ones: on a parameter with "
@@ -311,6 +313,7 @@ def _learning_rate(given: Any) -> Any:
 
 def run_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: list[list[Any]]) -> None:
     """Take one step of ``optimizer`` for each list of gradients (one for each parameter, in the same placement)."""
+    # The same random numbers on full tensors and on shards. This seeds the global RNG; callers have to restore it.
     torch.manual_seed(0)
     for gradients in steps:
 

@@ -109,6 +109,7 @@ def fsdp2_strategy_parallelize(
         AutoParallelError: on all ranks, if the strategy does not support an argument.
     """
     strategy = get_parallelization_strategy(model)
+    # Argument -> (value, default). A strategy may lack an argument only if it has its default.
     asked: dict[str, tuple[Any, Any]] = {
         "mp_policy": (mp_policy, None),
         "offload_policy": (offload_policy, None),
