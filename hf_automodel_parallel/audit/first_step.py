@@ -82,6 +82,7 @@ class Audit:
         self.steps += 1
         if self._hooks is not None:
             self.done += 1
+            # Forward hooks cost time in every step, so they stay only until a step is audited.
             self._hooks.remove()
             self._hooks = None
         if self.every is not None and self.steps % self.every == 0:

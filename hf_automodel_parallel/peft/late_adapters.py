@@ -240,6 +240,7 @@ def _shard_new_parameters(
         for old, wrapper in replaced.items():
             context.tensor_parallel.move_hooks(old, wrapper)
         spec = resolve(model, context.plan, context.tensor_parallel.mesh.size())  # type: ignore[arg-type]
+        # Sequence parallelism is not derived again; it is taken from the old spec.
         carry_over(context.spec, spec, names)  # type: ignore[arg-type]
         context.spec = spec
         context.tensor_parallel.grow(model, context.spec, names, context.device)

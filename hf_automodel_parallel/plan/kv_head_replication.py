@@ -75,6 +75,7 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
         for name in few:
             _share(spec, name, heads)
         shared += few
+        # local_head_counts divided by tp_size, but a rank has one key-value head and all its query heads read it.
         counts = spec.head_counts.setdefault(owner, {})
         for attribute in list(counts):
             if counts[attribute] != (value := getattr(attention, attribute)) // tp_size or value % heads:

@@ -90,6 +90,7 @@ def select_plan(
             notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
             return _without_head_read_elsewhere(inner, replace(plan, notes=notes + plan.notes))
         entries, reason = _from_source(source, inner)
+        # A plan with a style that cannot be executed is skipped here; an explicit one raises.
         if reason is None:
             try:
                 for entry in entries.values():

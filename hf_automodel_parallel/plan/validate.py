@@ -36,6 +36,7 @@ def validate(model: nn.Module | ModelView, spec: ShardingSpec, tp_size: int) -> 
         if module_spec.native_style is not None or module_spec.output is not OutputHook.NONE:
             continue
         weight_name = _weight_of(spec, name)
+        # A forward shard means KV-head replication, where heads need not divide.
         if weight_name is None or spec.parameters[weight_name].forward_shard_dim is not None:
             continue
         parent = model.get_submodule(name.rpartition(".")[0])

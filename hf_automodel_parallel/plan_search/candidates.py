@@ -171,6 +171,7 @@ class Observed:
             if counting or wide:
                 both[pattern] = tuple(dict.fromkeys((*counting, *wide)))
         found: list[dict[str, tuple[str, ...]]] = []
+        # No counts first: current classes of transformers infer the number of heads from the tensor.
         for choice in ({}, heads, both, widths):
             if choice not in found:
                 found.append(choice)

@@ -130,6 +130,7 @@ class ParityCheck:
         if len(present) < len(got):
             return f"{name} gets no gradient"
         place = spec.parameters.get(name, REPLICATED)
+        # In training, tensor_parallel.grad_sync all-reduces these before the optimizer step.
         if place.partial_gradient:
             # The mean, because each contribution is scaled by tp_size; see tensor_parallel.grad_sync.
             present = [torch.stack(present).mean(0)]

@@ -47,6 +47,7 @@ class _Draft:
         return Plan("derived", entries, notes=notes, counts=self.counts, head_arguments=self.head_arguments)
 
 
+# A failed search is kept as its message, because searching again would take as long.
 _KNOWN: dict[tuple[type, str, bool], Plan | str] = {}
 
 

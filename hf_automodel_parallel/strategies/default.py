@@ -202,6 +202,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             if context.structure.towers:
                 skipped = skipped_without_images(context.model, context.structure.main_layers)
                 context.structure = dataclasses.replace(context.structure, skipped=skipped)
+            # An FSDP unit must run on all ranks or on none: its all-gather is a collective.
             refuse_layer_drop(context.model, wanted_units(context.structure, context.fsdp))
         if context.options.async_tensor_parallel:
             check_async_tensor_parallel(
@@ -258,6 +259,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         keep_logits_sharded(context.view, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
         if context.compile_options is not None:
             refuse_compiled_dropout(context.model, context.spec)
+        # DTensor cannot shard a packed dimension a second time, so FSDP2 needs another dimension of these.
         shapes = {name: p.shape for name, p in context.model.named_parameters()}
         check_packed_parameters(shapes, context.spec, context.dp_mesh.size(-1))
         if context.fsdp.ignored_parameters:
@@ -329,6 +331,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
+            # A compiled layer cannot switch the random state; its dropout draws the masks of all ranks instead.
             if context.compile_options is None:
                 numbers = install_tp_rng(
                     context.model,
@@ -381,6 +384,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
         # Scopes before compile, which needs them, and before the full-parameter views.
         if context.tensor_parallel is not None:
+            # torch would cut a full packed weight into contiguous chunks, but each rank has a slice of every block.
             if context.spec is not None and context.spec.packed():
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_local_parameters(context.model, layers, context.tensor_parallel, parts)

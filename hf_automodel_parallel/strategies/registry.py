@@ -104,6 +104,7 @@ def _targets() -> dict[str, str]:
                 f"(entry points of the group {ENTRY_POINTS!r}). Uninstall one, or choose by "
                 "register_parallel_strategy(name=...)."
             )
+        # An installed package may replace a family of ours.
         if point.name in BUILT_IN:
             logger.info("the strategy for %s comes from the installed %s", point.name, point.value)
         result[point.name] = point.value

@@ -163,6 +163,7 @@ def _new_layout(mesh: DeviceMesh, shard: tuple[str, ...], tp_dim: str | None, re
     if replicas is None:
         return Layout(DeviceMesh(mesh.device_type, ranks[:, 0], mesh_dim_names=("rest", name, tp)), name, tp)
     made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("rest", replicas, name, tp))
+    # One group for each tp coordinate, with all replicas and shards.
     together = ranks.permute(0, 3, 1, 2).reshape(shape[0] * shape[3], shape[1] * shape[2])
     everyone = DeviceMesh(mesh.device_type, together, mesh_dim_names=("others", "data"))["data"].get_group()
     return Layout(made, name, tp, replicas, everyone)

@@ -55,6 +55,7 @@ class FullStates:
         for name, first in self.names.items():
             if f"{prefix}{name}" not in state:
                 continue
+            # Gathered once, so that tied names have one tensor in the state dict, too.
             if first not in tied:
                 tied[first] = self._home(self.managed.places.whole(first, self.managed.parameters[first]))
             state[f"{prefix}{name}"] = tied[first]

@@ -74,6 +74,7 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         engine.load()
         self.refuse_options_of_fsdp2(context)
         self.axes = find_axes(context.mesh, self.shard, self.tp)
+        # Without an Accelerator FSDP2 takes over, with a warning, as in the reference API.
         if self.axes.data_size(context.mesh) == 1 and not context.sums_after_backward:
             raise ConfigError(
                 "backend='megatron_fsdp' with one data-parallel rank: there is nothing for it to shard. Use "
@@ -314,6 +315,7 @@ def unit_classes(model: nn.Module, given: Sequence[str | type[nn.Module]] | None
     """
     if given is None:
         layers = find_structure(model).layers
+        # A parameter that is tied to a module outside of a unit would be resharded while that module needs it.
         whole = {id(layer) for layer in separable(model, layers)}
         shared = {type(layer) for layer in layers if id(layer) not in whole}
         classes = [cls for cls in dict.fromkeys(map(type, layers)) if cls not in shared]

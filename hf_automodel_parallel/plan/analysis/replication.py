@@ -143,6 +143,7 @@ class ReplicationTrace(OperatorTrace[Value]):
         else:
             now = before if value == CONSTANT else value
         self._written[storage_id(x)] = now
+        # Or another storage could get the id of this one.
         self._alive.append(x)
         return now
 
@@ -170,6 +171,7 @@ class ReplicationTrace(OperatorTrace[Value]):
         dims = next((d for d in (argument_of(func, key, args, kwargs) for key in _ALONG) if d is not None), None)
         if name in ("native_layer_norm", "_fused_rms_norm"):
             dims = [-1]
+        # An operator without dimensions combines all entries.
         dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         if any(dim % x.ndim == x.ndim - 1 for dim in dims):
             raise WrongPlan(f"{func} combines features that are sharded over the ranks")

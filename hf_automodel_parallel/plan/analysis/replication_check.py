@@ -51,6 +51,7 @@ def complete(
     """
     view = ModelView.of(model)
     model = view.model
+    # With values and before the run: shapes on fake tensors show no fault of fused experts or of a custom forward.
     check_experts(model, spec, tp_size, strict)
     names = {module: name for name, module in model.named_modules()}
     inside = {names[layer] for layer in layers}
@@ -101,6 +102,7 @@ def _add(view: ModelView, spec: ShardingSpec, trace: ReplicationTrace) -> None:
                 f"with replicated ones in {trace.complete[name]}, so its gradient is neither Replicate nor Partial. "
                 f"{_REMEDY}"
             )
+        # Every name of a tied parameter, because all of them are one parameter with one gradient.
         for tied in view.names_of[view.parameters[name]]:
             spec.parameters[tied] = PARTIAL_GRADIENT
         pattern = layer_pattern(view.plan_name(name))

@@ -54,6 +54,7 @@ class VideoParallelizationStrategy(FamilyParallelizationStrategy):
                 if context.spec.parameters[f"{name}.{norm_name}.weight"].dim is not None:  # type: ignore[union-attr]
                     sharded_norm = NormOverRanks(norm, context.tp_mesh)  # type: ignore[arg-type]
                     ForwardStack.of(norm).push(ForwardSlot.COMPUTATION, sharded_norm)
+            # diffusers reshapes to self.heads.
             attention.heads //= context.tp_mesh.size()  # type: ignore[union-attr,operator,assignment]
         super().apply_tensor_parallel(context)
 
