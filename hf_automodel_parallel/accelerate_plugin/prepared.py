@@ -115,7 +115,7 @@ def check_use(model: nn.Module, args: Any) -> None:
     if added:
         raise PrepareError(
             f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are "
-            "not sharded, and nobody would sum their gradients over the ranks. Wrap and extend the model before "
+            "not sharded, and their gradients would not be reduced over the ranks. Wrap and extend the model before "
             "prepare."
         )
     if record.trainable:

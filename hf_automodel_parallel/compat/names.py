@@ -35,28 +35,28 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "transformers",
         "PreTrainedModel._hf_peft_config_loaded",
-        "tells whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
+        "says whether a model without a PeftModel carries adapters; transformers 5.17 to 5.24",
     ),
     (
         "transformers",
         "PretrainedConfig._experts_implementation",
-        "experts on a miniature run with the reference code; transformers 5.17 to 5.24",
+        "experts of a tiny proxy model run with the reference code; transformers 5.17 to 5.24",
     ),
     ("torch.utils._pytree", "tree_leaves", "the tensors among nested arguments"),
     ("torch.utils._pytree", "tree_map_only", "the same nested arguments with other tensors"),
-    ("torch.nn", "Module._forward_hooks", "a copy of a model that runs without values must not call its hooks"),
+    ("torch.nn", "Module._forward_hooks", "a copy of a model that runs on fake tensors must not call its hooks"),
     ("torch.nn", "Module._forward_pre_hooks", "the same, before the forward"),
-    ("torch.nn", "Module._backward_hooks", "hooks of the user on modules that work on shares of the sequence"),
+    ("torch.nn", "Module._backward_hooks", "hooks of the user on modules that work on sequence shards"),
     ("torch.nn", "Module._backward_pre_hooks", "the same, before the backward"),
     (
         "transformers",
         "PretrainedConfig._attn_implementation",
-        "a copy of a model that runs without values must not call attention kernels",
+        "a copy of a model that runs on fake tensors must not call attention kernels",
     ),
     (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
-        "running a layer without values, to see which of its operators keep tokens apart; the same in torch 2.11 to "
+        "running a layer on fake tensors, to see which of its operators keep tokens apart; the same in torch 2.11 to "
         "2.13",
     ),
     (
@@ -64,8 +64,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "skip_fwd_side_effects_in_bwd_under_checkpoint",
         "checkpoints inside of a compiled layer",
     ),
-    ("torch._dynamo.eval_frame", "innermost_fn", "tells whether a forward is a product of torch.compile"),
-    ("torch.nn", "Module._compiled_call_impl", "tells whether a module was compiled in place by Module.compile"),
+    ("torch._dynamo.eval_frame", "innermost_fn", "says whether a forward is a product of torch.compile"),
+    ("torch.nn", "Module._compiled_call_impl", "says whether a module was compiled in place by Module.compile"),
     (
         "torch._ops",
         "OpOverload._schema",
@@ -84,7 +84,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "enable_symm_mem_for_group",
         "inductor overlaps the collectives of such groups alone (2.11 to 2.13; deprecated there, but still asked for)",
     ),
-    ("torch._dynamo.exc", "Unsupported", "tells a layer that cannot be one graph from any other error in it"),
+    ("torch._dynamo.exc", "Unsupported", "distinguishes a layer that cannot be one graph from any other error in it"),
     (
         "torch.distributed.tensor.placement_types",
         "_StridedShard",
@@ -98,7 +98,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "accelerate.state",
         "AcceleratorState._shared_state",
-        "tells whether an Accelerator already exists, in which case Accelerate drops a new config silently",
+        "says whether an Accelerator already exists, in which case Accelerate drops a new config silently",
     ),
     ("accelerate.accelerator", "Accelerator._prepare_one", "prepares data loaders, optimizers and schedulers as usual"),
     (
@@ -109,7 +109,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "peft.tuners.lora.layer",
         "ParamWrapper._did_swap_in_out_features",
-        "tells how the parameter under the adapter is laid out",
+        "says how the parameter under the adapter is laid out",
     ),
     (
         "accelerate.parallelism_config",
@@ -173,7 +173,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
         "RegisterPostBackwardFunction",
-        "the name of its node tells a view that FSDP2 has made from other code, see is_view_of; torch 2.11 to 2.13",
+        "the name of its node distinguishes a view that FSDP2 has made from other code, see is_view_of; torch 2.11 to 2.13",
     ),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
@@ -267,7 +267,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("transformers.modeling_utils", "PreTrainedModel._keep_in_fp32_modules", "the same, for float16 only"),
     ("transformers.distributed.mixin", "DistributedMixin._tp_plan", "the plan that a model brings along"),
-    ("transformers.distributed.mixin", "DistributedMixin._device_mesh", "tells a model that transformers has sharded"),
+    (
+        "transformers.distributed.mixin",
+        "DistributedMixin._device_mesh",
+        "recognises a model that transformers has sharded",
+    ),
     (
         "transformers.modeling_layers",
         "GradientCheckpointingLayer._gradient_checkpointing_func",

@@ -196,7 +196,7 @@ def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
 
 def _cannot_be_tried(cls: str, reason: str) -> PrepareError:
     return PrepareError(
-        f"{cls} cannot be tried on small tensors ({reason}), so nobody knows whether it computes on shards what it "
+        f"{cls} cannot be tried on small tensors ({reason}), so it is unknown whether it computes on shards what it "
         f"computes on whole parameters. Its class should be constructible from parameter groups and its defaults. If "
         f"you know that it treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
     )
