@@ -60,7 +60,7 @@ def mesh_sizes(accelerator: Accelerator) -> dict[str, int]:
 
 
 def describe(accelerator: Accelerator, step: int | None, how: How) -> Manifest:
-    """The manifest of a checkpoint that ``accelerator`` saves; :func:`.commit.commit` lists the files in it."""
+    """The manifest of a checkpoint that ``accelerator`` saves; :func:`~..checkpoint.commit.commit` lists the files."""
     config = accelerator.parallelism_config
     return Manifest(
         step=step,
@@ -152,6 +152,7 @@ def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: 
                 task(group)
             commit(save, manifest, group)
         except BaseException:
+            # On any error, KeyboardInterrupt included: the previous checkpoint of that name is restored.
             roll_back(save, group)
             raise
         logger.info("saved the checkpoint %s", save.folder)
@@ -165,7 +166,7 @@ def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: 
 def load_random_state(
     accelerator: Accelerator, folder: Path, manifest: Manifest | None, file: str
 ) -> Mapping[str, Any]:
-    """Restore this rank's random state; on another mesh, the state that :func:`.random_states.origin` chooses.
+    """Restore this rank's random state; on another mesh, that of :func:`~..checkpoint.random_states.origin`.
 
     Args:
         accelerator: of this run.
@@ -205,6 +206,7 @@ def repaced(state: dict[str, Any], manifest: Manifest | None, repeats: int) -> d
     A prepared scheduler advances ``repeats`` times per optimizer step, once per data-parallel rank. A checkpoint from
     another number of ranks has to continue at the same optimizer step, so the counters are rescaled.
     """
+    # Stock checkpoints do not say how many data-parallel ranks there were.
     if manifest is None or repeats == manifest.data_parallel_size:
         return state
 
@@ -268,6 +270,7 @@ def save_state(
                 )
     # The mark comes first: if the job dies after it, the directory does not count as complete.
     save = stage(folder)
+    # Absolute: a background save must not follow a change of the working directory.
     folder = save.folder
     how = how_to_save(self)
     try:
@@ -406,6 +409,7 @@ def _pace(scheduler: Any, manifest: Manifest | None) -> int:
 def _load_custom_states(accelerator: Accelerator, folder: Path) -> None:
     """Load the objects of ``register_for_checkpointing``, with ``weights_only`` (Accelerate loads any pickle)."""
     found = sorted(folder.glob("custom_checkpoint_*.pkl"))
+    # Objects are matched by their order, so another number of them would load states into the wrong ones.
     if len(found) != len(accelerator._custom_objects):
         raise CheckpointError(
             f"{folder} holds {len(found)} states of objects registered with register_for_checkpointing, but "

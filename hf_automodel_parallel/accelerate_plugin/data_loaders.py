@@ -83,9 +83,11 @@ class _DataParallelScheduler(AcceleratedScheduler):
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the wrapped scheduler once per data-parallel rank; once in all if it is not tied to the optimizer."""
+        # During gradient accumulation super().step() only counts, which must happen once.
         tied = self.step_with_optimizer and self.gradient_state.sync_gradients
         for _ in range(self.repeats if tied else 1):
             total = getattr(self.scheduler, "total_steps", None)
+            # A OneCycleLR raises beyond total_steps; several steps per call may cross that limit.
             if tied and self.limited and total is not None and self.scheduler._step_count > total:
                 return
             super().step(*args, **kwargs)

@@ -43,6 +43,7 @@ def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn
         options.offload_policy = without_pinning(plugin.cpu_offload, accelerator.device)
     elif plugin.cpu_offload:
         raise ConfigError("fsdp_plugin.cpu_offload=True was not turned into a policy; pass CPUOffloadPolicy() instead.")
+    # param_dtype is not applied to what autocast and the model's own code would leave alone in one process.
     options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
     if plugin.ignored_modules is not None:
         options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)

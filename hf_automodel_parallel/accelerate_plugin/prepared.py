@@ -102,6 +102,7 @@ def check_use(model: nn.Module, args: Any) -> None:
     record = prepared(model)
     if record is None:
         return
+    # A second Trainer or Accelerator may have been built with another config since.
     state = compat.accelerator_already_exists()
     if state is not None and not _same_mesh(state.parallelism_config, record.config):
         raise PrepareError(

@@ -46,6 +46,7 @@ def watch_epochs(loader: Any) -> None:
         setattr(self, _START, self.synchronized_generator.get_state())
         type(self).begin(self)
 
+    # For a save before the first epoch begins.
     setattr(loader, _START, loader.synchronized_generator.get_state())
     loader.begin = types.MethodType(begin, loader)
 

@@ -247,6 +247,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         sharded = "FULL_STATE_DICT" not in str(accelerator.state.fsdp_plugin.state_dict_type)
         # A sharded checkpoint has its weights in DCP files; only the configs are added, for an export.
         in_checkpoint = _internal_call and output_dir is not None
+        # If a rank never calls save_model, the wait ends in an error that names it.
         if not in_checkpoint:  # a checkpoint has synchronised the ranks already
             rendezvous(f"{type(trainer).__name__}.save_model()", {})
         shards = ShardedState(model, trainer.args.should_save)
@@ -264,6 +265,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
         if not isinstance(state_dict, Streamed):
             return save(output_dir, state_dict)
+        # get_state_dict() above has served the gathers already on ranks that do not write.
         if state_dict.used:
             return None
         state_dict.used = True

@@ -189,6 +189,7 @@ def _restore_backup(folder: Path) -> bool:
     manifest = read_manifest(previous)
     names = list(manifest.files) if manifest is not None else [n for n in os.listdir(previous) if n != MANIFEST]
     for name in names:
+        # A crash may have left only some of the files in the backup.
         if (previous / name).exists():
             target = folder / name
             if target.is_dir():

@@ -187,6 +187,7 @@ def add_new_files(manifest: Manifest, folder: Path, since: int, group: Any = Non
     with checkpoint_step(f"completing {folder}", group):
         ranks = world_size(group)
         for name in new_files(folder, since):
+            # Nodes may have disks of their own, so each rank describes its own files.
             if responsible(name, ranks) == rank(group):
                 mine[name] = take_written(folder / name) or read_back(folder / name, sync=True)
     for entries in gather_objects(mine, group):
@@ -224,6 +225,7 @@ def verify(folder: str | Path, group: Any = None) -> Manifest | None:
     """
     folder = Path(folder)
     with checkpoint_step(f"reading {folder}", group):
+        # One rank reads it, so that all ranks decide from the same content.
         manifest = read_manifest(folder) if rank(group) == 0 else None
     manifest = broadcast_object(manifest, group)
     if manifest is None:

@@ -97,6 +97,7 @@ class DcpSource:
                 storage_reader=self._reader,
                 planner=SafeLoadPlanner(),
                 process_group=self.group,
+                # DCP loads without a process group, too: one process may read any checkpoint.
                 no_dist=not dist.is_initialized(),
             )
         except CheckpointException as error:

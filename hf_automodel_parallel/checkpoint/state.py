@@ -202,6 +202,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, source: S
             for group, own in zip(optimizer.param_groups, names, strict=True)
             for name, p in zip(own, group["params"])
         }
+        # State of unknown parameters would be dropped silently.
         foreign = [str(path[1]) for path in source.entries if path[0] == "state" and path[1] not in parameters]
         if foreign:
             raise CheckpointError(

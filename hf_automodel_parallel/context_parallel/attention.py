@@ -124,6 +124,7 @@ def attention(
     place: Place = getattr(module, _PLACE)
     size = place.layout.size
     if not _is_mark(attention_mask, key.shape[-2], size):
+        # Without the mark, SDPA would attend to the local keys only and return wrong values without an error.
         if active() is not None:
             raise UnsupportedError(
                 f"cp_size={size}: the mask that tells {type(module).__name__} which shard of the sequence it has did "

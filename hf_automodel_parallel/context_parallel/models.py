@@ -88,6 +88,7 @@ def check_model(
                 raise refuse(f"{name} has rope_type={rope!r}, whose frequencies depend on the length of a sequence.")
     _check_adapters(model, refuse)
     attention = _attention_of(inner, structure, refuse)
+    # The instance's forward may be wrapped already; the signature is that of the model's own.
     forward = inspect.unwrap(inner.__dict__.get("forward", type(inner).forward))
     takes = frozenset(inspect.signature(forward).parameters)
     if "position_ids" not in takes or "attention_mask" not in takes:

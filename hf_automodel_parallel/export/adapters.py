@@ -30,6 +30,7 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
     adapters = options.get("selected_adapters") or list(model.peft_config)  # type: ignore[arg-type]
     needed: dict[str, None] = {}
     stand_ins: dict[str, torch.Tensor] = {}
+    # A dry run for each adapter, to find the weights that its files need.
     for adapter in adapters:
         if adapter not in model.peft_config:  # type: ignore[operator]
             break  # PEFT's save_pretrained, below, raises its own error

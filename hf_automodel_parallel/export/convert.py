@@ -293,6 +293,7 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
     base = request.base
     # Frozen base weights have names with `.base_layer.`; a checkpoint that has them needs no base model.
     complete = any("lora_" not in n and ".base_layer." in n for n in weights.shapes)
+    # Only a local directory: weights of a base model are not downloaded.
     if base is None and not complete:
         named = config.base_model_name_or_path
         base = Path(named) if named and Path(named).is_dir() else None

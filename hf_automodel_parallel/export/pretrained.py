@@ -207,6 +207,7 @@ def _writers(
         for other in opened.values():
             other.close()
     except BaseException:
+        # The caller deletes the incomplete directory; close() would raise about missing tensors.
         for other in opened.values():
             other.abandon()
         raise

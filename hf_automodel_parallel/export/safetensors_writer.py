@@ -86,6 +86,7 @@ class SafetensorsWriter:
             self._offsets[name] = position
             position += size
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The data begins at a multiple of eight bytes.
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self.missing = set(tensors)

@@ -145,6 +145,7 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
             _find(path, name, hub)  # downloads into the cache, beside the index
     files = {}
     for name in shards:
+        # Names in an index are input from others: only files beside it are opened.
         shard = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not name.endswith(".safetensors"):
             raise CheckpointError(f"{found}: names {name!r}, which is no safetensors file beside it.")

@@ -127,6 +127,7 @@ def _load(model_class: Any, path: str, kwargs: dict[str, Any]) -> Any:
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     variant = kwargs.pop("variant", None)
     loader = {name: kwargs.pop(name) for name in _LOADER if name in kwargs}
+    # It asks for what happens here anyway.
     kwargs.pop("low_cpu_mem_usage", None)
     _refuse_adapter(path, hub)
     config, rest = _config(model_class, path, hub, kwargs)

@@ -188,6 +188,7 @@ def adopt_signal_handler() -> None:
     manager = _manager()
     if manager is None or hasattr(manager, _NOTED):
         return
+    # A request that arrived before this call is kept in the flag, until all ranks know of it.
     setattr(manager, _NOTED, bool(manager.is_checkpoint_requested))
     manager.is_checkpoint_requested = False
 

@@ -179,6 +179,7 @@ class ParallelTrainer(ParallelEvaluation):
             super()._save_checkpoint(model, trial, *args, **kwargs)
             return
         wait_for_saves()
+        # With save_only_model there is no training state to write in the background.
         background = asynchronous(self.accelerator) and not self.args.save_only_model
         run_dir = Path(self._get_output_dir(trial=trial)).absolute()
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
