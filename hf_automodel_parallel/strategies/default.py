@@ -331,7 +331,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
-            # A compiled layer cannot switch the random state; refuse_compiled_dropout refuses layers that would need it.
+            # A compiled layer cannot switch the random state; refuse_compiled_dropout refuses layers that need it.
             if context.compile_options is None:
                 numbers = install_tp_rng(
                     context.model,
