@@ -173,7 +173,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
         "RegisterPostBackwardFunction",
-        "the name of its node distinguishes a view that FSDP2 has made from other code, see is_view_of; torch 2.11 to 2.13",
+        "the name of its node distinguishes FSDP2's views from those of other code, see is_view_of; torch 2.11 to 2.13",
     ),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
