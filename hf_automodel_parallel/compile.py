@@ -11,7 +11,7 @@ from torch import nn
 
 from . import compat
 from .activation_checkpointing import REGATHER, Checkpointed, SavePolicy, is_checkpoint_wrapped
-from .core.forward_stack import Forward, ForwardSlot, ForwardStack, ForwardWrapper
+from .core.forward_stack import Forward, ForwardSlot, ForwardStack, ForwardWrapper, is_compiled
 from .errors import UnsupportedError
 from .tensor_parallel.dora import make_traceable
 from .tensor_parallel.local_parameters import LocalParamForward
@@ -85,7 +85,7 @@ def compile_finished_layer(layer: nn.Module, options: dict[str, Any]) -> None:
         compile_finished_layer(wrapped, {**options, "fullgraph": True})
         return
     stack = ForwardStack.of(layer)
-    if ForwardSlot.COMPILE in stack or ForwardSlot.GRAPH_FALLBACK in stack or compat.is_compiled(layer):
+    if ForwardSlot.GRAPH_FALLBACK in stack or is_compiled(layer):
         return
     checkpoint, scope = stack.get(ForwardSlot.CHECKPOINT), stack.get(ForwardSlot.LOCAL_PARAMETERS)
     policy = checkpoint.policy if isinstance(checkpoint, Checkpointed) else None

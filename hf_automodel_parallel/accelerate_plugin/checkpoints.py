@@ -20,7 +20,7 @@ from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..checkpoint.background import background_group, start, wait_for_saves
 from ..checkpoint.commit import StagedSave, commit, last_complete_checkpoint, roll_back, rotate, stage, to_load
 from ..checkpoint.files import load_plain, naming
-from ..checkpoint.manifest import Manifest, verify
+from ..checkpoint.manifest import Manifest, verify, verify_for_others
 from ..checkpoint.random_states import origin, restore
 from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import How, Task, collect_model, collect_optimizer, restore_model, restore_optimizer
@@ -111,6 +111,7 @@ def load_model(
         return
     from accelerate.utils import load_fsdp_model
 
+    verify_for_others(folder, manifest, "pytorch_model_fsdp")
     with checkpoint_step(f"loading {folder}"), loading_whole(model):
         load_fsdp_model(
             accelerator.state.fsdp_plugin, accelerator, model, str(folder), index, adapter_only=adapter_only
@@ -126,6 +127,7 @@ def load_optimizer(
         return
     from accelerate.utils import load_fsdp_optimizer
 
+    verify_for_others(folder, manifest, "optimizer")
     with checkpoint_step(f"loading {folder}"):
         load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder), index)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..core.forward_stack import is_compiled
 
 
 @dataclass
@@ -114,12 +115,12 @@ class ReachabilityHooks:
         opaque: str | None = None  # the outermost compiled module up to the first that ran: no hooks inside
         path = owner
         while not ((seen := self.seen.get(modules[path])) is not None and seen.ran):
-            if compat.is_compiled(modules[path]):
+            if is_compiled(modules[path]):
                 opaque = path
             if not path:
                 return False
             path = path.rpartition(".")[0]
-        if id(modules[path]) in self.compiled or compat.is_compiled(modules[path]):
+        if id(modules[path]) in self.compiled or is_compiled(modules[path]):
             opaque = path
         if seen.severed and all_missing(path):
             return True

@@ -240,17 +240,44 @@ def verify(folder: str | Path, group: Any = None) -> Manifest | None:
             # Blocks are verified while they are read; and one problem is enough to refuse the checkpoint.
             if problems or name in manifest.blocks:
                 continue
-            try:
-                found = read_back(folder / name)
-            except OSError as error:
-                problems.append(f"{folder / name} cannot be read ({error.strerror or error})")
-                continue
-            if (found.size, found.crc32) != (entry["size"], entry["crc32"]):
-                problems.append(f"{folder / name} was changed since it was saved (its checksum differs)")
-        if problems:
-            raise CheckpointError(
-                f"the checkpoint {folder} is damaged: {'; '.join(problems[:4])}"
-                + (f" (and {len(problems) - 4} others)" if len(problems) > 4 else "")
-                + ". Nothing was loaded. Resume from an earlier checkpoint."
-            )
+            problems += _changed(folder / name, entry)
+        _raise_if_damaged(folder, problems)
     return manifest
+
+
+def verify_for_others(folder: Path, manifest: Manifest | None, prefix: str, group: Any = None) -> None:
+    """Read and check the files that begin with ``prefix`` before other code loads them unverified; collective.
+
+    Raises:
+        CheckpointError: on all ranks, naming each file that was changed.
+    """
+    if manifest is None:
+        return
+    ranks, me = world_size(group), rank(group)
+    with checkpoint_step(f"checking {folder}", group):
+        problems: list[str] = []
+        for name, entry in manifest.files.items():
+            # The others were read by `verify`.
+            if name in manifest.blocks and name.startswith(prefix) and responsible(name, ranks) == me:
+                problems += _changed(folder / name, entry)
+        _raise_if_damaged(folder, problems)
+
+
+def _changed(path: Path, entry: Mapping[str, int]) -> list[str]:
+    """What is wrong with the content of a file, by reading it; empty if nothing is."""
+    try:
+        found = read_back(path)
+    except OSError as error:
+        return [f"{path} cannot be read ({error.strerror or error})"]
+    if (found.size, found.crc32) != (entry["size"], entry["crc32"]):
+        return [f"{path} was changed since it was saved (its checksum differs)"]
+    return []
+
+
+def _raise_if_damaged(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged: {'; '.join(problems[:4])}"
+            + (f" (and {len(problems) - 4} others)" if len(problems) > 4 else "")
+            + ". Nothing was loaded. Resume from an earlier checkpoint."
+        )

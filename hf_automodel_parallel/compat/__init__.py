@@ -78,6 +78,7 @@ from .tensors import has_implemented_forward as has_implemented_forward
 from .tensors import hash_specs_of_symbolic_shapes as hash_specs_of_symbolic_shapes
 from .tensors import hooks_on as hooks_on
 from .tensors import is_compiled as is_compiled
+from .tensors import is_compiled_function as is_compiled_function
 from .tensors import is_view_of as is_view_of
 from .tensors import quiet_fake_tensors as quiet_fake_tensors
 from .tensors import reduce_scatter_dim as reduce_scatter_dim

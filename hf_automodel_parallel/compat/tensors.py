@@ -167,12 +167,15 @@ def gradient_hooks(tensor: torch.Tensor) -> list[Callable[..., Any]]:
 
 def is_compiled(module: nn.Module) -> bool:
     """True if ``torch.compile`` or ``Module.compile`` has compiled the call or the forward of ``module``."""
-    if module._compiled_call_impl is not None:
-        return True
+    forward = module.__dict__.get("forward")
+    return module._compiled_call_impl is not None or (forward is not None and is_compiled_function(forward))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """True if ``function`` is a product of ``torch.compile``."""
     from torch._dynamo.eval_frame import innermost_fn
 
-    forward = module.__dict__.get("forward")
-    return forward is not None and innermost_fn(forward) is not forward
+    return innermost_fn(function) is not function
 
 
 def graph_break_type() -> type[Exception]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
+
 Forward = Callable[..., Any]
 
 _ATTRIBUTE = "_forward_stack"
@@ -165,6 +167,13 @@ class ForwardStack:
             self.forwards.append(forward)
         if current:  # else other code has wrapped this forward; its wrapper calls the objects that were linked again
             self.module.forward = self.forwards[-1]  # type: ignore[method-assign]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True if the call or the forward of ``module`` is compiled, by this package or before, inside of its wrappers."""
+    stack = ForwardStack.of(module)
+    inside = compat.is_compiled_function(stack.forwards[0])
+    return ForwardSlot.COMPILE in stack or inside or compat.is_compiled(module)
 
 
 def _bound_call(forward: Forward) -> Forward:

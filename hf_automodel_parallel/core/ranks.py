@@ -144,7 +144,8 @@ def raise_on_all_ranks(
 
 def known_to_all(error: X, group: dist.ProcessGroup | None = None) -> X:
     """Mark ``error`` as raised on all ranks of ``group``: enclosing :func:`raise_on_all_ranks` do not exchange it."""
-    error.known_on_ranks = _members(group)  # type: ignore[attr-defined]
+    # With the ranks that knew it before: blocks around may be of other groups.
+    error.known_on_ranks = getattr(error, "known_on_ranks", frozenset()) | _members(group)  # type: ignore[attr-defined]
     return error
 
 

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+#: In the place of a tensor whose slot does not exist any more.
+_GONE = object()
+
 
 class Slot(NamedTuple):
     """A tensor and the place where it is registered.
@@ -102,8 +105,12 @@ def swapped_parameters(
     try:
         yield
     finally:
-        shown = exchange(before)
+        # All are restored before anything else: the block may have removed a slot, or ended with an error.
+        last = [slot.holder.get(slot.key, _GONE) for slot in before]
+        for slot in before:
+            slot.holder[slot.key] = slot.tensor
         if write_back is not None:
             with torch.no_grad():
-                for former, last in zip(before, shown, strict=True):
-                    write_back(former.tensor, last.tensor)
+                for slot, tensor in zip(before, last, strict=True):
+                    if tensor is not _GONE:
+                        write_back(slot.tensor, tensor)

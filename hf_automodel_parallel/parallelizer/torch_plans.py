@@ -51,6 +51,8 @@ class NamedStyle(ParallelStyle):
             with transformers.
     """
 
+    _stands_for_style_name = True  # see plan.torch_styles.STANDS_FOR_NAME
+
     def __init__(self, name: str) -> None:
         check_style("NamedStyle", name)
         self.style_name = name

@@ -72,7 +72,6 @@ def select_plan(
 
     Raises:
         PlanError: the explicit plan cannot be read, or no source has a usable plan (the message lists the remedies).
-        ValueError: ``plan_order`` has "derived", but ``derive`` is missing.
     """
     inner = ModelView.of(model).inner
     if tp_plan is not None:
@@ -81,7 +80,8 @@ def select_plan(
     for source in plan_order:
         if source == "derived":
             if derive is None:
-                raise ValueError("plan_order names 'derived', so select_plan needs the argument derive.")
+                reasons.append("derived: no search was given (the argument derive of select_plan)")
+                continue
             try:
                 plan = derive(inner, tp_size)
             except PlanError as error:

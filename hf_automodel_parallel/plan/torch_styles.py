@@ -96,10 +96,16 @@ def read_torch_styles(
     return result, list(notes.values())
 
 
+#: Attribute of a class whose objects stand for the name in their ``style_name``.
+STANDS_FOR_NAME = "_stands_for_style_name"
+
+
 def _style_name(style: Any) -> str | None:
-    """The style name that an object carries in its attribute ``style_name``, as the reference API's plans have them."""
-    name = getattr(style, "style_name", None)
-    return name if isinstance(name, str) and is_style_name(name) else None
+    """The style name that an object stands for, as the reference API's plans have them."""
+    # Of the class itself: a user's subclass may apply itself in another way, so it runs on torch's engine.
+    if not vars(type(style)).get(STANDS_FOR_NAME, False):
+        return None
+    return style.style_name if is_style_name(style.style_name) else None
 
 
 class _Reader:

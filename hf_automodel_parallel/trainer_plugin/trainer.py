@@ -71,7 +71,7 @@ class ParallelTrainer(ParallelEvaluation):
     _tasks: list[Task] | None = None
     #: The checkpoint to push to the hub when it is complete.
     _to_push: str | None = None
-    #: The last verified checkpoint and its manifest, so that one resume verifies (and reads) its files once.
+    #: The checkpoint that ``train`` resumes from and its manifest, so that its files are verified (and read) once.
     _verified: tuple[str, Manifest | None] | None = None
 
     # ---- resuming --------------------------------------------------------------------------------------------------
@@ -97,14 +97,17 @@ class ParallelTrainer(ParallelEvaluation):
             resume_from_checkpoint = str(to_load(resume_from_checkpoint))
         if resume_from_checkpoint:
             self._verified = (resume_from_checkpoint, verify(resume_from_checkpoint))
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._verified = None  # a later save may write to the same directory
         wait_for_saves()
         return result
 
     def _manifest_of(self, checkpoint: str) -> Manifest | None:
-        if self._verified is None or self._verified[0] != str(checkpoint):
-            self._verified = (str(checkpoint), verify(checkpoint))
-        return self._verified[1]
+        if self._verified is not None and self._verified[0] == str(checkpoint):
+            return self._verified[1]
+        return verify(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Like the Trainer's; a checkpoint with FSDP's training state loads on any mesh, or in one process."""

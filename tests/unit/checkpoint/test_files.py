@@ -619,3 +619,18 @@ def test_files_are_found_after_the_script_has_changed_its_directory(tmp_path, mo
     file.close()
     file.check_unchanged()
     assert file.read(file.keys[0], ()).numel()
+
+
+def test_files_that_other_code_loads_are_read_and_checked_before(tmp_path: Path):
+    """megatron-fsdp's states are loaded by Accelerate, which verifies nothing."""
+    path = tmp_path / "optimizer.bin"
+    path.write_bytes(b"x" * 100)
+    found = checksums.read_back(path)
+    saved = manifest.Manifest(
+        files={path.name: {"size": found.size, "crc32": found.crc32}}, blocks={path.name: "00000000"}
+    )
+    manifest.verify_for_others(tmp_path, saved, "optimizer")
+    path.write_bytes(b"x" * 99 + b"y")
+    manifest.verify_for_others(tmp_path, saved, "pytorch_model_fsdp")
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin was changed since it was saved"):
+        manifest.verify_for_others(tmp_path, saved, "optimizer")

@@ -71,3 +71,19 @@ def test_buffers_on_request():
     with swapped_parameters(model, zeros, buffers=True):
         assert not model.scale.any()
     assert model.scale is scale
+
+
+def test_a_slot_that_the_block_removes_returns_and_hides_no_error():
+    module = nn.Linear(2, 2)
+    weight, bias = module.weight, module.bias
+    written: list[torch.Tensor] = []
+    with (
+        pytest.raises(ValueError, match="of the block"),
+        swapped_parameters(
+            module, lambda _, old: nn.Parameter(old.detach() + 1), lambda old, last: written.append(old)
+        ),
+    ):
+        del module.weight
+        raise ValueError("of the block")
+    assert module.weight is weight and module.bias is bias
+    assert len(written) == 1 and written[0] is bias

@@ -29,7 +29,7 @@ from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.sources.huggingface import huggingface_plan
 from hf_automodel_parallel.plan.styles import KNOWN_STYLES, REFUSED_STYLES
-from hf_automodel_parallel.plan.torch_styles import check_sequence_layouts
+from hf_automodel_parallel.plan.torch_styles import _style_name, check_sequence_layouts
 
 pytestmark = pytest.mark.both_ends
 
@@ -272,3 +272,16 @@ def test_custom_code_is_told_why_its_plan_was_not_used():
     with pytest.raises(ValueError, match=r"custom-code class Custom.*Note: .*new_style"):
         get_parallel_plan(model, tp_size=2)
     get_parallel_plan(model, tp_size=1)
+
+
+def test_a_subclass_is_not_taken_for_the_name_that_it_carries():
+    """It may apply itself in another way, so it runs on torch's engine."""
+
+    class Own(NamedStyle):
+        pass
+
+    class Columns(ColwiseParallel):
+        style_name = "colwise"
+
+    assert _style_name(NamedStyle("colwise")) == "colwise"
+    assert _style_name(Own("colwise")) is None and _style_name(Columns()) is None
