@@ -23,7 +23,7 @@ from ..errors import ExportError
 from .adapters import keep_model_card, write_adapters
 from .files import replaced_at_end
 from .gathering import Progress, Shapes, cast, shapes_of
-from .merged import Merging
+from .merged import MergedWeights
 from .pretrained import write_pretrained, write_weights
 
 _PEFT_PREFIX = "base_model.model."
@@ -303,7 +303,7 @@ def _merged(request: Request, weights: Weights, beside: Path, out: Path, count: 
             )
     files = None if base is None or complete else SafetensorsWeights(base)
     model = _with_adapter(request, beside, config)
-    merging = Merging(model, [request.adapter])
+    merging = MergedWeights(model, [request.adapter])
     from_files = {} if files is None else _from_files(merging.plain_model(), files)
     plain_names = {source: name for name, source in merging.sources.items()}
     names = _file_names(model, weights.shapes, request.adapter)

@@ -48,7 +48,7 @@ def save_merged(
     """
     if not compat.is_peft_model(model):
         raise ConfigError(f"save_merged() needs a PeftModel; this is a {type(model).__name__}: use save_pretrained().")
-    merging = Merging(model, adapters)
+    merging = MergedWeights(model, adapters)
     target = Path(directory)
 
     def write(fetch: Fetch, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -85,7 +85,7 @@ class _Layer:
     base_path: str = ""
 
 
-class Merging:
+class MergedWeights:
     """Maps weights of the plain model (transformers' model without adapters) to those of a ``PeftModel``, and merges.
 
     Args:

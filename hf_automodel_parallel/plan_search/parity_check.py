@@ -18,7 +18,7 @@ from ..core.model_structure import find_layers, find_structure
 from ..core.shard_layout import local_slice
 from ..core.sharding_spec import REPLICATED, Plan, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
-from ..plan.analysis.replication_check import complete
+from ..plan.analysis.varying_check import complete
 from ..plan.resolve import resolve
 from ..plan.validate import validate
 from ..tensor_parallel.apply import (

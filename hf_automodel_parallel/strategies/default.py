@@ -42,9 +42,9 @@ from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
 from ..peft.operations import check_trainable_as_shards, manage_adapters
 from ..plan.analysis.cross_module_reads import check_cross_module_reads, cross_module_reads
-from ..plan.analysis.replication_check import complete
 from ..plan.analysis.sequence_parallel import derive, regather
 from ..plan.analysis.skipped_layers import skipped_without_images
+from ..plan.analysis.varying_check import complete
 from ..plan.describe import plan_lines
 from ..plan.layer_kinds import check_peft_method
 from ..plan.loss_parallel import keep_logits_sharded

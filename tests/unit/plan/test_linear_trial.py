@@ -13,7 +13,7 @@ from torch import nn
 from hf_automodel_parallel.core.model_structure import find_layers
 from hf_automodel_parallel.core.sharding_spec import ShardingSpec
 from hf_automodel_parallel.errors import PlanError
-from hf_automodel_parallel.plan.analysis.replication_check import complete
+from hf_automodel_parallel.plan.analysis.varying_check import complete
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan_search import proxy_model

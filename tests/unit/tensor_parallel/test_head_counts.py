@@ -5,7 +5,7 @@ from harness.models import build_model, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_automodel_parallel.core.model_structure import find_structure
-from hf_automodel_parallel.plan.analysis.replication_check import complete
+from hf_automodel_parallel.plan.analysis.varying_check import complete
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.validate import local_head_counts

@@ -18,14 +18,29 @@ from torch import nn
 
 from ... import compat
 from ...core.model_view import ModelView, layer_pattern
-from ...core.sharding_spec import PARTIAL_GRADIENT, REPLICATED, InputHook, ModuleSpec, OutputHook, ShardingSpec
+from ...core.sharding_spec import (
+    PARTIAL_GRADIENT,
+    REPLICATED,
+    InputHook,
+    ModuleSpec,
+    OutputHook,
+    ShardingSpec,
+)
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
 from .expert_check import check_experts
 from .linear_check import faulty_linears, leave_ends_replicated, refuse_remaining
 from .operator_trace import tensors_in
-from .replication import FEATURES, INVARIANT, VARYING, NotTraceable, ReplicationTrace, Value, WrongPlan
 from .stack_runner import StackRunner, first_tensor, smallest_stack
+from .varying import (
+    FEATURES,
+    INVARIANT,
+    VARYING,
+    NotTraceable,
+    Value,
+    VaryingTrace,
+    WrongPlan,
+)
 
 _REMEDY = "Complete the tp_plan (both projections of a pair, and a style for what lies between), or use tp_size=1."
 
@@ -59,7 +74,7 @@ def complete(
     leave_ends_replicated(model, spec, faults, inside, strict)
     try:
         stack, stack_layers = _stack(model, spec, layers, names)
-        check = ReplicationCheck(model, spec, stack, stack_layers, names, tp_size, strict, faults)
+        check = VaryingCheck(model, spec, stack, stack_layers, names, tp_size, strict, faults)
         check.run()
     except UnsupportedError as error:  # the stack cannot be run: nothing is known of the plan then
         spec.notes.append(f"not run on fake tensors beforehand ({first_line(error)}).")
@@ -85,7 +100,7 @@ def _stack(
     return stack, [layer for layer in layers if not prefix or names[layer].startswith(f"{prefix}.")]
 
 
-def _add(view: ModelView, spec: ShardingSpec, trace: ReplicationTrace) -> None:
+def _add(view: ModelView, spec: ShardingSpec, trace: VaryingTrace) -> None:
     """Give the replicated parameters that were combined with varying values a partial gradient in ``spec``."""
     deferred = {
         ".".join(part for part in (name, module.deferred_bias, "bias") if part)
@@ -113,7 +128,7 @@ def _add(view: ModelView, spec: ShardingSpec, trace: ReplicationTrace) -> None:
     ]
 
 
-class ReplicationCheck:
+class VaryingCheck:
     """One forward of one rank's layers.
 
     Args:
@@ -170,7 +185,7 @@ class ReplicationCheck:
             for key, name in self.runner.parameters.items()
         }
         originals = frozenset(id(p) for name, p in model.named_parameters() if self._is_sharded(name))
-        self.trace = ReplicationTrace(known, originals)
+        self.trace = VaryingTrace(known, originals)
 
     def run(self) -> None:
         """Run the stack, correcting the plan where that is possible.

@@ -63,7 +63,7 @@ class NotTraceable(Exception):
     """An operator bypasses the TP hooks of the plan, so there are no facts about its result."""
 
 
-class ReplicationTrace(OperatorTrace[Value]):
+class VaryingTrace(OperatorTrace[Value]):
     """Follows :class:`Value` through operators.
 
     Args:

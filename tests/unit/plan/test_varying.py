@@ -11,15 +11,15 @@ from sweep.tiny import build
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT, InputHook, OutputHook
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
-from hf_automodel_parallel.plan.analysis.replication import (
+from hf_automodel_parallel.plan.analysis.varying import (
     FEATURES,
     INVARIANT,
     VARYING,
-    ReplicationTrace,
     Value,
+    VaryingTrace,
     WrongPlan,
 )
-from hf_automodel_parallel.plan.analysis.replication_check import ReplicationCheck, complete
+from hf_automodel_parallel.plan.analysis.varying_check import VaryingCheck, complete
 from hf_automodel_parallel.plan.resolve import resolve
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan.validate import refuse_expert_parallel
@@ -154,7 +154,7 @@ def test_expert_parallelism_of_transformers_is_refused_by_name(wanted):
 
 def test_rules():
     weight, x, own = torch.ones(4), torch.ones(3, 4), torch.ones(3, 4)
-    trace = ReplicationTrace({id(weight): Value(parameters=frozenset(["w"]))})
+    trace = VaryingTrace({id(weight): Value(parameters=frozenset(["w"]))})
     trace.mark(x, INVARIANT)
     trace.mark(own, VARYING)
     with trace:
@@ -172,7 +172,7 @@ def test_rules():
 
 def test_a_tail_that_differs_is_told_from_the_rest():
     x = torch.ones(3, 10)
-    trace = ReplicationTrace({})
+    trace = VaryingTrace({})
     trace.mark(x, Value(varying=True, tail=4))
     with trace:
         latent, rotary = torch.split(x, [6, 4], dim=-1)
@@ -182,7 +182,7 @@ def test_a_tail_that_differs_is_told_from_the_rest():
 
 def test_shares_of_features_are_not_combined():
     x = torch.ones(2, 3, 8)
-    trace = ReplicationTrace({})
+    trace = VaryingTrace({})
     trace.mark(x, FEATURES)
     with trace:
         y = torch.nn.functional.silu(x)
@@ -196,7 +196,7 @@ def test_shares_of_features_are_not_combined():
 def test_memory_that_was_freed_is_forgotten():
     """What is known of a tensor does not depend on the memory that it happens to get, which differs between ranks."""
     weight = torch.ones(4)
-    trace = ReplicationTrace({id(weight): Value(parameters=frozenset(["weight"]))})
+    trace = VaryingTrace({id(weight): Value(parameters=frozenset(["weight"]))})
     with trace:
         for _ in range(50):
             torch.zeros(4).add_(torch.ones(4))
@@ -208,14 +208,14 @@ def test_memory_that_was_freed_is_forgotten():
 def test_what_is_known_by_an_id_stays_alive(monkeypatch):
     """Doge's attention and MLP are left replicated, which takes their fake parameters out of the copy that runs."""
     alive = []
-    run = ReplicationCheck.run
+    run = VaryingCheck.run
 
     def watched(check):
         run(check)
         living = {id(found) for found in gc.get_objects()}
         alive.append([key in living for key in check.trace.facts])
 
-    monkeypatch.setattr(ReplicationCheck, "run", watched)
+    monkeypatch.setattr(VaryingCheck, "run", watched)
     spec = completed(build("doge"))
     assert any("is replicated on every rank" in note for note in spec.notes)
     assert alive and all(map(all, alive))
