@@ -8,7 +8,7 @@ from harness.compare import assert_gradients_equal, assert_losses_equal, full_gr
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 from harness.training import batches_for, build
-from unit.plan.test_linear_trial import NormedActivation
+from unit.plan.test_linear_check import NormedActivation
 
 from hf_automodel_parallel import AutoParallelismConfig
 
