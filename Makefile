@@ -53,12 +53,12 @@ demo: $(STAMP) ## train a small Llama on four CPU processes (tp 2 x FSDP2 2), fu
 		-m hf_automodel_parallel.launch examples/finetune_text.py --output-dir $(DEMO_OUT)
 
 .PHONY: check
-check: $(STAMP) ## the unit tests: no process group, under two minutes
+check: $(STAMP) ## the unit tests: no process group
 	@echo "[test] pytest, unit tests"
 	@$(VENV)/bin/$(PYTEST) tests/unit $(PYTEST_ARGS)
 
 .PHONY: test
-test: lint ## lint, the unit tests, and rank tests of every feature on every mesh (under ten minutes)
+test: lint ## lint, the unit tests, and rank tests of every feature on every mesh
 	@echo "[test] pytest, unit and core tests"
 	@$(VENV)/bin/$(PYTEST) -m "unit or core" $(PYTEST_ARGS)
 

@@ -199,8 +199,7 @@ class Evaluator:
         result = None if push is None else push(node, region, self.read)
         return _cut(self._full(node), region) if result is None else result
 
-    def _leaf(self, leaf: Node, region: Region) -> torch.Tensor:
-        assert isinstance(leaf, Leaf)
+    def _leaf(self, leaf: Any, region: Region) -> torch.Tensor:
         return leaf.read(region)
 
     def _full(self, operation: Operation) -> torch.Tensor:
@@ -361,8 +360,8 @@ def _slice(node: Operation, region: Region, read: Read) -> torch.Tensor | None:
 
 def _split(node: Operation, region: Region, read: Read) -> torch.Tensor:
     source, sizes, dim = node.args[0], node.args[1], _argument(node, 2, "dim", 0) % len(region)
-    assert node.index is not None
-    start = node.index * sizes if isinstance(sizes, int) else sum(sizes[: node.index])
+    index: Any = node.index  # an operator with several results has one node for each
+    start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
     return read(source, _shifted(region, dim, start))
 
 
