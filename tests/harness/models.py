@@ -1,5 +1,6 @@
 """Tiny causal language models, adapters and batches, all determined by seeds."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def build_model(name: str, seed: int = 0, **config_overrides: Any) -> PreTrained
     equal give equal models; the global random state is left alone.
     """
     model_type, values = MODELS[name]
-    config = AutoConfig.for_model(model_type, **(values | config_overrides))
+    config = AutoConfig.for_model(model_type, **deepcopy(values | config_overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

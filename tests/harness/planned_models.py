@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def build_family(name: str, **overrides: Any) -> transformers.PreTrainedModel:
     config_class, model_class = getattr(source, config_name), getattr(source, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(config_class(**(values | overrides)))
+        model = model_class(config_class(**deepcopy(values | overrides)))
         randomize(model)
     return model
 

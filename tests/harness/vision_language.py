@@ -7,6 +7,7 @@ own processor would make, so nothing is read from a hub.
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +209,7 @@ def build(name: str, **overrides: Any) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    family = FAMILIES[name]
+    family = deepcopy(FAMILIES[name])  # a config writes into the dicts that it is given (rope_theta)
     text, vision = overrides.pop("text_config", {}), overrides.pop("vision_config", {})
     config = AutoConfig.for_model(
         family.model_type,

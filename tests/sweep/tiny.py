@@ -8,6 +8,7 @@ demands beyond that is in a short table of exceptions (:data:`EXCEPTIONS`), each
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def _shrink(config_class: type, model_type: str, overrides: dict[str, Any]) -> A
             values[name] = _shrink(part_class, part_class.model_type, {})
     values |= {k: v for k, v in (("tie_word_embeddings", False), ("use_cache", False)) if k in fields}
     values |= {name: 0.0 for name in fields if _is_dropout(name, fields[name])}
-    return config_class(**(values | exceptions))
+    return config_class(**deepcopy(values | exceptions))
 
 
 _KEEP = object()

@@ -205,7 +205,9 @@ def globals_while_sharding() -> list[str]:
 
     def snapshot() -> dict[tuple[str, str], int]:
         names = [name for name in sys.modules if name.startswith("hf_automodel_parallel")]
-        return {(name, key): id(value) for name in names for key, value in vars(sys.modules[name]).items()}
+        # Dynamo adds names with two underscores to the modules that it compiles, and takes them away later.
+        members = [(name, key, value) for name in names for key, value in vars(sys.modules[name]).items()]
+        return {(name, key): id(value) for name, key, value in members if not key.startswith("__")}
 
     model = build("qwen3_5_text")
     strategy = get_parallelization_strategy(model)
