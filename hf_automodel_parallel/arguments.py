@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,16 @@ from .config import AutoParallelismConfig
 from .core.option_fields import plain
 from .errors import ConfigError
 
+# Mark of a __post_init__ that reads the flag before it calls what the class inherits.
+_READS_FLAG = "_reads_auto_parallel"
+
 
 @dataclass
 class AutoParallelArgumentsMixin:
     """Adds the field ``auto_parallel`` to a subclass of ``transformers.TrainingArguments``.
 
-    It must be the first base class. The field sets ``parallelism_config``, which the stock Trainer passes to
-    Accelerate.
+    The field sets ``parallelism_config``, which the stock Trainer passes to Accelerate. The mixin may stand before or
+    behind the class that it extends.
 
     Example:
         >>> @dataclass
@@ -39,13 +43,38 @@ class AutoParallelArgumentsMixin:
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(AutoParallelArgumentsMixin)]
+        # Of a class like TrainingArguments in front of the mixin, whose __post_init__ need not call ours.
+        if not any("__post_init__" in vars(c) and not issubclass(c, AutoParallelArgumentsMixin) for c in before):
+            return
+        inherited: Any = cls.__post_init__
+        if hasattr(inherited, _READS_FLAG):
+            return
+
+        @functools.wraps(inherited)
+        def read_flag_first(self: Any) -> None:
+            self._read_auto_parallel()
+            inherited(self)
+
+        setattr(read_flag_first, _READS_FLAG, True)
+        cls.__post_init__ = read_flag_first  # type: ignore[method-assign]
+
     def __post_init__(self) -> None:
+        self._read_auto_parallel()
+        super().__post_init__()  # type: ignore[misc]
+
+    def _read_auto_parallel(self) -> None:
+        """Set ``parallelism_config`` from the flag; nothing if that has been done."""
         explicit: Any = getattr(self, "parallelism_config", None)
         if isinstance(explicit, Mapping):  # from a JSON round trip
             explicit = self.parallelism_config = AutoParallelismConfig.from_dict(explicit)
         if self.auto_parallel is not None:
             config = AutoParallelismConfig.parse(self.auto_parallel)
-            if explicit is not None and not _compatible(explicit, config):
+            if explicit is not None and not (
+                isinstance(explicit, AutoParallelismConfig) and explicit.agrees_with(config)
+            ):
                 raise ConfigError(
                     f"auto_parallel={self.auto_parallel!r} and parallelism_config={explicit!r} were both given and "
                     f"differ. Give one of the two."
@@ -54,7 +83,6 @@ class AutoParallelArgumentsMixin:
                 self.parallelism_config = config
             if not isinstance(self.auto_parallel, str):  # to_dict and to_json_string do not convert the field
                 self.auto_parallel = _as_json(self.auto_parallel)
-        super().__post_init__()  # type: ignore[misc]
 
 
 def _as_json(value: Any) -> Any:
@@ -62,14 +90,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, AutoParallelismConfig):
         return value.to_dict()
     return plain(value) if isinstance(value, Mapping) else os.fspath(value)
-
-
-def _compatible(explicit: Any, config: AutoParallelismConfig) -> bool:
-    """True if ``explicit`` (its sizes may be inferred already) has equal values in all fields that ``config`` sets."""
-    if not isinstance(explicit, AutoParallelismConfig):
-        return False
-    known = explicit.to_dict()
-    return all(known.get(name, getattr(explicit, name)) == value for name, value in config.to_dict().items())
 
 
 @dataclass

@@ -8,12 +8,18 @@ infers and checks the sizes of the mesh axes, :meth:`AutoParallelismConfig._vali
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import difflib
+import functools
+import inspect
+import logging
+import multiprocessing
 import os
 import pickle
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +28,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .accelerate_plugin.config_text import is_file, load_yaml, parse_pairs, read_file, restore
+from .accelerate_plugin.config_text import is_file, load_yaml, parse_pairs, read_file, restore, unwrapped
 from .core.mesh import AXES
 from .core.option_fields import argument_docs, check_tp_axis, check_values, compared_values, plain
 from .core.options import OptionFields
@@ -32,8 +38,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
+logger = logging.getLogger(__name__)
+
 #: Environment variable with the text form of a config. The launcher sets it and reads it in the workers.
 CONFIG_VARIABLE = "HF_AUTO_PARALLEL"
+
+#: Environment variable by which Accelerate's launcher asks for a config.
+_USES_CONFIG = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 # The first of these axes without a given size takes the remaining ranks. tp is last, because it changes the kernels.
 _INFERENCE_ORDER = ("dp_shard", "dp_replicate", "tp")
@@ -61,6 +72,18 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
 
     # ---- construction ------------------------------------------------------------------------------------------
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> AutoParallelismConfig:
+        # Before the generated __init__, whose TypeError names no field that exists.
+        known = inspect.signature(cls.__init__).parameters if kwargs else {}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for name in kwargs:
+                if name not in known:
+                    fields = sorted(list(known)[1:])
+                    near = _nearest_field(name, fields)
+                    hint = f"did you mean {near!r}?" if near else f"known fields: {', '.join(fields)}."
+                    raise ConfigError(f"{cls.__name__} has no field {name!r}; {hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self._read_sizes_from_environment()
         self._check_fields()
@@ -74,6 +97,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         self._set_size("dp_shard", 1 if dp_shard_size is None else dp_shard_size)
         self._check_context_parallel()
         self._check_no_other_accelerator()
+        _note_made(self)
 
     def _check_context_parallel(self) -> None:
         strategy = getattr(self.cp_handler, "cp_comm_strategy", "allgather")
@@ -208,7 +232,35 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         # Accelerate calls this at the end of Accelerator.__init__. It is the only call that gets the instance.
         from .trainer_plugin.extend import install
 
+        _note_used()
+        self._check_is_the_one_given(accelerator)
         install(accelerator, self)
+
+    def _check_is_the_one_given(self, accelerator: Accelerator) -> None:
+        """Raise if this ``Accelerator``, not the first one, was given another config, which Accelerate would drop."""
+        given = compat.arguments_of_running_accelerator_init(accelerator).get("parallelism_config")
+        # Accelerate itself makes one of its own class where this variable says so.
+        by_user = isinstance(given, AutoParallelismConfig) or os.environ.get(_USES_CONFIG, "false").lower() != "true"
+        if given is not None and by_user and given is not self and not self.agrees_with(given):
+            raise ConfigError(
+                f"another Accelerator was given parallelism_config={given!r}, but all Accelerators of a process share "
+                f"the config of the first, {self!r}: Accelerate would drop the new one. Give all of them the same "
+                f"config, or give it to the first alone."
+            )
+        text = os.environ.get(CONFIG_VARIABLE)
+        if text and not self.agrees_with(launched := AutoParallelismConfig.parse(text)) and _is_first_process():
+            logger.warning(
+                "the script's own parallelism config, %r, is used. The launcher's, %r, is for scripts without one.",
+                self,
+                launched,
+            )
+
+    def agrees_with(self, other: Any) -> bool:
+        """True if this config (its sizes may be inferred already) has the values of all fields that ``other`` sets."""
+        if not isinstance(other, AutoParallelismConfig):
+            return False
+        known = self.to_dict()
+        return all(known.get(name, getattr(self, name)) == value for name, value in other.to_dict().items())
 
     # ---- text and dict forms -----------------------------------------------------------------------------------
 
@@ -247,13 +299,13 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)}
         arguments: dict[str, Any] = {}
-        for key, value in values.items():
+        for key, value in unwrapped(values).items():
             name = f"{key}_size" if key in AXES else key
             if name not in known:
-                hint = difflib.get_close_matches(str(key), sorted(known) + list(AXES), n=1, cutoff=0.5)
+                near = _nearest_field(str(key), [*AXES, *sorted(known)])
                 raise ConfigError(
                     f"unknown field {key!r} in the parallelism config"
-                    + (f"; did you mean {hint[0]!r}?" if hint else ".")
+                    + (f"; did you mean {near!r}?" if near else ".")
                     + f" Known fields: {', '.join(sorted(known))}."
                 )
             if name in arguments:
@@ -307,6 +359,62 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
 
 # The options document themselves where they are declared (core/options.py), so that the docstring cannot differ.
 AutoParallelismConfig.__doc__ = f"{AutoParallelismConfig.__doc__}\n    Args:\n{argument_docs(OptionFields)}\n"
+
+
+def _nearest_field(written: str, known: Iterable[str]) -> str:
+    """The field of ``known`` that was probably meant by ``written``; empty without a near one."""
+    known = list(known)
+    # "dp" and "dp_size" mean an axis that has a longer name; the nearest word would be "tp".
+    start = written.removesuffix("_size")
+    longer = [name for axis in _INFERENCE_ORDER for name in known if name in (axis, f"{axis}_size")]
+    prefixed = [name for name in longer if name.startswith(f"{start}_")]
+    near = prefixed or difflib.get_close_matches(written, known, n=1, cutoff=0.5)
+    return near[0] if near else ""
+
+
+# ---- a config that nobody used -------------------------------------------------------------------------------------
+
+# A config that was made, while no Accelerator of this process has used one; and whether one was used.
+_unused: AutoParallelismConfig | None = None
+_used = False
+
+
+def _note_made(config: AutoParallelismConfig) -> None:
+    global _unused
+    _unused = config
+    _report_at_exit()
+
+
+def _note_used() -> None:
+    global _unused, _used
+    _unused, _used = None, True
+
+
+@functools.cache
+def _report_at_exit() -> None:
+    atexit.register(_report_unused)
+
+
+def _report_unused() -> None:
+    """At exit: say that a config was made, and no Accelerator got it, so that nothing was parallel.
+
+    Accelerate drops a config that is passed after a first, plain ``Accelerator()`` without calling anything of it.
+    """
+    if _used or _unused is None or getattr(sys, "last_value", None) is not None:  # an error has been printed
+        return
+    started = os.environ.get("WORLD_SIZE", "1") != "1" and multiprocessing.parent_process() is None
+    if (started or compat.accelerator_already_exists() is not None) and _is_first_process():
+        logger.warning(
+            "%r was never used: no model was parallelised by it. Pass it to the first Accelerator of the process, as "
+            "Accelerator(parallelism_config=...), or to the arguments of a Trainer, before any other Accelerator is "
+            "created.",
+            _unused,
+        )
+
+
+def _is_first_process() -> bool:
+    """True on rank 0 of what the launcher started, also without a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _world_size() -> int | None:

@@ -7,12 +7,14 @@ the launcher replaces this one name in the module ``accelerate.accelerator`` by 
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+from . import compat
 from .config import CONFIG_VARIABLE, AutoParallelismConfig
 from .core.mesh import AXES
 from .errors import AutoParallelError, ConfigError
@@ -33,12 +35,18 @@ examples:
 """
 
 
+logger = logging.getLogger(__name__)
+
+#: The launcher's own option in both spellings.
+FLAG = ("--auto_parallel", "--auto-parallel")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``python -m hf_automodel_parallel.launch``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config_text, is_module, script, rest = _parse(arguments)
     try:
-        install(config_text)
+        install(config_text, flag_of_script=_has_flag(rest))
     except AutoParallelError as error:
         # One line instead of a traceback through runpy. All ranks read the same text and exit in the same way.
         sys.exit(f"hf_automodel_parallel: {error}")
@@ -53,12 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def install(config_text: str | None) -> None:
+def install(config_text: str | None, flag_of_script: bool = False) -> None:
     """Make ``Accelerator`` build an :class:`AutoParallelismConfig` in this process.
 
     Args:
         config_text: a config in text form. None: the environment decides (``$HF_AUTO_PARALLEL``, or else the
             ``parallelism_config`` section that ``accelerate launch`` exports as ``PARALLELISM_CONFIG_*``).
+        flag_of_script: the flag stands behind the script, for the message.
 
     Raises:
         ConfigError: the text cannot be read, or there is no config at all.
@@ -68,6 +77,12 @@ def install(config_text: str | None) -> None:
     if config_text is None:
         config_text = os.environ.get(CONFIG_VARIABLE) or None
     if config_text is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        if flag_of_script:
+            raise ConfigError(
+                "--auto_parallel stands behind the script, so it is an argument of the script. Put it in front of the "
+                "script; or, if the script's own arguments have the flag (AutoParallelTrainingArguments), start the "
+                "script without hf_automodel_parallel.launch."
+            )
         raise ConfigError(
             "nothing says how to parallelise. Give --auto_parallel (for example tp=2), or an Accelerate config file "
             "with a parallelism_config section (accelerate launch --config_file ...)."
@@ -75,9 +90,9 @@ def install(config_text: str | None) -> None:
     if config_text is not None:
         # The given config replaces the section of Accelerate's config file: a size that it does not set is inferred and
         # not read from there.
-        for axis in AXES:
-            os.environ.pop(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", None)
-        AutoParallelismConfig.parse(config_text)  # errors now, before anything is loaded
+        replaced = {axis: os.environ.pop(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", "1") for axis in AXES}
+        config = AutoParallelismConfig.parse(config_text)  # errors now, before anything is loaded
+        _say_who_won(config, {f"{axis}_size": size for axis, size in replaced.items()})
         os.environ[CONFIG_VARIABLE] = config_text
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
     if _on_cpu():
@@ -86,11 +101,30 @@ def install(config_text: str | None) -> None:
     accelerate.accelerator.ParallelismConfig = _from_environment  # type: ignore[misc,assignment]
 
 
+def _say_who_won(config: AutoParallelismConfig, replaced: dict[str, str]) -> None:
+    """Say that ``config`` is used, and not the sizes of Accelerate's config file, ``replaced``, if they differ."""
+    given = {name: str(value) for name, value in config.to_dict().items() if name in replaced}
+    section = {name: size for name, size in replaced.items() if size != "1"}
+    if section and os.environ.get("RANK", "0") == "0" and any(given.get(n, s) != s for n, s in replaced.items()):
+        logger.warning(
+            "%r is used, not the parallelism_config section of Accelerate's config file (%s), which differs.",
+            config,
+            ", ".join(f"{name}={size}" for name, size in section.items()),
+        )
+
+
+def _has_flag(arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] in FLAG for argument in arguments)
+
+
 def _from_environment(*args: Any, **kwargs: Any) -> AutoParallelismConfig:
     """Return the config of the environment. ``Accelerator.__init__`` calls this instead of ``ParallelismConfig``."""
     text = os.environ.get(CONFIG_VARIABLE)
     if not text or args or kwargs:
         return AutoParallelismConfig(*args, **kwargs)
+    state = compat.accelerator_already_exists()
+    if state is not None and isinstance(state.parallelism_config, AutoParallelismConfig):
+        return state.parallelism_config  # of the first Accelerator, which this one shares
     return AutoParallelismConfig.parse(text)
 
 
@@ -117,7 +151,7 @@ def _parse(arguments: list[str]) -> tuple[str | None, bool, str, list[str]]:
             if position + 1 >= len(arguments):
                 sys.exit(f"hf_automodel_parallel: -m needs the name of a module.\n\n{USAGE}")
             return config_text, True, arguments[position + 1], arguments[position + 2 :]
-        if option not in ("--auto_parallel", "--auto-parallel"):
+        if option not in FLAG:
             sys.exit(f"hf_automodel_parallel: unknown option {option!r} before the script.\n\n{USAGE}")
         if not separator:
             position += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import yaml
+
+logger = logging.getLogger(__name__)
 
 
 def is_file(text: str) -> bool:
@@ -91,6 +94,38 @@ def parse_pairs(text: str) -> dict[str, Any]:
 
 def _nonempty(parts: Iterable[str]) -> Iterable[str]:
     return (part.strip() for part in parts if part.strip())
+
+
+#: Prefix of the sizes in Accelerate's config files, and the name of the section that they are in.
+_SECTION = "parallelism_config"
+
+
+def unwrapped(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the section ``parallelism_config`` of a config file of Accelerate; other ``values`` unchanged.
+
+    Raises:
+        ConfigError: it is a config file of Accelerate without that section.
+    """
+    if "compute_environment" in values and not values.get(_SECTION):
+        raise ConfigError(
+            f"a config file of Accelerate without a section {_SECTION}: nothing says how to parallelise. Add it "
+            f"(accelerate_configs/ has examples), or give the sizes themselves, such as tp=2."
+        )
+    section = values.get(_SECTION)
+    if not isinstance(section, Mapping):
+        return values
+    rest = [str(key) for key in values if key != _SECTION]
+    if rest:
+        logger.warning(
+            "of Accelerate's config file only the section %s is read here. The rest (%s) takes effect with accelerate "
+            "launch --config_file.",
+            _SECTION,
+            ", ".join(rest[:6]) + (", ..." if len(rest) > 6 else ""),
+        )
+    fields = {str(key).removeprefix(f"{_SECTION}_"): value for key, value in section.items()}
+    if "cp_comm_strategy" in fields:
+        fields["cp_handler"] = {"cp_comm_strategy": fields.pop("cp_comm_strategy")}
+    return fields
 
 
 def restore(name: str, value: Any) -> Any:

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import TorchTensorParallelConfig
 from torch.distributed.tensor.parallel import ColwiseParallel
@@ -26,6 +28,7 @@ from hf_automodel_parallel import (
     ConfigError,
     UnsupportedError,
 )
+from hf_automodel_parallel import config as config_module
 from hf_automodel_parallel.core.mesh import AXES
 from hf_automodel_parallel.core.option_fields import compared_values, options_of
 
@@ -152,6 +155,94 @@ def test_unknown_field_names_the_nearest_one(written, nearest, form):
     with pytest.raises(ConfigError, match=f"unknown field '{written}'.*did you mean '{nearest}'") as caught:
         AutoParallelismConfig.parse(value)
     assert "Known fields: " in str(caught.value)
+
+
+def test_constructor_names_the_nearest_field():
+    """As the text forms do. "dp" means an axis of data parallelism, though "tp" is the nearer word."""
+    for written, nearest in {
+        "dp": "dp_shard_size",
+        "dp_size": "dp_shard_size",
+        "tp": "tp_size",
+        "dp_shard": "dp_shard_size",
+        "plan_oder": "plan_order",
+        "reshard": "reshard_after_forward",
+    }.items():
+        with pytest.raises(ConfigError, match=f"no field '{written}'; did you mean '{nearest}'"):
+            AutoParallelismConfig(**{written: 2})
+    with pytest.raises(ConfigError, match="no field 'zzzzzz'.*nown fields: .*tp_size"):
+        AutoParallelismConfig(zzzzzz=1)
+    for text in ("dp=2", "dp_size=2"):
+        with pytest.raises(ConfigError, match="did you mean 'dp_shard'"):
+            AutoParallelismConfig.parse(text)
+
+
+def test_config_file_of_accelerate_is_unwrapped(caplog):
+    """Given to the flag instead of to `accelerate launch --config_file`."""
+    file = Path(__file__).resolve().parents[2] / "accelerate_configs" / "cpu_fsdp2_tp2.yaml"
+    config = AutoParallelismConfig.parse(str(file))
+    assert (config.tp_size, config.dp_shard_size) == (2, 2)
+    assert "only the section parallelism_config is read here. The rest (compute_environment, " in caplog.text
+    section = {"parallelism_config_cp_size": 2, "parallelism_config_cp_comm_strategy": "allgather"}
+    assert AutoParallelismConfig.from_dict({"parallelism_config": section}).cp_handler.cp_comm_strategy == "allgather"
+    with pytest.raises(ConfigError, match="config file of Accelerate without a section parallelism_config"):
+        AutoParallelismConfig.from_dict({"compute_environment": "LOCAL_MACHINE", "num_processes": 2})
+
+
+# ---- who uses it --------------------------------------------------------------------------------------------------
+
+
+def test_second_accelerator_with_another_config_is_refused():
+    """Accelerate shares the first one's state and would drop it; an equal one is the same request."""
+    first, equal, other = (
+        AutoParallelismConfig(**values) for values in ({"tp_size": 1}, {"tp_size": 1}, {"cp_size": 1})
+    )
+    Accelerator(cpu=True, parallelism_config=first)
+    Accelerator(cpu=True)
+    Accelerator(cpu=True, parallelism_config=equal)
+    other.activation_checkpointing = "full"
+    for given in (other, ParallelismConfig()):
+        with pytest.raises(ConfigError, match=r"(?s)another Accelerator was given .*share the config of the first"):
+            Accelerator(cpu=True, parallelism_config=given)
+
+
+TOO_LATE = """
+from accelerate import Accelerator
+from hf_automodel_parallel import AutoParallelismConfig
+config = AutoParallelismConfig(tp_size=1)
+Accelerator(cpu=True)
+Accelerator(cpu=True, parallelism_config=config)
+"""
+
+
+def test_config_that_nobody_used_is_reported_at_the_end(monkeypatch, caplog):
+    """The run was not parallel: a config that Accelerate dropped has no other chance to say so."""
+    done = subprocess.run([sys.executable, "-c", TOO_LATE], stderr=subprocess.PIPE, text=True)
+    assert "AutoParallelismConfig(tp_size=1) was never used: no model was parallelised by it." in done.stderr
+    said = {}
+    for case, environment in {
+        "alone": {},
+        "several": {"WORLD_SIZE": "2"},
+        "rank 1": {"WORLD_SIZE": "2", "RANK": "1"},
+    }.items():
+        for used in (False, True):
+            monkeypatch.setattr(config_module, "_used", False)
+            config = AutoParallelismConfig(tp_size=1)
+            if used:
+                Accelerator(cpu=True, parallelism_config=config)
+                AutoParallelismConfig(tp_size=1)
+                AcceleratorState._reset_state(reset_partial_state=True)
+            caplog.clear()
+            with monkeypatch.context() as patch:
+                for name in ("WORLD_SIZE", "RANK"):
+                    patch.delenv(name, raising=False)
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                config_module._report_unused()
+            said[case, used] = "was never used" in caplog.text
+    assert [case for case, reported in said.items() if reported] == [("several", False)]
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
 
 
 def test_unknown_field_without_a_near_one_lists_the_known_fields():
@@ -792,6 +883,28 @@ def test_the_two_fields_may_agree(common):
     config = AutoParallelismConfig(tp_size=2, dp_shard_size=2, forward_prefetch=3)
     arguments = AutoParallelTrainingArguments(**common, auto_parallel="tp=2,dp_shard=2", parallelism_config=config)
     assert arguments.parallelism_config is config
+
+
+def test_mixin_may_stand_behind_the_arguments(common):
+    """Whose __post_init__ calls no super(): the flag would be accepted, and the run not be parallel."""
+
+    @dataclass
+    class Behind(TrainingArguments, AutoParallelArgumentsMixin):
+        pass
+
+    @dataclass
+    class Further(Behind):
+        def __post_init__(self):
+            super().__post_init__()
+
+    line = ["--output_dir", common["output_dir"], "--use_cpu", "--auto_parallel", "tp=2,dp_shard=2"]
+    for cls in (Behind, Further):
+        (arguments,) = HfArgumentParser(cls).parse_args_into_dataclasses(line)
+        assert_wanted(arguments)
+        assert_wanted(cls(**json.loads(json.dumps(arguments.to_dict()))))
+        assert cls(**common).parallelism_config is None
+        with pytest.raises(ConfigError, match="given and differ"):
+            cls(**common, auto_parallel="tp=2", parallelism_config=AutoParallelismConfig(tp_size=4))
 
 
 def test_mixin_on_a_class_of_another_library(common, config_file):

@@ -81,6 +81,8 @@ def test_wrong_command_line_shows_the_usage(process_state, arguments, message):
         (["--auto_parallel", "", "script.py"], "the parallelism config is empty"),
         (["--auto_parallel", "missing.yaml", "script.py"], "cannot read the parallelism config 'missing.yaml'"),
         (["script.py"], "nothing says how to parallelise. Give --auto_parallel"),
+        (["script.py", "--auto_parallel", "tp=2"], "--auto_parallel stands behind the script"),
+        (["script.py", "--auto-parallel=tp=2"], "--auto_parallel stands behind the script"),
     ],
 )
 def test_mistake_is_one_line(process_state, arguments, message):
@@ -149,6 +151,28 @@ def test_who_wins(process_state, tmp_path, flag, environment, wanted):
         sys.modules.pop("neighbour", None)
     config = json.loads((tmp_path / "seen.json").read_text())[3]
     assert {name: value for name, value in config.items() if name != "tp_handler"} == wanted
+
+
+def test_loser_is_named(process_state, tmp_path, caplog):
+    """Two places that differ: the log says which one is used."""
+    section = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+    sizes = {"PARALLELISM_CONFIG_TP_SIZE": "1", "PARALLELISM_CONFIG_CP_SIZE": "1"}
+    (tmp_path / "train.py").write_text("")
+    for flag, differs in {"tp=2,dp_shard=4": True, "dp_shard=4": False}.items():
+        process_state.update(section | sizes)
+        caplog.clear()
+        main(["--auto_parallel", flag, "train.py"])
+        assert (
+            "is used, not the parallelism_config section of Accelerate's config file (dp_shard_size=4)" in caplog.text
+        ) is differs
+    (tmp_path / "train.py").write_text(
+        "from accelerate import Accelerator\n"
+        "from hf_automodel_parallel import AutoParallelismConfig\n"
+        "Accelerator(cpu=True, parallelism_config=AutoParallelismConfig(cp_size=1))\n"
+        "Accelerator(cpu=True)\n"  # shares it
+    )
+    main(["--auto_parallel", "forward_prefetch=3", "train.py"])
+    assert "the script's own parallelism config, AutoParallelismConfig(" in caplog.text
 
 
 def test_parallelism_config_of_the_script_itself_is_left_alone(process_state, tmp_path):
