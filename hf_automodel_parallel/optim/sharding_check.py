@@ -35,6 +35,12 @@ from ..fsdp.shard import data_parallel_placement
 #: iterations of Muon and 8-bit states); a statistic over a shard instead of the full parameter is well above.
 TOLERANCE = 0.05
 
+#: torch's classes whose update of an element depends on that element alone. Tests train each of them on shards, so a
+#: run does not try it again. A subclass may change the update and is tried.
+ELEMENT_WISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
+    getattr(torch.optim, name) for name in "SGD Adam AdamW Adamax NAdam RAdam Adadelta Adagrad RMSprop ASGD".split()
+)
+
 _STEPS = 3
 _LEARNING_RATE = 0.01
 _REMEDY = (
@@ -91,7 +97,22 @@ def check_on_shards(
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=accelerators, device_type=device.type if accelerators else "cuda"):
         for optimizer, groups in zip(optimizers, kinds, strict=True):
-            _check_one(optimizer, groups, dp_mesh, tp_mesh, device, offload_policy or OffloadPolicy())
+            if not _known_element_wise(optimizer, groups):
+                _check_one(optimizer, groups, dp_mesh, tp_mesh, device, offload_policy or OffloadPolicy())
+
+
+def _known_element_wise(optimizer: torch.optim.Optimizer, groups: list[list[_Kind]]) -> bool:
+    """Whether the check can be left out: a class of `ELEMENT_WISE` in its default implementation.
+
+    The fused and foreach ones may refuse a list of DTensors, and the default on GPUs (foreach) refuses a list that
+    mixes DTensors with plain tensors.
+    """
+    settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
+    implementations = ("fused", "foreach", "capturable", "differentiable")
+    default = not any(group.get(flag) for group in optimizer.param_groups for flag in implementations)
+    default = default and not any(isinstance(value, torch.Tensor) for value in settings)
+    one_type = len({kind.sharded for kinds in groups for kind in kinds}) <= 1
+    return type(optimizer) in ELEMENT_WISE and default and one_type
 
 
 def _kinds_of(

@@ -16,6 +16,7 @@ from harness.training import LORA, _Rows, batches_for, build, data_rank, trainab
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.optim.sharding_check import ELEMENT_WISE
 
 Parameters = list[torch.nn.Parameter]
 
@@ -184,6 +185,13 @@ def test_trains_as_in_one_process(cell):
     got = run_distributed(world, train_all, names, sizes, adapter, dp_size)[0]
     for name in names:
         check_trained(got[name], ACCEPTED[name], adapter, name)
+
+
+@pytest.mark.core
+def test_each_class_that_is_not_tried_is_trained_here():
+    """On tensor-parallel and FSDP2 shards: `test_trains_as_in_one_process[tp2_fsdp2-full]` takes all of ACCEPTED."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 2))]
+    assert ELEMENT_WISE <= {type(make(parameters)) for make in ACCEPTED.values()}
 
 
 def check_trained(
