@@ -148,9 +148,7 @@ def optimizer_reference(dp_size: int) -> dict[str, Any]:
     return parameters_after_steps(None, dp_size, list(OPTIMIZERS))
 
 
-@pytest.mark.core_cases(
-    "tp2-two_groups", "tp2-adamw_has_stepped", "tp2_fsdp2-two_groups", "tp2_fsdp2-adamw_has_stepped"
-)
+@pytest.mark.core_cases("tp2-two_groups", "tp2_fsdp2-adamw_has_stepped")
 @pytest.mark.parametrize("scenario", OPTIMIZERS)
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 def test_optimizer_is_the_same_after_prepare(mesh, scenario):

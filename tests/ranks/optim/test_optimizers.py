@@ -177,7 +177,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.core_cases("tp2_fsdp2-full", "tp2-lora", "fsdp2-full")
+@pytest.mark.core_cases("tp2-lora", "fsdp2-full")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c[0]}-{'full' if c[1] is None else 'lora'}")
 def test_trains_as_in_one_process(cell):
     mesh, adapter, names = cell

@@ -44,7 +44,6 @@ def one_step(sizes: dict[str, int], dp_size: int, strategy: type, adapter: Any =
         forget()
 
 
-@pytest.mark.core
 def test_a_strategy_with_a_flow_of_its_own():
     loss, gradients, units, calls = run_distributed(2, one_step, {"dp_shard_size": 2}, 2, Bare)[0]
     want_loss, want = loss_and_grads(build("llama"), batches_for(build("llama"), 2))

@@ -111,7 +111,6 @@ def alone(job: Any, *args: Any) -> Any:
     return job(None, 1, *args)
 
 
-@pytest.mark.core
 def test_options_give_the_history_of_one_process(tmp_path):
     want = run_distributed(1, alone, histories, str(tmp_path / "one"), timeout=240)[0]
     for got in run_distributed(4, histories, TP2_FSDP2, 2, str(tmp_path / "four"), timeout=280):
