@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -95,6 +98,11 @@ def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> lis
     """
     if layer_classes:
         return _layers_of_classes(model, set(layer_classes))
+    return _declared_layers(model) or _layers_by_layout(model)
+
+
+def _declared_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that the model's own declarations name; empty if they match nothing (see :func:`find_layers`)."""
     wanted, layer_type = compat.no_split_module_names(model), compat.transformers_layer_type()
     items = _items_of_containers(model)
     around: dict[nn.Module, nn.Module] = {}  # module -> the item of a container that it is or lies in
@@ -112,7 +120,7 @@ def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> lis
     # In a model without containers the declared modules themselves are the layers. Of nested layers keep the outer one.
     found = list(dict.fromkeys(around[m] for m in hits if m in around)) or hits
     inside = {inner for layer in found for inner in layer.modules() if inner is not layer}
-    return [layer for layer in found if layer not in inside] or _layers_by_layout(model)
+    return [layer for layer in found if layer not in inside]
 
 
 def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
@@ -127,6 +135,10 @@ def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
     return found
 
 
+#: Where the layers of a language model usually are, whatever other container is larger.
+_USUAL_PATHS = ("model.layers", "layers", "language_model.layers")
+
+
 def is_layer_container(module: nn.Module) -> bool:
     """True for a ``ModuleList``, and for a ``ModuleDict`` with numeric keys, which a pipeline split makes of one."""
     if isinstance(module, nn.ModuleDict):
@@ -137,38 +149,99 @@ def is_layer_container(module: nn.Module) -> bool:
 def largest_container(model: nn.Module) -> nn.ModuleList | nn.ModuleDict | None:
     """Return the container (:func:`is_layer_container`) with the most children, the first one of several.
 
-    None if ``model`` has no container with a child.
+    None if ``model`` (a module, or a stand-in with ``named_children``) has no container with a child.
     """
-    containers = [m for m in model.modules() if is_layer_container(m) and any(True for _ in m.children())]
-    return max(containers, key=lambda m: len(list(m.children())), default=None)  # type: ignore[arg-type,return-value]
+    return max(_containers(model).values(), key=len, default=None)  # type: ignore[arg-type]
 
 
 def model_layers(model: nn.Module) -> list[nn.Module]:
-    """Return all repeated layers of ``model`` (plain or PEFT-wrapped), those of modality encoders included.
-
-    If :func:`find_layers` finds none, these are the children of the largest container.
+    """Return all repeated layers of ``model``: those of :func:`layer_groups`, the language model's first.
 
     Raises:
         UnsupportedError: the model has no layers.
     """
-    inner = ModelView.of(model).inner
-    layers = find_layers(inner)
-    if not layers and (container := largest_container(inner)) is not None:
-        layers = list(container.children())
+    layers = [layer for group in layer_groups(model).values() for layer in group]
     if not layers:
         raise UnsupportedError(
-            f"{type(inner).__name__} has no repeated layers: no module of a class in _no_split_modules and no "
-            f"ModuleList. Give the class a _no_split_modules with the class names of its layers."
+            f"{type(ModelView.of(model).inner).__name__} has no repeated layers: no ModuleList or ModuleDict found "
+            f"that holds layers, and no module of a class in _no_split_modules. Give the class a _no_split_modules "
+            f"with the class names of its layers."
         )
     return layers
 
 
+def layer_groups(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the repeated layers of ``model`` by modality: "language", "vision", "audio", as far as it has them.
+
+    They are the layers that the model's declarations name (:func:`find_structure`). In a model without declarations
+    they are the items of one container for each modality: for the language model the first of :data:`_USUAL_PATHS`,
+    else the largest container, and for the others the largest container in a module with "vision", "visual", "vit",
+    "image" or "audio" in its name.
+
+    Args:
+        model: the model, plain or PEFT-wrapped, or a stand-in: any object with attributes or ``named_children``.
+    """
+    inner = ModelView.of(model).inner
+    groups: dict[str, list[nn.Module]] = {}
+    if isinstance(inner, nn.Module) and _declared_layers(inner):
+        structure = find_structure(inner)
+        names = {id(module): name for name, module in inner.named_modules()}
+        encoders = {id(layer) for layer in structure.tower_layers}
+        groups["language"] = [layer for layer in structure.layers if id(layer) not in encoders]
+        for encoder in structure.towers:
+            kind = "audio" if _modality(f"{names[id(encoder)]}.{type(encoder).__name__}") == "audio" else "vision"
+            groups.setdefault(kind, []).extend(layers_of_modality_encoders(structure.layers, [encoder]))
+    else:
+        containers = _containers(inner)
+        for kind in ("language", "vision", "audio"):
+            own = {name: module for name, module in containers.items() if _modality(name) == kind}
+            usual = [submodule(inner, path) for path in _USUAL_PATHS] if kind == "language" else []
+            best: nn.Module | None = next((m for m in usual if m is not None and is_layer_container(m)), None)
+            best = best or max(own.values(), key=_usable_items, default=None)
+            if best is not None:
+                groups[kind] = list(best.children())
+    return {kind: groups[kind] for kind in ("language", "vision", "audio") if groups.get(kind)}
+
+
+def _modality(name: str) -> str:
+    """The modality that a component of a dotted module name, or a class name, stands for; "language" without any."""
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower())
+    if any(word in ("audio", "speech", "sound") for word in words):
+        return "audio"
+    return "vision" if any(word in ("vision", "visual", "vit", "image") for word in words) else "language"
+
+
+def _containers(model: Any) -> dict[str, nn.ModuleList | nn.ModuleDict]:
+    """Name -> container of layers (:func:`is_layer_container`) with a child."""
+    return {name: m for name, m in _named_modules(model) if is_layer_container(m) and len(m) > 0}  # type: ignore[misc]
+
+
+def _named_modules(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``named_modules`` of a module, or of a stand-in that has ``named_children`` alone, or none."""
+    if isinstance(model, nn.Module):
+        yield from model.named_modules(prefix=prefix)
+        return
+    yield prefix, model
+    for name, child in getattr(model, "named_children", tuple)():
+        yield from _named_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _usable_items(container: nn.Module) -> tuple[bool, int]:
+    """Sort key: containers of modules that have a forward and parameters, then the larger ones."""
+    children = list(container.children())
+    usable = all(compat.has_implemented_forward(m) and any(True for _ in m.parameters()) for m in children)
+    return usable, len(children)
+
+
 def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
-    """Return the module at the dotted path ``fqn`` below ``module`` ("" is ``module``), or None if there is none."""
-    try:
-        return module.get_submodule(fqn)
-    except AttributeError:
-        return None
+    """Return the module at the dotted path ``fqn`` below ``module`` ("" is ``module``), or None if there is none.
+
+    Stand-ins on the path may be any objects; what is returned is a module.
+    """
+    found: Any = module
+    for part in filter(None, fqn.split(".")):
+        found = getattr(found, part, None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def all_frozen(module: nn.Module) -> bool:
@@ -197,11 +270,9 @@ def _layers_by_layout(model: nn.Module) -> list[nn.Module]:
     """
 
     def items(container: nn.Module | None) -> list[nn.Module]:
-        if container is None or not is_layer_container(container):
+        if container is None or not is_layer_container(container) or not _usable_items(container)[0]:
             return []
-        children = list(container.children())
-        usable = all(compat.has_implemented_forward(m) and any(True for _ in m.parameters()) for m in children)
-        return children if usable else []
+        return list(container.children())
 
     best = items(submodule(model, "model.layers")) or items(submodule(model, "layers"))
     if not best:

@@ -44,7 +44,7 @@ def apply_fsdp2_sharding_recursively(
     its backward comes next.
 
     Args:
-        module: where to begin.
+        module: where to begin; a module, or a stand-in with ``named_children``.
         mesh: the data-parallel mesh. A ``pp`` axis of its root mesh means pipeline parallelism.
         mp_policy: dtypes, None to compute in those of the parameters.
         offload_policy: where shards are kept, None for the device.
@@ -72,7 +72,9 @@ def apply_fsdp2_sharding_recursively(
         if enable_fsdp2_prefetch and not pipelined and reshard_after_forward is not False:
             set_prefetch([unit for unit in group if isinstance(unit, FSDPModule)], True, depths)
     if fully_shard_fn is None:
-        install_param_groups(module)
+        # A stand-in has no modules(); its units do.
+        for root in [module] if isinstance(module, nn.Module) else [unit for group in _lists(module) for unit in group]:
+            install_param_groups(root)
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:

@@ -20,6 +20,7 @@ from ..backends.megatron_fsdp.standalone import megatron_fsdp_strategy_paralleli
 from ..compat import hash_specs_of_symbolic_shapes, is_transformers_v5_or_higher
 from ..compile import apply_per_layer_compile
 from ..core.model_structure import all_frozen, largest_container, model_layers, submodule
+from ..core.model_structure import layer_groups as get_model_layer_groups
 from ..core.options import GivenPlan
 from ..fsdp.recursive import apply_fsdp2_sharding_recursively
 from ..fsdp.shard import unshard_fsdp2_model
@@ -67,6 +68,7 @@ __all__ = [
     "apply_selective_activation_checkpointing",
     "fsdp2_strategy_parallelize",
     "get_hf_tp_shard_plan",
+    "get_model_layer_groups",
     "get_parallelization_strategy",
     "import_class_from_path",
     "import_classes_from_paths",

@@ -22,7 +22,8 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from ..core.model_structure import find_structure
+from .. import compat
+from ..core.model_structure import find_structure, layer_groups
 from ..core.model_view import ModelView, pattern_regex
 from ..core.sharding_spec import PlanEntry
 from ..errors import PlanAssertionError, PlanError, UnsupportedError
@@ -38,6 +39,13 @@ TorchPlan = dict[str, ParallelStyle]
 
 #: NeMo AutoModel's order of sources: plans written for one class before the model's own.
 _ORDER = ("registry", "hf", "default")
+
+#: The style of a replicated parameter whose gradient is Partial (``q_norm``, ``k_norm``).
+_SUMMED = "replicated_with_grad_allreduce"
+#: Style names of expert parallelism in plans of transformers 4: without them the experts are replicated.
+_OF_EXPERTS = ("local_colwise", "local_rowwise", "gather")
+#: Output projections whose gathered output stays sharded in a plan of :func:`get_hf_tp_shard_plan`.
+_HEADS = ("lm_head", "language_model.lm_head")
 
 
 class NamedStyle(ParallelStyle):
@@ -83,13 +91,16 @@ class NamedStyle(ParallelStyle):
         return module
 
 
-def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
+def translate_to_torch_parallel_style(style: str) -> ParallelStyle | None:
     """Return a new torch style object for a style name of transformers' ``_tp_plan``.
 
     Known names are :data:`~hf_automodel_parallel.plan.styles.KNOWN_STYLES`, ``sequence_parallel``, and the names that a
-    user has registered with transformers. A name without a counterpart in torch becomes a :class:`NamedStyle`.
-    ``replicated_with_grad_allreduce`` is one of these; without it the Partial gradients of ``q_norm`` and ``k_norm``
-    would not be reduced. A gathered output is a plain full tensor, because models compute their losses from it.
+    user has registered with transformers. A name without a counterpart in torch becomes a :class:`NamedStyle`. A
+    gathered output is a plain full tensor, because models compute their losses from it.
+
+    Returns:
+        The style; None for ``replicated_with_grad_allreduce``, which changes no parameter and no activation. This
+        package needs no entry for it: it finds the parameters with a Partial gradient itself.
 
     Raises:
         PlanAssertionError: (also an ``AssertionError``) ``style`` is not a string.
@@ -100,10 +111,15 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
             f"a parallel style must be a string, but is {style!r} of type {type(style).__name__}. Known styles: "
             f"{', '.join(KNOWN_STYLES)}."
         )
+    return None if style == _SUMMED else _translate(style)
+
+
+def _translate(style: str, where: str = "") -> ParallelStyle:
+    """The torch style for the name ``style``; ``where`` says in error messages which plan entry has it."""
     if style == "sequence_parallel":
         return SequenceParallel()
     if style in REFUSED_STYLES:
-        raise PlanError(f"the style {style!r} cannot be used. {REFUSED_STYLES[style]}")
+        raise PlanError(f"the style {style!r}{where} cannot be used. {REFUSED_STYLES[style]}")
     if style in ("colwise_gather_output", "colwise_rep", "embedding_colwise"):
         return ColwiseParallel(output_layouts=Replicate())
     if style in ("rowwise_split_input", "rowwise_rep", "embedding_rowwise"):
@@ -116,16 +132,24 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
         return PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
     if is_style_name(style):
         return NamedStyle(style)
-    raise PlanError(f"unknown parallel style {style!r}. Known styles: {', '.join(KNOWN_STYLES)}.")
+    raise PlanError(f"Unknown parallel style: {style!r}{where}. Known styles: {', '.join(KNOWN_STYLES)}.")
 
 
 def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
     """Return the plan that a Hugging Face model declares, as torch styles.
 
     Merges the plans of the classes, configs and instances of the model and of all models inside, each under its path
-    (see :func:`~hf_automodel_parallel.plan.sources.huggingface.huggingface_plan`). Adds the input embedding if no entry
-    names it. Entries may name parameters (expert weights). A style without a counterpart in torch is a
-    :class:`NamedStyle`.
+    (see :func:`~hf_automodel_parallel.plan.sources.huggingface.huggingface_plan`), with these changes:
+
+    * The input embedding is added if no entry names it. For a model that cannot say which module that is, this is
+      ``embed_tokens`` beside its layers, unless ``config.tie_word_embeddings``.
+    * The output of a gathered ``lm_head`` stays sharded over the vocabulary: a DTensor with ``Shard(-1)`` under torch's
+      ``parallelize_module``. Given to this package, the plan means what the model declares.
+    * ``replicated_with_grad_allreduce`` is skipped (see :func:`translate_to_torch_parallel_style`).
+    * Entries of expert parallelism (``ep_*``, ``local_colwise``, ``local_rowwise``, ``gather``) are skipped with a
+      warning, so that these experts are replicated.
+
+    Entries may name parameters (expert weights). A style without a counterpart in torch is a :class:`NamedStyle`.
 
     Args:
         model: any transformers model, plain or PEFT-wrapped, on any device including meta. It is only read.
@@ -141,10 +165,41 @@ def get_hf_tp_shard_plan(model: nn.Module) -> TorchPlan:
     entries = huggingface_plan(inner)
     if not entries:
         raise PlanAssertionError(
-            f"no tensor-parallel plan: neither {type(inner).__name__} nor a model in it has a _tp_plan, and no config "
-            f"a base_model_tp_plan. Give the class one, or pass a dict as tp_shard_plan."
+            f"Hugging Face tp plan is not supported for {type(inner).__name__}: neither the class nor a model in it "
+            f"has a _tp_plan, and no config a base_model_tp_plan. Give the class one, or pass a dict as tp_shard_plan."
         )
-    return _translated(entries.values())
+    of_experts = [e.pattern for e in entries.values() if _is_of_experts(e.style)]
+    if of_experts:
+        logger.warning(
+            "%s: entries of expert parallelism are left out, the experts are replicated: %s",
+            type(inner).__name__,
+            ", ".join(of_experts),
+        )
+    skipped = {*of_experts, *(e.pattern for e in entries.values() if e.style == _SUMMED)}
+    plan = _translated(entry for entry in entries.values() if entry.pattern not in skipped)
+    for name in _HEADS:
+        if name in entries and entries[name].style in ("colwise_rep", "colwise_gather_output"):
+            plan[name] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    embedding = _expected_embedding(inner)
+    if embedding is not None and embedding not in entries:
+        plan[embedding] = RowwiseParallel(input_layouts=Replicate())
+    return plan
+
+
+def _is_of_experts(style: Any) -> bool:
+    return isinstance(style, str) and (style.startswith("ep_") or style in _OF_EXPERTS)
+
+
+def _expected_embedding(inner: nn.Module) -> str | None:
+    """Path of the embedding that a model without ``get_input_embeddings`` is expected to have; None if it is tied."""
+    config = getattr(inner, "config", None)
+    if compat.input_embedding_module(inner) is not None or getattr(config, "tie_word_embeddings", False):
+        return None  # huggingface_plan has added the embedding that the model names, or a reason not to
+    names = {id(module): name for name, module in inner.named_modules()}
+    first = next(iter(layer_groups(inner).get("language", [])), None)
+    # The parent of the container of the layers: model.layers.0 -> model
+    owner = "model" if first is None else names[id(first)].rpartition(".")[0].rpartition(".")[0]
+    return f"{owner}.embed_tokens" if owner else "embed_tokens"
 
 
 def get_parallel_plan(
@@ -154,6 +209,10 @@ def get_parallel_plan(
     tp_size: int = 1,
 ) -> TorchPlan:
     """Select the plan for ``model``: the given one, else the registry's, else the model's own, else the default plan.
+
+    Unlike in :func:`get_hf_tp_shard_plan` the output of a gathered head is a plain full tensor, so that the model can
+    compute its loss, and ``replicated_with_grad_allreduce`` is a :class:`NamedStyle`, so that torch's
+    ``parallelize_module`` all-reduces the gradients of ``q_norm`` and ``k_norm``.
 
     Args:
         model: the model, plain or PEFT-wrapped, on any device including meta. It is only read.
@@ -184,15 +243,12 @@ def get_parallel_plan(
 
 
 def _translated(entries: Iterable[PlanEntry]) -> TorchPlan:
-    plan: TorchPlan = {}
-    for entry in entries:
-        try:
-            plan[entry.pattern] = (
-                translate_to_torch_parallel_style(entry.style) if isinstance(entry.style, str) else entry.style
-            )
-        except PlanError as error:
-            raise PlanError(f"the plan entry {entry.pattern!r} [{entry.source}]: {error}") from error
-    return plan
+    return {
+        entry.pattern: _translate(entry.style, f" in the plan entry {entry.pattern!r} [{entry.source}]")
+        if isinstance(entry.style, str)
+        else entry.style
+        for entry in entries
+    }
 
 
 # ---- sequence parallelism -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -44,7 +44,8 @@ class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
     """Name of a model class -> strategy instance, as a dict; an instance is made at its first lookup.
 
     A name is looked up among what was registered in this process, then among the entry points of installed packages,
-    then among the families of this package.
+    then among the families of this package. ``copy``, ``|`` and ``update`` import no strategy, so that code which
+    saves and restores the registry (``unittest.mock.patch.dict``) does not import every family.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,56 @@ class StrategyRegistry(MutableMapping[str, ParallelizationStrategy]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self)})"
 
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self))
+
+    def copy(self) -> StrategyRegistry:
+        """A registry with the same entries, which can be changed on its own."""
+        new = type(self)()
+        new._registered, new._removed = dict(self._registered), set(self._removed)
+        # Shared: a name has one instance in all copies, as in copies of a dict.
+        new._loaded = self._loaded
+        return new
+
+    __copy__ = copy
+
+    def update(self, other: Any = (), /, **more: ParallelizationStrategy) -> None:
+        """Add the entries of ``other`` (a mapping, or pairs) and ``more``; the last value of a name counts.
+
+        Raises:
+            RegistrationError: a value is not a strategy instance.
+        """
+        if isinstance(other, StrategyRegistry):
+            # A name that other would look up is looked up here, too: also where this registry has a value of its own.
+            for name in other:
+                self._registered.pop(name, None)
+            self._removed.difference_update(other)
+            other = other._registered
+        super().update(other, **more)
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        self._registered.clear()
+        self._removed.update(_targets())
+
+    def __or__(self, other: Any) -> StrategyRegistry:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        new = self.copy()
+        new.update(other)
+        return new
+
+    def __ror__(self, other: Any) -> StrategyRegistry:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        new = self.copy()
+        new.update({name: strategy for name, strategy in other.items() if name not in self})
+        return new
+
+    def __ior__(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> StrategyRegistry:  # type: ignore[misc]
+        self.update(other)
+        return self
+
 
 @functools.cache
 def _targets() -> dict[str, str]:
@@ -125,7 +176,7 @@ def _load(name: str, target: str) -> ParallelizationStrategy:
     if inspect.isclass(found) and issubclass(found, ParallelizationStrategy):
         found = found()
     if not isinstance(found, ParallelizationStrategy):
-        raise ConfigError(f"the strategy for {name!r}, {target!r}, is no subclass of ParallelizationStrategy.")
+        raise ConfigError(f"the strategy for {name!r}, {target!r}, is not a subclass of ParallelizationStrategy.")
     return found
 
 
@@ -164,7 +215,7 @@ def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> C
     def register(cls: _Class) -> _Class:
         if not (inspect.isclass(cls) and issubclass(cls, ParallelizationStrategy)):
             raise RegistrationError(
-                f"{cls!r} cannot be registered for {name!r}: it is no subclass of ParallelizationStrategy."
+                f"{cls!r} cannot be registered for {name!r}: it is not a subclass of ParallelizationStrategy."
             )
         if name in PARALLELIZATION_STRATEGIES:
             raise RegistrationError(
@@ -182,14 +233,17 @@ def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
 
     Wrappers of PEFT, ``torch.compile`` and DDP around the model are ignored.
 
+    Args:
+        model: a module, or a stand-in with ``named_children``, of which only the class is read.
+
     Raises:
-        PrepareError: ``model`` is not an ``nn.Module``.
+        PrepareError: ``model`` is neither.
     """
-    if not isinstance(model, nn.Module):
+    if isinstance(model, type) or not hasattr(model, "named_children"):
         raise PrepareError(
             f"model={model!r}: a strategy is looked for by the class of a torch.nn.Module. Give the model itself."
         )
-    for cls in type(_innermost(model)).__mro__:
+    for cls in type(_innermost(model) if isinstance(model, nn.Module) else model).__mro__:
         for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             if name in PARALLELIZATION_STRATEGIES:
                 return PARALLELIZATION_STRATEGIES[name]

@@ -18,6 +18,7 @@ from hf_automodel_parallel import (
     get_parallelization_strategy,
     register_parallel_strategy,
 )
+from hf_automodel_parallel.strategies import registry as registry_module
 from hf_automodel_parallel.strategies.registry import (
     DEFAULT_STRATEGY,
     ENTRY_POINTS,
@@ -130,7 +131,7 @@ def test_a_name_is_required(register):
 
 @pytest.mark.parametrize("thing", [nn.Linear, Bare(), "Bare"], ids=["other class", "instance", "text"])
 def test_only_strategy_classes_are_registered(thing, clean):
-    with pytest.raises(AssertionError, match="no subclass of ParallelizationStrategy"):
+    with pytest.raises(AssertionError, match="not a subclass of ParallelizationStrategy"):
         register_parallel_strategy(name="Base")(thing)
     assert "Base" not in PARALLELIZATION_STRATEGIES
 
@@ -155,6 +156,36 @@ def test_the_registry_behaves_like_a_dict(monkeypatch):
         registry["Base"]
     with pytest.raises(RegistrationError, match="'Base'.*instance of a subclass"):
         registry["Base"] = Bare
+
+
+def test_copies_and_unions_are_registries_of_their_own(monkeypatch):
+    """As those of a dict, and without an import of a strategy."""
+    monkeypatch.setattr(registry_module, "_load", lambda name, target: pytest.fail(f"{target} was imported"))
+    first, second = Bare(), Bare()
+    registry = StrategyRegistry()
+    names = list(registry)
+    registry["Base"] = first
+    copied = registry.copy()
+    copied["Base"] = second
+    del copied[names[0]]
+    assert registry["Base"] is first and names[0] in registry and names[0] not in copied
+    assert (registry | {"Base": second})["Base"] is second and ({"Base": second} | registry)["Base"] is first
+    assert ({"Other": second} | registry)["Other"] is second and registry["Base"] is first
+    copied.update(registry, Other=second)
+    assert copied["Base"] is first and copied["Other"] is second and set(copied) == {*registry, "Other"}
+    copied |= {"Base": second}
+    assert copied["Base"] is second
+    copied[names[0]] = first
+    copied.update(StrategyRegistry())
+    assert names[0] not in copied._registered, "the value of the other registry counts"
+    copied.clear()
+    assert not copied and len(copied) == 0
+    assert list(reversed(registry)) == list(registry)[::-1]
+    for wrong in (lambda: registry | 3, lambda: 3 | registry):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(RegistrationError):
+        registry.update({"Base": Bare})
 
 
 # ---- prepare goes through it ---------------------------------------------------------------------------------------
