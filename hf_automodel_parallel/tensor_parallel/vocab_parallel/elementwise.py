@@ -173,7 +173,7 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ShardedLog
     *"ge logical_and logical_or logical_not logical_xor softplus logsigmoid silu".split(),
     *"gelu hardtanh leaky_relu".split(),
     *"__rsub__ __rdiv__ __rtruediv__ __rpow__ __rmul__ __radd__ __eq__ __ne__ __pow__ __pos__ positive".split(),
-    *"bool int long",
+    *"bool int long".split(),
 )
 def _elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = _operands(args, kwargs)

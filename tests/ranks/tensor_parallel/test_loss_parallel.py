@@ -115,6 +115,8 @@ FUNCTIONS: dict[str, tuple[Any, bool]] = {
     "there and back": (lambda x: x.to(torch.bfloat16).float(), False),
     "argmax": (lambda x: x.argmax(-1), True),
     "average": (lambda x: x.mean(), True),
+    "as integers": (lambda x: torch.stack([x.int(), x.long(), x.bool().int()]), False),
+    "as many rows as a rank has classes, transposed": (lambda x: x.reshape(-1, CLASSES)[: CLASSES // 2].t(), True),
     "in place": (lambda x: x.clone().div_(2.0), False),
     "operators in place": (lambda x: functools.reduce(lambda y, f: f(y), [lambda y: y.__iadd__(1)], x.clone()), False),
     "set rows": (lambda x: _set(x.clone(), (slice(None), 0)), True),
