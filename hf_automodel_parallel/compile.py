@@ -47,7 +47,7 @@ def compile_layers(
             scope = stack.get(ForwardSlot.LOCAL_PARAMETERS)
             if isinstance(scope, LocalParamForward) and scope.shared is not None:
                 # With sequence_parallel_regather, tracing warns about layers that are compiled without such a policy.
-                scope.shared.told_compiler = True
+                scope.shared.compiler_regathers = True
         compiled_options = {**options, "fullgraph": True} if one_graph else options
         stack.push(ForwardSlot.COMPILE, _Compiled(compiled_options, parts or in_graph is not None))
         if one_graph and not options.get("fullgraph"):

@@ -117,7 +117,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
                 setattr(self, f"{axis}_size", int(os.environ[variable]))
             except ValueError as error:
                 raise ConfigError(
-                    f"the environment variable {variable}={os.environ[variable]!r} is no whole number."
+                    f"the environment variable {variable}={os.environ[variable]!r} is not an integer."
                 ) from error
 
     def _check_fields(self) -> None:

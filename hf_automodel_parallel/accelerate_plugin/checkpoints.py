@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..backends.megatron_fsdp.accelerate import loading_whole
+from ..backends.megatron_fsdp.accelerate import loading_full_tensors
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..checkpoint.background import background_group, start, wait_for_saves
 from ..checkpoint.commit import StagedSave, commit, last_complete_checkpoint, roll_back, rotate, stage, to_load
@@ -112,7 +112,7 @@ def load_model(
     from accelerate.utils import load_fsdp_model
 
     verify_for_others(folder, manifest, "pytorch_model_fsdp")
-    with checkpoint_step(f"loading {folder}"), loading_whole(model):
+    with checkpoint_step(f"loading {folder}"), loading_full_tensors(model):
         load_fsdp_model(
             accelerator.state.fsdp_plugin, accelerator, model, str(folder), index, adapter_only=adapter_only
         )

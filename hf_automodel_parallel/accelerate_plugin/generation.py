@@ -166,11 +166,11 @@ def _check_same_prompt(arguments: list[tuple[int | str, Any]], tp_mesh: DeviceMe
         for name, value in arguments
         if isinstance(value, torch.Tensor)
     }
-    everyone = gather_objects(mine, tp_mesh.get_group())
-    names = sorted({name for theirs in everyone for name in theirs})
-    differ = [name for name in names if any(theirs.get(name) != everyone[0].get(name) for theirs in everyone)]
+    gathered = gather_objects(mine, tp_mesh.get_group())
+    names = sorted({name for theirs in gathered for name in theirs})
+    differ = [name for name in names if any(theirs.get(name) != gathered[0].get(name) for theirs in gathered)]
     if differ:
-        shapes = [theirs.get(differ[0], ("absent",))[0] for theirs in everyone]
+        shapes = [theirs.get(differ[0], ("absent",))[0] for theirs in gathered]
         raise PrepareError(
             f"generate() was given different {', '.join(differ)} on the ranks of one tp group (shapes {shapes}): they "
             f"compute one text together. Deal the prompts by data-parallel rank (a data loader that went through "

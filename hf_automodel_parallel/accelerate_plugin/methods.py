@@ -25,7 +25,7 @@ from torch import nn
 
 from .. import compat
 from ..audit import Audit
-from ..backends.megatron_fsdp.accelerate import megatron_strategy, owner_of, whole_state
+from ..backends.megatron_fsdp.accelerate import full_state_dict, megatron_strategy, owner_of
 from ..backends.megatron_fsdp.accelerate import sharded_parameters as megatron_parameters
 from ..backends.megatron_fsdp.accelerate import watch as watch_megatron
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
@@ -475,7 +475,7 @@ def _get_state_dict(self: Accelerator, model: nn.Module, unwrap: bool = True) ->
     """Like ``Accelerator.get_state_dict``, which assumes DTensor's even shards; megatron-fsdp's are uneven."""
     managed = managed_by_megatron(model)
     if managed is not None:
-        return whole_state(managed, self.is_main_process)
+        return full_state_dict(managed, self.is_main_process)
     return type(self).get_state_dict(self, model, unwrap)
 
 

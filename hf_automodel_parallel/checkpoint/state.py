@@ -290,8 +290,8 @@ def check_same_everywhere(state: Mapping[Any, Any], what: str, fatal: bool, grou
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.numel()
     }
-    everyone = gather_objects(digests, group)
-    differing = sorted({name for other in everyone for name in other if other.get(name) != everyone[0].get(name)})
+    gathered = gather_objects(digests, group)
+    differing = sorted({name for other in gathered for name in other if other.get(name) != gathered[0].get(name)})
     if not differing:
         return
     if fatal:

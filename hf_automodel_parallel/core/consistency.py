@@ -71,12 +71,12 @@ def check_same_structure(
     Raises:
         PrepareError: on all ranks, with the first difference between rank 0 and the first rank that differs from it.
     """
-    places = {} if spec is None else spec.parameters
+    specs = {} if spec is None else spec.parameters
     seen: dict[int, str] = {}
     described = [
         f"{name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
         + (f", tied to {other}" if (other := seen.setdefault(id(p), name)) != name else "")
-        + (f", planned as {places[name]}" if name in places else "")
+        + (f", planned as {specs[name]}" if name in specs else "")
         for name, p in model.named_parameters(remove_duplicate=False)
     ]
     described += [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers()]
@@ -121,8 +121,8 @@ def equalize_parameters(model: nn.Module, group: dist.ProcessGroup | None = None
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **dict(state_tensors(model))}
     tensors = {name: t for name, t in tensors.items() if t.device.type != "meta" and t.numel()}
     mine = torch.tensor([fingerprint(t) for t in tensors.values()], dtype=torch.int64).reshape(-1)
-    everyone = gather_tensors(mine, group)
-    changed = (everyone != everyone[0]).any(0).tolist()
+    gathered = gather_tensors(mine, group)
+    changed = (gathered != gathered[0]).any(0).tolist()
     names = [name for name, flag in zip(tensors, changed, strict=True) if flag]
     for name in names:
         broadcast_from_rank_zero(tensors[name], group)

@@ -37,15 +37,17 @@ def find_modality_encoders(model: nn.Module, layers: list[nn.Module], embedding:
         return []
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted = {id(layer) for layer in layers}
-    places = [name for name, module in modules.items() if id(module) in wanted]
-    main = _main_part([name for name, module in modules.items() if module is embedding], places)
-    if all(_inside(place, main) for place in places):
+    layer_names = [name for name, module in modules.items() if id(module) in wanted]
+    main = _main_part([name for name, module in modules.items() if module is embedding], layer_names)
+    if all(_inside(layer_name, main) for layer_name in layer_names):
         return []
-    kept = [place for place in places if _inside(place, main) or _takes_text(place, modules, main)]
+    kept = [
+        layer_name for layer_name in layer_names if _inside(layer_name, main) or _takes_text(layer_name, modules, main)
+    ]
     towers: dict[str, nn.Module] = {}
-    for place in places:
-        if place not in kept and not any(_inside(place, [known]) for known in towers):
-            owner = _largest_without(place, [*kept, *main])
+    for layer_name in layer_names:
+        if layer_name not in kept and not any(_inside(layer_name, [known]) for known in towers):
+            owner = _largest_without(layer_name, [*kept, *main])
             towers[owner] = modules[owner]
     return list({id(tower): tower for tower in towers.values()}.values())
 
@@ -56,13 +58,13 @@ def layers_of_modality_encoders(layers: Iterable[nn.Module], towers: Iterable[nn
     return [layer for layer in layers if id(layer) in inside]
 
 
-def _main_part(embeddings: list[str], places: list[str]) -> list[str]:
+def _main_part(embeddings: list[str], layer_names: list[str]) -> list[str]:
     """Names of the main models: for each name of the embedding the smallest module around it that also has a layer."""
     found = []
     for owner in embeddings:
         while owner:
             owner = owner.rpartition(".")[0]
-            if any(_inside(place, [owner]) for place in places):
+            if any(_inside(layer_name, [owner]) for layer_name in layer_names):
                 found.append(owner)
                 break
     return found or [""]
@@ -72,9 +74,9 @@ def _inside(name: str, owners: Iterable[str]) -> bool:
     return any(not owner or name == owner or name.startswith(f"{owner}.") for owner in owners)
 
 
-def _takes_text(place: str, modules: dict[str, nn.Module], main: list[str]) -> bool:
-    """True if the closest model around the layer ``place`` is not a main model and declares that it takes text."""
-    owner = place
+def _takes_text(layer_name: str, modules: dict[str, nn.Module], main: list[str]) -> bool:
+    """True if the closest model around the layer ``layer_name`` is not a main model and declares that it takes text."""
+    owner = layer_name
     while owner:
         owner = owner.rpartition(".")[0]
         if any(_inside(part, [owner]) for part in main):
@@ -93,9 +95,9 @@ def _is_of_text(model: Any) -> bool:
     )
 
 
-def _largest_without(place: str, others: list[str]) -> str:
-    """Name of the largest module around ``place`` that contains none of ``others``."""
-    owner = place
+def _largest_without(layer_name: str, others: list[str]) -> str:
+    """Name of the largest module around ``layer_name`` that contains none of ``others``."""
+    owner = layer_name
     while (above := owner.rpartition(".")[0]) and not any(_inside(other, [above]) for other in others):
         owner = above
     return owner

@@ -45,9 +45,9 @@ def gather_tensors(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
         (world size, *shape), on :func:`communication_device`.
     """
     mine = tensor.to(communication_device())
-    everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    return torch.stack(everyone)
+    gathered = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    return torch.stack(gathered)
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None, source: int = 0) -> T:
@@ -94,9 +94,9 @@ class Difference(NamedTuple, Generic[T]):
 
 def difference(value: T, group: dist.ProcessGroup | None = None) -> Difference[T] | None:
     """Compare ``value`` (picklable, with ``==``) across ``group``; None if all are equal. Collective over ``group``."""
-    everyone = gather_objects(value, group)
-    ranks = [number for number, theirs in enumerate(everyone) if theirs != everyone[0]]
-    return Difference(ranks, everyone[0], everyone[ranks[0]]) if ranks else None
+    gathered = gather_objects(value, group)
+    ranks = [number for number, theirs in enumerate(gathered) if theirs != gathered[0]]
+    return Difference(ranks, gathered[0], gathered[ranks[0]]) if ranks else None
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

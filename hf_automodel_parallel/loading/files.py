@@ -148,7 +148,7 @@ def resolve_files(path: str, variant: str | None, named: str | None, hub: dict[s
         # Names in an index are input from others: only files beside it are opened.
         shard = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{found}: names {name!r}, which is no safetensors file beside it.")
+            raise CheckpointError(f"{found}: names {name!r}, which is not a safetensors file beside it.")
         if not shard.exists():
             count = sum(other == name for other in index.values())
             raise CheckpointError(

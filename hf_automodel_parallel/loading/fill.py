@@ -97,15 +97,15 @@ class PendingValues:
         if not self.values:
             return
         mine = [(file.path, file.digest) for file in self.files]
-        everyone = gather_objects(mine, group)
-        for rank, theirs in enumerate(everyone):
-            digests, reference = [digest for _, digest in theirs], [digest for _, digest in everyone[0]]
+        gathered = gather_objects(mine, group)
+        for rank, theirs in enumerate(gathered):
+            digests, reference = [digest for _, digest in theirs], [digest for _, digest in gathered[0]]
             if digests != reference:
                 index = next(
                     (i for i, pair in enumerate(zip(digests, reference, strict=False)) if pair[0] != pair[1]), 0
                 )
                 shown = " and ".join(
-                    held[index][0] if index < len(held) else "no file" for held in (everyone[0], theirs)
+                    held[index][0] if index < len(held) else "no file" for held in (gathered[0], theirs)
                 )
                 raise PrepareError(
                     f"ranks 0 and {rank} were loaded from different files ({shown}: other tensors, shapes or dtypes). "

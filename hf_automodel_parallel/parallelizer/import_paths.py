@@ -17,7 +17,7 @@ def import_class_from_path(name: str) -> Any:
         ImportError, AttributeError: Python's own, if the module does not exist or does not have the name.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"{name!r} is no import path; give a string such as 'torch.optim.AdamW'.")
+        raise ConfigError(f"{name!r} is not an import path; give a string such as 'torch.optim.AdamW'.")
     module_name, separator, attribute = name.partition(":")
     parts = attribute.split(".") if separator else []
     if not separator:
@@ -25,7 +25,7 @@ def import_class_from_path(name: str) -> Any:
         module_name, parts = ".".join(path), [last]
     if not module_name or not all(parts):
         raise ConfigError(
-            f"{name!r} is no import path; give one with a module and a name in it, such as 'torch.optim.AdamW'."
+            f"{name!r} is not an import path; give one with a module and a name in it, such as 'torch.optim.AdamW'."
         )
     while True:
         try:

@@ -18,7 +18,7 @@ def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", expand=True)
     table.add_column("module or parameter", overflow="fold", ratio=3)
     table.add_column("style", overflow="fold", ratio=2)
-    table.add_column("places", justify="right")
+    table.add_column("matches", justify="right")
     table.add_column("weight on tp", overflow="fold", ratio=1)
     table.add_column("source", overflow="fold", ratio=2)
     for pattern, style, count, placement, source in spec.rows:

@@ -86,8 +86,8 @@ def replicate_key_value_heads(model: nn.Module, spec: ShardingSpec, tp_size: int
     if shared:
         spec.notes.append(
             f"{len(shared)} projections of keys and values, {shared[0]} for example, have fewer heads than "
-            f"tp_size={tp_size}; each rank computes with the head that its queries read, and the weights stay whole on "
-            "the tp axis."
+            f"tp_size={tp_size}; each rank computes with the head that its queries read, and the weights are "
+            "replicated on the tp axis."
         )
     return shared
 

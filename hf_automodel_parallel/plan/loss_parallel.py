@@ -54,7 +54,8 @@ def keep_logits_sharded(
         field = "loss_parallel=True" if wanted else f"loss_chunk_size={chunk_rows}"
         raise PlanError(
             f"{field} cannot be honoured: {reason}. Use a tp_size that divides the vocabulary and a plan with the "
-            f"style 'colwise_gather_output' for it, or leave it out: logits are then whole, which is exact."
+            f"style 'colwise_gather_output' for it, or leave it out: every rank then has the full logits, which is "
+            f"exact."
         )
     if names:
-        spec.notes.append(f"{reason}, so logits are whole (no loss parallelism).")
+        spec.notes.append(f"{reason}, so every rank has the full logits (no loss parallelism).")

@@ -75,10 +75,10 @@ def _counts(config: Any) -> dict[str, int]:
     A config whose layers differ (transformers 5.24) raises when a count is read from it, so its layers are read.
     """
     names = ("num_key_value_heads", "num_attention_heads", "num_global_key_value_heads")
-    places = {"": config}
+    owners = {"": config}
     if getattr(config, "is_heterogeneous", False) is True:
-        places = {f"per_layer_config[{i}].": layer for i, layer in enumerate(config.per_layer_config)}
-    values = {f"{place}{name}": getattr(part, name, None) for name in names for place, part in places.items()}
+        owners = {f"per_layer_config[{i}].": layer for i, layer in enumerate(config.per_layer_config)}
+    values = {f"{owner}{name}": getattr(part, name, None) for name in names for owner, part in owners.items()}
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
@@ -127,8 +127,8 @@ def refuse_expert_parallel(model: nn.Module | ModelView) -> None:
     asked = asked or ("enable_expert_parallel=True" if field("enable_expert_parallel") is True else "")
     if wanted is not None and asked:
         raise UnsupportedError(
-            f"config.distributed_config of {type(inner).__name__} has {asked}: expert parallelism (whole experts dealt "
-            f"out over ranks) is not available. Use tp_size, which gives every rank a slice of every expert, so that "
+            f"config.distributed_config of {type(inner).__name__} has {asked}: expert parallelism (experts distributed "
+            f"over ranks) is not available. Use tp_size, which gives every rank a slice of every expert, so that "
             f"it holds 1/tp_size of their bytes, and remove distributed_config from the config."
         )
 

@@ -30,12 +30,12 @@ class SharedInputs:
         known: (activation, its version, its copy).
         length: under sequence parallelism, number of tokens of the full sequence while the layer works on shards.
         regather: under sequence parallelism, activations that the layer all-gathers are re-all-gathered in backward.
-        told_compiler: the layer is compiled with the policy that makes the compiler re-all-gather them.
+        compiler_regathers: the layer is compiled with the policy that makes the compiler re-all-gather them.
     """
 
     length: int | None = None
     regather = False
-    told_compiler = False
+    compiler_regathers = False
 
     def __init__(self) -> None:
         self.known: list[tuple[torch.Tensor, int, torch.Tensor]] = []

@@ -66,7 +66,7 @@ class SharedSequence(SharedInputs):
                 if not torch.compiler.is_compiling():
                     with saving_shards(self.source_of):
                         return function(*args, **kwargs)
-                if not self.told_compiler:
+                if not self.compiler_regathers:
                     _warn_of_foreign_compilation()
             return function(*args, **kwargs)
         finally:

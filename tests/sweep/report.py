@@ -72,7 +72,7 @@ def report(outcomes: list[Outcome], versions: str, seconds: float) -> str:
         "as",
         "`tests/ranks/tensor_parallel/test_experts.py` counts for Mixtral and Qwen3-MoE. "
         "Into how many blocks a fused weight is cut is checked numerically on small experts.",
-        "Expert parallelism (whole experts dealt out over ranks) is refused by name.",
+        "Expert parallelism (experts distributed over ranks) is refused by name.",
     ]
     lines += ["", "## What is not at parity, and why", ""]
     reasons: dict[tuple[str, str], list[str]] = {}

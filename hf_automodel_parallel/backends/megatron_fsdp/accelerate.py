@@ -80,19 +80,19 @@ def sharded_parameters(managed: MegatronModel) -> dict[int, nn.Parameter]:
     return {id(raw[name]): p for name, p in sharded.items()} | {id(p): p for p in sharded.values()}
 
 
-def whole_state(managed: MegatronModel, keep: bool) -> dict[str, torch.Tensor]:
+def full_state_dict(managed: MegatronModel, keep: bool) -> dict[str, torch.Tensor]:
     """The state dict with full tensors, on the CPU of ranks with ``keep``; empty on the others. Collective."""
     state = managed.model.state_dict()
     return {name: value.detach().cpu() for name, value in state.items()} if keep else {}
 
 
-def loading_whole(model: nn.Module) -> AbstractContextManager[None]:
+def loading_full_tensors(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which ``model`` has full parameters, for code that loads a checkpoint into it. Collective.
 
     Does nothing if megatron-fsdp does not manage ``model``.
     """
     managed = managed_by_megatron(model)
-    return nullcontext() if managed is None or managed.states is None else managed.states.shown_whole()
+    return nullcontext() if managed is None or managed.states is None else managed.states.full_parameters()
 
 
 # ---- is an optimizer element-wise? No DTensor operator is right on megatron-fsdp's uneven shards -------------------
@@ -133,12 +133,12 @@ def _check_one(optimizer: torch.optim.Optimizer, kinds: list[list[int]]) -> None
     def cut(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [part.clone() for tensor in tensors for part in (tensor[:11], tensor[11:])]
 
-    whole = [nn.Parameter(value.clone()) for value in values]
-    run_steps(like_on(optimizer, kinds, whole), whole, gradients)
+    full = [nn.Parameter(value.clone()) for value in values]
+    run_steps(like_on(optimizer, kinds, full), full, gradients)
     parts = [nn.Parameter(part) for part in cut(values)]
     doubled = [[ndim for ndim in group for _ in range(2)] for group in kinds]
     run_steps(like_on(optimizer, doubled, parts), parts, [cut(step) for step in gradients])
-    for index, (value, expected) in enumerate(zip(values, whole, strict=True)):
+    for index, (value, expected) in enumerate(zip(values, full, strict=True)):
         result = torch.cat([part.detach() for part in parts[2 * index : 2 * index + 2]])
         update = (expected.detach() - value).norm().item()
         if not (expected.detach() - result).norm().item() <= TOLERANCE * update + 1e-6 * value.norm().item():

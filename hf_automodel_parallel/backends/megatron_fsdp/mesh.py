@@ -29,14 +29,14 @@ class Layout:
         shard: axis to shard over, which includes context-parallel ranks.
         tp: tp axis, which the mesh always has.
         replicas: axis of replicas (HSDP), or None.
-        everyone: group of all ranks that reduce gradients together (replicas x shard), None without replicas.
+        reducing: group of all ranks that reduce gradients together (replicas x shard), None without replicas.
     """
 
     mesh: DeviceMesh
     shard: str
     tp: str
     replicas: str | None = None
-    everyone: dist.ProcessGroup | None = None
+    reducing: dist.ProcessGroup | None = None
 
     @property
     def shard_size(self) -> int:
@@ -99,7 +99,7 @@ def find_axes(mesh: DeviceMesh, dp_shard_dim: str = "dp", tp_dim: str | None = "
     names = tuple(mesh.mesh_dim_names or ())
     if tp_dim is not None and tp_dim not in names:
         raise ConfigError(
-            f"tp_dim={tp_dim!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
+            f"tp_dim={tp_dim!r} is not an axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
         )
     covered = _axes_of(mesh, dp_shard_dim, tp_dim)
     sizes = dict(zip(names, mesh.shape, strict=True))
@@ -129,15 +129,15 @@ def _axes_of(mesh: DeviceMesh, name: str, tp_dim: str | None) -> tuple[str, ...]
         ranks = mesh[name].mesh.flatten().tolist()
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"dp_shard_dim={name!r} is no axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
+            f"dp_shard_dim={name!r} is not an axis of the device mesh. Its axes: {', '.join(names) or 'unnamed'}."
         ) from error
     # A flattened mesh does not list its axes, so find the axes that have the same ranks.
     others = [axis for axis in names if axis != tp_dim]
-    place = mesh.get_coordinate()
+    coordinate = mesh.get_coordinate()
     for count in range(2, len(others) + 1):
         for axes in itertools.combinations(others, count):
             index = tuple(
-                slice(None) if axis in axes else place[i]  # type: ignore[index]
+                slice(None) if axis in axes else coordinate[i]  # type: ignore[index]
                 for i, axis in enumerate(names)
             )
             if mesh.mesh[index].flatten().tolist() == ranks:
@@ -165,5 +165,5 @@ def _new_layout(mesh: DeviceMesh, shard: tuple[str, ...], tp_dim: str | None, re
     made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("rest", replicas, name, tp))
     # One group for each tp coordinate, with all replicas and shards.
     together = ranks.permute(0, 3, 1, 2).reshape(shape[0] * shape[3], shape[1] * shape[2])
-    everyone = DeviceMesh(mesh.device_type, together, mesh_dim_names=("others", "data"))["data"].get_group()
-    return Layout(made, name, tp, replicas, everyone)
+    reducing = DeviceMesh(mesh.device_type, together, mesh_dim_names=("others", "data"))["data"].get_group()
+    return Layout(made, name, tp, replicas, reducing)

@@ -27,7 +27,7 @@ from ...tensor_parallel.apply import TensorParallelState
 from . import engine
 from .mesh import Layout
 from .options import MegatronOptions
-from .shards import Places, local_part
+from .shards import RowShards, local_part
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MegatronModel:
         wrapper: the ``MegatronFSDP`` around it.
         layout: the mesh and the names of its axes.
         options: the user's options.
-        places: which rows of each parameter this rank holds.
+        row_shards: which rows of each parameter this rank holds.
         tensor_parallel: state of tensor parallelism on the model, None without it.
         states: gathers its state dicts (:class:`.state.FullStates`); None: they are megatron-fsdp's own.
         began: the backward of the last forward has begun.
@@ -62,7 +62,7 @@ class MegatronModel:
     wrapper: Any
     layout: Layout
     options: MegatronOptions
-    places: Places
+    row_shards: RowShards
     tensor_parallel: TensorParallelState | None = None
     states: Any = None
     began: bool = field(default=False, repr=False)
@@ -152,7 +152,7 @@ class MegatronModel:
             for name, parameter in self.parameters.items()
             if parameter.grad is not None and not bool(torch.isfinite(local_part(parameter.grad)).all())
         ]
-        flag = torch.tensor(len(bad), device=self.places.device)
+        flag = torch.tensor(len(bad), device=self.row_shards.device)
         dist.all_reduce(flag)
         if not int(flag):
             return
@@ -197,11 +197,11 @@ class MegatronModel:
 
     def sharded(self, name: str, value: Any) -> Any:
         """``value`` sharded like the parameter ``name`` if it has the parameter's full shape; else unchanged."""
-        place, parameter = self.places.by_name[name], self.parameters[name]
-        if not isinstance(value, torch.Tensor) or not value.ndim or value.shape != place.shape:
+        shard, parameter = self.row_shards.by_name[name], self.parameters[name]
+        if not isinstance(value, torch.Tensor) or not value.ndim or value.shape != shard.shape:
             return value
         value = value.full_tensor() if isinstance(value, DTensor) else value
-        local = self.places.local(name, value).to(place.device, copy=True).contiguous()
+        local = self.row_shards.local(name, value).to(shard.device, copy=True).contiguous()
         return DTensor.from_local(
             local,
             parameter.device_mesh,  # type: ignore[attr-defined]
@@ -243,9 +243,9 @@ def shard_with_megatron(
         autocast: compute in this dtype under autocast; parameters and gradients keep their dtype. None: no autocast.
     """
     package = engine.load()
-    hybrid = {} if layout.replicas is None else {"dp_outer_dim": layout.replicas, "hybrid_fsdp_group": layout.everyone}
+    hybrid = {} if layout.replicas is None else {"dp_outer_dim": layout.replicas, "hybrid_fsdp_group": layout.reducing}
     if layout.replicas is not None:
-        hybrid["hybrid_fsdp_expt_group"] = layout.everyone
+        hybrid["hybrid_fsdp_expt_group"] = layout.reducing
     if autocast is not None:
         ForwardStack.of(model).push(ForwardSlot.DTYPE, _AutocastForward(device.type, autocast))
     wrapper = package.fully_shard_model(
@@ -263,8 +263,8 @@ def shard_with_megatron(
     if layout.tp_mesh is not None:
         names = (layout.replicas, layout.shard, layout.tp) if layout.replicas else (layout.shard, layout.tp)
         engine.put_on_one_mesh(wrapper, layout.mesh[names])
-    places = Places(layout, engine.sharded_parameters(wrapper), shapes, spec, options.zero_dp_strategy != 0)
-    managed = MegatronModel(model, wrapper, layout, options, places, tensor_parallel)
+    row_shards = RowShards(layout, engine.sharded_parameters(wrapper), shapes, spec, options.zero_dp_strategy != 0)
+    managed = MegatronModel(model, wrapper, layout, options, row_shards, tensor_parallel)
     managed.watch()
     return managed
 

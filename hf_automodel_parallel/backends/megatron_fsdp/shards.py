@@ -20,7 +20,7 @@ from .mesh import Layout
 
 
 @dataclass(frozen=True)
-class Place:
+class RowShard:
     """The rows of one parameter that this rank holds.
 
     Attributes:
@@ -40,7 +40,7 @@ class Place:
     device: torch.device
 
 
-class Places:
+class RowShards:
     """The rows of all parameters of one model on this rank. The constructor is collective.
 
     Args:
@@ -67,12 +67,12 @@ class Places:
         locals_ = {name: local_part(parameter) for name, parameter in sharded.items()}
         rows = torch.tensor([part.shape[0] if part.numel() else 0 for part in locals_.values()], dtype=torch.int64)
         self.device = device = next((part.device for part in locals_.values()), torch.device("cpu"))
-        everyone = [torch.empty_like(rows, device=device) for _ in range(dist.get_world_size(self.shard_group))]
-        dist.all_gather(everyone, rows.to(device), group=self.shard_group)
-        before = torch.stack(everyone)[: dist.get_rank(self.shard_group)].sum(0).tolist()
+        gathered = [torch.empty_like(rows, device=device) for _ in range(dist.get_world_size(self.shard_group))]
+        dist.all_gather(gathered, rows.to(device), group=self.shard_group)
+        before = torch.stack(gathered)[: dist.get_rank(self.shard_group)].sum(0).tolist()
         parameters = {} if spec is None or tp is None else spec.parameters
         self.by_name = {
-            name: Place(
+            name: RowShard(
                 shapes[name],
                 parameters.get(name, REPLICATED),
                 start if split else 0,
@@ -83,15 +83,15 @@ class Places:
             for (name, parameter), start, count in zip(sharded.items(), before, rows.tolist(), strict=True)
         }
 
-    def local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of the tensor ``whole``, which has the full shape of the parameter ``name``; a view if
+    def local(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the tensor ``full``, which has the full shape of the parameter ``name``; a view if
         possible.
         """
-        place = self.by_name[name]
-        return local_slice(whole, place.spec, self.tp_rank, self.tp_size).narrow(0, place.start, place.rows)
+        shard = self.by_name[name]
+        return local_slice(full, shard.spec, self.tp_rank, self.tp_size).narrow(0, shard.start, shard.rows)
 
     @torch.no_grad()
-    def whole(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def full_tensor(self, name: str, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The full tensor from the rows of all ranks.
 
         Args:
@@ -102,22 +102,22 @@ class Places:
         Returns:
             A plain tensor, on every rank. Collective over data-parallel and tp ranks.
         """
-        place = self.by_name[name]
-        shape = list(place.shape)
-        if place.spec.dim is not None:
-            shape[place.spec.dim] //= self.tp_size
+        shard = self.by_name[name]
+        shape = list(shard.shape)
+        if shard.spec.dim is not None:
+            shape[shard.spec.dim] //= self.tp_size
         local = None if tensor is None else local_part(tensor)
-        dtype = dtype or place.dtype
+        dtype = dtype or shard.dtype
         # Uneven rows cannot be all-gathered in one collective: each rank fills its rows of zeros, and all are summed.
-        part = torch.zeros(shape, dtype=dtype, device=place.device)
-        if local is not None and place.rows:
-            part.narrow(0, place.start, place.rows).copy_(local.reshape(place.rows, *shape[1:]))
+        part = torch.zeros(shape, dtype=dtype, device=shard.device)
+        if local is not None and shard.rows:
+            part.narrow(0, shard.start, shard.rows).copy_(local.reshape(shard.rows, *shape[1:]))
         if self.split:
             dist.all_reduce(part, group=self.shard_group)
-        if place.spec.dim is None or self.tp_group is None:
+        if shard.spec.dim is None or self.tp_group is None:
             return part
-        result = torch.zeros(place.shape, dtype=dtype, device=place.device)
-        dim, blocks = place.spec.dim, place.spec.blocks
+        result = torch.zeros(shard.shape, dtype=dtype, device=shard.device)
+        dim, blocks = shard.spec.dim, shard.spec.blocks
         for target, source in zip(result.chunk(blocks, dim), part.chunk(blocks, dim), strict=True):
             target.narrow(dim, self.tp_rank * source.shape[dim], source.shape[dim]).copy_(source)
         dist.all_reduce(result, group=self.tp_group)

@@ -28,7 +28,7 @@ class FullStates:
 
     def __init__(self, managed: MegatronModel) -> None:
         self.managed = managed
-        self.whole: dict[str, nn.Parameter] | None = None
+        self.full: dict[str, nn.Parameter] | None = None
         self.names = self._names()
         managed.model.register_state_dict_post_hook(lambda *args: self._model_saved(*args))
         managed.model.register_load_state_dict_pre_hook(self._model_loaded)
@@ -48,7 +48,7 @@ class FullStates:
         return {name: by_id[id(parameter)] for name, parameter in shown if id(parameter) in by_id}
 
     def _model_saved(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if self.whole is not None:
+        if self.full is not None:
             return
         engine.show_sharded(self.managed.wrapper)
         tied: dict[str, torch.Tensor] = {}
@@ -57,11 +57,11 @@ class FullStates:
                 continue
             # Gathered once, so that tied names have one tensor in the state dict, too.
             if first not in tied:
-                tied[first] = self._home(self.managed.places.whole(first, self.managed.parameters[first]))
+                tied[first] = self._home(self.managed.row_shards.full_tensor(first, self.managed.parameters[first]))
             state[f"{prefix}{name}"] = tied[first]
 
     def _model_loaded(self, model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        if self.whole is not None:
+        if self.full is not None:
             return
         engine.show_sharded(self.managed.wrapper)
         for name, first in self.names.items():
@@ -69,24 +69,26 @@ class FullStates:
             if isinstance(value, DTensor):
                 raise UnsupportedError(
                     "loading DTensors into a model that megatron-fsdp manages: its shards are uneven, theirs are not. "
-                    "Load whole tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state() or "
+                    "Load full tensors with model.load_state_dict(), or a checkpoint with accelerator.load_state() or "
                     "Trainer.train(resume_from_checkpoint=...)."
                 )
             if isinstance(value, torch.Tensor):
                 state[f"{prefix}{name}"] = self.managed.sharded(first, value)
 
     @contextmanager
-    def shown_whole(self) -> Iterator[None]:
+    def full_parameters(self) -> Iterator[None]:
         """Show full plain parameters until ``model.load_state_dict()`` has run; then each rank keeps its rows of them.
 
         For code that shards what it loads like the parameters of the model: it would cut DTensors evenly. Collective.
         """
         engine.show_sharded(self.managed.wrapper)
-        self.whole = {
-            name: nn.Parameter(self._home(self.managed.places.whole(name, parameter)), parameter.requires_grad)
+        self.full = {
+            name: nn.Parameter(
+                self._home(self.managed.row_shards.full_tensor(name, parameter)), parameter.requires_grad
+            )
             for name, parameter in self.managed.parameters.items()
         }
-        self._show(self.names, self.whole)
+        self._show(self.names, self.full)
         try:
             yield
         finally:
@@ -95,14 +97,14 @@ class FullStates:
     @torch.no_grad()
     def _keep(self, *_: Any) -> None:
         """Show the sharded parameters again, with this rank's rows of the current values of the full ones."""
-        if self.whole is None:
+        if self.full is None:
             return
-        whole, self.whole = self.whole, None
+        full, self.full = self.full, None
         sharded = self.managed.parameters
         self._show(self.names, sharded)
         for name, parameter in sharded.items():
             part = local_part(parameter)
-            part.copy_(self.managed.places.local(name, whole[name].detach()).reshape(part.shape))
+            part.copy_(self.managed.row_shards.local(name, full[name].detach()).reshape(part.shape))
         engine.install_values(self.managed.wrapper)
 
     def _show(self, names: dict[str, str], parameters: dict[str, nn.Parameter]) -> None:
@@ -118,7 +120,7 @@ class FullStates:
 
     # ---- optimizers ------------------------------------------------------------------------------------------------
 
-    def _places_in(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[Any, str]:
+    def _names_in(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[Any, str]:
         """Key of each parameter in ``state["state"]`` -> its name."""
         by_id = {id(parameter): name for name, parameter in self.managed.parameters.items()}
         pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
@@ -131,28 +133,32 @@ class FullStates:
     def _optimizer_saved(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         # A rank without rows of a parameter has no state of it, so the ranks exchange which states there are.
         mine = {}
-        for key, name in self._places_in(optimizer, state).items():
+        for key, name in self._names_in(optimizer, state).items():
             values = state["state"].get(key, {})
             mine[key] = {entry: self._described(name, value) for entry, value in values.items()}
-        everyone = gather_objects(mine)
+        gathered = gather_objects(mine)
         result: dict[Any, dict[str, Any]] = {}
-        for key, name in self._places_in(optimizer, state).items():
-            known = {entry: described for rank in reversed(everyone) for entry, described in rank.get(key, {}).items()}
+        for key, name in self._names_in(optimizer, state).items():
+            known = {entry: described for rank in reversed(gathered) for entry, described in rank.get(key, {}).items()}
             for entry, (dtype, value) in sorted(known.items()):
                 if dtype is not None:
                     part = state["state"].get(key, {}).get(entry)
-                    value = self._home(self.managed.places.whole(name, part, dtype))
+                    value = self._home(self.managed.row_shards.full_tensor(name, part, dtype))
                 result.setdefault(key, {})[entry] = value
         return {**state, "state": result}
 
     def _described(self, name: str, value: Any) -> tuple[torch.dtype | None, Any]:
         """(dtype, None) for a state with the shape of its parameter, (None, value) for any other."""
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape == self.managed.places.by_name[name].shape:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.ndim
+            and value.shape == self.managed.row_shards.by_name[name].shape
+        ):
             return value.dtype, None
         return None, value.cpu() if isinstance(value, torch.Tensor) else value
 
     def _optimizer_loaded(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        names = self._places_in(optimizer, state)
+        names = self._names_in(optimizer, state)
         values = {
             key: {entry: self.managed.sharded(names[key], value) for entry, value in entries.items()}
             if key in names

@@ -19,7 +19,7 @@ class NemotronHParallelizationStrategy(FamilyParallelizationStrategy):
 
     mp_policy = MixedPrecisionPolicy()
     mixes_tokens = "its Mamba mixers carry a state along the sequence"
-    no_sequence_parallel = "its Mamba mixers carry a state along the sequence, and stay whole on every rank"
+    no_sequence_parallel = "its Mamba mixers carry a state along the sequence, and are replicated on every rank"
     own_plan_first = True
 
 

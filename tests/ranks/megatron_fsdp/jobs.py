@@ -50,13 +50,15 @@ def steps(
             dist.all_reduce(total)
             if step == 0:
                 result["gradients"] = {
-                    n: managed.places.whole(n, p.grad) for n, p in managed.parameters.items() if p.requires_grad
+                    n: managed.row_shards.full_tensor(n, p.grad)
+                    for n, p in managed.parameters.items()
+                    if p.requires_grad
                 }
             result["losses"].append(total.item() / dist.get_world_size())
             result["norms"].append(managed.clip_grad_norm_(max_grad_norm).item())
             optimizer.step()
             optimizer.zero_grad()
-        result["values"] = {n: managed.places.whole(n, p) for n, p in managed.parameters.items()}
+        result["values"] = {n: managed.row_shards.full_tensor(n, p) for n, p in managed.parameters.items()}
         return result
 
 

@@ -160,7 +160,7 @@ DAMAGES = {
     wrong_kind: "tensor model.norm.weight holds torch.int8, the model expects torch.float32",
     unknown_dtype: "truncated, or no safetensors file",
     bad_index: "no index of a sharded checkpoint",
-    outside: "no safetensors file beside it",
+    outside: "not a safetensors file beside it",
 }
 
 
