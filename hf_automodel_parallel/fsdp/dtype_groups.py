@@ -84,6 +84,7 @@ def separate_unit(unit: nn.Module, owners: list[nn.Module], **options: Any) -> N
     """
     group = ParamGroupModule()
     members = list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
+    # Below the group during the call only, so that their names in the model stay.
     for index, owner in enumerate(owners):
         group.add_module(str(index), owner)
     ignored = options.get("ignored_params") or ()
@@ -130,9 +131,12 @@ def shard_unit(
     shared = {key for key, entry in managed.items() if len(entry.roots) > 1}
     main, extra = _groups([entry.parameter for entry in managed.values()], own, policy, shared)
     made: list[tuple[nn.Module, ParamGroupModule]] = []
+    # The extra groups first: fully_shard of the unit takes every parameter that is left.
     for members in extra:
         for root, own_members in _by_root([managed[id(p)] for p in members]).items():
             group = ParamGroupModule()
+            # FSDP2 looks below the module that it is given. The unit is below its group during the call only, so that
+            # the names of its parameters stay.
             group.add_module("unit", root)
             parameters = [entry.parameter for entry in own_members]
             shard_group(group, parameters, ignored | {e.parameter for e in managed.values()} - set(parameters))

@@ -21,6 +21,7 @@ def quantization_method(model: nn.Module) -> str | None:
     if quantizer is not None or getattr(inner, "is_quantized", False):
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "unknown")
         return str(getattr(method, "value", method))
+    # Layers that were quantised by hand have no config: integer storage, or a quantisation state, shows them.
     for parameter in model.parameters():
         if not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None:
             return type(parameter).__name__

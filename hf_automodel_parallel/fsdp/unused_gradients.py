@@ -68,6 +68,8 @@ def shard_counting(
         return
     first = modules[0] if isinstance(modules, list) else modules
     used = Used(len(members), mesh.size(mesh.ndim - 1), trained[0], mesh.device_type)
+    # FSDP2 manages the parameters that are in the module tree at this moment. Taken out again, the usage parameter has
+    # no name in the model, so neither checkpoints nor optimizers see it.
     first.add_module(_NAME, used)
     try:
         shard(modules, mesh=mesh, **options)
@@ -114,6 +116,7 @@ class _SameGradients:
         mine = torch.zeros(self.used.count)
         mine[[i for i, _ in members]] = 1
         mine[[i for i, _ in missing]] = 0
+        # Once for each shard, so that the reduce-scatter leaves the sum over all ranks on every rank.
         compat.give_gathered_gradient(self.usage, mine.repeat(self.used.shards))
         if not expected:  # a unit of several modules whose main reduction has run: only late gradients are left
             missing = []

@@ -77,6 +77,7 @@ def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
         return "this build of torch has no NCCL"
     ranks = sorted(mesh.mesh.flatten().tolist())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    # torchrun numbers the ranks of a machine consecutively.
     if ranks[0] // local != ranks[-1] // local:
         return f"ranks {ranks[0]} and {ranks[-1]} of one group are on different machines ({local} ranks on each)"
     mine = torch.cuda.current_device() if device.index is None else device.index
@@ -91,5 +92,6 @@ def _why_no_symmetric_memory(mesh: DeviceMesh, device: torch.device) -> str:
 def with_async_tensor_parallel(compile_options: dict[str, Any], group: dist.ProcessGroup) -> dict[str, Any]:
     """Enable symmetric memory for ``group``, and return ``compile_options`` with overlapped collectives."""
     compat.enable_symmetric_memory(group)
+    # check_async_tensor_parallel has let through no mode but the default, and torch takes no mode beside options.
     plain = {key: value for key, value in compile_options.items() if key != "mode"}
     return {**plain, "options": {**(plain.get("options") or {}), compat.ASYNC_TENSOR_PARALLEL_OPTION: True}}

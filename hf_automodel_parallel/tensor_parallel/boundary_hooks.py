@@ -153,6 +153,7 @@ class OwnHeads:
             value = kwargs.get(name)
             if isinstance(value, torch.Tensor):
                 width = heads // self.size
+                # Copied to TP first: the gradient of each rank covers its own heads only, and is zero for the others.
                 by_head = copy_to_tp(value, self.group).unflatten(dim, (value.shape[dim] // heads, heads))
                 own[name] = by_head.narrow(dim + 1, self.rank * width, width).flatten(dim, dim + 1)
         return args, {**kwargs, **own}
@@ -249,6 +250,7 @@ class VocabularySlice:
         if self.padding_idx is not None:
             own = self.padding_idx - self.start
             module.padding_idx = own if 0 <= own < self.rows else None  # type: ignore[assignment]
+        # Any row of the slice will do for ids of other ranks: after() zeroes what is looked up for them.
         return replace_first(args, kwargs, local.masked_fill(self.mask, 0))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | None) -> torch.Tensor | None:
@@ -264,6 +266,7 @@ def map_tensor(output: Any, function: Any) -> Any:
     """Apply ``function`` to a tensor output or to the first tensor of a tuple output."""
     if isinstance(output, torch.Tensor):
         return function(output)
+    # Attention and MoE blocks return further values (weights, a cache, router logits), which stay as they are.
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
         return (function(output[0]), *output[1:])
     return output

@@ -23,6 +23,7 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum"
     """Sum (or "max") over ``group``, out of place, without autograd. Shape and dtype are kept."""
     if isinstance(group, ThreadGroup):
         return group.all_reduce(x, operation)
+    # Process groups take contiguous memory only; activations are often views (of heads, of a slice of the sequence).
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
@@ -33,6 +34,7 @@ def _all_gather_last(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _own_slice(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    # Contiguous, because a view would keep the full tensor alive for as long as the slice is saved.
     width = x.shape[-1] // size
     return x.narrow(-1, rank * width, width).contiguous()
 
@@ -41,6 +43,7 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
+        # An object of its own: consumers of the copy are told from those of the original by identity (SharedInputs).
         return x.view_as(x)
 
     @staticmethod
@@ -153,6 +156,7 @@ class _PartialView(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: torch.Tensor, full: torch.Tensor, group: dist.ProcessGroup, size: int) -> torch.Tensor:
         ctx.group, ctx.size = group, size
+        # full has no history here (partial_view detaches it), so the gradient reaches the graph through shard alone.
         return full.view_as(full)
 
     @staticmethod
@@ -172,6 +176,8 @@ class _WatchedView(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # Asked in backward, because hooks are registered after forward. The references are weak, because the tensors'
+        # own graph holds this node.
         unused = (None,) * (2 + len(ctx.seen))
         if any(x is not None and is_watched(x) for x in (reference() for reference in ctx.seen)):
             return None, all_reduce(gradient, ctx.group), *unused

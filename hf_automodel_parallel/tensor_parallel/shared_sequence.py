@@ -99,6 +99,7 @@ class SharedSequence(SharedInputs):
             writes: the caller changes the result in place. It gets a fresh tensor, and its column-wise layers take no
                 shortcut to the shard past what it writes.
         """
+        # A caller that writes needs memory that no other block reads.
         for known, full in self.gathered:
             if known is shard and not writes:
                 return full
@@ -187,6 +188,7 @@ class TailInputs(SharedInputs):
         if self.gathered is not None and torch.is_grad_enabled() and _is_unchanged(self.gathered[1]):
             shard, full = self.gathered
             if torch.compiler.is_compiling():
+                # Views are told by address below; a tensor in a trace has none.
                 return partial_view(shard, x, group, self.size) if x is full else copy_to_tp(x, group)
             # The head usually reads hidden_states[:, slice(0, None)]: another object, the same values and history.
             if (x is full or _is_plain_view(x, full)) and not (is_watched(x) or is_watched(full)):

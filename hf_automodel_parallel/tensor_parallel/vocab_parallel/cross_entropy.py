@@ -74,6 +74,7 @@ class _RowStatistics(torch.autograd.Function):
         rows, width = logits.shape
         index, mine = _own(target, width, vocabulary) if target is not None else (None, None)
         top = logits.new_empty(rows, dtype=dtype)
+        # One tensor for all sums, so that they take one all-reduce.
         sums = logits.new_empty(1 + (target is not None) + with_sum, rows, dtype=dtype)
         for part in vocabulary.chunks(logits):
             x = logits[part].to(dtype)
@@ -85,6 +86,7 @@ class _RowStatistics(torch.autograd.Function):
                 sums[-1, part] = x.sum(-1)
             sums[0, part] = (x - top[part, None]).exp_().sum(-1)
         highest = all_reduce(top, vocabulary.group, "max")
+        # From this rank's maximum to that of the row: only then do the sums of the ranks add up.
         sums[0] *= (top - highest).exp_()
         sums = all_reduce(sums, vocabulary.group)
         total = sums[0].log().add_(highest)
@@ -107,6 +109,7 @@ class _RowStatistics(torch.autograd.Function):
             if for_total is None:
                 x = torch.zeros_like(x)
             else:
+                # The softmax, recomputed: saving it would take the memory of all logits in float32.
                 x = (x - total[part, None]).exp_().mul_(for_total[part, None])
             if for_target is not None:
                 x.scatter_add_(-1, index[part, None], for_target[part, None])
@@ -141,6 +144,7 @@ def _check_bounds(index: torch.Tensor, classes: int) -> None:
         if wrong.numel():
             raise IndexError(f"Target {wrong[0].item()} is out of bounds: the logits have {classes} classes.")
     else:
+        # An index kernel asserts on the device, like torch's own loss. Reading a value here would wait for the device.
         torch.zeros(1, device=index.device).expand(classes).gather(0, index.reshape(-1))
 
 
