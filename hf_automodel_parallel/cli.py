@@ -66,6 +66,7 @@ def plan(
     from .plan.resolve import resolve
     from .plan.select import select_plan
     from .plan.validate import validate
+    from .plan_search.proof import proven_plan
     from .plan_search.search import derived_plan
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy
@@ -84,7 +85,7 @@ def plan(
         order = config.plan_order
         if isinstance(strategy, DefaultParallelizationStrategy):
             order = strategy.sources(order)
-        chosen = select_plan(network, config.tp_plan, order, tp, derived_plan)
+        chosen = select_plan(network, config.tp_plan, order, tp, derived_plan, proven_plan)
         spec = resolve(network, chosen, tp)
         validate(network, spec, tp)
         keep_logits_sharded(network, spec)

@@ -54,6 +54,7 @@ def select_plan(
     plan_order: tuple[str, ...] = ("hf", "registry", "default"),
     tp_size: int | None = None,
     derive: Callable[[nn.Module, int | None], Plan] | None = None,
+    prove: Callable[[nn.Module, Plan], Plan] = lambda inner, plan: plan,
 ) -> Plan:
     """Select the tensor-parallel plan for ``model``.
 
@@ -66,6 +67,8 @@ def select_plan(
         tp_size: number of ranks on the tp axis, for ``derive``; None: any.
         derive: the function behind "derived": (unwrapped model, tp_size) -> plan. It is an argument because the search
             itself needs plans (:func:`hf_automodel_parallel.plan_search.search.derived_plan`).
+        prove: tries a plan by values and returns the part of it that computes what one process does, or raises:
+            :func:`hf_automodel_parallel.plan_search.proof.proven_plan`. By default no plan is tried.
 
     Returns:
         The plan; every entry names its source.
@@ -75,7 +78,7 @@ def select_plan(
     """
     inner = ModelView.of(model).inner
     if tp_plan is not None:
-        return _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan))
+        return prove(inner, _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan)))
     reasons: list[str] = []
     for source in plan_order:
         if source == "derived":
@@ -84,22 +87,22 @@ def select_plan(
                 continue
             try:
                 plan = derive(inner, tp_size)
+                notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+                plan = replace(plan, notes=notes + plan.notes)
+                return prove(inner, _without_head_read_elsewhere(inner, plan))
             except PlanError as error:
                 reasons.append(f"{source}: {error}")
                 continue
-            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
-            return _without_head_read_elsewhere(inner, replace(plan, notes=notes + plan.notes))
         entries, reason = _from_source(source, inner)
-        # A plan with a style that cannot be executed is skipped here; an explicit one raises.
+        # A plan that cannot be executed, or that computes something else, is skipped here; an explicit one raises.
         if reason is None:
             try:
                 for entry in entries.values():
                     check_style(entry.pattern, entry.style)
+                notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
+                return prove(inner, _without_head_read_elsewhere(inner, Plan(source, entries, notes=notes)))
             except PlanError as error:
                 reason = str(error)
-        if reason is None:
-            notes = tuple(f"{reason}; the next source was asked." for reason in reasons)
-            return _without_head_read_elsewhere(inner, Plan(source, entries, notes=notes))
         reasons.append(f"{source}: {reason}")
     raise PlanError(_no_plan_message(inner, reasons))
 

@@ -7,7 +7,6 @@ the collectives, and a parameter is a local shard between forwards, too, not a D
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +29,13 @@ from ..tensor_parallel.apply import (
 from ..tensor_parallel.grad_sync import PartialGradients
 from ..tensor_parallel.head_counts import set_local_counts
 from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
+from .carried_modules import copy_model
 from .proxy_model import LENGTH, inputs_for
 
 #: Tolerances for float32 rounding: relative to the norm of a gradient, and to the norm of all gradients together.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,23 @@ class ParityCheck:
         model: a small model in evaluation mode on the CPU, which has not run yet. It is only copied.
         size: number of ranks.
         length: number of tokens in each row of the batch.
+        training: run in training mode, with every dropout at 0.
 
     Raises:
         AutoParallelError: the model cannot be run, or its forward replaces its own modules (BigBird does so for short
             sequences), so that other runs would compute different results.
     """
 
-    def __init__(self, model: nn.Module, size: int, length: int = LENGTH) -> None:
+    def __init__(self, model: nn.Module, size: int, length: int = LENGTH, training: bool = False) -> None:
+        if training:
+            model = copy_model(model).train()
+            for module in model.modules():
+                if isinstance(module, _DROPOUTS):
+                    module.p = 0.0
         self.model, self.size = model, size
         self.inputs = inputs_for(model, length)
         # A copy, because after a forward some modules keep state that deepcopy cannot copy.
-        used = copy.deepcopy(model)
+        used = copy_model(model)
         before = [(name, id(module)) for name, module in used.named_modules()]
         self.want = run_once(used, self.inputs)
         if before != [(name, id(module)) for name, module in used.named_modules()]:
@@ -101,10 +109,22 @@ class ParityCheck:
             completed: complete the plan first, as ``prepare`` does after its run on fake tensors.
         """
         try:
-            spec = resolve(self.model, plan, self.size)
-            validate(self.model, spec, self.size)
-            if completed:
-                complete(self.model, spec, find_structure(self.model).layers, self.size, plan.strict)
+            spec = self.resolved(plan, completed)
+        except Exception as error:  # of the model's own code, too
+            return f"{type(error).__name__}: {first_line(error)}"
+        return self.difference(spec)
+
+    def resolved(self, plan: Plan, completed: bool = False) -> ShardingSpec:
+        """The spec of ``plan`` on the model, see :meth:`failure`; raises what the steps of ``prepare`` would."""
+        spec = resolve(self.model, plan, self.size)
+        validate(self.model, spec, self.size)
+        if completed:
+            complete(self.model, spec, find_structure(self.model).layers, self.size, plan.strict)
+        return spec
+
+    def difference(self, spec: ShardingSpec) -> str | None:
+        """None if ``spec`` computes on :attr:`size` ranks what one process does, else the first difference."""
+        try:
             results = run_ranks(self.size, lambda mesh: self._rank(spec, mesh))
         except Exception as error:  # of the model's own code, too, if its shapes do not fit the shards
             return f"{type(error).__name__}: {first_line(error)}"
@@ -162,7 +182,7 @@ def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh:
         raise PlanError(
             f"{native[0]} has a native torch ParallelStyle, which runs in real processes only and is not verified."
         )
-    result = copy.deepcopy(model)
+    result = copy_model(model)
     axis: Any = mesh
     state = TensorParallelState(axis, PartialGradients(axis), local=True)
     for name, module in spec.modules.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 from typing import Any
 
@@ -58,20 +59,22 @@ _RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*"
 _HEADS = re.compile(SIZES[5][0])
 
 
-def proxy_config(config: Any, each: int = 1) -> Any:
-    """A copy of ``config``, a transformers config, with small sizes and ``each`` layers of every kind."""
+def proxy_config(config: Any, each: int = 1, first: int = 0) -> Any:
+    """A copy of ``config``, a transformers config, with small sizes and ``each`` layers of every kind, and its first
+    ``first`` ones.
+    """
     small = copy.deepcopy(config)
     fields = small.to_dict()
     heads = next((v for k, v in fields.items() if _HEADS.fullmatch(k) and isinstance(v, int)), 0)
     layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
-    kept = _kept_layers(fields, layers, each)
+    kept = _kept_layers(fields, layers, each, first)
     for name, value in fields.items():
         if _are_indices(name, value, layers):
             _set(small, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, list) and layers > 2 and len(value) == layers:
             _set(small, name, [value[i] for i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
-            _set(small, name, proxy_config(getattr(small, name), each))
+            _set(small, name, proxy_config(getattr(small, name), each, first))
         elif isinstance(value, float) and _RANDOM.fullmatch(name):
             _set(small, name, 0.0)
         elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
@@ -135,23 +138,41 @@ def _set(config: Any, name: str, value: Any) -> None:
         return  # a read-only property, computed from other fields
 
 
-def _kept_layers(fields: dict[str, Any], layers: int, each: int) -> list[int]:
-    """Indices of layers that cover every kind of layer, at least :data:`LAYERS` of them."""
+def layers_of_proxy(config: Any, first: int = 0) -> list[int]:
+    """Indices of the layers that :func:`proxy_config` keeps of a config, or of the text config in it."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    fields = config.to_dict()
+    layers = next((v for k, v in fields.items() if re.fullmatch(SIZES[4][0], k) and isinstance(v, int)), 0)
+    return _kept_layers(fields, layers, 1, first)
+
+
+def _kept_layers(fields: dict[str, Any], layers: int, each: int, first: int = 0) -> list[int]:
+    """Indices of layers that cover every kind of layer, and the first ``first``, at least :data:`LAYERS` of them."""
     full = {k: v for k, v in fields.items() if isinstance(v, list) and layers > 2}
     indices = [v for k, v in full.items() if _are_indices(k, v, layers)]
     lists = [v for k, v in full.items() if len(v) == layers and not _are_indices(k, v, layers)]
     kinds = [repr([*(v[i] for v in lists), *(i in v for v in indices)]) for i in range(layers)]
     kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < each] if lists or indices else []
     rest = [i for i in range(layers) if i not in kept]
-    wanted = max([LAYERS, *(len(v) for k, v in fields.items() if _is_period(k, v, layers))])
+    wanted = max([LAYERS, min(first, layers), *(len(v) for k, v in fields.items() if _is_period(k, v, layers))])
     return sorted(kept + rest[: max(0, wanted - len(kept))]) or list(range(LAYERS))
 
 
-def build_proxy_model(model: nn.Module) -> nn.Module:
+def fingerprint(model: nn.Module) -> str:
+    """The config of ``model`` as text; "" without one. Equal classes and fingerprints give equal proxy models."""
+    config: Any = getattr(model, "config", None)
+    return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
+
+
+def build_proxy_model(model: nn.Module, first: int = 0) -> nn.Module:
     """A tiny proxy model of ``model`` (unwrapped, on any device), in float32 on the CPU and in evaluation mode.
 
     Parameters are random and not zero, so that each has an effect on the output. The global random state is not
     changed; equal classes and configs give equal proxy models on all ranks.
+
+    Args:
+        model: the model.
+        first: keep its first layers up to this number too; else only some of each kind that the config shows.
 
     Raises:
         PlanError: the model has no config, or its class cannot be built with the small config.
@@ -160,7 +181,7 @@ def build_proxy_model(model: nn.Module) -> nn.Module:
     if config is None or not hasattr(config, "to_dict"):
         raise PlanError(f"{type(model).__name__} has no config to make a tiny proxy model of.")
     try:
-        small = _build(type(model), proxy_config(config))
+        small = _build(type(model), proxy_config(config, first=first))
     except Exception as error:  # code of the model, which may raise any error
         # Two layers of each kind, for models in which layers of one kind have modules in common (Zamba).
         try:

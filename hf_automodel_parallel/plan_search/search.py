@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import AutoParallelError, PlanError
 from ..plan.validate import config_with_heads, counted_heads
 from .candidates import Group, Observed, Variant, pattern_of
+from .carried_modules import copy_model, proxy_with_replaced_modules, signature
 from .parity_check import ParityCheck
 from .proxy_model import HEADS, LONGER, build_proxy_model, inputs_for
 
@@ -48,7 +47,7 @@ class _Draft:
 
 
 # A failed search is kept as its message, because searching again would take as long.
-_KNOWN: dict[tuple[type, str, bool], Plan | str] = {}
+_KNOWN: dict[Any, Plan | str] = {}
 
 
 def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
@@ -67,7 +66,7 @@ def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
         PlanError: there is no proxy model, or none of its layers can be sharded; with the reason.
     """
     by_heads = _heads_divide(model, tp_size)
-    key = (type(model), _fingerprint(model), by_heads)
+    key = (signature(model), by_heads)
     if key not in _KNOWN:
         try:
             _KNOWN[key] = _search(model, by_heads)
@@ -79,11 +78,6 @@ def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
     return known
 
 
-def _fingerprint(model: nn.Module) -> str:
-    config: Any = getattr(model, "config", None)
-    return json.dumps(config.to_dict(), sort_keys=True, default=str) if hasattr(config, "to_dict") else ""
-
-
 def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:
     config = config_with_heads(model)
     return tp_size is None or config is None or all(count % tp_size == 0 for count in counted_heads(config).values())
@@ -91,10 +85,13 @@ def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:
 
 def _search(model: nn.Module, by_heads: bool) -> Plan:
     started = time.monotonic()
-    small = build_proxy_model(model)
+    try:
+        small = proxy_with_replaced_modules(model)
+    except PlanError:  # modules that cannot be made small; prepare runs them on fake tensors
+        small = build_proxy_model(model)
     try:
         check = ParityCheck(small, _RANKS)
-        observed = Observed(copy.deepcopy(small), inputs_for(small))
+        observed = Observed(copy_model(small), inputs_for(small))
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model, which may raise any error

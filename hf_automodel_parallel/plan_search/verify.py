@@ -13,8 +13,8 @@ from ..core.model_view import ModelView
 from ..core.sharding_spec import PLAN_SOURCES, Plan
 from ..errors import PlanError
 from ..plan.select import select_plan
+from .carried_modules import proxy_with_replaced_modules
 from .parity_check import OF_TOTAL, RELATIVE, ParityCheck
-from .proxy_model import build_proxy_model
 from .search import derived_plan
 
 
@@ -75,7 +75,7 @@ def verify_plan(
 
         with torch.device("meta"):
             inner = AutoModelForCausalLM.from_config(model)
-    small = build_proxy_model(inner)
+    small = proxy_with_replaced_modules(inner)
     chosen = select_plan(small, plan, plan_order, tp, derived_plan)
     check = ParityCheck(small, tp)
     failure = check.failure(chosen, completed=chosen.origin != "derived")

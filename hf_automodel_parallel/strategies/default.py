@@ -52,6 +52,7 @@ from ..plan.resolve import resolve
 from ..plan.select import select_plan
 from ..plan.torch_styles import check_sequence_layouts
 from ..plan.validate import refuse_expert_parallel, validate
+from ..plan_search.proof import proven_plan
 from ..plan_search.proxy_model import replaced_modules
 from ..plan_search.search import derived_plan
 from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters
@@ -242,7 +243,12 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_peft_method(context.model)
         size = context.tp_mesh.size()  # type: ignore[union-attr]
         context.plan = select_plan(
-            context.view, context.options.tp_plan, self.sources(context.options.plan_order), size, derived_plan
+            context.view,
+            context.options.tp_plan,
+            self.sources(context.options.plan_order),
+            size,
+            derived_plan,
+            proven_plan,
         )
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.view, context.plan, size)

@@ -31,6 +31,7 @@ from ...plan.resolve import resolve
 from ...plan.select import select_plan
 from ...plan.torch_styles import check_sequence_layouts
 from ...plan.validate import validate
+from ...plan_search.proof import proven_plan
 from ...strategies.base import refuse_sharded
 from ...strategies.context import ParallelizeContext
 from ...strategies.default import DefaultParallelizationStrategy, refuse_fused_loss
@@ -151,7 +152,13 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
         size = context.tp_mesh.size()  # type: ignore[union-attr]
         # Derived plans have been verified with FSDP2 only.
         order = tuple(source for source in context.options.plan_order if source != "derived")
-        context.plan = select_plan(context.model, context.options.tp_plan, order, size)
+        context.plan = select_plan(
+            context.model,
+            context.options.tp_plan,
+            order,
+            size,
+            prove=lambda inner, plan: proven_plan(inner, plan, completed=False),
+        )
         check_sequence_layouts(context.plan, context.options.sequence_parallel)
         context.spec = resolve(context.model, context.plan, size)
         check_local(context.spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 from hf_automodel_parallel.audit import GradientAuditError
 from hf_automodel_parallel.core.forward_stack import ForwardSlot, ForwardStack
+from hf_automodel_parallel.strategies import default
 
 
 class ScaledActivation(nn.Module):
@@ -47,7 +49,9 @@ def one_step(sizes: dict, plan_the_scale: bool, raw_loop: bool = False, looks: b
     if plan_the_scale:
         plan = {**model.tp_plan, "model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, tp_plan=plan))
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    # The trial by values finds the scale too; without it the audit is what is left.
+    with patch.object(default, "proven_plan", lambda inner, plan: plan):
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     dp = accelerator.parallelism_config.data_parallel_size
     loss = model(**batches_for(model, dp)[data_rank(accelerator)]).loss
     loss.backward() if raw_loop else accelerator.backward(loss)
