@@ -56,6 +56,10 @@ class TrainerHooks(Hooks):
     def before_prepare(self) -> None:
         adopt_signal_handler()
 
+    @property
+    def gathers_by_process(self) -> bool:  # type: ignore[override]
+        return self.trainer is not None
+
     def trains(self, model: Any) -> bool:
         return self.trainer is not None and getattr(self.trainer, "model", None) is model
 
@@ -130,8 +134,10 @@ def check_trainer(accelerator: Accelerator, trainer: Any) -> None:
               written (``async_save``).
             * ``bf16_full_eval`` or ``fp16_full_eval`` with several data-parallel ranks: they cast the model after
               FSDP2 has sharded it.
+            * Groups of completions (TRL's ``num_generations``) that the batches of the data-parallel ranks do not hold.
     """
     _check_hub(accelerator, trainer.args)
+    _check_group(accelerator, trainer.args)
     for field in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(trainer.args, field, False) and _has_data_parallel_ranks(accelerator):
             raise ConfigError(
@@ -151,6 +157,22 @@ def check_trainer(accelerator: Accelerator, trainer: Any) -> None:
 
 def _has_data_parallel_ranks(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > accelerator.parallelism_config.non_data_parallel_size  # type: ignore[union-attr]
+
+
+def _check_group(accelerator: Accelerator, args: Any) -> None:
+    group, steps = getattr(args, "num_generations", None), getattr(args, "steps_per_generation", None)
+    if not isinstance(group, int) or not isinstance(steps, int):
+        return
+    # TRL counts all processes, of which those of one tp or cp group have the same rows: a group would be filled up with
+    # copies, and its statistics wrong.
+    ranks = accelerator.parallelism_config.data_parallel_size  # type: ignore[union-attr]
+    rows = args.per_device_train_batch_size * steps * ranks
+    if rows % group:
+        raise ConfigError(
+            f"num_generations={group}: the {ranks} data-parallel ranks together have {rows} completions to a batch "
+            "(per_device_train_batch_size x steps_per_generation x ranks), which are no whole groups. Choose a "
+            "per_device_train_batch_size or steps_per_generation so that the group divides them."
+        )
 
 
 def _check_hub(accelerator: Accelerator, args: Any) -> None:

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -52,7 +51,7 @@ class ParallelEvaluation(Trainer):
 
     @gather_function.setter
     def gather_function(self, function: Any) -> None:
-        if getattr(function, "__func__", None) is Accelerator.gather:
+        if function == self.accelerator.gather:
             function = self.accelerator.gather_for_metrics
         self._gathering = function
 
@@ -60,7 +59,64 @@ class ParallelEvaluation(Trainer):
 logger = logging.getLogger(__name__)
 
 
-class ParallelTrainer(ParallelEvaluation):
+class ParallelCounts(ParallelEvaluation):
+    """Losses and counts of a Trainer by data-parallel rank, where the Trainer goes by process."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Like the Trainer's; a loss that does not divide by ``num_items_in_batch`` is not multiplied by the ranks.
+
+        Gradients are averaged over the ranks that share the data, so the Trainer multiplies the loss by their number.
+        That is right for a sum over one rank's labels that is divided by the labels of all. But most models accept the
+        argument and ignore it, and an auxiliary loss beside the sum is a mean of its own. So the number of items is
+        divided by the ranks instead, and nothing is multiplied: what is divided by it comes out the same, and what is
+        not stays as it is.
+        """
+        ranks = self._ranks_of_one_loss()
+        if num_items_in_batch is None or ranks == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The Trainer multiplies under this option, of which this method has no other use.
+        self.args.average_tokens_across_devices = False
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch / ranks)
+        finally:
+            self.args.average_tokens_across_devices = True
+
+    def _ranks_of_one_loss(self) -> int:
+        """The number by which the Trainer would multiply a loss: data-parallel x cp."""
+        if not (self.is_fsdp_enabled and self.args.average_tokens_across_devices):
+            return 1
+        return int(self.accelerator.num_processes // self.accelerator.parallelism_config.tp_size)
+
+    def _copies(self) -> int:
+        """The number of ranks that have the same batch: tp x cp."""
+        config = self.accelerator.parallelism_config if self.is_fsdp_enabled else None
+        return 1 if config is None else int(self.accelerator.num_processes // config.data_parallel_size)
+
+    def store_flos(self) -> None:
+        """Like the Trainer's, which sums over all processes, with each batch once."""
+        before = self.state.total_flos
+        super().store_flos()
+        self.state.total_flos = before + (self.state.total_flos - before) / self._copies()
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Like the Trainer's (5.24), with each batch once."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._copies()
+
+    @property
+    def _tp_size(self) -> int:
+        """TRL's trainers divide by it what ``gather_for_metrics`` returns; here that has each sample once already."""
+        return 1
+
+    @_tp_size.setter
+    def _tp_size(self, size: int) -> None:
+        pass
+
+
+class ParallelTrainer(ParallelCounts):
     """A Trainer with an :class:`AutoParallelismConfig`; :mod:`.extend` inserts it in front of ``Trainer``.
 
     Methods that override the Trainer's fall back to ``super()`` where FSDP is off: an extended class may also resume in
