@@ -33,14 +33,16 @@ def compile_layers(
         policy: policy of the layers' checkpoints; None without checkpoints. A selective policy is put into the graph,
             where the compiler sees which results to save. With :data:`.activation_checkpointing.FULL` the checkpoint is
             around the compiled layer; the caller adds it, before or after this call.
-        parts: modules inside of the layers are checkpointed.
+        parts: modules inside of the layers are checkpointed. A layer's own gradient checkpointing (transformers) is
+            found here; it is in the layer's forward, so inside of the graph.
         options: passed to ``torch.compile`` (``backend``, ``mode``, ``dynamic``, ``fullgraph``, ``options``).
     """
     in_graph = policy if policy is not None and policy.context_fn is not None else None
     # Under a checkpoint a layer has to be one graph; _OneGraph explains why and has the fallback.
-    one_graph = policy is not None or parts
     for layer in layers:
         make_traceable(layer)
+        inside = parts or in_graph is not None or _checkpoints_itself(layer)
+        one_graph = policy is not None or inside
         stack = ForwardStack.of(layer)
         if in_graph is not None:
             stack.push(ForwardSlot.GRAPH_CHECKPOINT, Checkpointed(in_graph))
@@ -49,7 +51,7 @@ def compile_layers(
                 # With sequence_parallel_regather, tracing warns about layers that are compiled without such a policy.
                 scope.shared.compiler_regathers = True
         compiled_options = {**options, "fullgraph": True} if one_graph else options
-        stack.push(ForwardSlot.COMPILE, _Compiled(compiled_options, parts or in_graph is not None))
+        stack.push(ForwardSlot.COMPILE, _Compiled(compiled_options, inside, layer))
         if one_graph and not options.get("fullgraph"):
             eager = in_graph if in_graph is not None and in_graph.eager else None
             stack.push(ForwardSlot.GRAPH_FALLBACK, _OneGraph(stack, eager))
@@ -121,23 +123,29 @@ class _Compiled(ForwardWrapper):
         checkpoints_inside: the graph contains checkpoints. The forward then has a side effect inside of a checkpoint:
             it notes which inputs share a copy to TP. Dynamo breaks the graph there unless it skips side effects in the
             recomputation, which does not need the note.
+        layer: the module. Its own gradient checkpointing may be switched on at any time.
     """
 
-    def __init__(self, options: dict[str, Any], checkpoints_inside: bool) -> None:
-        self.options, self.checkpoints_inside = options, checkpoints_inside
+    def __init__(self, options: dict[str, Any], checkpoints_inside: bool, layer: nn.Module) -> None:
+        self.options, self.checkpoints_inside, self.layer = options, checkpoints_inside, layer
 
     def wrap(self, inner: Forward) -> Forward:
         """Compile ``inner``."""
         compiled = torch.compile(inner, **self.options)
-        if not self.checkpoints_inside:
-            return compiled
 
         @functools.wraps(compiled)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not (self.checkpoints_inside or _checkpoints_itself(self.layer)):
+                return compiled(*args, **kwargs)
             with compat.dynamo_side_effects_under_checkpoint():
                 return compiled(*args, **kwargs)
 
         return call
+
+
+def _checkpoints_itself(layer: nn.Module) -> bool:
+    """True if transformers' gradient checkpointing is on: its checkpoint is in the layer's forward."""
+    return bool(getattr(layer, "gradient_checkpointing", False))
 
 
 class _OneGraph(ForwardWrapper):

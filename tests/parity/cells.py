@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -132,7 +133,8 @@ class Verdict:
 
 class Answer(NamedTuple):
     """What one rank found: mean loss, gradients (of rank 0), names of trainable parameters, dropout masks, masks that
-    were recomputed, the origin of the plan, and the fraction of all elements that this rank holds.
+    were recomputed, the origin of the plan, the fraction of all elements that this rank holds, and whether graphs were
+    compiled, or layers said that they run uncompiled.
     """
 
     loss: float
@@ -142,10 +144,13 @@ class Answer(NamedTuple):
     recomputed: int
     origin: str
     held: float
+    compiled: bool
 
 
 def gradients_of_cell(cell: Cell, backend: str) -> Answer:
     """One step of one rank."""
+    from torch._dynamo.utils import counters
+
     _, sizes, dp_size = MESHES[cell.mesh]
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, **cell.options(backend)))
     model = cell.build()
@@ -157,6 +162,10 @@ def gradients_of_cell(cell: Cell, backend: str) -> Answer:
     batches = cell.batches(model, dp_size)
     observe_dropout(model)
     torch.manual_seed(100 + dist.get_rank())
+    before, said = counters["stats"]["unique_graphs"], []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hf_automodel_parallel.compile").addHandler(handler)
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
     mine = data_rank(accelerator)
     more = SUBJECTS[cell.plan].arguments
@@ -170,7 +179,9 @@ def gradients_of_cell(cell: Cell, backend: str) -> Answer:
     local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
     held = local / sum(p.numel() for p in model.parameters())
     gradients = gradients if dist.get_rank() == 0 else None
-    return Answer(total.item() / dist.get_world_size(), gradients, names, masks, again, origin, held)
+    logging.getLogger("hf_automodel_parallel.compile").removeHandler(handler)
+    compiled = counters["stats"]["unique_graphs"] > before or any("uncompiled" in message for message in said)
+    return Answer(total.item() / dist.get_world_size(), gradients, names, masks, again, origin, held, compiled)
 
 
 @functools.cache
@@ -207,6 +218,8 @@ def run_cell(cell: Cell, backend: str = "aot_eager", timeout: float = 280.0) -> 
         problems.append(f"{first.recomputed} masks were drawn again under checkpointing={cell.checkpointing}")
     if cell.plan == "registry" and first.origin != "registry":
         problems.append(f"the plan is from {first.origin!r}, not from the registry")
+    if cell.compiled and not first.compiled:
+        problems.append("no graph was compiled, and nobody said so")
     limit = SUBJECTS[cell.plan].held(cell.model) / dp_size
     if not first.held <= limit:
         problems.append(f"a rank holds {first.held:.2f} of the parameters, more than {limit:.2f}")

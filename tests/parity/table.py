@@ -98,6 +98,8 @@ MATRIX = [
 STOCK = [
     *(Cell("llama", mesh="tp2", checkpointing=mode, compiled=True) for mode in ("full", "submodule", "selective")),
     Cell("llama", compiled=True),
+    # the default of TRL with torch_compile
+    Cell("llama", "lora", mesh="tp2", checkpointing="own", compiled=True),
     *(Cell("llama", "lora", 0.1, mesh, "full") for mesh in ("fsdp2", "tp2_fsdp2")),
 ]
 
