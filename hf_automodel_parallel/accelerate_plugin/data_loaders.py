@@ -6,18 +6,25 @@ All ranks of a tp group read the same batches, and all ranks of a cp group the s
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.scheduler import AcceleratedScheduler
 from torch.utils.data import IterableDataset, RandomSampler
 
 from ..context_parallel.buffers import check_whole
 from ..errors import ConfigError
+from .hooks import hooks_of
 from .sampler_state import watch_epochs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_data_loader(
@@ -45,6 +52,7 @@ def prepare_data_loader(
         loader = type(self).prepare_data_loader(self, data_loader, device_placement, slice_fn_for_dispatch)
     finally:
         self.dataloader_config.dispatch_batches = dispatch
+    _count_samples(loader)
     if shared and self.parallelism_config.data_parallel_size == 1:  # type: ignore[union-attr]
         _shuffle_alike(loader)
     watch_epochs(loader)
@@ -69,6 +77,52 @@ def _shuffle_alike(loader: Any) -> None:
     loader.rng_types = [*(loader.rng_types or ()), "generator"]
 
 
+class _Counted(IterableDataset):
+    """An iterable dataset that counts what it yields.
+
+    Attributes:
+        samples: the number of samples of the last complete pass, -1 before. Shared with a loader's worker process.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.samples = dataset, torch.tensor(-1).share_memory_()
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for sample in self.dataset:
+            count += 1
+            yield sample
+        self.samples.fill_(count)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not set yet: while it is unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _count_samples(loader: Any) -> None:
+    """Let an iterable dataset that is sharded over ranks be counted, so that what fills up the last batch is known.
+
+    Its length is not known before. Several workers each fill up a last batch of their own.
+    """
+    shard = getattr(loader, "dataset", None)
+    if isinstance(shard, IterableDatasetShard) and not shard.drop_last and getattr(loader, "num_workers", 0) <= 1:
+        if not isinstance(shard.dataset, _Counted):
+            shard.dataset = _Counted(shard.dataset)
+
+
+def _rows_in_last_batch(accelerator: Accelerator) -> int:
+    """The number of rows in the last batch over all ranks that are not repeated; 0 if all, or nobody knows."""
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader:
+        return 0
+    shard = getattr(state.active_dataloader, "dataset", None)
+    if isinstance(shard, IterableDatasetShard) and isinstance(shard.dataset, _Counted):
+        count = int(shard.dataset.samples)
+        return max(count, 0) % (shard.batch_size * (1 if shard.split_batches else shard.num_processes))
+    return max(state.remainder or 0, 0)
+
+
 class _DataParallelScheduler(AcceleratedScheduler):
     """Advances once per data-parallel rank and optimizer step.
 
@@ -76,21 +130,65 @@ class _DataParallelScheduler(AcceleratedScheduler):
     schedules would advance tp x cp times too fast.
     """
 
-    def __init__(self, scheduler: Any, optimizers: Any, step_with_optimizer: bool, split_batches: bool, ranks: int):
+    def __init__(
+        self,
+        scheduler: Any,
+        optimizers: Any,
+        step_with_optimizer: bool,
+        split_batches: bool,
+        ranks: int,
+        processes: int,
+    ) -> None:
         self.repeats = 1 if split_batches else ranks
         self.limited = not split_batches  # stop silently at the end of a OneCycleLR, like Accelerate
+        self.processes = 0 if split_batches else processes
         super().__init__(scheduler, optimizers, step_with_optimizer, split_batches=True)  # True: one step per call
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the wrapped scheduler once per data-parallel rank; once in all if it is not tied to the optimizer."""
         # During gradient accumulation super().step() only counts, which must happen once.
         tied = self.step_with_optimizer and self.gradient_state.sync_gradients
+        self._say_when_it_ends()
         for _ in range(self.repeats if tied else 1):
             total = getattr(self.scheduler, "total_steps", None)
             # A OneCycleLR raises beyond total_steps; several steps per call may cross that limit.
             if tied and self.limited and total is not None and self.scheduler._step_count > total:
                 return
             super().step(*args, **kwargs)
+
+    def _say_when_it_ends(self) -> None:
+        """Warn once if the length of the schedule may have been multiplied by all processes instead of the ranks.
+
+        A length that was counted in batches of the unprepared loader is right. Scripts that multiply a number of
+        optimizer steps by ``accelerator.num_processes`` mean the ranks that share the data. Both are multiples of it.
+        """
+        length, processes = _planned_steps(self.scheduler), self.processes
+        self.processes = 0
+        if not processes or not self.step_with_optimizer or processes == self.repeats or not length:
+            return
+        if length % processes == 0 and dist.get_rank() == 0:
+            logger.warning(
+                "The schedule has %d steps and advances by %d per optimizer step (once per data-parallel rank), so it "
+                "ends after %d optimizer steps. If its length was multiplied by accelerator.num_processes (%d), it was "
+                "meant to end after %d: multiply by accelerator.parallelism_config.data_parallel_size (%d) instead, "
+                "the warm-up too.",
+                length,
+                self.repeats,
+                length // self.repeats,
+                processes,
+                length // processes,
+                self.repeats,
+            )
+
+
+def _planned_steps(scheduler: Any) -> int | None:
+    """The length of a schedule; None if it has none, or hides it."""
+    for functions in getattr(scheduler, "lr_lambdas", ()):
+        length = getattr(functions, "keywords", {}).get("num_training_steps")  # of transformers' get_scheduler
+        if isinstance(length, int):
+            return length
+    lengths = (getattr(scheduler, name, None) for name in ("total_steps", "T_max", "total_iters"))
+    return next((length for length in lengths if isinstance(length, int)), None)
 
 
 def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
@@ -104,10 +202,27 @@ def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
         result.step_with_optimizer,
         self.split_batches,
         self.parallelism_config.data_parallel_size,  # type: ignore[union-attr]
+        self.num_processes,
     )
     # Stock has just appended its own wrapper.
     self._schedulers[-1] = paced
     return paced
+
+
+def gather(self: Accelerator, tensor: Any) -> Any:
+    """Like ``Accelerator.gather``, but in a script without a Trainer the samples of a tp group once.
+
+    Scripts cut what they have gathered to the number of samples (``samples_seen``). The Trainer knows about tp, and
+    divides by its size what it has gathered. Under cp each rank's part is kept.
+    """
+    from accelerate.utils.operations import recursively_apply
+
+    whole = type(self).gather(self, tensor)
+    tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
+    if tp == 1 or hooks_of(self).gathers_by_process:
+        return whole
+    ranks = self.num_processes
+    return recursively_apply(lambda x: x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])[::tp].flatten(0, 1), whole)
 
 
 def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
@@ -128,7 +243,7 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
     copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tensors:
-        whole = self.gather(input_data)
+        whole = type(self).gather(self, input_data)
 
         def once(x: torch.Tensor) -> torch.Tensor:
             # tp and cp are the innermost mesh axes: every `copies` adjacent ranks have the same samples.
@@ -142,7 +257,7 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
     else:
         data = [item for objects in gather_object([input_data])[::copies] for item in objects]
     # Accelerate fills up the last batch with samples from the start of the data set; drop these.
-    remainder = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else 0
-    if remainder is None or remainder <= 0:
+    rows = _rows_in_last_batch(self)
+    if rows == 0:
         return data
-    return data[:remainder] if not tensors else recursively_apply(lambda x: x[:remainder], data)
+    return data[:rows] if not tensors else recursively_apply(lambda x: x[:rows], data)

@@ -12,7 +12,13 @@ from accelerate import Accelerator
 
 
 class Hooks:
-    """Hooks that do nothing, for a user's own training loop."""
+    """Hooks that do nothing, for a user's own training loop.
+
+    Attributes:
+        gathers_by_process: the loop expects from ``Accelerator.gather`` what each process has, tp copies included.
+    """
+
+    gathers_by_process = False
 
     def check(self, accelerator: Accelerator) -> None:
         """Called on every rank before a model is prepared for training; raises for settings that train wrongly."""

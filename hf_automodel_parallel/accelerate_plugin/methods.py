@@ -46,10 +46,17 @@ from ..strategies.base import refuse_sharded
 from ..strategies.context import ParallelizeContext
 from ..strategies.registry import get_parallelization_strategy
 from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
-from .data_loaders import gather_for_metrics, prepare_data_loader, prepare_scheduler
+from .data_loaders import gather, gather_for_metrics, prepare_data_loader, prepare_scheduler
 from .generation import guard_generation
 from .hooks import Hooks, hooks_of, set_hooks
-from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
+from .options import (
+    checkpointing,
+    compile_options,
+    fill_mixed_precision,
+    layer_classes,
+    offload_activations,
+    sharding_options,
+)
 from .prepared import PreparedModel, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
 from .sampler_state import skip_first_batches
 from .saving import bind_saving, save_model
@@ -76,8 +83,7 @@ def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -
         return
     plugin = _plugin(accelerator)
     _check_surroundings(accelerator, plugin)
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
+    fill_mixed_precision(plugin, accelerator.mixed_precision)
     # On CPU, too, where Accelerate drops a given fsdp_plugin: the rest of it has to take its FSDP2 paths.
     compat.set_distributed_type_fsdp(accelerator)
     accelerator.state.fsdp_plugin = plugin
@@ -513,5 +519,6 @@ BOUND_METHODS: dict[str, Callable[..., Any]] = {
     "save_state": save_state,
     "load_state": load_state,
     "end_training": end_training,
+    "gather": gather,
     "gather_for_metrics": gather_for_metrics,
 }

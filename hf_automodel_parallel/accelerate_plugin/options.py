@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,29 @@ from ..fsdp.options import ShardingOptions, without_pinning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def fill_mixed_precision(plugin: FullyShardedDataParallelPlugin, mixed_precision: str) -> None:
+    """Give ``plugin`` the policy of ``mixed_precision``, unless the user gave one.
+
+    Parameters compute in the low precision. Gradients are reduced in float32, and outputs are float32: that is what one
+    process and DDP return. Accelerate's FSDP2 code would reduce in the low precision and round what leaves the model to
+    it, the loss included (8 bits in bfloat16).
+
+    With a GPU Accelerate has filled in its policy before this is called, so a policy of the user that is equal to it
+    in every field is replaced as well. ``MixedPrecisionPolicy(dtype, dtype)`` asks for both of its dtypes.
+    """
+    if mixed_precision == "no":
+        return
+    given, plugin.mixed_precision_policy = plugin.mixed_precision_policy, None
+    plugin.set_mixed_precision(mixed_precision)
+    of_accelerate = plugin.mixed_precision_policy
+    if given is not None and given != of_accelerate:
+        plugin.mixed_precision_policy = given
+        return
+    plugin.mixed_precision_policy = dataclasses.replace(
+        of_accelerate, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
 
 
 def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn.Module) -> ShardingOptions:

@@ -34,6 +34,7 @@ from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, UnsupportedError
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
+from ..fsdp.float32_losses import float32_losses
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
@@ -355,6 +356,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.dp_mesh.size() > 1:
             keep_layers_together(context.model, wanted_units(context.structure, context.fsdp))  # type: ignore[arg-type]
         shard_data_parallel(context.model, context.structure, context.dp_mesh, context.fsdp)  # type: ignore[arg-type]
+        # After the hooks of tensor parallelism on the head, whose sharded logits are upcast where they are used.
+        float32_losses(context.model, context.structure, context.fsdp, context.device)  # type: ignore[arg-type]
         if context.tp_mesh is not None:
             compat.mark_packed_placements(context.model.parameters())
 

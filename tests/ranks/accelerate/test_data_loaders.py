@@ -97,8 +97,38 @@ def test_gather_for_metrics_returns_each_sample_once(mesh):
 
 
 class Stream(IterableDataset):
+    def __init__(self, length: int = 16) -> None:
+        self.length = length
+
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(torch.arange(16))
+        return iter(torch.arange(self.length))
+
+
+def gathered_by_hand(sizes: dict[str, int], dp_size: int) -> dict[str, list[int]]:
+    """What loops gather: of a stream, with and without a worker, twice; and cut to the number of samples by hand."""
+    accelerator = make_accelerator(sizes)
+    loaders = [DataLoader(Stream(SAMPLES), batch_size=2, num_workers=workers) for workers in (0, 1)]
+    found: dict[str, list[int]] = {}
+    for name, loader in zip(("stream", "worker"), accelerator.prepare(*loaders), strict=True):
+        found[name] = [i for _ in range(2) for batch in loader for i in accelerator.gather_for_metrics(batch).tolist()]
+    samples = accelerator.prepare(DataLoader(Samples(), batch_size=2))
+    seen: list[int] = []
+    for batch in samples:
+        seen += accelerator.gather(batch)["id"].tolist()
+    found["by_hand"] = seen[:SAMPLES]
+    found["scalar"] = accelerator.gather(torch.tensor(1)).tolist()
+    return found
+
+
+@pytest.mark.core
+@each_mesh
+def test_what_is_gathered_has_each_sample_once(mesh):
+    """Also of a dataset without length, and by scripts that cut what `gather` returns (`samples_seen`)."""
+    numbers = list(range(SAMPLES))
+    for found in run_on_mesh(mesh, gathered_by_hand):
+        assert found["stream"] == found["worker"] == [*numbers, *numbers]
+        assert found["by_hand"] == numbers
+        assert found["scalar"] == [1] * MESHES[mesh][2]
 
 
 def streamed(sizes: dict[str, int], dp_size: int) -> list[int]:

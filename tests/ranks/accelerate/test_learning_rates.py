@@ -1,5 +1,7 @@
 """Learning rate schedulers advance as in stock data parallelism, once for each data-parallel rank."""
 
+import logging
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,6 +10,7 @@ from harness.meshes import MESHES, each_mesh, run_on_mesh
 from harness.pool import run_distributed
 from harness.training import build
 from torch import nn
+from transformers import get_scheduler
 
 from ranks.accelerate.jobs import CYCLE, make_accelerator, make_schedule
 
@@ -79,3 +82,30 @@ def test_rates_by_hand_are_those_of_two_stock_processes():
     assert run_distributed(2, measured_rates, None, 2)[0] == {
         name: pytest.approx(rates) for name, rates in rates_by_hand(2).items()
     }
+
+
+def warnings_of_a_schedule(length: int) -> list[str]:
+    """What two steps of a linear schedule of transformers say."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    accelerator = make_accelerator({"tp_size": 2})
+    model = build("llama", num_hidden_layers=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=length)
+    _, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    logger = logging.getLogger("hf_automodel_parallel.accelerate_plugin.data_loaders")
+    logger.addHandler(handler)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    logger.removeHandler(handler)
+    return said
+
+
+def test_a_schedule_that_may_be_too_long_says_when_it_ends():
+    """Scripts multiply its length by the number of processes; under tp that is more than the ranks that share data."""
+    first, second = run_distributed(2, warnings_of_a_schedule, 12)
+    assert len(first) == 1 and not second
+    assert "ends after 12 optimizer steps" in first[0] and "meant to end after 6" in first[0]
+    assert run_distributed(2, warnings_of_a_schedule, 13) == [[], []]
