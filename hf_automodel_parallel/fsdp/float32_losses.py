@@ -2,7 +2,7 @@
 
 FSDP2 casts a model's inputs, and its output. In between every module computes in the policy's ``param_dtype``, and a
 class whose loss does not upcast its logits (classification, question answering, T5) would compute the loss in
-bfloat16, with 8 bits. So heads return float32: :func:`float32_heads`. And float labels, the targets of a regression,
+bfloat16, with 8 bits. So heads return float32. And float labels, the targets of a regression,
 keep their dtype: :func:`keep_dtype_of_arguments`.
 """
 
@@ -41,6 +41,7 @@ def float32_losses(model: nn.Module, structure: ModelStructure, options: Shardin
     if low is None or wide is None or wide.itemsize <= low.itemsize:
         return
     own = {id(p) for name, p in model.named_parameters() if name in options.own_dtype}
+    own |= {id(p) for p in options.ignored_parameters}  # FSDP2 does not cast what it does not manage
     for head in heads(ModelView.of(model).inner, structure):
         if not any(id(p) in own for p in head.parameters()):
             # A head may follow another one, whose output is now wide.
