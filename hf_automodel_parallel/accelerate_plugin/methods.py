@@ -414,7 +414,8 @@ def _audit(record: PreparedModel) -> Audit:
     # A model that was prepared for evaluation first: the user chose its trainable parameters after that.
     now = {name for name, parameter in context.model.named_parameters() if parameter.requires_grad}
     trainable = now if record.handed_over_late else set(record.trainable_names)
-    return Audit(context.model, trainable, compiled, record.config.tp_size or 1, every)
+    tp_group = None if context.tp_mesh is None else context.tp_mesh.get_group()
+    return Audit(context.model, trainable, compiled, tp_group, every)
 
 
 def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:

@@ -71,7 +71,9 @@ def sharding_options(accelerator: Accelerator, asked: ParallelOptions, model: nn
     options.own_dtype = frozenset(own_dtype_parameters(model, options.mp_policy.param_dtype))
     if plugin.ignored_modules is not None:
         options.ignored_parameters = compat.parameters_of_ignored_modules(plugin, model, accelerator.device)
-    if _wrap_policy_name(plugin) == "size_based_auto_wrap_policy" and (plugin.min_num_params or 0) > 0:
+    if config.dp_shard_size * config.cp_size > 1:  # else units make no difference
+        _check_wrap_policy(plugin)
+    if _wrap_policies(plugin) == {_BY_SIZE} and (plugin.min_num_params or 0) > 0:
         options.minimum_unit_size = plugin.min_num_params
     return options
 
@@ -144,24 +146,33 @@ def compile_options(accelerator: Accelerator, asked: ParallelOptions) -> dict[st
     return None if backend in (None, "NO") else {**options, "backend": backend.lower()}
 
 
+#: Policies of ``torch.distributed.fsdp.wrap`` that can be honoured.
+_BY_CLASS, _BY_SIZE = "transformer_auto_wrap_policy", "size_based_auto_wrap_policy"
+#: peft's ``fsdp_auto_wrap_policy`` combines the layers with this one, for trainable leaves. FSDP1 needs units of their
+#: own for these; units of FSDP2 may mix trainable and frozen parameters, so the layers are the units.
+_TRAINABLE_LEAVES = "lambda_auto_wrap_policy"
+
+
 def layer_classes(plugin: FullyShardedDataParallelPlugin) -> list[str] | None:
     """The plugin's ``transformer_cls_names_to_wrap`` if its wrap policy uses them, else None."""
     names = plugin.transformer_cls_names_to_wrap
-    return list(names) if names and _wrap_policy_name(plugin) == "transformer_auto_wrap_policy" else None
+    return list(names) if names and _BY_CLASS in _wrap_policies(plugin) else None
 
 
-def _wrap_policy_name(plugin: FullyShardedDataParallelPlugin) -> str:
-    """Name of the plugin's wrap policy; "" for NO_WRAP, Accelerate's default, with which each layer is an FSDP unit.
-
-    Raises:
-        ConfigError: a custom policy function, which would never be called.
+def _wrap_policies(plugin: FullyShardedDataParallelPlugin) -> set[str]:
+    """Names of the plugin's wrap policy, or of those that it combines; empty for NO_WRAP, Accelerate's default, with
+    which each layer is an FSDP unit.
     """
     policy = plugin.auto_wrap_policy
-    name = getattr(getattr(policy, "func", policy), "__name__", "")
-    if policy is not None and name not in ("transformer_auto_wrap_policy", "size_based_auto_wrap_policy"):
+    parts = getattr(policy, "keywords", {}).get("policies", [] if policy is None else [policy])
+    return {getattr(getattr(part, "func", part), "__name__", "") for part in parts}
+
+
+def _check_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raise :class:`ConfigError` for a custom policy function, which would never be called."""
+    if _wrap_policies(plugin) not in (set(), {_BY_CLASS}, {_BY_SIZE}, {_BY_CLASS, _TRAINABLE_LEAVES}):
         raise ConfigError(
-            f"fsdp_plugin.auto_wrap_policy={policy!r}: only TRANSFORMER_BASED_WRAP (with "
-            "transformer_cls_names_to_wrap) and SIZE_BASED_WRAP (with min_num_params) can be used here; without a "
-            "policy each layer is a unit."
+            f"fsdp_plugin.auto_wrap_policy={plugin.auto_wrap_policy!r}: only TRANSFORMER_BASED_WRAP (with "
+            "transformer_cls_names_to_wrap), SIZE_BASED_WRAP (with min_num_params) and peft's fsdp_auto_wrap_policy "
+            "can be used here; without a policy each layer is a unit."
         )
-    return name

@@ -1,33 +1,40 @@
 """``save_pretrained``, ``push_to_hub``, ``Accelerator.save_model`` and ``Trainer.save_model`` on a sharded model.
 
 Each call is collective: all ranks call it. One rank writes, tensor by tensor, and the others take part in the gathers.
-The libraries interpret the arguments. Arguments that cannot be honoured on shards raise before any rank waits.
+The libraries interpret the arguments. Arguments that cannot be honoured on shards are left out, with a warning.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from .. import compat
-from ..core.ranks import gather_objects
+from ..core.ranks import gather_objects, raise_on_all_ranks
 from ..core.rendezvous import rendezvous
-from ..errors import ConfigError, UnsupportedError
-from ..export.adapters import check_adapter_options
+from ..errors import ConfigError, ExportError, UnsupportedError
+from ..export.adapters import check_adapter_options, full_prompts
 from ..export.files import completed_at_end
 from ..export.gathering import Fetch, ShardedState, cast, file_dtypes, shapes_of
 from ..export.pretrained import write_model, write_state
+from ..fsdp.shard import fsdp_units
+from ..peft.operations import full_parameters
 from .prepared import prepared
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 class Streamed(dict):  # type: ignore[type-arg]
@@ -58,20 +65,57 @@ def bind_saving(model: nn.Module) -> None:
     if getattr(type(model), "save_pretrained", None) is None:
         return
     original: Any = model.save_pretrained
+    save = _save_pretrained if _is_known(model) else _save_by_its_class
     model.save_pretrained = functools.wraps(original)(  # type: ignore[assignment]
-        lambda *args, **kwargs: _save_pretrained(model, original, args, kwargs)
+        lambda *args, **kwargs: save(model, original, args, kwargs)
     )
-    if hasattr(type(model), "push_to_hub"):
+    if _is_known(model) and hasattr(type(model), "push_to_hub"):
         push: Any = model.push_to_hub
         model.push_to_hub = functools.wraps(push)(  # type: ignore[assignment]
             lambda *args, **kwargs: _push_to_hub(model, push, args, kwargs)
         )
 
 
+def _is_known(model: nn.Module) -> bool:
+    """True if the files of ``model`` are known, so that they are written tensor by tensor."""
+    return isinstance(model, PreTrainedModel) or compat.is_peft_model(model)
+
+
+#: Attribute of a model while its parameters are shown as full plain tensors.
+_WHOLE = "_automodel_parallel_whole"
+
+
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """Within the block, the parameters of ``model`` are full plain tensors, on every rank. Collective."""
+    for unit in fsdp_units(model):
+        unit.reshard()
+    vars(model)[_WHOLE] = True
+    try:
+        with full_parameters(model):
+            yield
+    finally:
+        del vars(model)[_WHOLE]
+
+
+def _save_by_its_class(
+    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``save_pretrained`` of a class that is neither of transformers nor of PEFT (a SentenceTransformer, a model of
+    diffusers): rank 0 runs it on full weights.
+    """
+    if vars(model).get(_WHOLE):
+        return original(*args, **kwargs)
+    name = f"{type(model).__name__}.save_pretrained()"
+    rendezvous(name, {})
+    with _whole(model), raise_on_all_ranks(name, raises=ExportError):
+        return original(*args, **kwargs) if dist.get_rank() == 0 else None
+
+
 def _save_pretrained(
     model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    given = _arguments(original, args, kwargs)
+    save_directory, given = _arguments(type(model), original, args, kwargs)
     state = given.get("state_dict")
     main = bool(given.get("is_main_process", True))
     if state is not None and not isinstance(state, Streamed):
@@ -79,11 +123,12 @@ def _save_pretrained(
             # Accelerate gathers to rank 0 only, and the other ranks pass an empty dict, in which PEFT
             # would look for `modules_to_save`.
             return None
-        return original(*args, **kwargs)
-    directory = Path(given.pop("save_directory"))
+        with full_prompts(model, state.__getitem__) if main and compat.is_peft_model(model) else nullcontext():
+            return original(*args, **kwargs)
+    directory = Path(save_directory)
     options = {k: v for k, v in given.items() if k not in ("state_dict", "is_main_process")}
     # Before the rendezvous: wrong arguments raise on all ranks without a wait.
-    _check(model, directory, options)
+    options = _usable(model, directory, options)
     push = options.pop("push_to_hub", False)
     hub = {k: options.pop(k) for k in _HUB_OPTIONS if k in options}
     if isinstance(state, Streamed):
@@ -104,65 +149,66 @@ def _save_pretrained(
 
 #: Options of ``save_pretrained`` that only the upload needs.
 _HUB_OPTIONS = ("token", "repo_id", "commit_message", "create_pr", "private", "revision", "commit_description")
-#: Other arguments of PEFT's (True) and transformers' (False) ``save_pretrained``; anything else is refused.
+#: Other arguments of PEFT's (True) and transformers' (False) ``save_pretrained``; anything else is left out.
 _KNOWN = {
-    True: (
-        "safe_serialization",
-        "selected_adapters",
-        "save_embedding_layers",
-        "path_initial_model_for_weight_conversion",
-    ),
-    False: (
-        "max_shard_size",
-        "variant",
-        "save_peft_format",
-        "save_original_format",
-        "distributed_checkpoint",
-        "safe_serialization",
-        "push_to_hub",
-        *_HUB_OPTIONS,
-    ),
+    True: ("safe_serialization", "selected_adapters", "save_embedding_layers"),
+    False: ("max_shard_size", "variant", "save_peft_format", "save_original_format", "push_to_hub", *_HUB_OPTIONS),
 }
+#: What is left out without a warning: Accelerate's documented recipe passes the first, ``push_to_hub`` of transformers
+#: the second; transformers 5 and PEFT use neither (PEFT writes one file).
+_WITHOUT_EFFECT = {True: ("save_function", "max_shard_size"), False: ("save_function",)}
 
 
-def _arguments(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, without defaults; ``**kwargs`` are merged in."""
-    signature = inspect.signature(original)
-    bound = signature.bind(*args, **kwargs)
-    given = dict(bound.arguments)
-    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    if extra is not None:
-        given |= given.pop(extra, {})
-    return given
+def _arguments(
+    cls: type, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The directory of a call, and its other arguments by name.
+
+    Args:
+        cls: class of the model.
+        original: its ``save_pretrained``; one that overrides it may name the directory otherwise, and may take
+            ``*args``, which then have the names of the library's method.
+    """
+    inspect.signature(original).bind(*args, **kwargs)  # the usual TypeError
+    # The lowest class that has the method, but for the mixin below it, is the library's.
+    libraries = [kind for kind in cls.__mro__ if "save_pretrained" in vars(kind) and kind is not PushToHubMixin]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names, of_library = (
+        [name for name, p in inspect.signature(function).parameters.items() if p.kind in positional and name != "self"]
+        for function in (original, libraries[-1].save_pretrained)  # type: ignore[attr-defined]
+    )
+    # The directory comes first, whatever its name.
+    names += [name for name in of_library[bool(names) :] if name not in names]
+    given = dict(zip(names, args)) | kwargs
+    directory = given.pop("save_directory" if "save_directory" in given else names[0])
+    return directory, given
 
 
-def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
-    """Refuse arguments that cannot be honoured. All ranks raise, since their arguments are equal."""
+def _usable(model: nn.Module, directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that take effect. What does not is left out, with a warning: a training ends here, and its weights
+    must not be lost by an argument.
+
+    Raises:
+        AutoParallelError: on all ranks, since their arguments are equal, for what one process refuses as well, and for
+            weights that cannot be written.
+    """
     adapters = compat.is_peft_model(model)
-    # Accelerate's documented recipe passes save_function; transformers 5 and PEFT do not call it.
-    options.pop("save_function", None)
-    unknown = [name for name in options if name not in _KNOWN[adapters]]
-    if unknown:
-        raise ConfigError(
-            f"save_pretrained({unknown[0]}={options[unknown[0]]!r}) on a sharded {type(model).__name__} is not known; "
-            f"known are state_dict, is_main_process, {', '.join(_KNOWN[adapters])}. Leave it out."
-        )
+    usable = {name: value for name, value in options.items() if name in _KNOWN[adapters]}
+    for name in options.keys() - usable.keys() - {*_WITHOUT_EFFECT[adapters]}:
+        value, without = options[name], name == "safe_serialization"  # the value without effect
+        if dist.get_rank() == 0 and value is not None and bool(value) != without:
+            logger.warning(
+                "save_pretrained(%s=%r) of a sharded %s is left out.%s",
+                name,
+                value,
+                type(model).__name__,
+                _INSTEAD[adapters].get(name, f" Known are {', '.join(_KNOWN[adapters])}."),
+            )
     if directory.is_file():
         raise ConfigError(f"save_pretrained({str(directory)!r}): this is a file; give a directory.")
     if adapters:
-        check_adapter_options(model, options)
-        return
-    if options.pop("safe_serialization", True) is False:
-        raise ConfigError(
-            "safe_serialization=False: transformers 5 writes safetensors only (and ignores this option in one "
-            "process). Leave it out, or use accelerator.save_model(model, directory, safe_serialization=False)."
-        )
-    if options.pop("distributed_checkpoint", False):
-        raise ConfigError(
-            "distributed_checkpoint=True is for models that transformers sharded itself. Use "
-            "accelerator.save_state(directory) with state_dict_type='SHARDED_STATE_DICT', and `hf-automodel-parallel "
-            "export` to make a model of it."
-        )
+        check_adapter_options(model, usable)
+        return usable
     if compat.carries_adapters(model):
         active: Any = model.active_adapters()  # type: ignore[operator]
         if len(active) > 1:
@@ -170,12 +216,36 @@ def _check(model: nn.Module, directory: Path, options: dict[str, Any]) -> None:
                 f"save_pretrained() of a {type(model).__name__} with several active adapters ({', '.join(active)}): "
                 f"transformers saves one. Call model.set_adapter(name) and save_pretrained(directory) for each."
             )
-        return
-    if getattr(model, "hf_quantizer", None) is not None:
+    elif getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedError(
             "save_pretrained() of a sharded model with quantised weights: its files need the scales of whole weights. "
             "Save the adapter (the PeftModel's save_pretrained); the quantised base is what it was loaded from."
         )
+    return usable
+
+
+#: What the warning about an argument that is left out says, by :data:`_KNOWN`'s key and name.
+_INSTEAD = {
+    True: {
+        "push_to_hub": " Nothing was uploaded; call push_to_hub(repo_id) of the model.",
+        "path_initial_model_for_weight_conversion": (
+            " The adapter is written as it was trained: to subtract the initial one, PEFT has to load it into the "
+            "model, which one rank cannot do on shards. Do it in one process: PeftModel.from_pretrained(base, "
+            "directory).save_pretrained(other, path_initial_model_for_weight_conversion=...), with the base model that "
+            "was trained."
+        ),
+    },
+    False: {
+        "safe_serialization": (
+            " transformers 5 writes safetensors only; accelerator.save_model(model, directory, "
+            "safe_serialization=False) writes pickles."
+        ),
+        "distributed_checkpoint": (
+            " The usual files are written. accelerator.save_state(directory) with state_dict_type="
+            "'SHARDED_STATE_DICT' writes shards, and `hf-automodel-parallel export` makes a model of them."
+        ),
+    },
+}
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
@@ -207,8 +277,6 @@ def _push_to_hub(model: nn.Module, original: Callable[..., Any], args: tuple[Any
 
     def push(fetch: Fetch) -> Any:
         def save(directory: Any, *positional: Any, **options: Any) -> None:
-            if compat.is_peft_model(model):
-                options.pop("max_shard_size", None)  # PushToHubMixin passes it; PEFT writes one file
             _save_pretrained(model, bound, (directory, *positional), {**options, "state_dict": streamed})
 
         # The mixin's push_to_hub calls model.save_pretrained on this rank alone, which must not wait in a rendezvous.
@@ -250,6 +318,11 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         # If a rank never calls save_model, the wait ends in an error that names it.
         if not in_checkpoint:  # a checkpoint has synchronised the ranks already
             rendezvous(f"{type(trainer).__name__}.save_model()", {})
+        if not _is_known(model):
+            if in_checkpoint and sharded:
+                return save_model(output_dir, _internal_call=_internal_call)
+            with _whole(model), _streaming(accelerator, lambda model, unwrap=True: model.state_dict()):
+                return save_model(output_dir, _internal_call=_internal_call)
         shards = ShardedState(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
 
@@ -285,7 +358,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def _streaming(accelerator: Accelerator, get_state_dict: Callable[..., Streamed]):  # type: ignore[no-untyped-def]
+def _streaming(accelerator: Accelerator, get_state_dict: Callable[..., dict[str, Any]]):  # type: ignore[no-untyped-def]
     """Let the Trainer take its FULL_STATE_DICT path, and give it a placeholder instead of gathered weights.
 
     Under FSDP, ``Trainer.save_model`` calls ``_save`` on that path only.

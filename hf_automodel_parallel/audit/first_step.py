@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .. import compat
 from ..core.model_view import layer_pattern
 from ..core.ranks import gather_objects
+from ..core.rendezvous import difference_over_store
 from ..errors import AutoParallelError
 from .reachability import ReachabilityHooks
 from .replica_check import compare_replicas
@@ -23,6 +24,13 @@ logger = logging.getLogger(__name__)
 #: At first replicas are equal to the bit, and their fingerprints up to the order of summation. Later, equal gradients
 #: may round differently on different ranks.
 FIRST_TOLERANCE, LATER_TOLERANCE = 1e-6, 1e-4
+
+_DIFFERENT_BATCHES = "the ranks of a tp group were given different batches"
+_SAME_ROWS = (
+    "Likely cause: rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data "
+    "loader through accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows by the rank "
+    "among the data-parallel ones."
+)
 
 
 class GradientAuditError(AutoParallelError, RuntimeError):
@@ -36,17 +44,23 @@ class Audit:
         model: the prepared model.
         trainable: names of the parameters that were trainable when the model was prepared.
         compiled: layers whose forward is compiled.
-        tp_size: number of ranks of a tp group.
+        tp_group: this rank's tp group, None without tensor parallelism.
         every: audit again after so many optimizer steps; None for the first step only, 0 for never.
     """
 
     def __init__(
-        self, model: nn.Module, trainable: set[str], compiled: list[nn.Module], tp_size: int, every: int | None
+        self,
+        model: nn.Module,
+        trainable: set[str],
+        compiled: list[nn.Module],
+        tp_group: dist.ProcessGroup | None,
+        every: int | None,
     ) -> None:
         self._model = weakref.ref(model)
         self.trainable = trainable
         self.compiled = compiled
-        self.tp_size = tp_size
+        self.tp_group = tp_group
+        self.tp_size = 1 if tp_group is None else tp_group.size()
         self.every = every
         self.done = 0
         self.steps = 0
@@ -67,7 +81,20 @@ class Audit:
     def _arm(self) -> None:
         model = self._model()
         if model is not None and self._hooks is None:
-            self._hooks = ReachabilityHooks(model, self.compiled)
+            self._hooks = ReachabilityHooks(model, self.compiled, self._compare_shapes)
+
+    def _compare_shapes(self, shapes: list[list[int]]) -> None:
+        """Raise if the ranks of the tp group were given inputs of different ``shapes``. All of its ranks call it.
+
+        Before the forward, whose first all-reduce would abort the process or mix up memory. Their values are compared
+        before the step, with the gradients.
+        """
+        other = None if self.tp_group is None else difference_over_store(shapes, self.tp_group)
+        if other is not None:
+            raise GradientAuditError(
+                f"{_DIFFERENT_BATCHES} and cannot run one forward together: the first rank has tensors of shapes "
+                f"{other.reference}, rank {other.ranks[0]} of the group {other.other}. {_SAME_ROWS}"
+            )
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before each step of ``optimizer``, with complete gradients. Collective in the steps that are audited.
@@ -99,12 +126,7 @@ class Audit:
         if replicas.gradients is None:
             return False  # an overflow; a scaler will skip this step, or the next one shows the same
         if replicas.inputs:
-            problems.append(
-                "the ranks of a tp group were given different batches and train on a mixture of them. Likely cause: "
-                "rows chosen by process_index, or a data loader with a DistributedSampler. Remedy: pass a plain data "
-                "loader through accelerator.prepare, which gives all ranks of a tp group the same rows, or choose rows "
-                "by the rank among the data-parallel ones."
-            )
+            problems.append(f"{_DIFFERENT_BATCHES} and train on a mixture of them. {_SAME_ROWS}")
         if replicas.gradients:
             problems.append(_forgotten_sum(replicas.gradients))
         if replicas.values:

@@ -7,7 +7,7 @@ if the module ran in training and its output does not require a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,13 @@ class ReachabilityHooks:
         model: the prepared model.
         compiled: modules whose entire forward is compiled. The modules inside get no hooks, which would become part of
             the graph.
+        on_inputs: called with the shapes of the input tensors of each forward with gradients, before it runs.
     """
 
-    def __init__(self, model: nn.Module, compiled: list[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, compiled: list[nn.Module], on_inputs: Callable[[list[list[int]]], None]
+    ) -> None:
+        self.on_inputs = on_inputs
         self.seen: dict[nn.Module, Seen] = {}
         self.compiled = {id(module) for module in compiled}
         self.inputs = torch.zeros(2, dtype=torch.float64)  # fingerprint of the inputs of all forwards of the step
@@ -68,7 +72,9 @@ class ReachabilityHooks:
         if all(p.grad is None for p in model.parameters()):
             for module in self.seen:
                 self.seen[module] = Seen()
-        for tensor in _tensors_in([args, kwargs]):
+        tensors = list(_tensors_in([args, kwargs]))
+        self.on_inputs([list(tensor.shape) for tensor in tensors])
+        for tensor in tensors:
             flat = tensor.detach().double().reshape(-1)
             weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
             prints = torch.stack([flat.sum(), (flat * weights).sum()])

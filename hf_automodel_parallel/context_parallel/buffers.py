@@ -6,9 +6,10 @@ not computed on sequence shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,9 +22,21 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class Active:
-    """The context that is entered: forwards in it see sequence shards of ``length`` tokens."""
+    """The context that is entered: forwards in it see sequence shards.
+
+    Attributes:
+        length: of the full sequences.
+        originals: id of a buffer -> its full tensor.
+    """
 
     length: int
+    originals: Mapping[int, torch.Tensor]
+
+    def full(self, tensor: Any, dim: int) -> torch.Tensor | None:
+        """``tensor`` with full sequences along ``dim``; None if it is neither a buffer nor full itself."""
+        if isinstance(tensor, torch.Tensor) and tensor.ndim > dim and tensor.shape[dim] == self.length:
+            return tensor
+        return self.originals.get(id(tensor))
 
 
 _active: Active | None = None
@@ -77,7 +90,7 @@ def sharded_buffers(
     with torch.no_grad():
         for tensor, dim in unique.values():
             tensor.set_(layout.shard(tensor, dim))  # type: ignore[call-overload]
-    _active = Active(length)
+    _active = Active(length, originals)
     try:
         yield
     finally:

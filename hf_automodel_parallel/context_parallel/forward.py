@@ -118,7 +118,7 @@ class _Hooks:
                 f"the tensor that you pass to the model into buffers."
             )
         self._check_positions(where, kwargs.get("position_ids"), tokens, length)
-        self._check_mask(where, kwargs.get("attention_mask"))
+        self._check_mask(where, context, kwargs)
         for name in ("cache", "past_key_values"):
             if kwargs.get(name) is not None:
                 raise UnsupportedError(
@@ -154,14 +154,27 @@ class _Hooks:
                 f"into one row or padded at the start are not supported."
             )
 
-    def _check_mask(self, where: str, mask: Any) -> None:
-        if mask is None:
+    def _check_mask(self, where: str, context: Active, kwargs: dict[str, Any]) -> None:
+        """Raise unless the loss is the same without the mask: it hides nothing, or padding at the end that has no
+        labels (under causal attention no token sees what comes after it).
+        """
+        given = kwargs.get("attention_mask")
+        if given is None:
             return
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.bool().all()):
+        mask, labels = context.full(given, 1), context.full(kwargs.get("shift_labels"), 1)
+        if mask is None and isinstance(given, torch.Tensor) and given.ndim == 2 and bool(given.bool().all()):
+            return
+        if mask is None or mask.ndim != 2 or not bool((mask[:, 1:].bool() <= mask[:, :-1].bool()).all()):
             raise UnsupportedError(
-                f"{where}: the attention_mask hides tokens, and only causal attention without padding is supported. "
-                f"Leave padding out of the batches (pack or cut the sequences). Padding at the end needs no mask under "
-                f"causal attention: leave attention_mask out, with labels of -100 for the padding."
+                f"{where}: the attention_mask hides tokens that are followed by others, and only causal attention with "
+                f"padding at the end is supported. Pad at the end (padding_side='right'), or pack or cut the sequences."
+            )
+        hidden = ~mask.bool()
+        if bool(hidden.any()) and (labels is None or not bool(labels[hidden].eq(_IGNORED).all())):
+            raise UnsupportedError(
+                f"{where}: the attention_mask hides tokens at the end that have labels, or there are no labels. Set "
+                f"labels of the padding to {_IGNORED} before they are shifted; without labels leave attention_mask "
+                f"out: causal attention does not need it."
             )
 
     def _check_labels(self, where: str, kwargs: dict[str, Any], length: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,8 @@ def find_layers(model: nn.Module, layer_classes: list[str] | None = None) -> lis
 def _declared_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that the model's own declarations name; empty if they match nothing (see :func:`find_layers`)."""
     wanted, layer_type = compat.no_split_module_names(model), compat.transformers_layer_type()
-    items = _items_of_containers(model)
+    # An item with an entire model inside is a part of what stands around the model, and none of its layers.
+    items = _items_of_containers(model) - _around(models_inside(model).values(), model)
     around: dict[nn.Module, nn.Module] = {}  # module -> the item of a container that it is or lies in
     hits = []
     for module in model.modules():  # parents come before children
@@ -137,6 +138,22 @@ def _layers_of_classes(model: nn.Module, wanted: set[str]) -> list[nn.Module]:
 
 #: Where the layers of a language model usually are, whatever other container is larger.
 _USUAL_PATHS = ("model.layers", "layers", "language_model.layers")
+
+
+def models_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> Hugging Face model, for the outermost ones inside of ``model``; empty if it is one itself.
+
+    ``model`` is a module around Hugging Face models: a classifier with a head of its own, a SentenceTransformer.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # parents come before children
+        # By the class: PEFT's wrappers show the attributes of the model inside as theirs.
+        is_model = hasattr(type(module), "main_input_name") and hasattr(module, "config")
+        if is_model and not any(name.startswith(f"{outer}.") for outer in found):
+            if not name:
+                return {}
+            found[name] = module
+    return found
 
 
 def is_layer_container(module: nn.Module) -> bool:
@@ -248,6 +265,16 @@ def all_frozen(module: nn.Module) -> bool:
     """True if ``module`` has parameters, submodules included, and none requires a gradient."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _around(parts: Iterable[nn.Module], model: nn.Module) -> set[nn.Module]:
+    """The modules of ``model`` that are one of ``parts`` or have one inside."""
+    wanted = set(parts)
+    return (
+        {module for module in model.modules() if any(inner in wanted for inner in module.modules())}
+        if wanted
+        else set()
+    )
 
 
 def _items_of_containers(model: nn.Module) -> set[nn.Module]:

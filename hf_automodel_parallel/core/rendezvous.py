@@ -1,4 +1,4 @@
-"""A barrier with a timeout in front of a save, over the store of the default process group.
+"""A barrier with a timeout in front of a save, and a comparison, over the store of the default process group.
 
 ``if accelerator.is_main_process: model.save_pretrained(...)`` is a common idiom. On a sharded model this one rank would
 wait forever in the first collective. The store needs neither a collective nor a backend, so the wait can time out and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from .. import compat
 from ..errors import ConfigError, ExportError
+from .ranks import Difference
 
 #: Environment variable: seconds that a rank waits for the other ranks, which may still be computing.
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
@@ -85,6 +87,30 @@ def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> li
         if verdict["error"]:
             raise ExportError(verdict["error"])
         return verdict["writers"]
+
+
+#: Store -> number of comparisons so far, by the ranks that compare.
+_comparisons: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+
+
+def difference_over_store(value: Any, group: dist.ProcessGroup) -> Difference[Any] | None:
+    """Compare ``value`` (JSON types) across ``group`` without a collective; None if all are equal.
+
+    All ranks of the group call it equally often. A rank that does not come within the timeout is left out: whatever
+    the ranks do together next waits for it.
+    """
+    root, rank, members = compat.rendezvous_store(), dist.get_rank(), dist.get_process_group_ranks(group)
+    name = "-".join(map(str, members))
+    counts = _comparisons.setdefault(root, Counter())
+    counts[name] += 1
+    count, store = counts[name], dist.PrefixStore(f"hf_automodel_parallel/same/{name}", root)
+    store.set(f"{count}/{rank}", json.dumps(value))
+    store.delete_key(f"{count - 2}/{rank}")  # all others have read it, or they would not have come to the one after it
+    if not _waited(store, [f"{count}/{member}" for member in members], timeout_seconds()):
+        return None
+    everyone = [json.loads(store.get(f"{count}/{member}")) for member in members]
+    ranks = [number for number, theirs in enumerate(everyone) if theirs != everyone[0]]
+    return Difference(ranks, everyone[0], everyone[ranks[0]]) if ranks else None
 
 
 def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> dict[str, Any]:

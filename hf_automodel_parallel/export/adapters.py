@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
 from ..core.lazy_graph import Recording
@@ -28,22 +30,65 @@ def write_adapters(model: nn.Module, shapes: Shapes, fetch: Fetch, directory: Pa
         options: of PEFT's method: ``selected_adapters``, ``save_embedding_layers``, ``safe_serialization``.
     """
     adapters = options.get("selected_adapters") or list(model.peft_config)  # type: ignore[arg-type]
-    needed: dict[str, None] = {}
-    stand_ins: dict[str, torch.Tensor] = {}
-    # A dry run for each adapter, to find the weights that its files need.
-    for adapter in adapters:
-        if adapter not in model.peft_config:  # type: ignore[operator]
-            break  # PEFT's save_pretrained, below, raises its own error
-        recording = Recording()
-        stand_ins = recording.declare(shapes)
-        with recording, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns again when it saves
-            picked = compat.adapter_state(model, dict(stand_ins), adapter, options.get("save_embedding_layers", "auto"))
-        for value in picked.values():
-            needed.update(dict.fromkeys(recording.names(value)))
-    state = {**stand_ins, **{name: fetch(name) for name in needed}}
-    cls: Any = type(model)  # the instance's save_pretrained is our own
-    cls.save_pretrained(model, directory, state_dict=state, **options)
+    with full_prompts(model, fetch, adapters):
+        needed: dict[str, None] = {}
+        stand_ins: dict[str, torch.Tensor] = {}
+        # A dry run for each adapter, to find the weights that its files need.
+        for adapter in adapters:
+            recording = Recording()
+            stand_ins = recording.declare(shapes)
+            with recording, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT warns again when it saves
+                embeddings = options.get("save_embedding_layers", "auto")
+                picked = compat.adapter_state(model, dict(stand_ins), adapter, embeddings)
+            for value in picked.values():
+                needed.update(dict.fromkeys(recording.names(value)))
+        state = {**stand_ins, **{name: fetch(name) for name in needed}}
+        cls: Any = type(model)  # the instance's save_pretrained is our own
+        cls.save_pretrained(model, directory, state_dict=state, **options)
+
+
+@contextmanager
+def full_prompts(model: nn.Module, fetch: Fetch, adapters: Iterable[str] | None = None) -> Iterator[None]:
+    """Within the block, the learned prompts of a ``PeftModel`` are computed from full plain tensors.
+
+    PEFT runs the prompt encoder to save it, instead of reading a state dict, and it does so on the rank that writes
+    alone. So there the encoder is a copy without hooks, shards and FSDP2.
+
+    Args:
+        model: the ``PeftModel``.
+        fetch: returns full tensors by their names in the state dict of ``model``.
+        adapters: whose prompts; None for all.
+    """
+    encoders: Any = getattr(model, "prompt_encoder", None)
+    before = {} if encoders is None else dict(encoders.items())
+    for name, encoder in before.items():
+        if adapters is None or name in adapters:
+            encoders[name] = _plain_copy(encoder, f"prompt_encoder.{name}.", fetch)
+    try:
+        yield
+    finally:
+        if before:
+            encoders.update(before)
+
+
+def _plain_copy(module: nn.Module, prefix: str, fetch: Fetch) -> nn.Module:
+    """A copy of ``module`` as it was before it was sharded, with the values of ``fetch(prefix + name)``."""
+    cls = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    result: Any = cls.__new__(cls)
+    nn.Module.__init__(result)
+    # Attributes of its own: what nn.Module keeps (hooks among it) is new, and a forward of the instance is a wrapper.
+    attributes = {name: value for name, value in vars(module).items() if name not in vars(result) and name != "forward"}
+    vars(result).update(attributes, training=module.training)
+    for name, parameter in module._parameters.items():
+        # setattr, because recurrent layers hold their weights in a list, too.
+        full = None if parameter is None else nn.Parameter(fetch(prefix + name), parameter.requires_grad)
+        result.register_parameter(name, None)
+        setattr(result, name, full)
+    vars(result)["_buffers"].update(module._buffers)
+    for name, child in module.named_children():
+        result.add_module(name, _plain_copy(child, f"{prefix}{name}.", fetch))
+    return result
 
 
 def write_own_adapter(
@@ -69,23 +114,15 @@ def write_own_adapter(
 
 
 def check_adapter_options(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Refuse options that shards do not allow, before any rank waits for another.
+    """Refuse what PEFT refuses, before any rank waits for another.
 
     Raises:
-        ConfigError: an unknown adapter; an option that would load an adapter while saving.
+        ConfigError: an unknown adapter.
     """
     known: Any = model.peft_config
     unknown = [name for name in options.get("selected_adapters") or () if name not in known]
     if unknown:
         raise ConfigError(f"selected_adapters={options['selected_adapters']!r}: this model has {list(known)}.")
-    path = options.get("path_initial_model_for_weight_conversion")
-    if path is not None:
-        raise ConfigError(
-            f"path_initial_model_for_weight_conversion={str(path)!r}: PEFT loads the initial adapter into the model to "
-            f"subtract it, which one rank cannot do on shards. Save the adapter without it; then, in one process, "
-            "PeftModel.from_pretrained(base, directory).save_pretrained(other, "
-            "path_initial_model_for_weight_conversion=...)."
-        )
 
 
 def keep_model_card(old: Path, new: Path) -> None:

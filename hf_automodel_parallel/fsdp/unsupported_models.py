@@ -1,6 +1,8 @@
-"""Models that FSDP2 cannot run, refused before the first step: own backward passes and LayerDrop.
+"""Models that FSDP2 cannot run, refused before the first step: classes that cannot be extended, own backward passes and
+LayerDrop.
 
-Both are found in the source code of the model, because one forward does not show them. Code without source passes.
+The last two are found in the source code of the model, because one forward does not show them. Code without source
+passes.
 
 * Reversible layers (Reformer): an autograd function of the model calls methods of the layers in its ``backward``. FSDP2
   unshards the parameters of a layer around its ``forward`` and around its gradient, so such a method would compute with
@@ -17,15 +19,33 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
 from ..core.source_code import source_of, syntax_tree
 from ..errors import UnsupportedError
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_other_layouts(units: Iterable[nn.Module]) -> None:
+    """Raise :class:`UnsupportedError` if Python does not allow FSDP2 to replace the class of one of ``units``."""
+    for cls in dict.fromkeys(type(unit) for unit in units):
+        try:
+            nn.Module.__new__(cls).__class__ = type(cls.__name__, (FSDPModule, cls), {})
+        except TypeError as error:
+            bases = ", ".join(base.__name__ for base in cls.__mro__[1:-1] if base.__module__ != "builtins")
+            raise UnsupportedError(
+                f"{cls.__name__} cannot be a unit of FSDP2, which replaces the class of a module by a subclass: "
+                f"{error}. Its bases are {bases}; nn.Module has to come before ABC, Generic and Protocol, as in class "
+                f"Model(nn.Module, ABC)."
+            ) from error
+
 
 # ---- reversible layers -----------------------------------------------------------------------------------------------
 

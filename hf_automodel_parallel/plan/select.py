@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
+from ..core.model_structure import models_inside
 from ..core.model_view import ModelView, pattern_regex, plan_name
 from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import PlanError
@@ -79,7 +81,13 @@ def select_plan(
     inner = ModelView.of(model).inner
     if tp_plan is not None:
         return prove(inner, _without_head_read_elsewhere(inner, _explicit_plan(inner, tp_plan)))
-    reasons: list[str] = []
+    parts = models_inside(inner)
+    if parts and not _has_plan_of_its_own(inner, plan_order):
+        of_parts, reasons = _plan_of_parts(parts, plan_order, tp_size, derive, prove)
+        if of_parts is None:
+            raise PlanError(_no_plan_message(inner, reasons))
+        return of_parts
+    reasons = []
     for source in plan_order:
         if source == "derived":
             if derive is None:
@@ -105,6 +113,49 @@ def select_plan(
                 reason = str(error)
         reasons.append(f"{source}: {reason}")
     raise PlanError(_no_plan_message(inner, reasons))
+
+
+def _has_plan_of_its_own(inner: nn.Module, plan_order: tuple[str, ...]) -> bool:
+    """True if a plan names ``inner`` itself: a ``_tp_plan`` of the class or the instance, or one of the registry."""
+    declared = compat.tensor_parallel_plan_of_class(type(inner)) or compat.instance_tensor_parallel_plan(inner)
+    return bool(declared) or ("registry" in plan_order and not _from_source("registry", inner)[1])
+
+
+def _plan_of_parts(
+    parts: Mapping[str, nn.Module],
+    plan_order: tuple[str, ...],
+    tp_size: int | None,
+    derive: Callable[[nn.Module, int | None], Plan] | None,
+    prove: Callable[[nn.Module, Plan], Plan],
+) -> tuple[Plan | None, list[str]]:
+    """The plans of the models inside of a module, as one; None with the reasons if none of them has a plan.
+
+    Args:
+        parts: name -> model.
+        plan_order: see :func:`select_plan`.
+        tp_size: the same.
+        derive: the same.
+        prove: the same; each model is tried on its own.
+    """
+    plans: dict[str, Plan] = {}
+    reasons: list[str] = []
+    for name, part in parts.items():
+        try:
+            plans[name] = select_plan(part, None, plan_order, tp_size, derive, prove)
+        except PlanError as error:
+            reasons.append(f"{name} stays replicated: {error}")
+    if not plans:
+        return None, reasons
+    entries, counts, arguments = {}, {}, {}
+    for name, plan in plans.items():
+        for pattern, entry in plan.entries.items():
+            entries[f"{name}.{pattern}"] = replace(entry, pattern=f"{name}.{pattern}")
+        counts.update({f"{name}.{pattern}": value for pattern, value in plan.counts.items()})
+        arguments.update({f"{name}.{pattern}": value for pattern, value in plan.head_arguments.items()})
+    notes = [f"{name}: {note}" for name, plan in plans.items() for note in plan.notes]
+    # "derived" says that all of it was verified.
+    origin = min((plan.origin for plan in plans.values()), key=lambda origin: origin == "derived")
+    return Plan(origin, entries, notes=(*notes, *reasons), counts=counts, head_arguments=arguments), reasons
 
 
 def _from_source(source: str, inner: nn.Module) -> tuple[dict[str, PlanEntry], str | None]:

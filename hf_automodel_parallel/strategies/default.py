@@ -38,7 +38,12 @@ from ..fsdp.float32_losses import float32_losses
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
-from ..fsdp.unsupported_models import keep_layers_together, refuse_layer_drop, refuse_own_backward
+from ..fsdp.unsupported_models import (
+    keep_layers_together,
+    refuse_layer_drop,
+    refuse_other_layouts,
+    refuse_own_backward,
+)
 from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
 from ..peft.operations import check_trainable_as_shards, manage_adapters
@@ -194,6 +199,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Decide everything; raise at the first option that is not supported for this model."""
         self.check_model(context)
         context.structure = find_structure(context.view, context.layer_classes)
+        refuse_other_layouts([context.model, *context.structure.layers])
         refuse_own_backward(context.view.inner, context.structure.layers)
         context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
         context.fsdp.read_by_other_modules = frozenset(

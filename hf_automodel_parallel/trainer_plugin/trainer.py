@@ -33,6 +33,7 @@ from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import Task, restore_model, restore_optimizer
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
+from .reference_model import let_references_follow
 
 
 class ParallelEvaluation(Trainer):
@@ -141,6 +142,7 @@ class ParallelTrainer(ParallelCounts):
             CheckpointError: on all ranks: there is no complete checkpoint, or the chosen one is damaged.
         """
         wait_for_saves()
+        let_references_follow(self)
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(self.args.output_dir)
             if found is None:

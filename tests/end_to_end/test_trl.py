@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from harness.compare import assert_same_tensors, full_parameters
+from harness.meshes import MESHES
 from harness.pool import run_distributed
-from harness.training import build
+from harness.training import _Rows, batches_for, build
+from transformers import Trainer
 
 from hf_automodel_parallel import AutoParallelismConfig
 
@@ -154,3 +157,33 @@ def test_dpo_with_a_frozen_reference_model_beside_the_trained_one(lora, tmp_path
     sizes = {"tp_size": 2, "dp_shard_size": 2}
     got = run_distributed(4, dpo, sizes, 2, str(tmp_path), lora, True, timeout=240)[0]
     assert_same(got, run_distributed(1, alone, dpo, 4, str(tmp_path), lora, True, timeout=240)[0])
+
+
+def synchronised_reference(sizes: dict[str, int] | None, rows: int, output_dir: str) -> dict[str, torch.Tensor]:
+    """The reference model that TRL shards and moves towards the trained one (GRPO and RLOO, ``sync_ref_model``)."""
+    from transformers import TrainingArguments
+    from trl.models import prepare_fsdp
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    config = AutoParallelismConfig(**sizes) if sizes else None
+    options = {"per_device_train_batch_size": rows, "optim": "sgd", "average_tokens_across_devices": True}
+    args = arguments(TrainingArguments, output_dir, config, **options)
+    args.ref_model_sync_steps, args.ref_model_mixup_alpha = 2, 0.5
+    data = _Rows([batch for step in range(3) for batch in batches_for(build("llama"), 1, seed=step)])
+    trainer = in_order(Trainer)(build("llama"), args, train_dataset=data)
+    reference = build("llama", seed=5)
+    if sizes:
+        reference = prepare_fsdp(reference, trainer.accelerator)
+    trainer.add_callback(SyncRefModelCallback(reference, trainer.accelerator))
+    trainer.train()
+    return full_parameters(reference)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "tp2_fsdp2"])
+def test_a_reference_model_follows_the_trained_one(mesh, tmp_path):
+    world, sizes, dp_size = MESHES[mesh]
+    got = run_distributed(world, synchronised_reference, sizes, 4 // dp_size, str(tmp_path))[0]
+    want = run_distributed(1, alone, synchronised_reference, 4, str(tmp_path))[0]
+    start = build("llama", seed=5).state_dict()
+    assert not torch.equal(want["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert_same_tensors(got, want)

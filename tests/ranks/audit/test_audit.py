@@ -373,18 +373,30 @@ def test_evaluation_and_empty_steps_are_not_audited():
     assert run_distributed(2, evaluated_first) == [1, 1]
 
 
-def rows_by_process() -> None:
+def rows_by_process(lengths: bool) -> None:
     """The rows of a stock data-parallel script: each process its own, also where processes form a tp group."""
     model = build("llama", LORA)
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
-    accelerator.backward(model(**batches_for(model, 2)[accelerator.process_index]).loss)
+    batch = batches_for(model, 2)[accelerator.process_index]
+    if lengths:
+        batch = {key: value[:, : 8 + 2 * accelerator.process_index] for key, value in batch.items()}
+    accelerator.backward(model(**batch).loss)
     optimizer.step()
 
 
-def test_different_batches_in_a_tp_group():
-    """Activations and gradients come out equal on both ranks, those of a mixture; only the inputs tell."""
-    expect_error(2, rows_by_process, match="were given different batches")
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        (False, "were given different batches and train on a mixture"),
+        (True, r"were given different batches and cannot run .*\[2, 8\].* rank 1 of the group .*\[2, 10\]"),
+    ],
+)
+def test_different_batches_in_a_tp_group(lengths, message):
+    """Activations and gradients come out equal on both ranks, those of a mixture; only the inputs tell. Of different
+    lengths there is no forward: gloo aborts the process.
+    """
+    expect_error(2, rows_by_process, lengths, match=message)
 
 
 def skipped_step() -> int:

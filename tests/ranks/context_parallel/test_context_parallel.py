@@ -31,14 +31,24 @@ def in_context(accelerator, batch, **options):
     return accelerator.maybe_context_parallel(buffers=buffers, buffer_seq_dims=[1] * len(buffers), **options)
 
 
-def gradients(name, sizes, adapter, dp_size, overrides=None, **options):
+def padded(batch):
+    """``batch`` with padding at the end of its rows, as data collators make it; of no row the same number of tokens."""
+    lengths = SEQUENCE - 3 - 2 * torch.arange(len(batch["input_ids"]))
+    mask = (torch.arange(SEQUENCE) < lengths[:, None]).long()
+    hidden = mask == 0
+    labels = batch["labels"].masked_fill(hidden, -100)
+    return {"input_ids": batch["input_ids"].masked_fill(hidden, 0), "labels": labels, "attention_mask": mask}
+
+
+def gradients(name, sizes, adapter, dp_size, overrides=None, padding=False, **options):
     """Loss and gradients of one step of Accelerate's loop; labels of some prompts are ignored, so parts have other
     numbers.
     """
     accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes, **options))
     model = build(name, adapter, **(overrides or {}))
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
-    batch = with_shifted_labels(batches_for(model, dp_size, ragged=True)[data_rank(accelerator)])
+    batch = batches_for(model, dp_size, ragged=True)[data_rank(accelerator)]
+    batch = with_shifted_labels(padded(batch) if padding else batch)
     with in_context(accelerator, batch):
         assert batch["input_ids"].shape[1] == SEQUENCE // sizes["cp_size"], "not sharded"
         loss = model(**batch).loss
@@ -77,6 +87,16 @@ def test_gradients_equal_one_process(cell):
         answers[0][1], loss_and_grads(reference, batches[:1])[0]
     )  # the loss of a rank is that of its rows
     assert_gradients_equal(answers[0][2], want)
+
+
+def test_padding_at_the_end():
+    """The mask that a collator returns is dropped. It is sharded as the inputs are, so that a rank sees parts of it."""
+    world, sizes, dp_size = MESHES["cp2_tp2"]
+    loss, _, found = run_distributed(world, gradients, "llama", sizes, None, dp_size, padding=True)[0]
+    reference = build("llama")
+    want_loss, want = loss_and_grads(reference, [padded(b) for b in batches_for(reference, dp_size, ragged=True)])
+    assert_losses_equal(loss, want_loss)
+    assert_gradients_equal(found, want)
 
 
 # ---- the Trainer ---------------------------------------------------------------------------------------------------
@@ -260,6 +280,11 @@ def misuses():
         mask[:, : 2 * second] = 0
         return {"attention_mask": mask}
 
+    def padding_with_labels(batch):
+        mask = torch.ones_like(batch["input_ids"])
+        mask[:, SEQUENCE - 2 * second :] = 0 if second else 1
+        return {"attention_mask": mask}
+
     def packed(batch):
         return {"position_ids": batch["position_ids"] % (8 if second else SEQUENCE)}
 
@@ -272,6 +297,7 @@ def misuses():
 
     nothing = lambda batch: {}  # noqa: E731
     attempt("padding", padding)
+    attempt("padding with labels", padding_with_labels)
     attempt("packed", packed)
     attempt("length", cut)
     attempt("different batches", by_process)
@@ -291,7 +317,8 @@ def misuses():
 
 
 MISUSES = {
-    "padding": "attention_mask hides tokens",
+    "padding": "attention_mask hides tokens that are followed by others",
+    "padding with labels": "hides tokens at the end that have labels",
     "packed": "packed into one row",
     "length": "15 tokens cannot be split into 4 equal chunks",
     "different batches": "ranks of a cp group were given different batches",

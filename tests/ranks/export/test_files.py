@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import filecmp
+import functools
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -35,6 +38,7 @@ from transformers import (
 )
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.accelerate_plugin import saving
 from hf_automodel_parallel.errors import AutoParallelError, ConfigError, ExportError
 from ranks.accelerate.jobs import prepared_llama
 from ranks.trainer.jobs import InOrder, Rows, arguments
@@ -119,7 +123,7 @@ def test_files_equal_those_of_one_process(tmp_path, sizes):
 
 def save_with_options(directory: str) -> None:
     """bfloat16 weights that are trained in float32; CPU offload; two adapters, of which one is saved."""
-    _, model = prepared("llama", None, {"tp_size": 2}, torch.bfloat16, mixed_precision="bf16")
+    _, model = prepared("llama", None, {"dp_shard_size": 2}, torch.bfloat16, mixed_precision="bf16")
     model.save_pretrained(f"{directory}/bf16")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True, cpu_ram_efficient_loading=False)
     accelerator, model = prepared("llama", HEAD, {"dp_shard_size": 2}, fsdp_plugin=plugin)
@@ -300,7 +304,6 @@ def push(directory: str) -> Any:
     """All ranks call ``push_to_hub``; what would be uploaded is copied."""
     import shutil
     from types import SimpleNamespace
-    from unittest import mock
 
     from transformers.utils import hub
 
@@ -345,13 +348,8 @@ def refusals(directory: str) -> list[str]:
     _, adapted = prepared("llama", HEAD, {"tp_size": 2})
     Path(directory, f"file{dist.get_rank()}").write_text("")
     calls = [
-        lambda: model.save_pretrained(directory, safe_serialization=False),
-        lambda: model.save_pretrained(directory, distributed_checkpoint=True),
-        lambda: model.save_pretrained(directory, shard_size="1GB"),
         lambda: model.save_pretrained(f"{directory}/file{dist.get_rank()}"),
         lambda: adapted.save_pretrained(directory, selected_adapters=["nobody"]),
-        lambda: adapted.save_pretrained(directory, path_initial_model_for_weight_conversion="x"),
-        lambda: adapted.save_pretrained(directory, push_to_hub=True),
         lambda: model.save_pretrained(directory, max_shard_size="1GB" if dist.get_rank() else "2GB"),
     ]
     messages = []
@@ -367,19 +365,71 @@ def refusals(directory: str) -> list[str]:
 @pytest.mark.core
 def test_what_cannot_be_honoured_is_refused_by_name_on_all_ranks(tmp_path):
     expected = [
-        "safe_serialization=False",
-        "distributed_checkpoint=True",
-        "shard_size='1GB'",
         "this is a file",
         "selected_adapters=\\['nobody'\\]",
-        "path_initial_model_for_weight_conversion='x'",
-        "push_to_hub=True",
         "rank 0 called .*2GB.* rank 1 called .*1GB",
     ]
     for messages in run_distributed(2, refusals, str(tmp_path)):
         for pattern, message in zip(expected, messages, strict=True):
             with pytest.raises(ConfigError, match=pattern):
                 raise ConfigError(message)
+
+
+class Renamed(LlamaForCausalLM):
+    """Overrides the method with other names, as classes of models often do."""
+
+    def save_pretrained(self, path: str, *args: Any, note: str = "", **kwargs: Any) -> None:
+        super().save_pretrained(path, *args, **kwargs)
+
+
+#: What a save is called with besides the directory -> what is said of it, None for nothing.
+PLAIN = [
+    ({"safe_serialization": False}, "safe_serialization=False.*safetensors only"),
+    ({"distributed_checkpoint": True}, "distributed_checkpoint=True.*usual files"),
+    ({"shard_size": "1GB"}, "shard_size='1GB'.*Known are max_shard_size"),
+    ({"safe_serialization": True, "distributed_checkpoint": False, "token": None, "save_function": print}, None),
+]
+ADAPTED = [
+    ({"path_initial_model_for_weight_conversion": "x"}, "path_initial_model_for_weight_conversion='x'.*one process"),
+    ({"push_to_hub": True}, "push_to_hub=True.*Nothing was uploaded"),
+    ({"max_shard_size": "1GB"}, None),
+]
+
+
+def save_with_any_arguments(directory: str) -> list[list[str]]:
+    """Each of the saves into a folder of its own; returns what was said of each."""
+    _, model = prepared("llama", None, {"tp_size": 2})
+    accelerator, adapted = prepared("llama", HEAD, {"tp_size": 2})
+    renamed = build("llama")
+    renamed.__class__ = Renamed
+    renamed = accelerator.prepare(renamed)
+    calls = [functools.partial(model.save_pretrained, **options) for options, _ in PLAIN]
+    calls += [functools.partial(adapted.save_pretrained, **options) for options, _ in ADAPTED]
+    # Positional and renamed arguments: of PEFT's method safe_serialization, of a model's is_main_process.
+    calls += [lambda path: adapted.save_pretrained(path, True), lambda path: renamed.save_pretrained(path, True)]
+    calls += [lambda path: renamed.save_pretrained(path=path, note="note")]
+    said: list[list[str]] = []
+    for number, call in enumerate(calls):
+        with mock.patch.object(saving.logger, "warning", lambda text, *values: said[-1].append(text % values)):
+            said.append([])
+            call(f"{directory}/{number}")
+    return said
+
+
+def test_no_argument_of_a_save_loses_the_weights(tmp_path):
+    """What has no effect is named in a warning, unless the libraries ignore it; the files are written."""
+    first, second = run_distributed(2, save_with_any_arguments, str(tmp_path))
+    patterns = [*(pattern for _, pattern in PLAIN + ADAPTED), None, None, "note='note'"]
+    for texts, pattern in zip(first, patterns, strict=True):
+        assert len(texts) == (pattern is not None) and all(re.search(pattern, text) for text in texts), texts
+    assert not any(second), "one rank speaks"
+    expected = {"model.safetensors": tmp_path / "plain", "adapter_model.safetensors": tmp_path / "adapted"}
+    build("llama").save_pretrained(tmp_path / "plain")
+    build("llama", HEAD).save_pretrained(tmp_path / "adapted")
+    for number in range(len(first)):
+        adapted = len(PLAIN) <= number <= len(PLAIN) + len(ADAPTED)
+        name = "adapter_model.safetensors" if adapted else "model.safetensors"
+        assert filecmp.cmp(expected[name] / name, tmp_path / str(number) / name, shallow=False), number
 
 
 def fail_in_the_middle(directory: str) -> str:

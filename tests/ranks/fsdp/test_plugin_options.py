@@ -11,7 +11,8 @@ from harness.compare import assert_gradients_equal, full_grads
 from harness.meshes import MESHES, each_mesh
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
-from harness.training import batches_for, build, data_rank
+from harness.training import LORA, batches_for, build, data_rank, trainable
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -42,17 +43,40 @@ def test_ignored_modules_under_tensor_parallelism():
     expect_error(2, with_plugin, TP2, options, match=r"ignored_modules.*Remove ignored_modules or use tp_size=1")
 
 
-def with_a_policy_of_its_own() -> None:
+def with_a_policy_of_its_own(sizes: dict[str, int]) -> None:
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=lambda module, **_: False)
-    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2), fsdp_plugin=plugin)
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes), fsdp_plugin=plugin)
     model = build("llama")
     accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_wrap_policy_that_nobody_would_call_is_refused():
-    expect_error(2, with_a_policy_of_its_own, match="auto_wrap_policy")
+    expect_error(2, with_a_policy_of_its_own, {"dp_shard_size": 2}, match="auto_wrap_policy")
+    run_distributed(2, with_a_policy_of_its_own, {"tp_size": 2})  # nothing is sharded by units
+
+
+def with_the_policy_of_peft(sizes: dict[str, int], dp_size: int) -> tuple[list[str], dict]:
+    """As PEFT's documentation has it: set on the plugin of an Accelerator that exists, before the model is prepared."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build("llama", LORA)
+    accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    batch = batches_for(model, dp_size)[data_rank(accelerator)]
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    accelerator.backward(model(**batch, use_cache=False).loss)
+    return fsdp_units(model), full_grads(model)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "tp2_fsdp2"])
+def test_the_wrap_policy_of_peft(mesh):
+    """Its layers are the units. Units of its own for trainable leaves, which FSDP1 needs, are not made."""
+    world, sizes, dp_size = MESHES[mesh]
+    units, gradients = run_distributed(world, with_the_policy_of_peft, sizes, dp_size)[0]
+    assert {unit for unit in units if "layers" in unit} == {f"base_model.model.model.layers.{i}" for i in range(2)}
+    reference = build("llama", LORA)
+    _, want = loss_and_grads(reference, batches_for(reference, dp_size))
+    assert_gradients_equal(gradients, want)
 
 
 def prepared_with_plugin(**plugin: Any) -> tuple[Accelerator, torch.nn.Module, Any]:

@@ -12,6 +12,8 @@ from harness.meshes import MESHES
 from harness.models import build_model
 from harness.pool import expect_error, run_distributed
 from harness.training import batches_for, build, data_rank, trainable
+from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
 from ranks.accelerate.jobs import adapt, batch, call_prepare, prepare
@@ -159,6 +161,72 @@ def test_parity_or_refusal_by_name(mesh, part):
         except AssertionError as error:
             problems.append(f"{method}: {error}")
     assert not problems, "\n".join(problems)
+
+
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
+
+
+def step_and_save(sizes: dict[str, int], dp_size: int, directory: str, classify: bool) -> dict[str, Any]:
+    """One step with each prompt, and its files, saved with and without a gathered state dict. Method -> gradients."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    results: dict[str, Any] = {}
+    for method in PROMPTS:
+        if method == "PREFIX_TUNING" and sizes.get("tp_size"):
+            continue
+        model = prompted(method, classify)
+        rows = prompted_batches(model, dp_size, classify)[data_rank(accelerator)]
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
+        loss = loss_of(model, rows, method)
+        accelerator.backward(loss)
+        results[method] = full_grads(model)
+        optimizer.step()
+        model.save_pretrained(f"{directory}/{method}", max_shard_size="1GB")
+        state = accelerator.get_state_dict(model)
+        main = accelerator.is_main_process
+        model.save_pretrained(f"{directory}/{method}-gathered", state_dict=state, is_main_process=main)
+        accelerator.free_memory()
+    dist.barrier()
+    return results
+
+
+def prompted(method: str, classify: bool) -> torch.nn.Module:
+    name, options = METHODS[method]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if not classify:
+            return peft.get_peft_model(build("llama"), getattr(peft, name)(task_type="CAUSAL_LM", **options))
+        model = LlamaForSequenceClassification(build("llama").config)
+        model.config.pad_token_id = 0
+        return peft.get_peft_model(model, getattr(peft, name)(task_type="SEQ_CLS", **options))
+
+
+def prompted_batches(model: torch.nn.Module, parts: int, classify: bool) -> list[dict[str, torch.Tensor]]:
+    batches = batches_for(model, parts)
+    if classify:
+        for batch in batches:
+            batch["labels"] = batch["input_ids"][:, 0] % 2
+    return batches
+
+
+@pytest.mark.parametrize("mesh, classify", [("fsdp2", False), ("tp2", False), ("tp2_fsdp2", True)])
+def test_prompts_train_and_are_saved_as_in_one_process(mesh, classify, tmp_path):
+    """PEFT runs the prompt's encoder to save it, on one rank. A classifier has its head in ``modules_to_save``."""
+    world, sizes, dp_size = MESHES[mesh]
+    found = run_distributed(world, step_and_save, sizes, dp_size, str(tmp_path), classify)[0]
+    assert len(found) >= 3
+    for method, gradients in found.items():
+        model = prompted(method, classify)
+        for rows in prompted_batches(model, dp_size, classify):
+            (loss_of(model, rows, method) / dp_size).backward()
+        assert_gradients_equal(gradients, {name: p.grad for name, p in model.named_parameters()})
+        torch.optim.SGD(trainable(model), lr=0.1).step()
+        model.save_pretrained(tmp_path / "expected")
+        want = load_file(tmp_path / "expected" / "adapter_model.safetensors")
+        for folder in (method, f"{method}-gathered"):
+            got = load_file(tmp_path / folder / "adapter_model.safetensors")
+            assert got.keys() == want.keys(), (method, got.keys(), want.keys())
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], msg=lambda text, key=(folder, name): f"{key}: {text}")
 
 
 UNSUPPORTED = {

@@ -1,4 +1,7 @@
-"""Layers whose backward somebody else runs."""
+"""Layers whose backward somebody else runs, and classes that FSDP2 cannot extend."""
+
+from abc import ABC
+from typing import Generic, TypeVar
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from sweep.tiny import build
 
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.fsdp.unsupported_models import refuse_own_backward
+from hf_automodel_parallel.fsdp.unsupported_models import refuse_other_layouts, refuse_own_backward
 
 
 def test_reversible_layers_are_refused():
@@ -37,3 +40,23 @@ def test_other_functions_are_not():
     for layer in layers:
         layer.__class__ = kind
     refuse_own_backward(model, layers)
+
+
+class AbstractFirst(ABC, torch.nn.Module):
+    pass
+
+
+class GenericFirst(Generic[TypeVar("T")], torch.nn.Module):
+    pass
+
+
+class ModuleFirst(torch.nn.Module, ABC):
+    pass
+
+
+def test_classes_that_cannot_be_extended():
+    """Python says "object layout differs" only when FSDP2 is half done."""
+    refuse_other_layouts([ModuleFirst(), torch.nn.Sequential(), build_model("llama")])
+    for cls in (AbstractFirst, GenericFirst):
+        with pytest.raises(UnsupportedError, match=rf"{cls.__name__} cannot be a unit .*layout.*nn.Module has to come"):
+            refuse_other_layouts([ModuleFirst(), cls()])
