@@ -45,6 +45,7 @@ from ..peft.operations import manage_adapters, merge_whole_weights
 from ..strategies.base import refuse_sharded
 from ..strategies.context import ParallelizeContext
 from ..strategies.registry import get_parallelization_strategy
+from ..tensor_parallel.grad_sync import PartialGradients
 from .checkpoints import end_training, load_state, load_state_in_one_process, save_state
 from .data_loaders import gather, gather_for_metrics, prepare_data_loader, prepare_scheduler
 from .generation import guard_generation
@@ -57,6 +58,7 @@ from .options import (
     offload_activations,
     sharding_options,
 )
+from .parameter_use import AssignedData, explain, explain_reads
 from .prepared import PreparedModel, all_prepared, attach, attached_to, check_use, prepared, release_gathered, remember
 from .sampler_state import skip_first_batches
 from .saving import bind_saving, save_model
@@ -287,6 +289,7 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
     guard_generation(model, context)
     model.register_forward_pre_hook(check_use)
     model.register_forward_hook(release_gathered)
+    model.register_forward_hook(explain_reads, always_call=True)
     bind_saving(model)
 
 
@@ -294,6 +297,7 @@ def _after_adding(record: PreparedModel) -> None:
     """Adapters were added after ``prepare``: accept their names, and audit their first optimizer step."""
     model = record.context.model
     record.names = {name for name, _ in model.named_parameters()}
+    record.assigned = AssignedData(model)
     merge_whole_weights(model)
     if record.audit is not None:
         record.audit.again({name for name, parameter in model.named_parameters() if parameter.requires_grad})
@@ -420,6 +424,8 @@ def _audit(record: PreparedModel) -> Audit:
 
 def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:
     """Sum outstanding Partial gradients, then audit this step if it is due, then call the loop's hook."""
+    if record.assigned is not None:
+        record.assigned.check()
     if record.context.tensor_parallel is not None:
         record.context.tensor_parallel.partial.flush()
     # After the flush: the audit compares replicas, and Partial gradients differ over tp until they are summed.
@@ -447,16 +453,31 @@ def _prepare_model(
 # ---- the training step ---------------------------------------------------------------------------------------------
 
 
+def _partial_gradients(model: nn.Module) -> PartialGradients | None:
+    record = prepared(model)
+    return None if record is None or record.context.tensor_parallel is None else record.context.tensor_parallel.partial
+
+
 def _flush_all(accelerator: Accelerator) -> None:
     for model in accelerator._models:
-        record = prepared(model)
-        if record is not None and record.context.tensor_parallel is not None:
-            record.context.tensor_parallel.partial.flush()
+        partial = _partial_gradients(model)
+        if partial is not None:
+            partial.flush()
 
 
 def _backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
     """Like ``Accelerator.backward``; sums Partial gradients over tp if this backward completes the optimizer step."""
-    type(self).backward(self, loss, **kwargs)
+    partials = [partial for model in self._models if (partial := _partial_gradients(model)) is not None]
+    for partial in partials:
+        partial.deferred = True
+    try:
+        type(self).backward(self, loss, **kwargs)
+    except RuntimeError as error:
+        explain(error)
+        raise
+    finally:
+        for partial in partials:
+            partial.deferred = False
     if self.sync_gradients:
         _flush_all(self)
 

@@ -18,6 +18,7 @@ from ..errors import PrepareError
 from ..fsdp.shard import free_gathered
 from ..strategies.base import ParallelizationStrategy
 from ..strategies.context import ParallelizeContext
+from .parameter_use import AssignedData
 
 
 @dataclass
@@ -33,6 +34,7 @@ class PreparedModel:
         handed_over_late: it was prepared for evaluation first and got an optimizer later.
         audit: checks the gradients of its first optimizer step, and of later ones on request; None without optimizer.
         names: names of its parameters when it was prepared, and of adapters that were added since.
+        assigned: finds assignments to ``.data`` of its parameters.
         unloaded: it is the plain model that ``merge_and_unload`` or ``unload`` returned, for evaluation and saving.
     """
 
@@ -45,6 +47,7 @@ class PreparedModel:
     audit: Audit | None = None
     names: set[str] = field(default_factory=set)
     unloaded: bool = False
+    assigned: AssignedData | None = None
 
 
 #: Every model prepared in this process. A second ``Accelerator`` (of another Trainer) finds it here and does not shard
@@ -59,6 +62,7 @@ _RECORD = "_automodel_parallel_record"
 def remember(model: nn.Module, record: PreparedModel) -> None:
     """Store ``record`` on ``model`` and register the model as prepared."""
     record.names = {name for name, _ in model.named_parameters()}
+    record.assigned = AssignedData(model)
     model.__dict__[_RECORD] = record
     _PREPARED.add(model)
 
@@ -97,11 +101,14 @@ def check_use(model: nn.Module, args: Any) -> None:
     """Forward pre-hook: the model runs with the mesh that it was sharded on, and trains only with an optimizer.
 
     Raises:
-        PrepareError: another mesh, trainable parameters that ``prepare`` did not see, or training without an optimizer.
+        PrepareError: ``.data`` of a parameter was assigned, another mesh, trainable parameters that ``prepare`` did
+            not see, or training without an optimizer.
     """
     record = prepared(model)
     if record is None:
         return
+    if record.assigned is not None and not torch.compiler.is_compiling():
+        record.assigned.check()
     # A second Trainer or Accelerator may have been built with another config since.
     state = compat.accelerator_already_exists()
     if state is not None and not _same_mesh(state.parallelism_config, record.config):

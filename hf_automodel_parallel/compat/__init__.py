@@ -63,6 +63,7 @@ from .tensors import ASYNC_TENSOR_PARALLEL_OPTION as ASYNC_TENSOR_PARALLEL_OPTIO
 from .tensors import after_backward as after_backward
 from .tensors import all_gather_dim as all_gather_dim
 from .tensors import apply_to_tensors as apply_to_tensors
+from .tensors import backward_hooks as backward_hooks
 from .tensors import base_of as base_of
 from .tensors import cast_operator as cast_operator
 from .tensors import checkpoint_wrapped_module as checkpoint_wrapped_module
@@ -70,6 +71,8 @@ from .tensors import dynamo_side_effects_under_checkpoint as dynamo_side_effects
 from .tensors import enable_symmetric_memory as enable_symmetric_memory
 from .tensors import fake_tensor_mode as fake_tensor_mode
 from .tensors import flash_attention_of_last_queries as flash_attention_of_last_queries
+from .tensors import forward_hooks as forward_hooks
+from .tensors import forward_pre_hooks as forward_pre_hooks
 from .tensors import functional_collectives as functional_collectives
 from .tensors import gradient_hooks as gradient_hooks
 from .tensors import graph_break_type as graph_break_type

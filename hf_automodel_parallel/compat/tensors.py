@@ -151,8 +151,23 @@ def torch_version() -> tuple[int, int]:
 
 def hooks_on(module: nn.Module) -> list[Callable[..., Any]]:
     """Return all forward and backward hooks of ``module`` itself."""
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    kinds = (forward_pre_hooks(module), forward_hooks(module), backward_hooks(module))
     return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the forward pre-hooks of ``module``, by the id of their handle and in the order of their calls; live."""
+    return module._forward_pre_hooks
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the forward hooks of ``module``, like :func:`forward_pre_hooks`."""
+    return module._forward_hooks
+
+
+def backward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Return the backward (pre-)hooks of ``module``, by the id of their handle; a copy."""
+    return {**module._backward_pre_hooks, **module._backward_hooks}
 
 
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A barrier with a timeout in front of a save, and a comparison, over the store of the default process group.
+"""A barrier with a timeout in front of a save or of a read, and a comparison, over the store of the default group.
 
 ``if accelerator.is_main_process: model.save_pretrained(...)`` is a common idiom. On a sharded model this one rank would
 wait forever in the first collective. The store needs neither a collective nor a backend, so the wait can time out and
@@ -18,27 +18,31 @@ from typing import Any
 import torch.distributed as dist
 
 from .. import compat
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError, ExportError, UnsupportedError
 from .ranks import Difference
 
 #: Environment variable: seconds that a rank waits for the other ranks, which may still be computing.
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
+#: Longer where nothing says that the other ranks are close: one may be writing files before it reads.
+_DEFAULT_SECONDS_OF_READS = 300.0
 
 #: Store -> number of rendezvous so far. A rank that missed some catches up at its next one. A new process group has a
 #: new store, so that all ranks start at 0 again.
 _counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+#: The same for :func:`wait_for_ranks`: store -> purpose and ranks -> number of calls.
+_reads: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
-def timeout_seconds() -> float:
-    """Seconds that a rank waits for the other ranks: the value of the environment variable, or 60.
+def timeout_seconds(default: float = _DEFAULT_SECONDS) -> float:
+    """Seconds that a rank waits for the other ranks: the value of the environment variable, or ``default``.
 
     Raises:
         ConfigError: the variable is not a positive number.
     """
     text = os.environ.get(TIMEOUT_VARIABLE)
     if text is None:
-        return _DEFAULT_SECONDS
+        return default
     try:
         seconds = float(text)
     except ValueError:
@@ -48,6 +52,37 @@ def timeout_seconds() -> float:
             f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before saving."
         )
     return seconds
+
+
+def wait_for_ranks(ranks: list[int], what: str, remedy: str) -> None:
+    """Wait until ``ranks``, this one among them, have called this for the same purpose as often.
+
+    Args:
+        ranks: global ranks, in the same order on all of them.
+        what: what they are about to do, as a clause for the error.
+        remedy: a sentence for the error.
+
+    Raises:
+        UnsupportedError: a rank is missing after the timeout; the message names it.
+        ConfigError: see :func:`timeout_seconds`.
+    """
+    if dist.get_backend() == "fake":  # a simulation of one rank, whose store stores nothing
+        return
+    root, rank, seconds = compat.rendezvous_store(), dist.get_rank(), timeout_seconds(_DEFAULT_SECONDS_OF_READS)
+    counts = _reads.setdefault(root, {})
+    key = f"{what}/{'-'.join(map(str, ranks))}"
+    count = counts[key] = counts.get(key, -1) + 1
+    store = dist.PrefixStore(f"hf_automodel_parallel/{key}", root)
+    store.set(f"{count}/{rank}", "")
+    keys = {other: f"{count}/{other}" for other in ranks}
+    if not _waited(store, list(keys.values()), seconds):
+        missing = ", ".join(str(other) for other, name in keys.items() if not store.check([name]))
+        raise UnsupportedError(
+            f"rank {rank} {what}, which is a collective, and rank {missing} did not within {seconds:g} s. {remedy} If "
+            f"the ranks are only late, set {TIMEOUT_VARIABLE} to more seconds."
+        )
+    if count > 0:
+        store.delete_key(f"{count - 1}/{rank}")  # all ranks have come here, so they have seen it
 
 
 def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:

@@ -186,6 +186,21 @@ class SequenceSpec:
     regather: bool = False
 
 
+@dataclass(frozen=True)
+class VaryingActivations:
+    """Which activations of a module inside of a layer vary across the ranks; found by a run on fake tensors.
+
+    Attributes:
+        inputs: one of its arguments does.
+        output: its output does, or the first element of a tuple.
+        rest: indices of the further elements of a tuple that do.
+    """
+
+    inputs: bool = False
+    output: bool = False
+    rest: tuple[int, ...] = ()
+
+
 @dataclass
 class ShardingSpec:
     """A plan resolved on one model. Names are those of ``named_modules`` / ``named_parameters`` of that model.
@@ -201,6 +216,7 @@ class ShardingSpec:
         unmatched: entries of a non-strict plan without a match in this model.
         notes: decisions of the resolution, one sentence each.
         sequence: the spec of sequence parallelism; None without it.
+        varying: name of a module inside of a layer -> which of its activations vary; only modules that were run.
     """
 
     parameters: dict[str, ParameterSpec] = field(default_factory=dict)
@@ -212,6 +228,7 @@ class ShardingSpec:
     unmatched: list[PlanEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sequence: SequenceSpec | None = None
+    varying: dict[str, VaryingActivations] = field(default_factory=dict)
 
     def packed(self) -> list[str]:
         """Names of the parameters that are sharded in more than one block."""

@@ -25,6 +25,7 @@ from ..core.sharding_spec import ShardingSpec
 from ..errors import UnsupportedError
 from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
 from .encoder_placement import keep_ranks_in_step, replicated_parameters
+from .given_tensors import GivenTensors
 from .options import ShardingOptions, on_device
 
 
@@ -87,6 +88,9 @@ def shard_data_parallel(
     # fill in zeros for an entire encoder that no rank has run.
     outermost["agree"] = not structure.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
+    for unit in fsdp_units(model):
+        GivenTensors(unit)
+    _allocate_outside_of_inference_mode(model)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
     if structure.towers and mesh.size() > 1:
@@ -95,6 +99,27 @@ def shard_data_parallel(
         # A unit whose input needs no gradient is reduced when backward reaches it, or else at the end, after the root.
         # Backward may reach it on some ranks only, so all ranks reduce it before the root.
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *extra_groups(model))))
+
+
+def _allocate_outside_of_inference_mode(model: nn.Module) -> None:
+    """Let FSDP2 make its unsharded parameters outside of ``torch.inference_mode()``, if the first forward is inside.
+
+    It makes them once. As inference tensors they could never be part of a training forward.
+    """
+    done: list[bool] = []
+
+    def allocate(*_: Any) -> None:
+        if done or torch.compiler.is_compiling():
+            return
+        done.append(True)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                for member in _with_param_groups(fsdp_units(model)):
+                    member.unshard()
+                    member.reshard()
+
+    for unit in fsdp_units(model):
+        unit.register_forward_pre_hook(allocate, prepend=True)  # type: ignore[attr-defined]
 
 
 def wanted_units(structure: ModelStructure, options: ShardingOptions) -> list[nn.Module]:

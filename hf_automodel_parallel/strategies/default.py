@@ -52,6 +52,7 @@ from ..plan.analysis.sequence_parallel import derive, regather
 from ..plan.analysis.skipped_layers import skipped_without_images
 from ..plan.analysis.varying_check import complete
 from ..plan.describe import plan_lines
+from ..plan.hook_views import check_hooks
 from ..plan.layer_kinds import check_peft_method
 from ..plan.loss_parallel import keep_logits_sharded
 from ..plan.resolve import resolve
@@ -269,6 +270,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             derive(context.view, context.spec, layers)
         if context.options.sequence_parallel_regather:
             regather(context.view, context.spec, context.checkpointing)
+        check_hooks(context.view, context.spec, size)
         keep_logits_sharded(context.view, context.spec, context.options.loss_parallel, context.options.loss_chunk_size)
         if context.compile_options is not None:
             refuse_compiled_dropout(context.model, context.spec)
@@ -341,7 +343,11 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             context.tp_mesh,  # type: ignore[arg-type]
             context.device,
         )
-        context.tensor_parallel.partial.sums_after_backward = context.sums_after_backward
+        partial = context.tensor_parallel.partial
+        # With an Accelerator for loops that call loss.backward() themselves; accelerator.backward defers the sum.
+        # megatron-fsdp completes its gradients later than the backward.
+        partial.sums_after_backward = context.sums_after_backward or context.options.backend != "megatron_fsdp"
+        partial.resolves = context.sums_after_backward
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
             # A compiled layer cannot switch the random state; refuse_compiled_dropout refuses layers that need it.
@@ -355,6 +361,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
                 )
                 if context.tensor_parallel.sequence is not None:
                     context.tensor_parallel.sequence.numbers = numbers
+                if context.tensor_parallel.user_hooks is not None:
+                    context.tensor_parallel.user_hooks.numbers = numbers
             synchronize_at_first_forward(context.model, context.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, context: ParallelizeContext) -> None:

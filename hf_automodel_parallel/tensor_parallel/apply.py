@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
+from ..core.model_view import ModelView
 from ..core.shard_layout import shard_parameter
 from ..core.sharding_spec import REPLICATED, InputHook, ModuleSpec, OutputHook, ParameterSpec, ShardingSpec
 from . import boundary_hooks as boundaries
@@ -21,6 +22,7 @@ from .head_counts import set_local_counts
 from .local_parameters import LocalParamForward, ParamBinding
 from .sequence_parallel import SequenceParallel
 from .shared_sequence import ScatterOutput
+from .user_hooks import UserHooks
 from .vocab_parallel.cross_entropy import Vocabulary
 from .vocab_parallel.logits import KeepSharded
 
@@ -41,6 +43,7 @@ class TensorParallelState:
         scopes: module -> the local-parameter scope of its forward.
         local: parameters are local tensors between forwards, too.
         sequence: the hooks of sequence parallelism, None without it.
+        user_hooks: shows full activations to hooks of the user; None on a proxy model, which has none.
     """
 
     mesh: DeviceMesh
@@ -53,6 +56,7 @@ class TensorParallelState:
     scopes: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
     local: bool = False
     sequence: SequenceParallel | None = None
+    user_hooks: UserHooks | None = None
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
         """Register an input or output hook on ``module``."""
@@ -63,6 +67,8 @@ class TensorParallelState:
         for handle, register in self.hooks.pop(old, []):
             handle.remove()
             self.hook(new, register)
+        if self.user_hooks is not None:
+            self.user_hooks.move(old, new)
 
     def place(self, module: nn.Module, name: str, spec: ParameterSpec) -> None:
         """Note the placement of the parameter ``name`` of the model, which ``module`` owns, and of its gradient."""
@@ -85,9 +91,23 @@ class TensorParallelState:
                 hook = self.partial.hook(owner, key) if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = spec.rank_zero_only and self.mesh.get_local_rank() > 0
+                forward_shard, whole = self._forward_shard(spec), None
+                if spec.dim is not None and not self.local:
+                    whole = (parameter.shape, (spec.dim, spec.blocks, self.mesh.get_local_rank(), self.mesh.size()))
+                elif forward_shard is not None and not self.local:
+                    whole = (parameter.shape, forward_shard)
                 result.append(
                     ParamBinding(
-                        owner, key, hook, spec.on_sequence_shards, bias_of, zero, self._forward_shard(spec), self.local
+                        owner,
+                        key,
+                        hook,
+                        spec.on_sequence_shards,
+                        bias_of,
+                        zero,
+                        forward_shard,
+                        self.local,
+                        whole,
+                        self.mesh.get_group(),
                     )
                 )
         return result
@@ -121,6 +141,17 @@ class TensorParallelState:
                 self.scopes[module] = LocalParamForward.install(module, bindings)
                 if self.sequence is not None:
                     self.sequence.connect(self.scopes[module])
+        if self.user_hooks is not None:
+            self.user_hooks.look(model, spec)
+        self.check_user_hooks()
+
+    def check_user_hooks(self, *_: Any) -> None:
+        """Show full activations to the user's hooks, now and at the beginning of each forward of a scope."""
+        if self.user_hooks is None or torch.compiler.is_compiling():
+            return
+        for module, scope in self.scopes.items():
+            scope.before = scope.before or functools.partial(self.user_hooks.check, module, self.hooks)
+            scope.before()
 
 
 def apply_tensor_parallel(
@@ -157,6 +188,8 @@ def apply_tensor_parallel(
         set_local_counts(model.get_submodule(name), attributes, mesh.size())
     for name in spec.reduced_dora_norms:
         sum_weight_norm(model.get_submodule(name), mesh)
+    state.user_hooks = UserHooks(mesh)
+    state.user_hooks.look(model, spec)
     return state
 
 
@@ -282,6 +315,10 @@ def install_local_parameters(
     if state.sequence is not None:
         state.sequence.complete(state.scopes, [copy for copy in state.copies.values() if copy.shared is None])
     state.partial.resolve()
+    state.check_user_hooks()
+    # The pre-hooks of a scope itself are called before its forward, so they are checked before the model's.
+    for root in dict.fromkeys([model, ModelView.of(model).inner]):
+        root.register_forward_pre_hook(state.check_user_hooks)
 
 
 def _callers(

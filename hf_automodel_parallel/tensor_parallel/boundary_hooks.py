@@ -51,13 +51,13 @@ class SharedInputs:
     def copied(self, x: torch.Tensor) -> torch.Tensor | None:
         """The copy of ``x``, None if there is none or ``x`` has been changed in place since."""
         for source, version, copied in self.known:
-            if source is x and version == _version(x):
+            if source is x and version == activation_version(x):
                 return copied
         return None
 
     def remember(self, x: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
         """Keep ``copied`` for later consumers of ``x``, and return it."""
-        self.known.append((x, _version(x), copied))
+        self.known.append((x, activation_version(x), copied))
         return copied
 
     def clear(self) -> None:
@@ -82,7 +82,8 @@ class SharedInputsForward(ForwardWrapper):
             self.shared.clear()
 
 
-def _version(x: torch.Tensor) -> int:
+def activation_version(x: torch.Tensor) -> int:
+    """The number of in-place changes of ``x``; 0 where it cannot be known."""
     return 0 if torch.compiler.is_compiling() else compat.version_of(x)  # a compiled graph cannot depend on versions
 
 
@@ -240,10 +241,12 @@ class VocabularySlice:
         self.start = rank * rows
         self.mask: torch.Tensor | None = None
         self.padding_idx: int | None = None
+        self.given: torch.Tensor | None = None  # the ids of the last call
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Map token ids to rows of the slice, and remember which ids are on other ranks."""
-        local = first_tensor(args, kwargs) - self.start
+        self.given = first_tensor(args, kwargs)
+        local = self.given - self.start
         self.mask = (local < 0) | (local >= self.rows)
         self.padding_idx = module.padding_idx  # type: ignore[assignment]
         # F.embedding gives no gradient to the row padding_idx, so it must be the local row, or None on other ranks.

@@ -61,11 +61,15 @@ class FullParameterView(torch.Tensor):
             if type(first) is int and _by_rows(args[0].parameter):
                 row = args[0].row(first)
                 return row[tuple(rest)] if rest else row
-        metadata = getattr(func, "__name__", "") == "__get__" or func in _METADATA
+        attribute = getattr(func, "__self__", None) if getattr(func, "__name__", "") == "__get__" else None
+        metadata = (attribute is not None and attribute not in _VALUES) or func in _METADATA
         stand_in = (lambda x: x.parameter.detach()) if metadata else (lambda x: x.full())
         args, kwargs = compat.tree_map_only(FullParameterView, stand_in, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+
+#: Attributes with values, unlike all others.
+_VALUES = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
 
 _METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__}
 

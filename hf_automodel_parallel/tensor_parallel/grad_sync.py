@@ -1,4 +1,4 @@
-"""Complete the Partial gradients of replicated parameters over the tp axis: once per step, or in each backward.
+"""Complete the Partial gradients of replicated parameters over the tp axis: once per step, or after each backward.
 
 A replicated parameter that is combined with sharded activations (lora_A of a column-wise layer, a norm of sharded
 heads) gets a gradient that is Partial: each rank holds its local contribution to a sum.
@@ -40,9 +40,14 @@ class PartialGradients:
 
     Attributes:
         sums_after_backward: flush at the end of each backward, for training loops that never call :meth:`flush`.
+        deferred: the running backward is followed by a flush, so that gradients can wait for the last micro-batch.
+        resolves: look up the parameter objects before the flush at the end of a backward, because filling a model from
+            the meta device has replaced them.
     """
 
     sums_after_backward = False
+    deferred = False
+    resolves = False
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._group = mesh.get_group()
@@ -66,7 +71,7 @@ class PartialGradients:
         return functools.partial(self._scaled, (module, name))
 
     def _scaled(self, key: tuple[nn.Module, str], gradient: torch.Tensor) -> torch.Tensor:
-        if self.sums_after_backward and not self._queued:
+        if self.sums_after_backward and not self.deferred and not self._queued:
             self._queued = True
             compat.after_backward(self._after_backward)
         self._reached.add(key)
@@ -74,7 +79,8 @@ class PartialGradients:
 
     def _after_backward(self) -> None:
         self._queued = False
-        self.resolve()  # filling a model from the meta device has replaced the parameter objects
+        if self.resolves:
+            self.resolve()
         self.flush()
 
     @torch.no_grad()
@@ -83,6 +89,7 @@ class PartialGradients:
 
         Collective over the tp axis. Its ranks run the same backwards, so all of them have the same ones outstanding.
         """
+        self._queued = False  # also where an error has ended the backward before its callbacks
         if not self._reached:
             return
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..core.forward_stack import ForwardSlot, ForwardStack, ForwardWrapper
+from ..errors import UnsupportedError
 from .boundary_hooks import ReduceOutput, SharedInputs, SharedInputsForward
+from .collectives import copy_to_tp
 from .full_parameter_view import FullParameterView
 
 
@@ -40,6 +44,9 @@ class ParamBinding:
             of so many shards, while the parameter is replicated between forwards (KV-head replication).
         local: the parameter is a local tensor between forwards, too (megatron-fsdp). It is replaced only for one of the
             fields above.
+        whole: full shape of a parameter of which the module sees a shard, and how the shard is cut, like
+            ``forward_shard``; for a full tensor in its place (``torch.func.functional_call``).
+        group: the tp group, for the gradient of such a tensor.
     """
 
     owner: nn.Module
@@ -50,6 +57,20 @@ class ParamBinding:
     zero: bool = False
     forward_shard: tuple[int, int, int, int] | None = None
     local: bool = False
+    whole: tuple[torch.Size, tuple[int, int, int, int]] | None = None
+    group: dist.ProcessGroup | None = None
+
+    def shard_of(self, tensor: Any) -> torch.Tensor | None:
+        """This rank's shard of a full ``tensor`` in the place of the parameter, connected by autograd; None if the
+        tensor in that place is something else.
+        """
+        if self.whole is None or isinstance(tensor, DTensor) or not isinstance(tensor, torch.Tensor):
+            return None
+        shape, (dim, blocks, index, shards) = self.whole
+        if tensor.shape != shape:
+            return None
+        # Each rank uses its shard: the gradients, zero elsewhere, are summed.
+        return cut(copy_to_tp(tensor, self.group), dim, blocks, index, shards)  # type: ignore[arg-type]
 
     def accepts(self, parameter: Any) -> TypeGuard[nn.Parameter]:
         """True if ``parameter`` is one to replace, and no scope around this one has replaced it."""
@@ -61,6 +82,15 @@ class ParamBinding:
             self.on_gradient is not None or self.bias_of is not None or self.zero or self.forward_shard is not None
         )
         return self.local and special and isinstance(parameter, nn.Parameter)
+
+    def refuse_parametrization(self) -> None:
+        """Raise if the parameter was parametrised after it had been sharded; FSDP2 does not manage the new one."""
+        if is_parametrized(self.owner, self.name):
+            raise UnsupportedError(
+                f"{self.name} of a {type(self.owner).__bases__[0].__name__} was parametrised (weight_norm, "
+                f"register_parametrization) after accelerator.prepare, and the parameter behind it is not sharded. "
+                f"Register parametrizations before prepare."
+            )
 
     def local_tensor(self, parameter: nn.Parameter, sequence_shards: bool) -> torch.Tensor:
         """The tensor that the module computes with instead of ``parameter``, in a call on sequence shards or not."""
@@ -76,10 +106,14 @@ class ParamBinding:
         if self.zero:
             tensor = tensor * 0
         if self.forward_shard is not None:
-            dim, blocks, index, shards = self.forward_shard
-            width = tensor.shape[dim] // (blocks * shards)
-            tensor = tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
+            tensor = cut(tensor, *self.forward_shard)
         return tensor
+
+
+def cut(tensor: torch.Tensor, dim: int, blocks: int, index: int, shards: int) -> torch.Tensor:
+    """Of each of ``blocks`` equal blocks along ``dim``, the shard ``index`` of ``shards``."""
+    width = tensor.shape[dim] // (blocks * shards)
+    return tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, index * width, width).flatten(dim, dim + 1)
 
 
 class LocalParamForward(ForwardWrapper):
@@ -92,9 +126,11 @@ class LocalParamForward(ForwardWrapper):
 
     Attributes:
         on_sequence_shards: keyword arguments of a call -> does it work on sequence shards? Set by sequence parallelism.
+        before: called before each forward, outside of compiled code: the check of the user's hooks.
     """
 
     as_method = False
+    before: Callable[[], None] | None = None
 
     def __init__(self, module: nn.Module, bindings: list[ParamBinding], shared: SharedInputs | None) -> None:
         self.module, self.bindings, self.shared = module, bindings, shared
@@ -112,6 +148,8 @@ class LocalParamForward(ForwardWrapper):
         return forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None and not torch.compiler.is_compiling():
+            self.before()
         self.adopt_checkpoint_function()
         return self.inside(self.inner, *args, **kwargs)
 
@@ -144,10 +182,14 @@ class LocalParamForward(ForwardWrapper):
         local: dict[int, torch.Tensor] = {}  # tied parameters get one local tensor
         for binding in self.bindings:
             held = binding.owner._parameters.get(binding.name)
+            if "parametrizations" in binding.owner._modules:
+                binding.refuse_parametrization()
             parameter: Any = held.parameter if isinstance(held, FullParameterView) else held
-            if not binding.accepts(parameter):
+            accepted = binding.accepts(parameter)
+            shard = None if accepted else binding.shard_of(parameter)
+            if not accepted and shard is None:
                 continue
-            tensor = local.get(id(parameter))
+            tensor = local.get(id(parameter)) if shard is None else shard
             if tensor is None:
                 tensor = local[id(parameter)] = binding.local_tensor(parameter, sequence_shards)
             if binding.bias_of is not None:

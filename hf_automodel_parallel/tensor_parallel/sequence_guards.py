@@ -11,10 +11,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,13 +20,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
+from ..core.user_hooks import is_of_user
 from ..errors import UnsupportedError
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = frozenset(
-    [__name__.partition(".")[0], "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"]
-)
 
 
 def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: int) -> None:
@@ -41,7 +36,7 @@ def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: 
     """
     for name, layer in layers.items():
         for path, module in layer.named_modules(prefix=name):
-            if any(map(_is_of_user, compat.hooks_on(module))) and not any(path.startswith(f"{b}.") for b in blocks):
+            if any(map(is_of_user, compat.hooks_on(module))) and not any(path.startswith(f"{b}.") for b in blocks):
                 if dist.get_rank() == 0:
                     logger.warning(
                         "sequence_parallel=True: a hook on %s sees this rank's 1/%d of the sequence, and what it "
@@ -51,13 +46,6 @@ def warn_of_hooks(layers: Mapping[str, nn.Module], blocks: Iterable[str], size: 
                         size,
                     )
                 return
-
-
-def _is_of_user(hook: Callable[..., Any]) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return module.partition(".")[0] not in _LIBRARIES
 
 
 # ---- changes in place, in a trace ------------------------------------------------------------------------------------

@@ -16,16 +16,20 @@ Collectives on Python objects count as the tensor collectives they consist of (`
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 
 C10D_OPERATORS = {
     "c10d::allreduce_": "all_reduce",
@@ -130,3 +134,14 @@ def count_collectives_profiler(fn: Callable[[], Any]) -> Counter[str]:
         if event.key in C10D_OPERATORS:
             counts[C10D_OPERATORS[event.key]] += event.count
     return counts
+
+
+@contextmanager
+def flush_deferred(model: nn.Module) -> Iterator[None]:
+    """A context in which Partial gradients wait for a later sum, as in the backwards of a step but the last."""
+    state = prepared(model).context.tensor_parallel
+    if state is not None:
+        state.partial.deferred = True
+    yield
+    if state is not None:
+        state.partial.deferred = False

@@ -21,6 +21,9 @@ from ...errors import UnsupportedError
 
 #: Methods without arguments that return a module.
 _GETTERS = frozenset(["get_input_embeddings", "get_output_embeddings"])
+#: In a chain: an index that is not known, for each module of a container.
+_ANY = "*"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 #: Attributes that are the same, or harmless to read, on a sharded parameter.
 _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".split())
 
@@ -28,9 +31,9 @@ _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".s
 def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, list[str]]:
     """The parameters that forwards outside of the layers read past the module whose forward would use them.
 
-    Chains of attributes (and ``get_input_embeddings()``) are followed that begin with ``self``, ``super()`` or a local
-    name for such a chain, in ``forward`` and in the methods that it calls, also of other modules. A forward without
-    source is taken to read nothing.
+    Chains of attributes (``get_input_embeddings()``, ``getattr(x, "name")`` and ``heads[0]``, too) are followed that
+    begin with ``self``, ``super()`` or a local name for such a chain, in ``forward`` and in the methods that it calls,
+    also of other modules. A forward without source is taken to read nothing.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -47,8 +50,7 @@ def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, l
     for name, module in model.named_modules():
         if id(module) in inside or isinstance(module, wrappers) or not compat.has_implemented_forward(module):
             continue  # an adapter reads the layer that it wraps, and is run together with it
-        own = {id(p) for p in module._parameters.values()}
-        own |= {id(p) for m in module.children() if not compat.has_implemented_forward(m) for p in m.parameters()}
+        own = set(map(id, _held_by(module)))
         forwards = _definitions(module, "forward")
         reads = {id(p) for forward in forwards for p in _reads(module, forward, set(), wrappers)} - own - within
         if reads & set(names):
@@ -87,27 +89,46 @@ def _reads(
 ) -> Iterator[nn.Parameter]:
     """The parameters below ``module`` that ``function``, one of its methods, reads by a chain of attributes."""
     for chain in _chains(inspect.unwrap(function)):
-        owner: Any = module
-        for position, attribute in enumerate(chain):
-            if attribute.endswith("()"):
-                owner = getattr(owner, attribute.removesuffix("()"), lambda: None)()
-                if not isinstance(owner, nn.Module):
-                    break
-                continue
-            wrapped = attribute not in owner._modules and isinstance(owner, wrappers)  # answers for what it wraps
-            value = getattr(owner, attribute, None) if wrapped else owner._parameters.get(attribute)
-            if isinstance(value, nn.Parameter):
-                if chain[position + 1 : position + 2] not in {(name,) for name in _HARMLESS}:
-                    yield value
-                break
-            child = owner._modules.get(attribute)
-            if child is None:
-                if (id(owner), attribute) not in seen:
-                    seen.add((id(owner), attribute))
-                    for method in _definitions(owner, attribute):
-                        yield from _reads(owner, method, seen, wrappers)
-                break
-            owner = child
+        yield from _reads_of_chain(module, chain, seen, wrappers)
+
+
+def _reads_of_chain(
+    owner: nn.Module, chain: tuple[str, ...], seen: set[tuple[int, str]], wrappers: tuple[type, ...]
+) -> Iterator[nn.Parameter]:
+    """The parameters that the ``chain`` of attributes of ``owner`` reads."""
+    for position, attribute in enumerate(chain):
+        if attribute.endswith("()"):
+            got: Any = getattr(owner, attribute.removesuffix("()"), lambda: None)()
+            if not isinstance(got, nn.Module):
+                return
+            owner = got
+            continue
+        if attribute == _ANY:
+            for child in owner.children() if isinstance(owner, _CONTAINERS) else ():
+                yield from _reads_of_chain(child, chain[position + 1 :], seen, wrappers)
+            return
+        wrapped = attribute not in owner._modules and isinstance(owner, wrappers)  # answers for what it wraps
+        value = getattr(owner, attribute, None) if wrapped else owner._parameters.get(attribute)
+        if isinstance(value, nn.Parameter):
+            if chain[position + 1 : position + 2] not in {(name,) for name in _HARMLESS}:
+                yield value
+            return
+        inner = owner._modules.get(attribute)
+        if inner is None:
+            if (id(owner), attribute) not in seen:
+                seen.add((id(owner), attribute))
+                for method in _definitions(owner, attribute):
+                    yield from _reads(owner, method, seen, wrappers)
+            return
+        owner = inner
+
+
+def _held_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``module`` itself, also in containers (a ``ParameterDict``), which have no forward."""
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for child in module.children():
+        if not compat.has_implemented_forward(child):
+            yield from _held_by(child)
 
 
 def _definitions(module: nn.Module, method: str) -> list[Any]:
@@ -126,23 +147,26 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
 
     def read(node: Any) -> list[tuple[str, ...]]:
         chain: list[str] = []
-        while isinstance(node, ast.Attribute) or _gets_module(node):
-            attribute: Any = node.func if isinstance(node, ast.Call) else node
-            chain.insert(0, attribute.attr if attribute is node else f"{attribute.attr}()")
-            node = attribute.value
+        while (step := _step(node)) is not None:
+            node, name = step
+            chain.insert(0, name)
         parent = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
         starts = {()} if parent else local.get(node.id, set()) if isinstance(node, ast.Name) else set()
         return [(*start, *chain) for start in starts]
 
     for node in ast.walk(tree):  # table = self.embed_tokens
-        if isinstance(node, ast.Assign) and (isinstance(node.value, ast.Attribute) or _gets_module(node.value)):
+        if isinstance(node, ast.Assign) and _step(node.value) is not None:
             for target in node.targets:
                 if isinstance(target, ast.Name):
                     local.setdefault(target.id, set()).update(read(node.value))
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (found := read(node)):
+        loads = isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+        if loads and _step(node) is not None and (found := read(node)):
             chains.update(found)
+            for inside in ast.walk(node):  # what an index is computed from
+                if isinstance(inside, ast.Subscript):
+                    visit(inside.slice)
             return
         for child in ast.iter_child_nodes(node):
             visit(child)
@@ -151,6 +175,18 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
     return frozenset(chains)
 
 
-def _gets_module(node: ast.AST) -> bool:
-    """True for ``x.get_input_embeddings()``."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _GETTERS
+def _step(node: ast.AST) -> tuple[ast.AST, str] | None:
+    """The last step of a chain of attributes, as (the rest, the attribute); None for anything else."""
+    if isinstance(node, ast.Attribute):
+        return node.value, node.attr
+    if isinstance(node, ast.Subscript):
+        constant = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, (int, str))
+        return node.value, str(node.slice.value) if constant else _ANY  # type: ignore[attr-defined]
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Attribute) and node.func.attr in _GETTERS and not node.args:
+        return node.func.value, f"{node.func.attr}()"
+    named = len(node.args) > 1 and isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str)
+    if isinstance(node.func, ast.Name) and node.func.id == "getattr" and named:
+        return node.args[0], node.args[1].value  # type: ignore[attr-defined]
+    return None

@@ -82,8 +82,9 @@ def _wrapper(model: nn.Module, path: str) -> str:
 
 def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
     """Give parameters ``names``, added to a model with the spec ``old``, their placements in the ``new`` spec, in
-    place.
+    place; it also gets what a run of the layers showed.
     """
+    new.varying = old.varying
     if old.sequence is None:
         return
     new.sequence = old.sequence

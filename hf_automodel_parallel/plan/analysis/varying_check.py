@@ -25,6 +25,7 @@ from ...core.sharding_spec import (
     ModuleSpec,
     OutputHook,
     ShardingSpec,
+    VaryingActivations,
 )
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
@@ -261,6 +262,7 @@ class VaryingCheck:
             fake_args, fake_kwargs = self._to_fake((args, kwargs))
             before = dict(trace.partial), dict(trace.complete)
             self.path, trace.module = [name], name
+            self.spec.varying = {n: v for n, v in self.spec.varying.items() if not n.startswith(f"{name}.")}
             try:
                 with torch.no_grad(), self.runner.fake, trace:
                     output = forward(*fake_args, **fake_kwargs)
@@ -395,6 +397,7 @@ class VaryingCheck:
         self.trace.module = name
         if name in self.faults and f"{name}.weight" in self.spec.parameters:  # else it was taken out of the plan
             raise WrongPlan(self.faults[name])
+        given = [x for value in (*args, *kwargs.values()) for x in _elements(value)]
         for key, (dim, _) in self.spec.head_arguments.get(name, {}).items():
             if isinstance(kwargs.get(key), torch.Tensor):
                 own = kwargs[key].narrow(dim, 0, kwargs[key].shape[dim] // self.tp_size)
@@ -406,9 +409,23 @@ class VaryingCheck:
             raise NotTraceable(f"{name} has a native torch ParallelStyle, whose hooks are not traced")
         else:
             output = self._through_hooks(name, hooks, forward, args, kwargs)
+        self._note_varying(name, given, _elements(output))
         self.path.pop()  # not after an exception, where the path names the module that failed
         self.trace.module = self.path[-1]
         return output
+
+    def _note_varying(self, name: str, given: list[Any], output: list[Any]) -> None:
+        """Note for the user's hooks on the module ``name`` which of its activations vary."""
+
+        def varies(x: Any) -> bool:
+            return isinstance(x, torch.Tensor) and x.is_floating_point() and self.trace.value(x).varying
+
+        rest = tuple(index for index, x in enumerate(output) if index and varies(x))
+        found = VaryingActivations(any(map(varies, given)), bool(output) and varies(output[0]), rest)
+        before = self.spec.varying.get(name, found)  # a module may be called several times
+        self.spec.varying[name] = VaryingActivations(
+            found.inputs or before.inputs, found.output or before.output, tuple({*found.rest, *before.rest})
+        )
 
     def _through_hooks(self, name: str, hooks: ModuleSpec, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module with its TP input and output hooks."""
@@ -452,6 +469,10 @@ class VaryingCheck:
     def _check_invariant(self, tensors: list[torch.Tensor]) -> None:
         if any(self.trace.value(x).varying and x.is_floating_point() for x in tensors):
             raise WrongPlan("its input varies across the ranks, but its input hook expects a replicated one")
+
+
+def _elements(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def _is_within(name: str, module: str) -> bool:

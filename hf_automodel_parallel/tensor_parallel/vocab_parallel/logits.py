@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from ... import compat
+from ...core.rendezvous import wait_for_ranks
 from ...errors import UnsupportedError
 from ..boundary_hooks import map_tensor
 from ..collectives import gather_from_tp, split_to_tp
+from ..thread_group import ThreadGroup
 from .cross_entropy import Vocabulary
 
 
@@ -101,6 +104,13 @@ class ShardedLogits(torch.Tensor):
         )
         if self._full is None or graph_is_missing or self._full_versions[1] != version:
             v = self.vocabulary
+            if not isinstance(v.group, ThreadGroup) and not torch.compiler.is_compiling():
+                wait_for_ranks(
+                    dist.get_process_group_ranks(v.group),
+                    "reads logits that are sharded over the vocabulary",
+                    "Read them on all ranks of the tp group and print or log on one, run a forward under "
+                    "torch.no_grad(), which returns full logits, or set loss_parallel=False.",
+                )
             full = gather_from_tp(part, v.group, v.rank, v.size).to(self.dtype)
             self._full, self._full_versions = full, (compat.version_of(full), version)
         return self._full

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from harness.collectives import CollectiveCounter, CollectiveCounts
+from harness.collectives import CollectiveCounter, CollectiveCounts, flush_deferred
 from harness.meshes import MESHES
 from harness.models import LORA_7
 from harness.pool import run_distributed
@@ -39,7 +39,7 @@ def by_axis(counts: CollectiveCounts, mesh: DeviceMesh) -> Counts:
 
 
 def forward_and_backward(model_name: str, layer_counts: list[int], **fields: Any) -> dict[int, tuple[Counts, Counts]]:
-    """Collectives of one forward and one backward (no flush: `loss.backward()`), by number of layers."""
+    """Collectives of one forward and one backward without a flush, by number of layers."""
     name, adapter = MODELS[model_name]
     result = {}
     for layers in layer_counts:
@@ -50,7 +50,7 @@ def forward_and_backward(model_name: str, layer_counts: list[int], **fields: Any
         model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
         with CollectiveCounter() as forward:
             loss = model(**batch, use_cache=False).loss
-        with CollectiveCounter() as backward:
+        with CollectiveCounter() as backward, flush_deferred(model):
             loss.backward()
         mesh = accelerator.torch_device_mesh
         result[layers] = by_axis(forward.counts, mesh), by_axis(backward.counts, mesh)
@@ -158,7 +158,7 @@ def micro_batch_and_step(
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
     mine = [batches[micro * dp_size + data_rank(accelerator)] for micro in range(accumulation)]
     mesh = accelerator.torch_device_mesh
-    with CollectiveCounter() as one:  # Accelerate does not know of this backward, so nothing is flushed
+    with CollectiveCounter() as one, flush_deferred(model):
         model(**mine[0], use_cache=False).loss.backward()
     model.zero_grad()
     counts = [by_axis(one.counts, mesh)]

@@ -8,7 +8,7 @@ from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
 
-from ranks.tensor_parallel.cross_module_jobs import batches, reading, reading_gradients
+from ranks.tensor_parallel.cross_module_jobs import batches, gradients_of_others, other, reading, reading_gradients
 
 CASES = [(False, False), (True, False), (False, True)]
 
@@ -22,3 +22,19 @@ def test_gradients_equal_one_process(mesh):
         want_loss, want = loss_and_grads(reading(tied, adapter), batches(dp_size))
         assert_losses_equal(loss, want_loss)
         assert_gradients_equal(gradients, want)
+
+
+@pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])
+def test_other_ways_to_read_and_to_give_weights(mesh):
+    """``.T``, ``.data``, ``getattr``, an index; other weights for one call. Or one sentence that says where."""
+    world, sizes, dp_size = MESHES[mesh]
+    names = ["ReadingMore", "GivenWeights", "Penalising", "Lending"]
+    if mesh == "fsdp2":
+        names.remove("ReadingMore")
+    *right, penalty, helper = run_distributed(world, gradients_of_others, names, sizes, dp_size)[0]
+    for name, (loss, gradients) in zip(names, right, strict=False):
+        want_loss, want = loss_and_grads(other(name), batches(dp_size))
+        assert_losses_equal(loss, want_loss)
+        assert_gradients_equal(gradients, want)
+    assert "Penalising returned a loss that is a DTensor" in penalty and "full_tensor()" in penalty
+    assert "cross_module_jobs.py" in helper and "return (states @ module.weight.t()).mean()" in helper

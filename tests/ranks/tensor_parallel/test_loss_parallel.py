@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import pickle
 import weakref
 from collections import Counter
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
+from hf_automodel_parallel.core.rendezvous import TIMEOUT_VARIABLE
 from hf_automodel_parallel.tensor_parallel.vocab_parallel import logits as sharded_logits
 from hf_automodel_parallel.tensor_parallel.vocab_parallel.cross_entropy import Vocabulary
 from hf_automodel_parallel.tensor_parallel.vocab_parallel.logits import ShardedLogits, shard_logits
@@ -373,3 +375,24 @@ def test_mixed_precision():
 
 # ---- what is decided, and refused
 # --------------------------------------------------------------------------------------
+
+
+def read_on_one_rank() -> str:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2))
+    model = build("llama")
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    logits = model(**batches_for(model, 1)[0], use_cache=False).logits
+    logits.sum().item()  # on all ranks
+    os.environ[TIMEOUT_VARIABLE] = "1"
+    try:
+        if accelerator.is_main_process:
+            (logits * 2)[0, 0, :3].tolist()
+    except UnsupportedError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_reading_logits_on_one_rank_ends_with_the_missing_rank():
+    read, other = run_distributed(2, read_on_one_rank)
+    assert "rank 0 reads logits" in read and "rank 1 did not within 1 s" in read and "all ranks" in read
+    assert other == "nothing"

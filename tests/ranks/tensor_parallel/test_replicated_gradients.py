@@ -181,3 +181,26 @@ def test_gradients_equal_one_process(case):
             total += want.item()
     assert_losses_equal(loss, total)
     assert_gradients_equal(gradients, {name: p.grad for name, p in model.named_parameters()})
+
+
+def clipped_by_torch(name: str, adapter: dict[str, Any], sizes: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The norm that torch's function clips by in a loop with ``loss.backward()``, and the clipped gradients."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = build(name, adapter)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.0))
+    for batch in batches_for(model, 2):
+        (model(**batch, use_cache=False).loss / 2).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item(), full_grads(model)
+
+
+@pytest.mark.core
+def test_gradients_are_complete_after_a_backward_without_the_accelerator():
+    want_model = build("llama", LORA)
+    for batch in batches_for(want_model, 2):
+        (want_model(**batch, use_cache=False).loss / 2).backward()
+    want_norm = nn.utils.clip_grad_norm_(want_model.parameters(), 0.1).item()
+    want = {name: parameter.grad for name, parameter in want_model.named_parameters()}
+    for norm, gradients in run_distributed(2, clipped_by_torch, "llama", LORA, {"tp_size": 2}):
+        assert_losses_equal(norm, want_norm, rtol=1e-5)
+        assert_gradients_equal(gradients, want)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks.tensor_parallel.cross_module_jobs import reading
+from ranks.tensor_parallel.cross_module_jobs import other, reading
 from sweep.tiny import build
 from transformers import LlamaForCausalLM
 
@@ -40,6 +40,14 @@ class Asking(LlamaForCausalLM):
 def test_what_a_getter_returns_is_read():
     model = Asking(build("llama").config)
     assert cross_module_reads(model, find_structure(model).layers) == {"": ["lm_head.weight", TABLE]}
+
+
+def test_other_ways_to_a_parameter_are_read():
+    """By ``getattr``, by an index, and an attribute of the parameter that has its values."""
+    model = other("ReadingMore")
+    heads = [f"heads.{i}.{key}" for i in range(2) for key in ("bias", "weight")]
+    reads = cross_module_reads(model, find_structure(model).layers)[""]
+    assert reads == [name for name in heads if name != "heads.1.bias"] + ["lm_head.weight", TABLE]
 
 
 def test_asking_for_a_dtype_is_no_read():
