@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import AutoParallelError, PrepareError
+from .error_report import print_once
 
 T = TypeVar("T")
 X = TypeVar("X", bound=BaseException)
@@ -132,20 +133,25 @@ def raise_on_all_ranks(
             raise
         error = caught
     messages = gather_objects(None if error is None else error_text(error, raises), group)
-    if error is not None:
-        raise known_to_all(error, group)
     failed = [(number, message) for number, message in enumerate(messages) if message is not None]
+    if error is not None:
+        raise known_to_all(error, group, failed[0][0])
     if failed:
         number, message = failed[0]
         more = len(failed) - 1
         others = f" (and {more} {'other' if more == 1 else 'others'})" if more else ""
-        raise known_to_all(raises(f"{what} failed on rank {number}{others}: {message}"), group)
+        raise known_to_all(raises(f"{what} failed on rank {number}{others}: {message}"), group, number)
 
 
-def known_to_all(error: X, group: dist.ProcessGroup | None = None) -> X:
-    """Mark ``error`` as raised on all ranks of ``group``: enclosing :func:`raise_on_all_ranks` do not exchange it."""
+def known_to_all(error: X, group: dist.ProcessGroup | None = None, source: int = 0) -> X:
+    """Mark ``error`` as raised on all ranks of ``group``: enclosing :func:`raise_on_all_ranks` do not exchange it.
+
+    If nobody catches it, rank ``source`` of ``group`` prints it, for all of them.
+    """
     # With the ranks that knew it before: blocks around may be of other groups.
     error.known_on_ranks = getattr(error, "known_on_ranks", frozenset()) | _members(group)  # type: ignore[attr-defined]
+    if dist.is_initialized() and _members(None) <= _members(group):
+        print_once(error, source)
     return error
 
 

@@ -304,7 +304,9 @@ print("not reached")
 
 @pytest.mark.core
 def test_wrong_size_ends_the_launched_script(tmp_path):
-    """The whole way: a shell sees a failure soon, and the message is in what the processes printed."""
+    """The whole way: a shell sees a failure soon. One rank prints the message, with the script's own lines; torchrun's
+    summary has it as root cause; no other rank repeats it.
+    """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(WRONG_SIZE_SCRIPT))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -319,6 +321,10 @@ def test_wrong_size_ends_the_launched_script(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0, output
-    assert "ConfigError: the sizes of the mesh axes (tp_size=3) multiply to 3, but there are 2 processes." in output
+    message = "ConfigError: the sizes of the mesh axes (tp_size=3) multiply to 3, but there are 2 processes."
+    printed, _, summary = output.partition("script.py FAILED")
+    assert printed.count(message) == summary.count(message) == 1, output
+    assert "in <module>\n    accelerator = Accelerator(" in printed and "hf_automodel_parallel/config.py" not in printed
+    assert message in summary[summary.index("Root Cause") :] and "as on rank 0" in summary, output
     assert "not reached" not in output
     assert time.monotonic() - start < 60, output
