@@ -16,6 +16,7 @@ MAKEFLAGS   += --no-print-directory
 PYTHON  ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV    ?= .venv
 VENV517 ?= .venv517
+VENVNEW ?= .venv-newest
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
@@ -33,11 +34,15 @@ KEY      := $(shell { cat pyproject.toml; echo '$(TORCH)'; } | cksum | cut -d' '
 STAMP    := $(VENV)/.installed-$(KEY)
 STAMP517 := $(VENV517)/.installed-$(KEY)
 
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+NEWEST = $(VENV)/bin/python -m pip --python $(VENVNEW)/bin/python install --quiet --quiet --upgrade
+
 DEMO_OUT ?= build/demo
 
 SITE_PACKAGES = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-SHOW_VERSIONS = $(@D)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(@D): ready:", \
+VERSIONS_OF = $(1)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(1): ready:", \
 	*(f"{p} {v(p)}" for p in ("torch", "transformers", "accelerate", "peft", "trl")))'
+SHOW_VERSIONS = $(call VERSIONS_OF,$(@D))
 
 .PHONY: help
 help: ## this list
@@ -78,6 +83,24 @@ test-all: lint ## lint, all tests, then the tests at the oldest supported transf
 test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
 	@echo "[test] pytest -m both_ends, transformers 5.17"
 	@$(VENV517)/bin/$(PYTEST) -m both_ends $(PYTEST_ARGS)
+
+.PHONY: test-newest
+test-newest: newest ## the tests marked both_ends, with the newest release of each dependency
+	@echo "[test] pytest -m both_ends, newest releases"
+	@$(VENVNEW)/bin/$(PYTEST) -m both_ends $(PYTEST_ARGS)
+
+# What is newer than in the first environment, over it. It asks the index each time: what is newest changes. pip takes torch
+# without CUDA from the second index where that answers: the other one is 5 GB.
+.PHONY: newest
+newest: $(STAMP)
+	@echo "[setup] $(VENVNEW): the newest releases over $(VENV)"
+	@test -x $(VENVNEW)/bin/python || $(VENV)/bin/python -m venv --without-pip $(VENVNEW)
+	@echo "import site; site.addsitedir('$(call SITE_PACKAGES,$(VENV))')" > "$(call SITE_PACKAGES,$(VENVNEW))/below.pth"
+	@index=$$($(VENV)/bin/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=10); \
+		print("--extra-index-url $(CPU_INDEX)")' 2>/dev/null || true); \
+	$(NEWEST) $$index torch
+	@$(NEWEST) --upgrade-strategy eager -e '.[dev]'
+	@$(call VERSIONS_OF,$(VENVNEW))
 
 .PHONY: parity
 parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md (two hours; PARITY_ARGS='--matrix sequence --resume')
@@ -133,4 +156,4 @@ clean: ## remove what the demo, the tests and the tools left behind; distclean: 
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(VENV) $(VENV517)
+	rm -rf $(VENV) $(VENV517) $(VENVNEW)

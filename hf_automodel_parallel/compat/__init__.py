@@ -24,6 +24,10 @@ from .accelerate import trainer_save as trainer_save
 from .accelerate import trainer_signal_manager_type as trainer_signal_manager_type
 from .names import PRIVATE_NAMES as PRIVATE_NAMES
 from .names import REPLACED as REPLACED
+from .names import TESTED_UP_TO as TESTED_UP_TO
+from .names import disappeared as disappeared
+from .names import has_name as has_name
+from .names import newer_than_tested as newer_than_tested
 from .peft import adapter_state as adapter_state
 from .peft import is_peft_model as is_peft_model
 from .peft import parameter_adapter_stores_out_first as parameter_adapter_stores_out_first

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import inspect
+import re
+from typing import Any
+
+#: The newest version of each library that the tests have run with. A newer one is reported, see
+#: :func:`newer_than_tested`.
+TESTED_UP_TO: dict[str, tuple[int, int]] = {
+    "torch": (2, 15),
+    "transformers": (5, 24),
+    "accelerate": (1, 15),
+    "peft": (0, 21),
+}
+
 #: ``(module, attribute, reason)`` of all private names that the package uses; a test checks each of them.
 PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
@@ -303,3 +318,60 @@ REPLACED: dict[str, tuple[int, int]] = {
     "FSDPParam.to_accumulated_grad_if_needed": (2, 15),
     "_set_pg_timeout": (2, 14),
 }
+
+
+def newer_than_tested() -> list[str]:
+    """A sentence for each library in a newer version than any tested one, with the private names that it lacks."""
+    sentences = []
+    for library, tested in TESTED_UP_TO.items():
+        installed = _version(library)
+        if installed is None or _numbers(installed) <= tested:
+            continue
+        gone = [
+            f"{attribute} ({why})"
+            for module, attribute, why in PRIVATE_NAMES
+            if module.partition(".")[0] == library and disappeared(module, attribute)
+        ]
+        lacks = f" It has no {'; no '.join(gone)}: what needs this fails." if gone else ""
+        sentences.append(f"{library} {installed}: this version of the package was tested up to {_text(tested)}.{lacks}")
+    return sentences
+
+
+def disappeared(module: str, attribute: str) -> bool:
+    """True if the installed library lacks an entry of :data:`PRIVATE_NAMES` that the package still uses there."""
+    if attribute in REPLACED and _numbers(_version("torch") or "0.0") >= REPLACED[attribute]:
+        return False
+    try:
+        holder: Any = importlib.import_module(module)
+        *path, last = attribute.split(".")
+        for part in path:
+            holder = getattr(holder, part)
+    except (ImportError, AttributeError):
+        return True
+    return not has_name(holder, last)
+
+
+def has_name(holder: Any, name: str) -> bool:
+    """True for an attribute, an annotation, or (for what others set) a mention in the code of the class or function."""
+    if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
+        return True
+    before = r"\." if inspect.isclass(holder) else r"\b"
+    code = inspect.getsource(holder) if inspect.isclass(holder) or inspect.isfunction(holder) else ""
+    return re.search(rf"{before}{name}\b", code) is not None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    """``(major, minor)``; of a development version, too."""
+    major, minor = (re.match(r"\d*", part) for part in [*version.split("."), "0"][:2])
+    return int(major.group() or 0), int(minor.group() or 0)  # type: ignore[union-attr]
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import UnsupportedError
-from .names import PRIVATE_NAMES, REPLACED
+from .names import PRIVATE_NAMES, REPLACED, TESTED_UP_TO
 from .tensors import torch_version
 
 if TYPE_CHECKING:
@@ -172,8 +172,9 @@ def _check_names(*parts: Any) -> None:
                 continue
             if not hasattr(part, name) and name not in kind.__annotations__:  # some are only set by the first forward
                 raise UnsupportedError(
-                    f"FSDP2 of torch {torch.__version__} has no {attribute}, which sharding needs here. Use torch 2.11 "
-                    "to 2.15."
+                    f"FSDP2 of torch {torch.__version__} has no {attribute}, which sharding needs here; this version "
+                    f"was tested up to torch {'.'.join(map(str, TESTED_UP_TO['torch']))}. Use torch 2.11 or newer, up "
+                    f"to that."
                 )
 
 

@@ -5,7 +5,6 @@ says.
 import ast
 import functools
 import importlib
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 import hf_automodel_parallel
 from hf_automodel_parallel import compat
+from hf_automodel_parallel.compat import names
 from hf_automodel_parallel.errors import UnsupportedError
 
 PACKAGE = Path(hf_automodel_parallel.__file__).parent
@@ -110,33 +110,13 @@ def module_chains(tree: ast.Module) -> list[tuple[int, str]]:
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 
-def has(holder: Any, name: str) -> bool:
-    """True for an attribute, an annotation, or (for what others set) a mention in the code of the class or function."""
-    if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
-        return True
-    before = r"\." if inspect.isclass(holder) else r"\b"
-    code = inspect.getsource(holder) if inspect.isclass(holder) or inspect.isfunction(holder) else ""
-    return re.search(rf"{before}{name}\b", code) is not None
-
-
-def disappeared(module: str, attribute: str) -> bool:
-    if attribute in compat.REPLACED and compat.torch_version() >= compat.REPLACED[attribute]:
-        return False
-    try:
-        holder: Any = importlib.import_module(module)
-        *path, last = attribute.split(".")
-        for part in path:
-            holder = getattr(holder, part)
-    except (ImportError, AttributeError):
-        return True
-    return not has(holder, last)
-
-
 @pytest.mark.both_ends
 def test_listed_names_exist():
     """Names all that a library dropped, before anything of ours fails strangely."""
     gone = [
-        f"{module}.{name}, used for: {why}" for module, name, why in compat.PRIVATE_NAMES if disappeared(module, name)
+        f"{module}.{name}, used for: {why}"
+        for module, name, why in compat.PRIVATE_NAMES
+        if compat.disappeared(module, name)
     ]
     assert not gone, "these names have disappeared:\n" + "\n".join(gone)
 
@@ -144,9 +124,9 @@ def test_listed_names_exist():
 def test_existence_check_can_fail():
     from accelerate import Accelerator
 
-    assert has(Accelerator, "_models") and has(Accelerator, "prepare")
-    assert not has(Accelerator, "_no_such_thing")
-    assert not has(importlib.import_module("torch"), "_no_such_thing")
+    assert compat.has_name(Accelerator, "_models") and compat.has_name(Accelerator, "prepare")
+    assert not compat.has_name(Accelerator, "_no_such_thing")
+    assert not compat.has_name(importlib.import_module("torch"), "_no_such_thing")
 
 
 def test_every_listed_name_has_a_reason_and_stands_once():
@@ -165,6 +145,17 @@ def test_missing_name_of_fsdp_is_said_while_sharding():
 
     with pytest.raises(UnsupportedError, match=r"has no FSDPParam\.unsharded_accumulated_grad, which"):
         compat.sharding._check_names(FSDPParam())
+
+
+def test_version_newer_than_tested_is_reported_with_what_it_lacks(monkeypatch):
+    assert compat.newer_than_tested() == [] or compat.torch_version() > compat.TESTED_UP_TO["torch"]
+    monkeypatch.setitem(compat.TESTED_UP_TO, "torch", (2, 1))
+    monkeypatch.setattr(
+        names, "PRIVATE_NAMES", (("torch", "_gone", "a test"), ("torch.nn", "Module._apply", "the same"))
+    )
+    monkeypatch.setattr(names, "_version", lambda library: "2.16.0a1+cpu" if library == "torch" else None)
+    (sentence,) = compat.newer_than_tested()
+    assert sentence.startswith("torch 2.16.0a1+cpu: this version of the package was tested up to 2.1. It has no _gone ")
 
 
 def test_every_listed_name_is_used():
