@@ -18,6 +18,14 @@ def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """The name of its class, with the library in front where ``torch.optim`` has another class of that name."""
+    cls = type(optimizer)
+    if getattr(torch.optim, cls.__name__, cls) is cls:
+        return cls.__name__
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+
+
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """Return ``id(parameter)`` -> name for all parameters; a tied parameter has its first name."""
     names: dict[int, str] = {}
@@ -49,7 +57,7 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         foreign = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
         if foreign:
             raise PrepareError(
-                f"{type(optimizer).__name__} holds {len(foreign)} parameters that the model in this prepare call does "
+                f"{optimizer_name(optimizer)} holds {len(foreign)} parameters that the model in this prepare call does "
                 f"not have (shapes {_some(foreign)}). Create the optimizer from model.parameters() of the very model "
                 f"you pass, after wrapping it with PEFT and before prepare."
             )
@@ -57,14 +65,14 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and value.shape != p.shape:
                     raise PrepareError(
-                        f"{type(optimizer).__name__} has stepped already, and its state {key!r} of {names[id(p)]} has "
+                        f"{optimizer_name(optimizer)} has stepped already, and its state {key!r} of {names[id(p)]} has "
                         f"the shape {tuple(value.shape)}, not the parameter's {tuple(p.shape)}: it cannot be sharded "
                         f"along. Call prepare before the first step."
                     )
         elsewhere = _held_elsewhere(optimizer, names)
         if elsewhere:
             raise PrepareError(
-                f"{type(optimizer).__name__} keeps parameters outside of its param_groups ({_some(elsewhere)}): there "
+                f"{optimizer_name(optimizer)} keeps parameters outside of its param_groups ({_some(elsewhere)}): there "
                 f"it would go on using the unsharded ones, which no longer belong to the model. Let it find them in "
                 f"param_groups in each step, or create it after prepare from the parameters of the prepared model."
             )

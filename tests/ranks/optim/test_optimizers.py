@@ -15,8 +15,9 @@ from harness.pool import expect_error, run_distributed
 from harness.training import LORA, _Rows, batches_for, build, data_rank, trainable
 from torch.distributed.tensor import DTensor
 
-from hf_automodel_parallel import AutoParallelismConfig
-from hf_automodel_parallel.optim.sharding_check import ELEMENT_WISE
+from hf_automodel_parallel import AutoParallelismConfig, UnsupportedError
+from hf_automodel_parallel.core.sharding_spec import ParameterSpec
+from hf_automodel_parallel.optim.sharding_check import ELEMENT_WISE, check_on_shards
 
 Parameters = list[torch.nn.Parameter]
 
@@ -61,6 +62,41 @@ class TrustRatioOfShards(TrustRatio):
                 sharded = hasattr(p, "to_local")
                 weight, gradient = (p.to_local(), p.grad.to_local()) if sharded else (p, p.grad)
                 weight.add_(gradient / (gradient.norm() + 1e-12) * weight.norm(), alpha=-group["lr"])
+
+
+class QuantizedAdam(torch.optim.Optimizer):
+    """As torchao's and bitsandbytes' 8-bit optimizers: the second moment of a large tensor, or shard, is kept in blocks
+    of 256 bytes with one scale each; that of a small one in float32.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                sharded = hasattr(p, "to_local")
+                weight, gradient = (p.to_local(), p.grad.to_local()) if sharded else (p, p.grad)
+                state = self.state[p]
+                state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * gradient
+                state["square"] = 0.99 * state.get("square", 0.0) + 0.01 * gradient.square()
+                if weight.numel() >= 4096 and weight.numel() % 256 == 0:
+                    state["square"] = self.quantized(state["square"], sharded)
+                weight.sub_(group["lr"] * state["mean"] / (state["square"].sqrt() + 1e-8))
+
+    def quantized(self, square: torch.Tensor, sharded: bool) -> torch.Tensor:
+        blocks = square.reshape(-1, 256)
+        scale = blocks.amax(1, keepdim=True) / 255
+        return (blocks / scale).round().clamp(min=1).mul(scale).view_as(square)
+
+
+class QuantizedOnWholeTensorsAlone(QuantizedAdam):
+    """As torchao's 4-bit AdamW, whose operators fail on the states of shards."""
+
+    def quantized(self, square: torch.Tensor, sharded: bool) -> torch.Tensor:
+        assert not sharded, "wrong number of dimensions"
+        return super().quantized(square, sharded)
 
 
 class Closed(TrustRatio):
@@ -417,7 +453,9 @@ def test_schedule_free_in_the_trainer(tmp_path):
     assert got[0] == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("choice, name", [("adamw_bnb_8bit", "AdamW"), ("adafactor", "Adafactor")])
+@pytest.mark.parametrize(
+    "choice, name", [("adamw_bnb_8bit", "bitsandbytes.AdamW"), ("adafactor", "transformers.Adafactor")]
+)
 def test_optimizers_of_training_arguments_are_refused(choice, name, tmp_path):
     sizes = {"dp_shard_size": 2}
     expect_error(2, trainer_losses, str(tmp_path), choice, sizes, match=f"{name} does not work on sharded parameters")
@@ -451,3 +489,37 @@ def test_fused_and_foreach_adamw(mesh):
         assert change.abs().max() > 1e-3, f"{name} has not moved"
         torch.testing.assert_close(fused[name], change, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(foreach[name], change, rtol=1e-4, atol=1e-6)
+
+
+LARGE = {"w": (128, 130), "b": (16384,), "e": (4, 64, 64)}
+SMALL = {"w": (64, 96), "b": (4160,)}
+
+
+def tried_on_shards(sizes: dict[str, int], cases: list[tuple[Any, dict[str, tuple[int, ...]]]]) -> list[str]:
+    """What the check of each optimizer class says for parameters of these shapes; empty if it passes."""
+    mesh = Accelerator(parallelism_config=AutoParallelismConfig(**sizes)).torch_device_mesh
+    tp_mesh = mesh["tp"] if "tp" in mesh.mesh_dim_names else None
+    messages = []
+    for kind, shapes in cases:
+        optimizer = kind([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes.values()], lr=0.1)
+        full = {name: torch.Size(shape) for name, shape in shapes.items()}
+        specs = {name: ParameterSpec(0) for name in shapes} if tp_mesh is not None else {}
+        try:
+            check_on_shards([optimizer], [[list(shapes)]], full, specs, mesh["dp_shard"], tp_mesh, torch.device("cpu"))
+            messages.append("")
+        except UnsupportedError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "tp2"])
+def test_optimizers_that_treat_large_tensors_differently(mesh):
+    """A tensor at the threshold would be large as a whole and small as shards: then the trial, not the optimizer, is
+    wrong. Small tensors are compared strictly; where shards are large, large ones are tried, too.
+    """
+    cases = [(QuantizedAdam, LARGE), (QuantizedAdam, SMALL), (QuantizedOnWholeTensorsAlone, SMALL)]
+    cases += [(QuantizedOnWholeTensorsAlone, LARGE), (TrustRatioOfShards, SMALL)]
+    *accepted, large, statistic = run_distributed(2, tried_on_shards, MESHES[mesh][1], cases)[0]
+    assert accepted == [""] * 3
+    assert "does not work on sharded parameters (DTensors): AssertionError: wrong number of dimensions" in large
+    assert "TrustRatioOfShards computes something else" in statistic
