@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint.background import wait_for_saves
     from .checkpoint.commit import last_complete_checkpoint
     from .checkpoint.training import load_training_state
+    from .export.merged import save_merged
     from .loading import from_pretrained
     from .plan.select import register_plan
     from .plan.sources.registry import register_optimized_plan
@@ -55,6 +56,7 @@ __all__ = [
     "register_optimized_plan",
     "register_parallel_strategy",
     "register_plan",
+    "save_merged",
     "verify_plan",
     "wait_for_saves",
 ]
@@ -62,6 +64,7 @@ __all__ = [
 _LAZY = {
     "apply_selective_activation_checkpointing": ".selective_checkpointing",
     "from_pretrained": ".loading",
+    "save_merged": ".export.merged",
     "AutoParallelArgumentsMixin": ".arguments",
     "AutoParallelTrainingArguments": ".arguments",
     "register_optimized_plan": ".plan.sources.registry",

@@ -168,14 +168,15 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         rest, remainder = divmod(world_size, known)
         if remainder or (absorber is None and rest != 1):
             needed = known if absorber is None or known > world_size else f"a multiple of {known}"
+            there = "is 1 process" if world_size == 1 else f"are {world_size} processes"
             hint = (
                 " (On CPU start them with torchrun and Accelerator(cpu=True): accelerate launch --cpu starts one "
                 "process, whatever --num_processes says.)"
             )
             raise ConfigError(
-                f"the sizes of the mesh axes ({given}) multiply to {known}, but there are {world_size} processes. "
-                f"Start {needed} processes, or change a size so that the product is {world_size}."
-                + (hint if world_size == 1 else "")
+                f"the sizes of the mesh axes ({given}) multiply to {known}, but there {there}. "
+                f"Start {needed} {'process' if needed == 1 else 'processes'}, or change a size so that the product is "
+                f"{world_size}." + (hint if world_size == 1 else "")
             )
         if absorber is not None:
             self._set_size(absorber, rest)

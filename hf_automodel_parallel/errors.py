@@ -54,6 +54,11 @@ def not_available_yet(field: str, value: object, remedy: str) -> NotAvailableYet
     return NotAvailableYetError(f"{field}={value!r} is not available yet in this version. {remedy}")
 
 
+def without_stop(text: object) -> str:
+    """``str(text)`` without its full stop, to quote it inside of a sentence."""
+    return str(text).strip().rstrip(".")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error`` without its full stop, to quote it; the class name if empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -31,6 +31,7 @@ from ..backends.megatron_fsdp.accelerate import watch as watch_megatron
 from ..backends.megatron_fsdp.sharding import managed_by_megatron
 from ..context_parallel.buffers import sharded_buffers
 from ..core.mesh import MeshAxes
+from ..core.model_view import ModelView
 from ..core.option_fields import meaning_of
 from ..core.options import ParallelOptions
 from ..core.ranks import raise_on_all_ranks
@@ -83,6 +84,8 @@ def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -
         ParallelismConfig._validate_accelerator(config, accelerator)
         accelerator.load_state = types.MethodType(load_state_in_one_process, accelerator)
         return
+    if accelerator.is_main_process:
+        _say_what_is_untested()
     plugin = _plugin(accelerator)
     _check_surroundings(accelerator, plugin)
     fill_mixed_precision(plugin, accelerator.mixed_precision)
@@ -95,6 +98,13 @@ def install(accelerator: Accelerator, config: ParallelismConfig, hooks: Hooks) -
         setattr(accelerator, name, types.MethodType(function, accelerator))
     set_hooks(accelerator, hooks)
     _leave_cleanly()
+
+
+@functools.cache
+def _say_what_is_untested() -> None:
+    """Warn once of libraries in newer versions than any that was tested."""
+    for sentence in compat.newer_than_tested():
+        logger.warning("%s", sentence)
 
 
 @functools.cache
@@ -247,6 +257,7 @@ def _shard(
             offload_activations=offload_activations(accelerator, options, model),
         )
         strategy.plan(context)
+        strategy.check_planned(context)
     # Collectives from here on, so outside of the block above: each rank has planned without an error.
     strategy.compare_ranks(context)
     # Before the model changes, so that a refused optimizer leaves it as it was.
@@ -264,6 +275,8 @@ def _shard(
     # The model changes from here on: after an error there is nothing left to restore.
     pending.keep()
     strategy.carry_out(context)
+    with raise_on_all_ranks("Accelerator.prepare"):
+        strategy.check_carried_out(context)
     for optimizer, groups in zip(raw, names, strict=True):
         strategy.switch_optimizer(context, optimizer, groups, before)
     model = context.model
@@ -291,6 +304,16 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
     model.register_forward_hook(release_gathered)
     model.register_forward_hook(explain_reads, always_call=True)
     bind_saving(model)
+    for module in (model, ModelView.of(model).inner):
+        if hasattr(module, "resize_token_embeddings"):
+            module.resize_token_embeddings = _refuse_to_resize  # type: ignore[assignment]
+
+
+def _refuse_to_resize(*args: Any, **kwargs: Any) -> None:
+    raise PrepareError(
+        "resize_token_embeddings after accelerator.prepare: the new weights would not be sharded, nor be in the "
+        "optimizer. Resize the model before prepare."
+    )
 
 
 def _after_adding(record: PreparedModel) -> None:

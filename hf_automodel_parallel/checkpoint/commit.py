@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.ranks import broadcast_object, rank
-from ..errors import CheckpointError
+from ..errors import CheckpointError, without_stop
 from .files import naming, write_atomically
 from .manifest import (
     MANIFEST,
@@ -325,7 +325,7 @@ def to_load(folder: str | Path, group: Any = None) -> Path:
                 others = [status(path) for path in numbered(folder.parent) if path != folder]
                 last = next((other.usable for other in others if other.usable is not None), None)
                 raise CheckpointError(
-                    f"the checkpoint {folder} is {found.kind}: {found.reason}."
+                    f"the checkpoint {folder} is {found.kind}: {without_stop(found.reason)}."
                     + (f" The last complete one beside it is {last}." if last is not None else "")
                 )
             if found.kind == "unverified":

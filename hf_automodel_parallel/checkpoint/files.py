@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy
 import torch
 
-from ..errors import CheckpointError, ExportError
+from ..errors import CheckpointError, ExportError, without_stop
 from .checksums import Checksums, VerifiedReader, create
 
 #: Globals that unpickle numpy's numeric arrays: its random state and some state dicts have them.
@@ -44,7 +44,9 @@ def naming(path: str | Path) -> Iterator[None]:
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
-        raise CheckpointError(f"cannot write {_written_last(path)}: {error}. The save was not completed.") from error
+        raise CheckpointError(
+            f"cannot write {_written_last(path)}: {without_stop(error)}. The save was not completed."
+        ) from error
     except OSError as error:
         where = error.filename or _written_last(path)
         raise CheckpointError(
@@ -135,4 +137,4 @@ def load_plain(
             f"yours and names a class of yours, allow that with torch.serialization.add_safe_globals."
         ) from error
     except Exception as error:  # the errors of a damaged archive are not documented
-        raise CheckpointError(f"{name} is damaged: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"{name} is damaged: {type(error).__name__}: {without_stop(error)}.") from error

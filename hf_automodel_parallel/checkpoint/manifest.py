@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..core.ranks import broadcast_object, gather_objects, rank, world_size
-from ..errors import CheckpointError
+from ..errors import CheckpointError, without_stop
 from .checksums import BLOCK, Checksums, read_back, take_written
 from .files import write_atomically
 from .steps import checkpoint_step
@@ -134,7 +134,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {without_stop(error)}.") from error
     return manifest
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ..compat.checkpoint_metadata import METADATA_CLASSES
-from ..errors import CheckpointError
+from ..errors import CheckpointError, without_stop
 from .checksums import Checksums, VerifiedReader
 from .files import load_plain
 from .shards import LocalShard
@@ -67,7 +67,7 @@ def read_metadata(folder: str | Path, checksums: Checksums | None = None) -> Met
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {without_stop(error)}.") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
         raise CheckpointError(f"{path} does not hold the metadata of a checkpoint.")
     # torch joins these names to the directory; `../` would read any file of the machine.
@@ -137,7 +137,7 @@ class SafeFileSystemReader(FileSystemReader):
             except Exception as error:
                 raise CheckpointError(
                     f"{Path(self.path) / name} is damaged or not a part of this checkpoint: {type(error).__name__}: "
-                    f"{error}."
+                    f"{without_stop(error)}."
                 ) from error
         return result
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..errors import ExportError
+from ..errors import ExportError, without_stop
 from .commit import status
 from .files import load_plain
 from .reader import METADATA_FILE, SafeFileSystemReader, SafeLoadPlanner, read_metadata
@@ -90,7 +90,7 @@ class SafetensorsWeights:
             try:
                 handle = safe_open(folder / file, framework="pt")
             except Exception as error:
-                raise ExportError(f"cannot read {folder / file}: {error}.") from error
+                raise ExportError(f"cannot read {folder / file}: {without_stop(error)}.") from error
             for name in handle.keys():
                 mapped = handle.get_slice(name)[...]  # a view of the mapped file: its pages are not read
                 self._open[name] = handle
@@ -127,7 +127,7 @@ def open_checkpoint(path: Path) -> tuple[Weights, Path]:
     if path.is_dir():
         found = status(path)
         if found.kind in ("incomplete", "damaged") and found.reason != "it is empty":
-            raise ExportError(f"{path} is not complete: {found.reason}.")
+            raise ExportError(f"{path} is not complete: {without_stop(found.reason)}.")
         if (path / _SHARDED / METADATA_FILE).exists():
             return ShardedWeights(path / _SHARDED), path
         if (path / _WHOLE).exists():

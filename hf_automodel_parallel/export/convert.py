@@ -19,7 +19,7 @@ from torch import nn
 from .. import compat
 from ..checkpoint.weights import SafetensorsWeights, Weights, open_checkpoint
 from ..core.lazy_graph import Named, Node, Recording, assemble
-from ..errors import ExportError
+from ..errors import ExportError, without_stop
 from .adapters import keep_model_card, write_adapters
 from .files import replaced_at_end
 from .gathering import Progress, Shapes, cast, shapes_of
@@ -167,7 +167,9 @@ def empty_model(directory: Path | str, request: Request | None = None) -> nn.Mod
     try:
         config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read a model's config from {directory}: {error}. Give one with --config.") from error
+        raise ExportError(
+            f"cannot read a model's config from {directory}: {without_stop(error)}. Give one with --config."
+        ) from error
     name = (getattr(config, "architectures", None) or [""])[0]
     cls = getattr(transformers, name, None)
     if name and cls is None:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, without_stop
 
 
 def import_class_from_path(name: str) -> Any:
@@ -59,5 +59,7 @@ def import_classes_from_paths(class_paths: Iterable[str] | None) -> list[Any]:
         try:
             classes.append(import_class_from_path(path))
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"class_paths: importing {path!r} failed: {error}. Correct or remove it.") from error
+            raise ConfigError(
+                f"class_paths: importing {path!r} failed: {without_stop(error)}. Correct or remove it."
+            ) from error
     return classes

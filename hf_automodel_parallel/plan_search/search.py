@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import compat
 from ..core.sharding_spec import Plan, PlanEntry
-from ..errors import AutoParallelError, PlanError
+from ..errors import AutoParallelError, PlanError, without_stop
 from ..plan.validate import config_with_heads, counted_heads
 from .candidates import Group, Observed, Variant, pattern_of
 from .carried_modules import copy_model, proxy_with_replaced_modules, signature
@@ -96,7 +96,8 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
         raise
     except Exception as error:  # code of the model, which may raise any error
         raise PlanError(
-            f"a tiny proxy model of {type(model).__name__} cannot be run: {type(error).__name__}: {error}."
+            f"a tiny proxy model of {type(model).__name__} cannot be run: {type(error).__name__}: "
+            f"{without_stop(error)}."
         ) from error
     # Greedy: a group that is verified stays in the draft. The entire plan is checked at the end.
     draft = _Draft()

@@ -91,6 +91,12 @@ class ParallelizationStrategy(ABC):
                 )
         call_arguments(self.parallelize, self._asked_for(context), name)
 
+    def check_planned(self, context: ParallelizeContext) -> None:  # noqa: B027  (a strategy without steps has no results)
+        """Raise if :meth:`plan` has left out what later steps need."""
+
+    def check_carried_out(self, context: ParallelizeContext) -> None:  # noqa: B027
+        """Raise if :meth:`carry_out` has not sharded the model."""
+
     def compare_ranks(self, context: ParallelizeContext) -> None:
         """Raise on all ranks unless they hold the same model."""
         check_same_structure(context.model, context.spec, context.group, context.choices)

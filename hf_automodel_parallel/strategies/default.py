@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 
 from .. import compat
 from ..activation_checkpointing import (
@@ -31,7 +31,7 @@ from ..core.model_structure import find_structure
 from ..core.model_view import ModelView
 from ..core.options import GivenPlan, ParallelOptions
 from ..core.ranks import raise_on_all_ranks
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
 from ..fsdp.float32_losses import float32_losses
@@ -224,9 +224,39 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.tp_mesh is not None:
             self.select_tensor_parallel(context)
 
+    def check_planned(self, context: ParallelizeContext) -> None:
+        """Raise if an overridden step has left out what later steps need: a forgotten call of ``super()``."""
+        for step, field, needed in (
+            ("plan", "structure", True),
+            ("select_tensor_parallel", "spec", context.tp_mesh is not None),
+        ):
+            if needed and getattr(context, field) is None:
+                raise PrepareError(
+                    f"{type(self).__name__}.plan has not set context.{field}, which the steps after it need. If it "
+                    f"overrides {step}, call super().{step}(context) there."
+                )
+
+    def check_carried_out(self, context: ParallelizeContext) -> None:
+        """Raise if the model has not been sharded after :meth:`carry_out`: a forgotten call of ``super()``."""
+        for step, done in (
+            ("apply_tensor_parallel", context.tp_mesh is None or context.tensor_parallel is not None),
+            ("apply_data_parallel", isinstance(context.model, FSDPModule)),
+        ):
+            if not done:
+                raise PrepareError(
+                    f"{type(self).__name__} has not sharded the model: {step} had no effect. If it overrides carry_out "
+                    f"or {step}, call super() there, or do what DefaultParallelizationStrategy.{step} does."
+                )
+
     def check_model(self, context: ParallelizeContext) -> None:
         """Refuse models that FSDP2 or tensor parallelism cannot shard."""
         refuse_sharded(context.model)
+        if context.tp_mesh is not None and [name for name, _ in context.model.named_children()] == ["_orig_mod"]:
+            raise PrepareError(
+                "the model was compiled by torch.compile before prepare, so the graph would be that of the unsharded "
+                "model. Pass the model itself and set AutoParallelismConfig(compile=True), or compile what prepare "
+                "returns."
+            )
         refuse_expert_parallel(context.model)
         check_trainable_as_shards(context.model)
         check_quantized(

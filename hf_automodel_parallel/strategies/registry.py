@@ -4,6 +4,7 @@ packages can add entries.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..core.model_view import ModelView
-from ..errors import ConfigError, PrepareError, RegistrationError
+from ..errors import ConfigError, PrepareError, RegistrationError, without_stop
 from .base import ParallelizationStrategy
 from .default import DefaultParallelizationStrategy
 
@@ -171,7 +172,7 @@ def _load(name: str, target: str) -> ParallelizationStrategy:
     except Exception as error:  # the import of another package, which may raise any error
         raise ConfigError(
             f"the strategy for {name!r}, {target!r} (an entry point of the group {ENTRY_POINTS!r}), cannot be loaded: "
-            f"{type(error).__name__}: {error}. Repair or uninstall that package."
+            f"{type(error).__name__}: {without_stop(error)}. Repair or uninstall that package."
         ) from error
     if inspect.isclass(found) and issubclass(found, ParallelizationStrategy):
         found = found()
@@ -217,6 +218,7 @@ def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> C
             raise RegistrationError(
                 f"{cls!r} cannot be registered for {name!r}: it is not a subclass of ParallelizationStrategy."
             )
+        _check_steps(cls)
         if name in PARALLELIZATION_STRATEGIES:
             raise RegistrationError(
                 f"a strategy for {name!r} is registered already. To replace it, delete it first: "
@@ -226,6 +228,22 @@ def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> C
         return cls
 
     return register
+
+
+def _check_steps(cls: type) -> None:
+    """Raise if a public method of a strategy class is nearly, but not, a step: nobody would call it."""
+    steps = [name for name, value in vars(DefaultParallelizationStrategy).items() if inspect.isfunction(value)]
+    steps += [name for name, value in vars(ParallelizationStrategy).items() if inspect.isfunction(value)]
+    known = {name for base in cls.__mro__[1:] for name in vars(base)}
+    for name, value in vars(cls).items():
+        if name.startswith("_") or name in known or not inspect.isfunction(value):
+            continue
+        near = difflib.get_close_matches(name, steps, n=1, cutoff=0.85)
+        if near:
+            raise RegistrationError(
+                f"{cls.__name__}.{name} is not a step of a strategy, so nothing would call it; did you mean "
+                f"{near[0]!r}? The name of a helper of yours starts with an underscore."
+            )
 
 
 def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
@@ -247,7 +265,25 @@ def get_parallelization_strategy(model: nn.Module) -> ParallelizationStrategy:
         for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             if name in PARALLELIZATION_STRATEGIES:
                 return PARALLELIZATION_STRATEGIES[name]
+    _warn_of_misspelt_name(type(_innermost(model)).__name__)
     return DEFAULT_STRATEGY
+
+
+@functools.cache
+def _warn_of_misspelt_name(name: str) -> None:
+    """Warn if a strategy is registered for a name that is nearly ``name``, and that no class of transformers has."""
+    near = difflib.get_close_matches(name, [n for n in PARALLELIZATION_STRATEGIES if n not in BUILT_IN], 1, 0.9)
+    if near:
+        import transformers
+
+        if near[0] not in dir(transformers):
+            logger.warning(
+                "no strategy is registered for %s, which gets the default one; one is registered for %r. If that is a "
+                "misspelling, register it for %r.",
+                name,
+                near[0],
+                name,
+            )
 
 
 def _innermost(model: nn.Module) -> nn.Module:

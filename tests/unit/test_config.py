@@ -494,7 +494,7 @@ def test_sizes_that_do_not_fit_say_how_many_processes_would(given, world, needed
     with pytest.raises(ConfigError) as caught:
         config.resolve_sizes(world)
     message = str(caught.value)
-    assert f"but there are {world} processes" in message
+    assert ("but there is 1 process." if world == 1 else f"but there are {world} processes.") in message
     assert f"Start {needed} processes" in message
     assert all(f"{axis}_size={size}" in message for axis, size in given.items())
 
@@ -573,7 +573,7 @@ def test_processes_that_accelerate_has_not_connected(monkeypatch, sizes):
 def test_one_process_where_several_were_meant():
     """`accelerate launch --cpu --num_processes 2` starts one."""
     with pytest.raises(
-        ConfigError, match=r"there are 1 processes\. Start 2 processes.*accelerate launch --cpu starts one"
+        ConfigError, match=r"there is 1 process\. Start 2 processes.*accelerate launch --cpu starts one"
     ):
         AutoParallelismConfig(tp_size=2).get_device_mesh()
 

@@ -91,6 +91,9 @@ class MegatronFsdpStrategy(DefaultParallelizationStrategy):
             reads = cross_module_reads(context.model, context.structure.layers)
             refuse_cross_module_reads(context.spec, reads)  # type: ignore[arg-type]
 
+    def check_carried_out(self, context: ParallelizeContext) -> None:
+        """Nothing: the model is wrapped by megatron-fsdp, not by FSDP2."""
+
     def refuse_options_of_fsdp2(self, context: ParallelizeContext) -> None:
         """Refuse options of FSDP2 that megatron-fsdp does not have."""
         refuse_for_backend(context.options, "megatron_fsdp")

@@ -15,7 +15,7 @@ from torch import nn
 
 from ...core.model_view import pattern_regex
 from ...core.sharding_spec import PlanEntry
-from ...errors import PlanError
+from ...errors import PlanError, without_stop
 from .huggingface import huggingface_plan
 from .llama_like import doubts
 
@@ -166,8 +166,9 @@ def llama_nemotron_super_plan(model: nn.Module) -> dict[str, str]:
         return FAMILIES["DeciLMForCausalLM" if deci else "LlamaForCausalLM"](model)
     except PlanError as error:
         raise PlanError(
-            f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: {error}. Leave "
-            f"tp_plan out for the plan of the model's own class, or give one for its layers."
+            f"tp_plan={LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME!r} does not fit {type(model).__name__}: "
+            f"{without_stop(error)}. Leave tp_plan out for the plan of the model's own class, or give one for its "
+            f"layers."
         ) from error
 
 

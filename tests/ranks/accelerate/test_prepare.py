@@ -32,7 +32,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel import AutoParallelismConfig, PrepareError
 from ranks.accelerate.jobs import TP2, adapt, batch, make_accelerator, prepared_llama, sgd
 
 
@@ -184,6 +184,24 @@ def names_of(sizes: dict[str, int]) -> tuple[str, str]:
 def test_classes_keep_their_names(sizes):
     """The Trainer looks the class name up to decide whether label smoothing shifts the labels."""
     assert run_distributed(2, names_of, sizes) == [("LlamaForCausalLM", "LlamaDecoderLayer")] * 2
+
+
+def messages_of_wrong_order() -> list[str]:
+    accelerator, model = prepared_llama(tp_size=2)
+    compiled = torch.compile(build_model("llama"), backend="eager")
+    messages = []
+    for call in (lambda: accelerator.prepare(compiled, sgd(compiled)), lambda: model.resize_token_embeddings(512)):
+        try:
+            call()
+        except PrepareError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_comes_too_early_or_too_late_is_named():
+    compiled, resized = run_distributed(2, messages_of_wrong_order)[0]
+    assert "compiled by torch.compile before prepare" in compiled and "compile=True" in compiled
+    assert "Resize the model before prepare" in resized
 
 
 def evaluate_with_a_plain_accelerator() -> None:

@@ -1,10 +1,21 @@
 """The pages say what is true: the layers are those of the contract, links lead somewhere."""
 
+import builtins
 import configparser
+import importlib
+import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import transformers
 
 import hf_automodel_parallel
+from hf_automodel_parallel import parallelizer
+from hf_automodel_parallel.strategies.registry import PARALLELIZATION_STRATEGIES
 
 ROOT = Path(hf_automodel_parallel.__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -35,3 +46,73 @@ def test_links_lead_somewhere():
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+]
+
+
+class Anything:
+    """Stands for the reader's model, loader and so on: whatever is asked of it, it gives more of itself."""
+
+    def __getattr__(self, name: str) -> "Anything":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *args: object, **kwargs: object) -> "Anything":
+        return Anything()
+
+
+def checked(function):
+    """A function that takes the arguments of ``function`` alone, and returns a model."""
+
+    def stand_in(*args, **kwargs):
+        inspect.signature(function).bind(*args, **kwargs)
+        return torch.nn.Linear(2, 2)
+
+    return stand_in
+
+
+class Names(dict):
+    """The reader's names in a block, and the public names of the libraries, which the text leaves out."""
+
+    def __missing__(self, name: str) -> object:
+        if hasattr(builtins, name):
+            raise KeyError(name)
+        for module in (hf_automodel_parallel, transformers, peft):
+            if hasattr(module, name):
+                return getattr(module, name)
+        return importlib.import_module(name) if name in ("torch", "hf_automodel_parallel") else Anything()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_blocks_run(block, monkeypatch, tmp_path):
+    """As they stand, in one process: what needs a launcher or files of a model (the Accelerator, loading, sharding) is
+    replaced; every import, every class and argument of ours is the real one.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--output_dir", "out", "--use_cpu", "--auto_parallel", "tp=2"])
+    accelerator = SimpleNamespace(prepare=lambda *objects: objects)
+    monkeypatch.setattr("accelerate.Accelerator", lambda parallelism_config: accelerator)
+    monkeypatch.setattr("hf_automodel_parallel.loading.from_pretrained", Anything())
+    monkeypatch.setattr("peft.get_peft_model", Anything())
+    for name in ("fsdp2_strategy_parallelize",):
+        monkeypatch.setattr(parallelizer, name, checked(getattr(parallelizer, name)))
+    registered = dict.fromkeys(PARALLELIZATION_STRATEGIES)
+    code = compile(block.replace(", ...}", "}").replace("(...)", "()"), "block", "exec")
+    try:
+        exec(code, Names(__name__="block", accelerator=accelerator))
+    finally:
+        for name in [name for name in PARALLELIZATION_STRATEGIES if name not in registered]:
+            del PARALLELIZATION_STRATEGIES[name]
+
+
+def test_functions_named_in_prose_exist():
+    """A dotted name of the package in the text is reached by importing the package alone."""
+    for page in PAGES:
+        for name in re.findall(r"`hf_automodel_parallel\.(\w+)\(", page.read_text()):
+            assert hasattr(hf_automodel_parallel, name), f"{page.name}: hf_automodel_parallel.{name}"

@@ -1,5 +1,6 @@
 """The registry of strategies: who is found for which model, and that prepare, Trainer and launcher go through it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,3 +248,71 @@ def test_unused_errors_stay_apart():
 def test_strategy_of_what_is_no_model():
     with pytest.raises(PrepareError, match="model=None.*Give the model itself"):
         get_parallelization_strategy(None)
+
+
+# ---- mistakes in a strategy ---------------------------------------------------------------------------------------
+
+
+def test_misspelt_step_is_refused():
+    """Nobody would call it, and the model would be parallelised by the default steps."""
+
+    class Misspelt(DefaultParallelizationStrategy):
+        def apply_data_paralel(self, context: Any) -> None: ...
+
+    class Helped(DefaultParallelizationStrategy):
+        def units_of(self, context: Any) -> None: ...
+
+        def _apply_data_paralel(self, context: Any) -> None: ...
+
+    with pytest.raises(
+        RegistrationError, match=r"Misspelt\.apply_data_paralel is not a step.*mean 'apply_data_parallel'"
+    ):
+        register_parallel_strategy(name="NeverUsed")(Misspelt)
+    assert "NeverUsed" not in PARALLELIZATION_STRATEGIES
+    register_parallel_strategy(name="NeverUsed")(Helped)
+    del PARALLELIZATION_STRATEGIES["NeverUsed"]
+
+
+def test_misspelt_class_is_reported(caplog):
+    class ModelWithALongName(Base):
+        pass
+
+    @register_parallel_strategy(name="ModelWithAlongName")
+    class Strategy(DefaultParallelizationStrategy): ...
+
+    try:
+        assert get_parallelization_strategy(ModelWithALongName()) is DEFAULT_STRATEGY
+        assert "no strategy is registered for ModelWithALongName" in caplog.text
+        assert "registered for 'ModelWithAlongName'" in caplog.text
+        caplog.clear()
+        get_parallelization_strategy(Base())
+        assert not caplog.text
+    finally:
+        del PARALLELIZATION_STRATEGIES["ModelWithAlongName"]
+
+
+class Forgetful(DefaultParallelizationStrategy):
+    """Overrides a step without super()."""
+
+    def plan(self, context: Any) -> None: ...
+
+    def apply_data_parallel(self, context: Any) -> None: ...
+
+
+def test_forgotten_super_is_named():
+    """One sentence of ours instead of an AttributeError in a later step."""
+    context = SimpleNamespace(structure=None, spec=None, tp_mesh=object(), tensor_parallel=None, model=nn.Linear(2, 2))
+    strategy = Forgetful()
+    with pytest.raises(
+        PrepareError, match=r"Forgetful\.plan has not set context\.structure.*super\(\)\.plan\(context\)"
+    ):
+        strategy.check_planned(context)
+    context.structure = object()
+    with pytest.raises(PrepareError, match=r"context\.spec.*super\(\)\.select_tensor_parallel\(context\)"):
+        strategy.check_planned(context)
+    with pytest.raises(PrepareError, match="Forgetful has not sharded the model: apply_tensor_parallel had no effect"):
+        strategy.check_carried_out(context)
+    context.tp_mesh = None
+    strategy.check_planned(context)
+    with pytest.raises(PrepareError, match="apply_data_parallel had no effect"):
+        strategy.check_carried_out(context)
