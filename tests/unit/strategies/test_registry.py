@@ -291,7 +291,7 @@ def test_misspelt_class_is_reported(caplog):
         del PARALLELIZATION_STRATEGIES["ModelWithAlongName"]
 
 
-class Forgetful(DefaultParallelizationStrategy):
+class WithoutSuper(DefaultParallelizationStrategy):
     """Overrides a step without super()."""
 
     def plan(self, context: Any) -> None: ...
@@ -302,15 +302,17 @@ class Forgetful(DefaultParallelizationStrategy):
 def test_forgotten_super_is_named():
     """One sentence of ours instead of an AttributeError in a later step."""
     context = SimpleNamespace(structure=None, spec=None, tp_mesh=object(), tensor_parallel=None, model=nn.Linear(2, 2))
-    strategy = Forgetful()
+    strategy = WithoutSuper()
     with pytest.raises(
-        PrepareError, match=r"Forgetful\.plan has not set context\.structure.*super\(\)\.plan\(context\)"
+        PrepareError, match=r"WithoutSuper\.plan has not set context\.structure.*super\(\)\.plan\(context\)"
     ):
         strategy.check_planned(context)
     context.structure = object()
     with pytest.raises(PrepareError, match=r"context\.spec.*super\(\)\.select_tensor_parallel\(context\)"):
         strategy.check_planned(context)
-    with pytest.raises(PrepareError, match="Forgetful has not sharded the model: apply_tensor_parallel had no effect"):
+    with pytest.raises(
+        PrepareError, match="WithoutSuper has not sharded the model: apply_tensor_parallel had no effect"
+    ):
         strategy.check_carried_out(context)
     context.tp_mesh = None
     strategy.check_planned(context)
