@@ -28,7 +28,7 @@ import torch.distributed as dist
 from accelerate import ParallelismConfig
 
 from . import compat
-from .accelerate_plugin.config_text import is_file, load_yaml, parse_pairs, read_file, restore, unwrapped
+from .accelerate_plugin.config_text import is_file, load_yaml, parallelism_section, parse_pairs, read_file, restore
 from .core.mesh import AXES
 from .core.option_fields import argument_docs, check_tp_axis, check_values, compared_values, plain
 from .core.options import OptionFields
@@ -300,7 +300,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         """
         known = {field.name for field in dataclasses.fields(cls)}
         arguments: dict[str, Any] = {}
-        for key, value in unwrapped(values).items():
+        for key, value in parallelism_section(values).items():
             name = f"{key}_size" if key in AXES else key
             if name not in known:
                 near = _nearest_field(str(key), [*AXES, *sorted(known)])

@@ -100,7 +100,7 @@ def _nonempty(parts: Iterable[str]) -> Iterable[str]:
 _SECTION = "parallelism_config"
 
 
-def unwrapped(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def parallelism_section(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the section ``parallelism_config`` of a config file of Accelerate; other ``values`` unchanged.
 
     Raises:

@@ -260,9 +260,8 @@ class VaryingCheck:
         trace = self.trace
         while True:
             fake_args, fake_kwargs = self._to_fake((args, kwargs))
-            before = dict(trace.partial), dict(trace.complete)
+            before = dict(trace.partial), dict(trace.complete), dict(self.spec.varying)
             self.path, trace.module = [name], name
-            self.spec.varying = {n: v for n, v in self.spec.varying.items() if not n.startswith(f"{name}.")}
             try:
                 with torch.no_grad(), self.runner.fake, trace:
                     output = forward(*fake_args, **fake_kwargs)
@@ -271,7 +270,7 @@ class VaryingCheck:
                     raise WrongPlan("its output varies across the ranks, because it is neither reduced nor gathered")
                 break
             except Exception as error:
-                trace.partial, trace.complete = before
+                trace.partial, trace.complete, self.spec.varying = before
                 if not self._corrected(name, error, (args, kwargs)):
                     output = trace.mark(tensors_in(self._to_fake((args, kwargs)))[0], INVARIANT)
                     break

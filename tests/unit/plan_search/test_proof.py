@@ -30,10 +30,11 @@ def failure(model: nn.Module, plan: Plan, length: int = 7) -> str | None:
     return ParityCheck(model, 2, length, training=True).failure(plan, completed=plan.origin != "derived")
 
 
-def test_parameter_free_mixing():
+@pytest.mark.parametrize("mixings", [["", *HEADS], [*FEATURES]], ids=["heads", "features"])
+def test_parameter_free_mixing(mixings):
     """Every plan that is selected computes what one process does; what does not is gathered, and a note names it."""
     wrong = {}
-    for mixing in ["", *HEADS, *FEATURES]:
+    for mixing in mixings:
         model = mixing_model(mixing)
         length = 151 if "long" in mixing else 7
         plan = selected(model)
