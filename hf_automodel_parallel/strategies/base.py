@@ -91,7 +91,8 @@ class ParallelizationStrategy(ABC):
                 )
         call_arguments(self.parallelize, self._asked_for(context), name)
 
-    def check_planned(self, context: ParallelizeContext) -> None:  # noqa: B027  (a strategy without steps has no results)
+    # A strategy without steps has no results to check, so these two are not abstract.
+    def check_planned(self, context: ParallelizeContext) -> None:  # noqa: B027
         """Raise if :meth:`plan` has left out what later steps need."""
 
     def check_carried_out(self, context: ParallelizeContext) -> None:  # noqa: B027
