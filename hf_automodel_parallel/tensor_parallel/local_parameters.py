@@ -148,7 +148,8 @@ class LocalParamForward(ForwardWrapper):
         return forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.before is not None and not torch.compiler.is_compiling():
+        # In this order: Dynamo would guard on all that the check refers to, parameters that FSDP2 replaces included.
+        if not torch.compiler.is_compiling() and self.before is not None:
             self.before()
         self.adopt_checkpoint_function()
         return self.inside(self.inner, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,12 +266,18 @@ def _in_flight(model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype of each parameter when its module is called, filled by the next forward."""
     seen: dict[str, torch.dtype] = {}
 
-    def note(name: str, module: nn.Module) -> None:
-        for key, parameter in module.named_parameters(recurse=False):
-            seen[f"{name}.{key}" if name else key] = parameter.dtype
+    def noting(name: str, module: nn.Module) -> Callable[..., Any]:
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            for key, parameter in module.named_parameters(recurse=False):
+                seen[f"{name}.{key}" if name else key] = parameter.dtype
+            return inner(*args, **kwargs)
+
+        return forward
 
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda module, args, name=name: note(name, module))
+        module.forward = noting(name, module)  # type: ignore[method-assign]
     return seen
 
 
