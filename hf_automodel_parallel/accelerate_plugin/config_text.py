@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,17 +117,22 @@ def parallelism_section(values: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(section, Mapping):
         return values
     rest = [str(key) for key in values if key != _SECTION]
-    if rest:
-        logger.warning(
-            "of Accelerate's config file only the section %s is read here. The rest (%s) takes effect with accelerate "
-            "launch --config_file.",
-            _SECTION,
-            ", ".join(rest[:6]) + (", ..." if len(rest) > 6 else ""),
-        )
+    if rest and os.environ.get("RANK", "0") == "0":
+        _warn_of_rest(", ".join(rest[:6]) + (", ..." if len(rest) > 6 else ""))
     fields = {str(key).removeprefix(f"{_SECTION}_"): value for key, value in section.items()}
     if "cp_comm_strategy" in fields:
         fields["cp_handler"] = {"cp_comm_strategy": fields.pop("cp_comm_strategy")}
     return fields
+
+
+@functools.cache  # the text is parsed by the launcher and for each Accelerator
+def _warn_of_rest(rest: str) -> None:
+    logger.warning(
+        "of Accelerate's config file only the section %s is read here. The rest (%s) takes effect with accelerate "
+        "launch --config_file.",
+        _SECTION,
+        rest,
+    )
 
 
 def restore(name: str, value: Any) -> Any:

@@ -213,7 +213,8 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     """Like ``Accelerator.gather``, but in a script without a Trainer the samples of a tp group once.
 
     Scripts cut what they have gathered to the number of samples (``samples_seen``). The Trainer knows about tp, and
-    divides by its size what it has gathered. Under cp each rank's part is kept.
+    divides by its size what it has gathered. Under cp each rank's part is kept. A tensor without dimensions is one of
+    the process and not a sample: scripts divide its sum by ``num_processes``, which counts tp, so each is kept.
     """
     from accelerate.utils.operations import recursively_apply
 
@@ -222,7 +223,21 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     if tp == 1 or hooks_of(self).gathers_by_process:
         return whole
     ranks = self.num_processes
-    return recursively_apply(lambda x: x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])[::tp].flatten(0, 1), whole)
+    given: list[torch.Tensor] = []  # in the order in which recursively_apply visits them
+
+    def visit(x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
+        return x
+
+    recursively_apply(visit, tensor)
+    visited = iter(given)
+
+    def once(x: torch.Tensor) -> torch.Tensor:
+        if next(visited).ndim == 0:
+            return x
+        return x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])[::tp].flatten(0, 1)
+
+    return recursively_apply(once, whole)
 
 
 def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:

@@ -306,10 +306,12 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
     bind_saving(model)
     for module in (model, ModelView.of(model).inner):
         if hasattr(module, "resize_token_embeddings"):
-            module.resize_token_embeddings = _refuse_to_resize  # type: ignore[assignment]
+            module.resize_token_embeddings = functools.partial(_refuse_to_resize, module)  # type: ignore[assignment]
 
 
-def _refuse_to_resize(*args: Any, **kwargs: Any) -> None:
+def _refuse_to_resize(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    if new_num_tokens in (None, model.config.get_text_config().vocab_size):
+        return model.get_input_embeddings()  # nothing to resize
     raise PrepareError(
         "resize_token_embeddings after accelerator.prepare: the new weights would not be sharded, nor be in the "
         "optimizer. Resize the model before prepare."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class AssignedData:
 
     def __init__(self, model: nn.Module) -> None:
         self._known = {
-            name: (parameter, parameter.untyped_storage(), _address(parameter))
+            name: (parameter, parameter.untyped_storage(), weakref.ref(_local(parameter)))
             for name, parameter in model.named_parameters()
             if isinstance(parameter, DTensor)
         }
@@ -43,13 +44,13 @@ class AssignedData:
     def check(self) -> None:
         """Raise :class:`PrepareError` if there are any."""
         assigned = []
-        for name, (parameter, storage, address) in self._known.items():
+        for name, (parameter, storage, shard) in self._known.items():
             now = parameter.untyped_storage()
             if now is not storage:
-                if _address(parameter) == address:
+                if _local(parameter) is shard():
                     assigned.append(name)
-                else:  # the parameter has been replaced as a whole (torch.utils.swap_tensors)
-                    self._known[name] = (parameter, now, _address(parameter))
+                else:  # replaced as a whole, shard included (torch.utils.swap_tensors; model.to() of another device)
+                    self._known[name] = (parameter, now, weakref.ref(_local(parameter)))
         if assigned:
             raise PrepareError(
                 f"{', '.join(assigned[:4])}{', ...' if len(assigned) > 4 else ''}: parameter.data was assigned since "
@@ -61,8 +62,8 @@ class AssignedData:
 
 
 @torch.no_grad()
-def _address(parameter: DTensor) -> int:
-    return parameter.to_local().data_ptr()
+def _local(parameter: DTensor) -> torch.Tensor:
+    return parameter.to_local()  # without gradients the shard itself, not a view of it
 
 
 def explain_reads(model: nn.Module, args: Any, output: Any) -> None:

@@ -88,6 +88,9 @@ _WHOLE = "_automodel_parallel_whole"
 @contextmanager
 def _whole(model: nn.Module) -> Iterator[None]:
     """Within the block, the parameters of ``model`` are full plain tensors, on every rank. Collective."""
+    if vars(model).get(_WHOLE):  # in a save inside of another one, as of Trainer.push_to_hub
+        yield
+        return
     for unit in fsdp_units(model):
         unit.reshard()
     vars(model)[_WHOLE] = True
@@ -123,7 +126,9 @@ def _save_pretrained(
             # Accelerate gathers to rank 0 only, and the other ranks pass an empty dict, in which PEFT
             # would look for `modules_to_save`.
             return None
-        with full_prompts(model, state.__getitem__) if main and compat.is_peft_model(model) else nullcontext():
+        # On ranks that write nothing, too: PEFT runs the prompt encoder wherever it is called.
+        full = compat.is_peft_model(model) and any("prompt_encoder." in name for name in state)
+        with full_prompts(model, state.__getitem__) if full else nullcontext():
             return original(*args, **kwargs)
     directory = Path(save_directory)
     options = {k: v for k, v in given.items() if k not in ("state_dict", "is_main_process")}
@@ -337,6 +342,8 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
         if not isinstance(state_dict, Streamed):
+            if vars(trainer.model).get(_WHOLE) and not trainer.args.should_save:
+                return None  # transformers calls it on every rank, and not every override writes on one alone
             return save(output_dir, state_dict)
         # get_state_dict() above has served the gathers already on ranks that do not write.
         if state_dict.used:

@@ -356,7 +356,10 @@ def has_name(holder: Any, name: str) -> bool:
     if hasattr(holder, name) or name in getattr(holder, "__annotations__", {}):
         return True
     before = r"\." if inspect.isclass(holder) else r"\b"
-    code = inspect.getsource(holder) if inspect.isclass(holder) or inspect.isfunction(holder) else ""
+    try:
+        code = inspect.getsource(holder) if inspect.isclass(holder) or inspect.isfunction(holder) else ""
+    except (OSError, TypeError):  # no source: nothing can be said
+        return True
     return re.search(rf"{before}{name}\b", code) is not None
 
 

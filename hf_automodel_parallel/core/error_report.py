@@ -53,8 +53,8 @@ def _install() -> None:
             time.sleep(_LATER)
         elif isinstance(error, AutoParallelError):
             sys.stderr.write(_short(kind, error, trace))  # in one piece: other ranks may write, too
-        else:
-            previous(kind, error, trace)
+        if previous is not sys.__excepthook__ or (rank == dist.get_rank() and not isinstance(error, AutoParallelError)):
+            previous(kind, error, trace)  # an experiment tracker notes there that the run has failed
         sys.stderr.flush()
 
     sys.excepthook = hook

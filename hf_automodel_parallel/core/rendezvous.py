@@ -77,6 +77,7 @@ def wait_for_ranks(ranks: list[int], what: str, remedy: str) -> None:
     keys = {other: f"{count}/{other}" for other in ranks}
     if not _waited(store, list(keys.values()), seconds):
         missing = ", ".join(str(other) for other, name in keys.items() if not store.check([name]))
+        store.delete_key(f"{count}/{rank}")  # a rank that comes late must not take this one for present
         raise UnsupportedError(
             f"rank {rank} {what}, which is a collective, and rank {missing} did not within {seconds:g} s. {remedy} If "
             f"the ranks are only late, set {TIMEOUT_VARIABLE} to more seconds."

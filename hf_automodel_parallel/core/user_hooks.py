@@ -6,13 +6,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+#: Attribute of a hook that may see this rank's part of sharded activations, because it changes nothing.
+SEES_SHARDS = "sees_shards"
+
 _LIBRARIES = frozenset(
     [__name__.partition(".")[0], "torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"]
 )
 
 
 def is_of_user(hook: Callable[..., Any]) -> bool:
-    """True if neither this package nor a library that knows what it hooks has made ``hook``."""
+    """True if neither this package nor a library that knows what it hooks has made ``hook``.
+
+    False also for a hook with the attribute ``sees_shards = True``, by which the user says that it may see shards.
+    """
+    if getattr(_unwrapped(hook), SEES_SHARDS, False):
+        return False
     return _module_of(hook).partition(".")[0] not in _LIBRARIES
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,8 +61,8 @@ def full_prompts(model: nn.Module, fetch: Fetch, adapters: Iterable[str] | None 
         fetch: returns full tensors by their names in the state dict of ``model``.
         adapters: whose prompts; None for all.
     """
-    encoders: Any = getattr(model, "prompt_encoder", None)
-    before = {} if encoders is None else dict(encoders.items())
+    encoders: Any = model._modules.get("prompt_encoder")  # PEFT's own: a base model may have one, too
+    before = dict(encoders.items()) if isinstance(encoders, nn.ModuleDict) else {}
     for name, encoder in before.items():
         if adapters is None or name in adapters:
             encoders[name] = _plain_copy(encoder, f"prompt_encoder.{name}.", fetch)
@@ -78,7 +79,12 @@ def _plain_copy(module: nn.Module, prefix: str, fetch: Fetch) -> nn.Module:
     result: Any = cls.__new__(cls)
     nn.Module.__init__(result)
     # Attributes of its own: what nn.Module keeps (hooks among it) is new, and a forward of the instance is a wrapper.
-    attributes = {name: value for name, value in vars(module).items() if name not in vars(result) and name != "forward"}
+    attributes = {
+        # Containers are copied: recurrent layers write their weights into a list.
+        name: copy.copy(value) if isinstance(value, (list, dict)) else value
+        for name, value in vars(module).items()
+        if name not in vars(result) and name != "forward"
+    }
     vars(result).update(attributes, training=module.training)
     for name, parameter in module._parameters.items():
         # setattr, because recurrent layers hold their weights in a list, too.

@@ -18,7 +18,7 @@ from torch import nn
 from .. import compat
 from ..core.model_view import ModelView
 from ..core.sharding_spec import REPLICATED, InputHook, ModuleSpec, OutputHook, ParameterSpec, ShardingSpec
-from ..core.user_hooks import hook_name, is_of_user
+from ..core.user_hooks import SEES_SHARDS, hook_name, is_of_user
 from ..errors import UnsupportedError
 from .layer_kinds import as_matrix
 
@@ -75,22 +75,27 @@ def hook_views(model: nn.Module, spec: ShardingSpec, tp_size: int) -> dict[str, 
     """Name of a module -> what hooks on it get; modules with full activations on all sides are left out."""
     blocks = {name.rpartition(".")[0] for name, hooks in spec.modules.items() if _ends_sharded(hooks)}
     found: dict[str, HookView] = {}
-    closed: tuple[str, ...] = ()  # prefixes of modules inside of which nothing is known
+    closed: set[str] = set()  # modules inside of which nothing is known
     for name, module in model.named_modules():
         hooks, varying = spec.modules.get(name), spec.varying.get(name)
-        if closed and name.startswith(closed):
+        if _is_within(name, closed):
             view = LOCAL
         elif hooks is not None:
             view, opaque = _view_of_planned(name, module, hooks, spec, tp_size)
-            closed = (*closed, f"{name}.") if opaque else closed
+            closed |= {name} if opaque else set()
         elif varying is not None:
             side = {False: Activation.FULL, True: Activation.LOCAL}
             view = HookView(side[varying.inputs], side[varying.inputs], side[varying.output], varying.rest)
         else:  # not run beforehand: beside sharded projections anything may vary
-            view = LOCAL if any(name.startswith(f"{block}.") for block in blocks) and name else FULL
+            view = LOCAL if _is_within(name, blocks) else FULL
         if view != FULL:
             found[name] = view
     return found
+
+
+def _is_within(name: str, modules: set[str]) -> bool:
+    """True if the module ``name`` is inside of one of ``modules``; without a loop over them, which may be experts."""
+    return any(name[:end] in modules for end, character in enumerate(name) if character == ".")
 
 
 def _ends_sharded(hooks: ModuleSpec) -> bool:
@@ -179,6 +184,6 @@ def refused_hooks(name: str, module: nn.Module, view: HookView) -> Iterator[str]
                     f"the hook {hook_name(hook)} on {name} ({register}) would get this rank's part of what one process "
                     f"shows it, and change loss or gradients: between sharded layers the activations differ across "
                     f"the ranks of the tp axis. Register a forward (pre-)hook on a sharded linear layer itself, where "
-                    f"activations are gathered for it, or a hook on the module around; or leave the block out of the "
-                    f"plan (tp_plan), or use tp_size=1."
+                    f"activations are gathered for it, or a hook on the module around; set hook.{SEES_SHARDS} = True "
+                    f"if it only observes and may see this rank's part; or leave the block out of the plan (tp_plan)."
                 )

@@ -43,6 +43,11 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
     return (*modules, fingerprint(model))
 
 
+def has_own_forwards(model: nn.Module) -> bool:
+    """True if a ``forward`` was set on an instance: a key with it would keep the model alive, and never match again."""
+    return any("forward" in vars(module) for module in model.modules())
+
+
 def _carry_over(model: nn.Module, small: nn.Module, kept: list[int]) -> None:
     """Give ``small`` the modules and the forwards of ``model`` that its class does not build, in place.
 

@@ -26,7 +26,7 @@ from ..core.model_view import layer_pattern, pattern_regex
 from ..core.sharding_spec import Plan, PlanEntry, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.cross_module_reads import cross_module_reads
-from .carried_modules import copy_model, proxy_with_replaced_modules, signature
+from .carried_modules import copy_model, has_own_forwards, proxy_with_replaced_modules, signature
 from .parity_check import ParityCheck, run_once
 from .proxy_model import LENGTH, LONGER
 
@@ -68,6 +68,8 @@ def proven_plan(model: nn.Module, plan: Plan, completed: bool = True) -> Plan:
     own = _own_code(model)
     if not own and plan.origin != "explicit":
         return plan
+    if has_own_forwards(model):
+        return _proven(model, plan, own, completed)
     key = (_key(model, plan), completed)
     if key not in _KNOWN:
         try:
@@ -114,8 +116,11 @@ def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
 
 def _proven(model: nn.Module, plan: Plan, own: dict[str, str], completed: bool) -> Plan:
     try:
-        trial = _Trial(model, own, completed)
-        failure = trial.failure(plan)
+        # As in a fresh process: the caller's autocast and gradient mode do not reach the threads of the trial, and a
+        # forward that draws random numbers must not change those of the run.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            trial = _Trial(model, own, completed)
+            failure = trial.failure(plan)
     except Exception as error:  # code of the model, which may raise any error
         # Nothing is known then; the shapes and what varies are checked on the model itself.
         note = f"the plan was not tried by values on a tiny proxy model: {first_line(error)}"
@@ -151,6 +156,8 @@ class _Trial:
     def __init__(self, model: nn.Module, own: dict[str, str], completed: bool) -> None:
         self.completed = completed
         self.first = ParityCheck(proxy_with_replaced_modules(model), _RANKS)
+        if not _repeats(self.first):
+            raise PlanError("its forward draws random numbers in evaluation mode")
         small = self.first.model
         self.reads = {name for names in cross_module_reads(small, find_layers(small)).values() for name in names}
         self.checks = [self.first]

@@ -81,7 +81,11 @@ class PartialGradients:
         self._queued = False
         if self.resolves:
             self.resolve()
+        # Not forgotten: this may be the end of a backward inside of another one (a reentrant checkpoint), after which
+        # FSDP2 still adds to these gradients. Averaging twice changes nothing.
+        reached = set(self._reached)
         self.flush()
+        self._reached |= reached
 
     @torch.no_grad()
     def flush(self) -> None:

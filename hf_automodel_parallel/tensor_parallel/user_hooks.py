@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
 
 from .. import compat
+from ..core.rendezvous import wait_for_ranks
 from ..core.sharding_spec import ShardingSpec
 from ..core.user_hooks import hook_name, is_of_user
 from ..errors import UnsupportedError
@@ -92,6 +95,18 @@ class FullActivations:
 
     def __init__(self, hook: Callable[..., Any], ends: Ends, view: HookView, numbers: TPRngTracker | None) -> None:
         self.hook, self.ends, self.view, self.numbers = hook, ends, view, numbers
+        self.met = False
+
+    def meet(self) -> None:
+        """Before the first all-gather: raise, instead of a hang, if the hook is on some ranks of the tp axis only."""
+        if self.met or torch.compiler.is_compiling():
+            return
+        wait_for_ranks(
+            dist.get_process_group_ranks(self.ends.mesh.get_group()),
+            f"calls the hook {hook_name(self.hook)}",
+            "Register the hook on all ranks, and let it print or log on one of them.",
+        )
+        self.met = True
 
     def call(self, *args: Any) -> Any:
         """Call the hook with the random numbers that all tp ranks share."""
@@ -117,6 +132,7 @@ class FullInputs(FullActivations):
     """A forward pre-hook of the user that is called with full activations."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs: dict[str, Any]) -> Any:
+        self.meet()
         given = kwargs[0] if kwargs else {}
         full, shown_args, shown_kwargs = self.shown(args, given, self.view.inputs)
         if full is None:
@@ -141,6 +157,7 @@ class FullOutput(FullActivations):
     """A forward hook of the user that is called with full activations."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        self.meet()
         *kwargs, output = rest
         self.check(output)
         _, shown_args, shown_kwargs = self.shown(args, kwargs[0] if kwargs else {}, self.view.arguments)
@@ -187,6 +204,7 @@ class UserHooks:
         self.views: dict[nn.Module, tuple[str, HookView]] = {}
         self._checked: dict[nn.Module, tuple[int, ...]] = {}
         self._scopes: dict[nn.Module, list[nn.Module]] = {}
+        self._looked: dict[nn.Module, int] = {}  # scope -> the newest hook of the process when it was checked
 
     def look(self, model: nn.Module, spec: ShardingSpec) -> None:
         """Note what hooks on each module of ``model`` get under ``spec``."""
@@ -203,7 +221,7 @@ class UserHooks:
         self._forget()
 
     def _forget(self) -> None:
-        self._checked, self._scopes = {}, {}
+        self._checked, self._scopes, self._looked = {}, {}, {}
 
     def check(self, scope: nn.Module, innermost: dict[nn.Module, list[tuple[Any, Any]]]) -> None:
         """Let hooks that were registered in ``scope`` since the last call get full activations.
@@ -215,6 +233,9 @@ class UserHooks:
         Raises:
             UnsupportedError: a hook that cannot get what it gets in one process.
         """
+        newest = RemovableHandle.next_id
+        if self._looked.get(scope) == newest:  # no hook has been registered anywhere since
+            return
         if scope not in self._scopes:
             self._scopes[scope] = [module for module in scope.modules() if module in self.views]
         for module in self._scopes[scope]:
@@ -227,6 +248,7 @@ class UserHooks:
                     *compat.forward_hooks(module),
                     *compat.backward_hooks(module),
                 )
+        self._looked[scope] = newest
 
     def _adapt(self, module: nn.Module, innermost: list[int]) -> None:
         name, view = self.views[module]

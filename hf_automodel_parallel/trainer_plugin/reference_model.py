@@ -19,11 +19,14 @@ from ..fsdp.shard import fsdp_units
 def let_references_follow(trainer: Any) -> None:
     """Let the callbacks of ``trainer`` that update a reference model do so on any mesh.
 
-    These are TRL's ``SyncRefModelCallback`` and what has the same public function, ``sync_target_model(model,
-    target_model, alpha)``. It is set on the instance.
+    These are TRL's ``SyncRefModelCallback`` and subclasses that keep its ``sync_target_model(model, target_model,
+    alpha)``. It is set on the instance.
     """
     for callback in trainer.callback_handler.callbacks:
-        if callable(getattr(callback, "sync_target_model", None)):
+        own = getattr(type(callback), "sync_target_model", None)
+        if (
+            str(getattr(own, "__module__", "")).partition(".")[0] == "trl"
+        ):  # not a user's own, which may do another thing
             callback.sync_target_model = follow
 
 
