@@ -61,9 +61,9 @@ class AssignedData:
             )
 
 
-@torch.no_grad()
 def _local(parameter: DTensor) -> torch.Tensor:
-    return parameter.to_local()  # without gradients the shard itself, not a view of it
+    """The shard itself (``to_local`` returns a view of a parameter's), by torch's protocol for tensor subclasses."""
+    return getattr(parameter, parameter.__tensor_flatten__()[0][0])  # type: ignore[no-untyped-call]
 
 
 def explain_reads(model: nn.Module, args: Any, output: Any) -> None:

@@ -69,3 +69,20 @@ def test_training_after_a_first_forward_in_inference_mode(sizes):
     for losses, gradients in run_distributed(2, inferred_first, sizes):
         assert_losses_equal(losses, [want_loss] * 2)
         assert_gradients_equal(gradients, want)
+
+
+def moved() -> list[str]:
+    """A model that was moved to another dtype and back, on ranks of which one has an empty shard."""
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(dp_shard_size=2))
+    model = build_model("llama")
+    model.norm_of_one = torch.nn.Parameter(torch.ones(1))
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    empty = [name for name, parameter in model.named_parameters() if parameter.to_local().numel() == 0]
+    model.to(torch.float64)
+    model.to(torch.float32)
+    model(**make_batches(1, 4, 16, 128, seed=3)[0])
+    return empty
+
+
+def test_a_model_that_was_moved_is_not_taken_for_assigned_data():
+    assert run_distributed(2, moved) == [[], ["norm_of_one"]]
