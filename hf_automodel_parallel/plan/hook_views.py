@@ -185,5 +185,6 @@ def refused_hooks(name: str, module: nn.Module, view: HookView) -> Iterator[str]
                     f"shows it, and change loss or gradients: between sharded layers the activations differ across "
                     f"the ranks of the tp axis. Register a forward (pre-)hook on a sharded linear layer itself, where "
                     f"activations are gathered for it, or a hook on the module around; set hook.{SEES_SHARDS} = True "
-                    f"if it only observes and may see this rank's part; or leave the block out of the plan (tp_plan)."
+                    f"if it only observes and may see this rank's part; or leave the block out of the plan (tp_plan), "
+                    f"or use tp_size=1."
                 )

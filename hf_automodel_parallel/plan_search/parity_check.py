@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import compat
 from ..core.model_structure import find_layers, find_structure
 from ..core.shard_layout import local_slice
 from ..core.sharding_spec import REPLICATED, Plan, ShardingSpec
@@ -64,6 +65,19 @@ def run_once(model: nn.Module, inputs: dict[str, Any]) -> Result:
     return Result([x.detach() for x in outputs], gradients)
 
 
+class _NoCollectives(compat.TorchDispatchMode):
+    """Raises at a collective of the model's own code (in-batch negatives of all ranks, balanced experts).
+
+    The run of one process comes first, so all ranks raise alike there. In the runs of the simulated ranks, in threads
+    and in an order of their own, the collective would mix up values or hang.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise PlanError(f"its forward runs a collective of its own ({func})")
+        return func(*args, **(kwargs or {}))
+
+
 class ParityCheck:
     """Compares plans with one process.
 
@@ -89,7 +103,8 @@ class ParityCheck:
         # A copy, because after a forward some modules keep state that deepcopy cannot copy.
         used = copy_model(model)
         before = [(name, id(module)) for name, module in used.named_modules()]
-        self.want = run_once(used, self.inputs)
+        with _NoCollectives():
+            self.want = run_once(used, self.inputs)
         if before != [(name, id(module)) for name, module in used.named_modules()]:
             raise PlanError(
                 f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."

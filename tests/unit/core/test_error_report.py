@@ -20,6 +20,7 @@ def hook_on_rank(monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     earlier = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: earlier.append(error))
+    monkeypatch.setattr(sys, "__excepthook__", sys.excepthook)  # Python's own, which prints
     error_report._install.cache_clear()
 
     def end(rank, error, printed_by):
@@ -59,3 +60,11 @@ def test_other_errors_keep_their_traceback(hook_on_rank, capsys):
     assert hook_on_rank(1, agreed, 0) == ([], "as on rank 0")
     assert hook_on_rank(0, own, None) == ([own], None)
     assert capsys.readouterr().err == ""
+
+
+def test_hook_of_another_library_sees_every_error(hook_on_rank, monkeypatch):
+    """Experiment trackers and debuggers note there that the run has failed."""
+    monkeypatch.setattr(sys, "__excepthook__", lambda *_: None)
+    error = raised(PrepareError("the sentence"))
+    for rank in (0, 1):
+        assert hook_on_rank(rank, error, 0)[0] == [error]
