@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel.core.rendezvous import TIMEOUT_VARIABLE
 from hf_automodel_parallel.errors import UnsupportedError
 
 Penalties = list[torch.Tensor]
@@ -206,3 +208,26 @@ def messages(cases: list[tuple[str, int]], sizes: dict[str, Any]) -> list[str]:
             said.append(str(error))
         accelerator.state._reset_state()
     return said
+
+
+def observing(*_: Any) -> None:
+    """A hook that says that it may see shards."""
+
+
+observing.sees_shards = True  # type: ignore[attr-defined]
+
+
+def on_rank_0_alone() -> str:
+    """What a rank says when a hook that needs an all-gather is registered on rank 0 only, behind one that observes."""
+    os.environ[TIMEOUT_VARIABLE] = "2"
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, audit="off"))
+    model = build_model("llama").train()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.0))
+    model.get_submodule(f"{MLP}.act_fn").register_forward_hook(observing)
+    if dist.get_rank() == 0:
+        model.lm_head.register_forward_hook(nothing)  # behind it the other rank has no collective to wait in
+    try:
+        model(input_ids=batches(1)[0]["input_ids"], use_cache=False)
+        return "nothing"
+    except UnsupportedError as error:
+        return str(error)

@@ -7,7 +7,14 @@ from harness.compare import assert_gradients_equal, assert_losses_equal
 from harness.meshes import MESHES
 from harness.pool import run_distributed
 
-from ranks.tensor_parallel.hook_jobs import COMPUTED_WEIGHTS, REFUSED, hooked_gradients, in_one_process, messages
+from ranks.tensor_parallel.hook_jobs import (
+    COMPUTED_WEIGHTS,
+    REFUSED,
+    hooked_gradients,
+    in_one_process,
+    messages,
+    on_rank_0_alone,
+)
 
 CASES = [("llama", "before"), ("llama", "after"), ("gpt2", "after"), ("llama_mqa", "after")]
 
@@ -31,3 +38,9 @@ def test_hooks_on_what_differs_across_ranks_are_refused_by_name():
             path = (REFUSED + COMPUTED_WEIGHTS)[number][2]
             hook = "hook_jobs.nothing on" if number < len(REFUSED) else "computed by a hook"
             assert path in message and hook in message and "tp_size=1" in message, (path, message)
+
+
+def test_a_hook_on_one_rank_alone_ends_in_an_error():
+    said, other = run_distributed(2, on_rank_0_alone)
+    assert other == "nothing"
+    assert "calls the hook" in said and "hook_jobs.nothing" in said and "rank 1 did not within 2 s" in said, said
