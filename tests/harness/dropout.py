@@ -33,17 +33,18 @@ _observe.register_autograd(lambda context, gradient: (gradient, None))
 
 
 class _Observer:
-    """The forward of a module whose first argument is the output of dropout.
+    """Forward pre-hook: the first argument of its module is the output of dropout.
 
-    No hook, because hooks inside of an adapter of a sharded layer are refused: they would see what the ranks hold, as
-    is wanted here.
+    Inside of an adapter of a sharded layer it sees what this rank holds, as is wanted here.
     """
 
-    def __init__(self, key: str, module: nn.Module) -> None:
-        self.key, self.module, self.forward = key, module, module.forward
+    sees_shards = True
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(_observe(x, self.key) if self.module.training else x, *args, **kwargs)
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_observe(args[0], self.key), *args[1:]) if module.training else args
 
 
 def _dropouts(model: nn.Module) -> list[tuple[str, nn.Module, str, float]]:
@@ -67,7 +68,7 @@ def observe_dropout(model: nn.Module) -> None:
         magnitudes: Any = getattr(layer, "lora_magnitude_vector", None) or {}
         factors: Any = layer.lora_A
         reader = magnitudes[adapter] if adapter in magnitudes else factors[adapter]  # type: ignore[index]
-        reader.forward = _Observer(key, reader)
+        reader.register_forward_pre_hook(_Observer(key))
 
 
 def observed_masks() -> tuple[Masks, int]:
