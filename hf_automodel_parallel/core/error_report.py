@@ -42,6 +42,8 @@ def print_once(error: BaseException, rank: int) -> None:
 @functools.cache
 def _install() -> None:
     previous = sys.excepthook
+    # Python's own, or torch.distributed's, which puts the rank in front of each line: they would print once more.
+    prints = previous is sys.__excepthook__ or str(getattr(previous, "__module__", "")).partition(".")[0] == "torch"
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         rank = getattr(error, _PRINTED_BY, None)
@@ -53,7 +55,7 @@ def _install() -> None:
             time.sleep(_LATER)
         elif isinstance(error, AutoParallelError):
             sys.stderr.write(_short(kind, error, trace))  # in one piece: other ranks may write, too
-        if previous is not sys.__excepthook__ or (rank == dist.get_rank() and not isinstance(error, AutoParallelError)):
+        if not prints or (rank == dist.get_rank() and not isinstance(error, AutoParallelError)):
             previous(kind, error, trace)  # an experiment tracker notes there that the run has failed
         sys.stderr.flush()
 
