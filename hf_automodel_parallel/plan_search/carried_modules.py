@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.model_view import layer_pattern, without_wrappers
-from ..errors import PlanError, first_line
+from ..core.sharding_spec import Plan
+from ..errors import AutoParallelError, PlanError, first_line
 from .proxy_model import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, build_proxy_model, fingerprint, layers_of_proxy
 
 #: Fields of a config that name a size, the first one wins where two real sizes are equal.
@@ -43,9 +44,35 @@ def signature(model: nn.Module) -> tuple[Any, ...]:
     return (*modules, fingerprint(model))
 
 
-def has_own_forwards(model: nn.Module) -> bool:
-    """True if a ``forward`` was set on an instance: a key with it would keep the model alive, and never match again."""
-    return any("forward" in vars(module) for module in model.modules())
+def once_per_kind(
+    known: dict[Any, Plan | str], model: nn.Module, more: Callable[[], Any], find: Callable[[], Plan]
+) -> Plan:
+    """The plan that ``find`` returns for ``model``, or the error that it raises; once per process and kind of model.
+
+    A model on whose instances a ``forward`` was set is not remembered: a key with it would keep the model alive, and
+    never match again.
+
+    Args:
+        known: what was found so far; an error as its message.
+        model: see :func:`signature`.
+        more: returns what the plan depends on beside the model, hashable.
+        find: looks for the plan.
+
+    Raises:
+        PlanError: ``find`` raised an error of this package, now or before.
+    """
+    if any("forward" in vars(module) for module in model.modules()):
+        return find()
+    key = signature(model), more()
+    if key not in known:
+        try:
+            known[key] = find()
+        except AutoParallelError as error:
+            known[key] = str(error)
+    found = known[key]
+    if isinstance(found, str):
+        raise PlanError(found)
+    return found
 
 
 def _carry_over(model: nn.Module, small: nn.Module, kept: list[int]) -> None:

@@ -26,7 +26,7 @@ from ..core.model_view import layer_pattern, pattern_regex
 from ..core.sharding_spec import Plan, PlanEntry, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.cross_module_reads import cross_module_reads
-from .carried_modules import copy_model, has_own_forwards, proxy_with_replaced_modules, signature
+from .carried_modules import copy_model, once_per_kind, proxy_with_replaced_modules
 from .parity_check import ParityCheck, run_once
 from .proxy_model import LENGTH, LONGER
 
@@ -68,18 +68,9 @@ def proven_plan(model: nn.Module, plan: Plan, completed: bool = True) -> Plan:
     own = _own_code(model)
     if not own and plan.origin != "explicit":
         return plan
-    if has_own_forwards(model):
-        return _proven(model, plan, own, completed)
-    key = (_key(model, plan), completed)
-    if key not in _KNOWN:
-        try:
-            _KNOWN[key] = _proven(model, plan, own, completed)
-        except PlanError as error:
-            _KNOWN[key] = str(error)
-    known = _KNOWN[key]
-    if isinstance(known, str):
-        raise PlanError(known)
-    return known
+    return once_per_kind(
+        _KNOWN, model, lambda: (_described(plan), completed), lambda: _proven(model, plan, own, completed)
+    )
 
 
 def _warn(message: str) -> None:
@@ -109,9 +100,9 @@ def _package(code: Any) -> str:
     return str(module or getattr(code, "__module__", "") or "").partition(".")[0]
 
 
-def _key(model: nn.Module, plan: Plan) -> tuple[Any, ...]:
+def _described(plan: Plan) -> tuple[Any, ...]:
     entries = tuple((pattern, entry.style_name) for pattern, entry in plan.entries.items())
-    return signature(model), plan.origin, entries, repr(plan.counts), repr(plan.head_arguments), plan.notes
+    return plan.origin, entries, repr(plan.counts), repr(plan.head_arguments), plan.notes
 
 
 def _proven(model: nn.Module, plan: Plan, own: dict[str, str], completed: bool) -> Plan:

@@ -14,7 +14,7 @@ from ..core.sharding_spec import Plan, PlanEntry
 from ..errors import AutoParallelError, PlanError, without_stop
 from ..plan.validate import config_with_heads, counted_heads
 from .candidates import Group, Observed, Variant, pattern_of
-from .carried_modules import copy_model, has_own_forwards, proxy_with_replaced_modules, signature
+from .carried_modules import copy_model, once_per_kind, proxy_with_replaced_modules
 from .parity_check import ParityCheck
 from .proxy_model import HEADS, LONGER, build_proxy_model, inputs_for
 
@@ -66,18 +66,7 @@ def derived_plan(model: nn.Module, tp_size: int | None = None) -> Plan:
         PlanError: there is no proxy model, or none of its layers can be sharded; with the reason.
     """
     by_heads = _heads_divide(model, tp_size)
-    if has_own_forwards(model):
-        return _search(model, by_heads)
-    key = (signature(model), by_heads)
-    if key not in _KNOWN:
-        try:
-            _KNOWN[key] = _search(model, by_heads)
-        except AutoParallelError as error:
-            _KNOWN[key] = str(error)
-    known = _KNOWN[key]
-    if isinstance(known, str):
-        raise PlanError(known)
-    return known
+    return once_per_kind(_KNOWN, model, lambda: by_heads, lambda: _search(model, by_heads))
 
 
 def _heads_divide(model: nn.Module, tp_size: int | None) -> bool:

@@ -23,10 +23,9 @@ def let_references_follow(trainer: Any) -> None:
     alpha)``. It is set on the instance.
     """
     for callback in trainer.callback_handler.callbacks:
-        own = getattr(type(callback), "sync_target_model", None)
-        if (
-            str(getattr(own, "__module__", "")).partition(".")[0] == "trl"
-        ):  # not a user's own, which may do another thing
+        update = getattr(type(callback), "sync_target_model", None)
+        # A user's own function may do something else.
+        if str(getattr(update, "__module__", "")).partition(".")[0] == "trl":
             callback.sync_target_model = follow
 
 

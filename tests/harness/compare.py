@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -96,6 +97,13 @@ def assert_bitwise_equal(by_rank: Sequence[Mapping[str, torch.Tensor]]) -> None:
         assert tensors.keys() == by_rank[0].keys()
         different = [name for name, tensor in tensors.items() if not torch.equal(tensor, by_rank[0][name])]
         assert not different, f"rank {rank} differs from rank 0 in {len(different)} tensors: {different[:4]}"
+
+
+def mean_over_ranks(loss: torch.Tensor) -> float:
+    """The loss of all ranks. Collective."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 def full_grads(model: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensor
 
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.training import batches_for, build, data_rank, trainable
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.tensor_parallel.dropout_rng import ShardedDropout
@@ -94,6 +94,4 @@ def gradients_and_masks(
     for start in range(0, len(everyone), size):
         group = everyone[start : start + size]
         assert all(torch.equal(group[0][1], other[1]) for other in group), "the ranks' common numbers went apart"
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model), [masks for masks, _ in everyone]
+    return mean_over_ranks(loss), full_grads(model), [masks for masks, _ in everyone]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import build_model, lora, make_batches
 from hf_automodel_parallel import AutoParallelismConfig
 
@@ -54,9 +54,7 @@ def first_gradients(
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
     loss = model(**batches[data_rank(accelerator)], use_cache=False).loss
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 def five_steps_accelerate(

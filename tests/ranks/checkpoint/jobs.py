@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, set_seed
+from harness.compare import mean_over_ranks
 from harness.models import build_model, lora
 from harness.training import _Rows, batches_for, data_rank
 
@@ -89,9 +90,7 @@ class Run:
             self.schedule.step()
             self.optimizer.zero_grad()
             self.counter.seen[0] += 1
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            losses.append(total.item() / dist.get_world_size())
+            losses.append(mean_over_ranks(loss))
         return [*losses, self.schedule.get_last_lr()[0] * 1e2, float(self.counter.seen[0])]
 
 

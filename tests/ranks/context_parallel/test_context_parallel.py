@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.dropout_jobs import recorded_masks, replayed_masks
 from harness.meshes import MESHES
 from harness.oracle import loss_and_grads, train_steps
@@ -54,9 +54,7 @@ def gradients(name, sizes, adapter, dp_size, overrides=None, padding=False, **op
         loss = model(**batch).loss
         accelerator.backward(loss)
     assert batch["input_ids"].shape[1] == SEQUENCE, "not restored"
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), loss.item(), full_grads(model)
+    return mean_over_ranks(loss), loss.item(), full_grads(model)
 
 
 CELLS = [

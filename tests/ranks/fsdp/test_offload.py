@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
@@ -46,9 +45,7 @@ def step(
     gradients = full_grads(model)
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), gradients, len(offloads)
+    return mean_over_ranks(loss), gradients, len(offloads)
 
 
 CELLS = [

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.models import randomize
 from harness.pool import expect_error, run_distributed
 from harness.training import data_rank, trainable
@@ -91,9 +91,7 @@ def image_gradients(images: list[list[int]], sizes: dict[str, Any], frozen: bool
     rank = data_rank(accelerator)
     loss = model(**with_images(images[rank], rank), use_cache=False).loss
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 @pytest.mark.core_cases("first-full")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from harness.collectives import C10D_OPERATORS, FUNCTIONAL_OPERATORS
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import build_model, lora
 from harness.training import batches_for, data_rank, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -107,9 +107,7 @@ def streamed_gradients(path: str, sizes: dict[str, int], dp_size: int, adapter: 
     model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
     loss = model(**batches[data_rank(accelerator)], use_cache=False).loss
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 def without_accelerator(path: str) -> tuple[list[str], str | None]:

@@ -4,9 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_bitwise_equal, assert_gradients_equal, assert_losses_equal, full_parameters
+from harness.compare import (
+    assert_bitwise_equal,
+    assert_gradients_equal,
+    assert_losses_equal,
+    full_parameters,
+    mean_over_ranks,
+)
 from harness.meshes import MESHES
 from harness.models import LORA_7
 from harness.oracle import loss_and_grads, train_steps
@@ -58,9 +63,7 @@ def three_steps(sizes: dict[str, int], dp_size: int, adapter: dict[str, Any]) ->
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        losses.append(total.item() / dist.get_world_size())
+        losses.append(mean_over_ranks(loss))
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     return losses, {name: tensor for name, tensor in full_parameters(model).items() if name in learned}
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.models import build_model, randomize
 from harness.pool import run_distributed
@@ -117,9 +116,7 @@ def run_cells(sizes: dict[str, int], dp_size: int, labels: list[str]) -> dict[st
         model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model)))
         loss = model(**batches[data_rank(accelerator)], use_cache=False).loss
         accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results[label] = (total.item() / dist.get_world_size(), full_grads(model))
+        results[label] = (mean_over_ranks(loss), full_grads(model))
         accelerator.free_memory()
     return results
 

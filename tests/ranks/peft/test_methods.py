@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.models import build_model
 from harness.pool import expect_error, run_distributed
@@ -107,9 +107,7 @@ def sweep(sizes: dict[str, int], dp_size: int, methods: list[str]) -> dict[str, 
             continue
         loss = loss_of(model, batches[data_rank(accelerator)], method)
         accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results[method] = (total.item() / dist.get_world_size(), full_grads(model))
+        results[method] = (mean_over_ranks(loss), full_grads(model))
         accelerator.free_memory()
     return results
 

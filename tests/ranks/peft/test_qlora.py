@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.models import build_model
 from harness.pool import run_distributed
@@ -78,9 +78,7 @@ def two_steps(directory: str, sizes: dict[str, int], dp_size: int, disturb: bool
 
 
 def mean(loss: torch.Tensor) -> float:
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    return mean_over_ranks(loss)
 
 
 @pytest.mark.core_cases("fsdp2-True")

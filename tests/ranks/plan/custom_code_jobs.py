@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import make_batches, randomize
 from harness.training import data_rank
 from transformers import AutoConfig
@@ -43,10 +42,8 @@ def custom_gradients(
     model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     loss = model(**batches(dp_size)[data_rank(accelerator)]).loss
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
     sharded = [n for n, p in model.named_parameters() if p.placements[-1].is_shard()]
-    return total.item() / dist.get_world_size(), full_grads(model), sharded
+    return mean_over_ranks(loss), full_grads(model), sharded
 
 
 def prepare_untriable(sizes: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.mixing import mixing_model
 from harness.models import build_model, make_batches
 from harness.oracle import loss_and_grads
@@ -25,9 +25,7 @@ def mixed_gradients() -> list[tuple[float, dict[str, torch.Tensor | None]]]:
         model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
         loss = model(**make_batches(1, 2, 16, 128, seed=3)[0]).loss
         accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results.append((total.item() / dist.get_world_size(), full_grads(model)))
+        results.append((mean_over_ranks(loss), full_grads(model)))
         accelerator.state._reset_state()
     return results
 

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import COMMON, make_batches, randomize
 from harness.training import build, data_rank, trainable
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,10 +55,8 @@ def sequence_gradients(
     losses = [model(**parts[mine], use_cache=False).loss / len(lengths) for parts in batches]
     loss = torch.stack(losses).sum()
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
     assert all(p.requires_grad == (not frozen or frozen not in n) for n, p in model.named_parameters() if not adapter)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 def freeze(model: torch.nn.Module, part: str) -> None:

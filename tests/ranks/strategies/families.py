@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import MATRIX_STD, VECTOR_STD, make_batches
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -224,9 +224,7 @@ def one_process(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> tup
 
 
 def _result(loss: torch.Tensor, model: nn.Module) -> tuple[float, dict[str, torch.Tensor | None]]:
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 def prepared(

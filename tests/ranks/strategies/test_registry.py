@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.oracle import loss_and_grads
 from harness.pool import expect_error, run_distributed
@@ -35,10 +34,8 @@ def one_step(sizes: dict[str, int], dp_size: int, strategy: type, adapter: Any =
         gradients = full_grads(model)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
         units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-        return total.item() / dist.get_world_size(), gradients, units, list(Bare.calls)
+        return mean_over_ranks(loss), gradients, units, list(Bare.calls)
     finally:
         Bare.calls.clear()
         forget()

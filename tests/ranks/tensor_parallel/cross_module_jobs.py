@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import build_model, lora, make_batches
 from harness.training import data_rank, trainable
 from torch.func import functional_call
@@ -57,9 +56,7 @@ def reading_gradients(
         model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
         loss = model(**batches(dp_size)[data_rank(accelerator)]).loss
         accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results.append((total.item() / dist.get_world_size(), full_grads(model)))
+        results.append((mean_over_ranks(loss), full_grads(model)))
         accelerator.state._reset_state()
     return results
 
@@ -138,9 +135,7 @@ def gradients_of_others(
         try:
             loss = model(**batches(dp_size)[data_rank(accelerator)]).loss
             accelerator.backward(loss)
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            results.append((total.item() / dist.get_world_size(), full_grads(model)))
+            results.append((mean_over_ranks(loss), full_grads(model)))
         except (RuntimeError, UnsupportedError) as error:
             results.append(str(error))
         accelerator.state._reset_state()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import full_grads
+from harness.compare import full_grads, mean_over_ranks
 from harness.models import build_model, lora, make_batches
 from harness.training import data_rank, trainable
 from torch import nn
@@ -153,9 +153,7 @@ def hooked_gradients(
             register(name, model, penalties)
         loss = hooked_loss(model, batches(dp_size)[data_rank(accelerator)], penalties)
         accelerator.backward(loss)
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results.append((total.item() / dist.get_world_size(), full_grads(model)))
+        results.append((mean_over_ranks(loss), full_grads(model)))
         accelerator.state._reset_state()
     return results
 

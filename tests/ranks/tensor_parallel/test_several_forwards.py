@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import build, data_rank, trainable
@@ -33,9 +32,7 @@ def gradients_of_forwards(name: str, sizes: dict[str, Any], parts: int) -> tuple
     model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
     loss = loss_of(model, batches[data_rank(accelerator)])
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 @pytest.mark.core_cases("llama-fsdp2-plain", "llama-tp2-sp")

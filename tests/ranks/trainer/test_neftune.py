@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads
+from harness.compare import assert_gradients_equal, assert_losses_equal, full_grads, mean_over_ranks
 from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import _Rows, batches_for, build, data_rank, trainable
@@ -31,9 +31,7 @@ def noisy_step(name: str, adapter: Any, mesh: str) -> tuple[float, dict[str, tor
     model, _ = accelerator.prepare(model, torch.optim.SGD(trainable(model), lr=0.1))
     loss = model.train()(**batch, use_cache=False).loss
     accelerator.backward(loss)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size(), full_grads(model)
+    return mean_over_ranks(loss), full_grads(model)
 
 
 CELLS = [
