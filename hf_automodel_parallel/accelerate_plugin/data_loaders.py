@@ -218,10 +218,10 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     """
     from accelerate.utils.operations import recursively_apply
 
-    whole = type(self).gather(self, tensor)
+    gathered = type(self).gather(self, tensor)
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tp == 1 or hooks_of(self).gathers_by_process:
-        return whole
+        return gathered
     ranks = self.num_processes
     given: list[torch.Tensor] = []  # in the order in which recursively_apply visits them
 
@@ -235,9 +235,14 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     def once(x: torch.Tensor) -> torch.Tensor:
         if next(visited).ndim == 0:
             return x
-        return x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])[::tp].flatten(0, 1)
+        return _per_rank(x, ranks)[::tp].flatten(0, 1)
 
-    return recursively_apply(once, whole)
+    return recursively_apply(once, gathered)
+
+
+def _per_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What was gathered over ``ranks`` processes along the first dimension, with a dimension for the process."""
+    return x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])
 
 
 def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bool = False) -> Any:
@@ -258,17 +263,17 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
     copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tensors:
-        whole = type(self).gather(self, input_data)
+        gathered = type(self).gather(self, input_data)
 
         def once(x: torch.Tensor) -> torch.Tensor:
             # tp and cp are the innermost mesh axes: every `copies` adjacent ranks have the same samples.
-            per_rank = x.reshape(self.num_processes, x.shape[0] // self.num_processes, *x.shape[1:])
+            per_rank = _per_rank(x, self.num_processes)
             # Under cp: one tp rank of each cp rank, to find results that were computed on sequence shards.
             if copies > tp:
                 check_whole(per_rank.unflatten(0, (-1, copies))[:, ::tp])
             return per_rank[::copies].flatten(0, 1)
 
-        data = recursively_apply(once, whole)
+        data = recursively_apply(once, gathered)
     else:
         data = [item for objects in gather_object([input_data])[::copies] for item in objects]
     # Accelerate fills up the last batch with samples from the start of the data set; drop these.

@@ -65,40 +65,40 @@ def bind_saving(model: nn.Module) -> None:
     if getattr(type(model), "save_pretrained", None) is None:
         return
     original: Any = model.save_pretrained
-    save = _save_pretrained if _is_known(model) else _save_by_its_class
+    save = _save_pretrained if _is_streamed(model) else _save_by_its_class
     model.save_pretrained = functools.wraps(original)(  # type: ignore[assignment]
         lambda *args, **kwargs: save(model, original, args, kwargs)
     )
-    if _is_known(model) and hasattr(type(model), "push_to_hub"):
+    if _is_streamed(model) and hasattr(type(model), "push_to_hub"):
         push: Any = model.push_to_hub
         model.push_to_hub = functools.wraps(push)(  # type: ignore[assignment]
             lambda *args, **kwargs: _push_to_hub(model, push, args, kwargs)
         )
 
 
-def _is_known(model: nn.Module) -> bool:
-    """True if the files of ``model`` are known, so that they are written tensor by tensor."""
+def _is_streamed(model: nn.Module) -> bool:
+    """True if the layout of the files of ``model`` is known here, so that they are written tensor by tensor."""
     return isinstance(model, PreTrainedModel) or compat.is_peft_model(model)
 
 
 #: Attribute of a model while its parameters are shown as full plain tensors.
-_WHOLE = "_automodel_parallel_whole"
+_FULL = "_automodel_parallel_full"
 
 
 @contextmanager
-def _whole(model: nn.Module) -> Iterator[None]:
+def _with_full_parameters(model: nn.Module) -> Iterator[None]:
     """Within the block, the parameters of ``model`` are full plain tensors, on every rank. Collective."""
-    if vars(model).get(_WHOLE):  # in a save inside of another one, as of Trainer.push_to_hub
+    if vars(model).get(_FULL):  # in a save inside of another one, as of Trainer.push_to_hub
         yield
         return
     for unit in fsdp_units(model):
         unit.reshard()
-    vars(model)[_WHOLE] = True
+    vars(model)[_FULL] = True
     try:
         with full_parameters(model):
             yield
     finally:
-        del vars(model)[_WHOLE]
+        del vars(model)[_FULL]
 
 
 def _save_by_its_class(
@@ -107,11 +107,11 @@ def _save_by_its_class(
     """``save_pretrained`` of a class that is neither of transformers nor of PEFT (a SentenceTransformer, a model of
     diffusers): rank 0 runs it on full weights.
     """
-    if vars(model).get(_WHOLE):
+    if vars(model).get(_FULL):
         return original(*args, **kwargs)
     name = f"{type(model).__name__}.save_pretrained()"
     rendezvous(name, {})
-    with _whole(model), raise_on_all_ranks(name, raises=ExportError):
+    with _with_full_parameters(model), raise_on_all_ranks(name, raises=ExportError):
         return original(*args, **kwargs) if dist.get_rank() == 0 else None
 
 
@@ -323,10 +323,10 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
         # If a rank never calls save_model, the wait ends in an error that names it.
         if not in_checkpoint:  # a checkpoint has synchronised the ranks already
             rendezvous(f"{type(trainer).__name__}.save_model()", {})
-        if not _is_known(model):
+        if not _is_streamed(model):
             if in_checkpoint and sharded:
                 return save_model(output_dir, _internal_call=_internal_call)
-            with _whole(model), _streaming(accelerator, lambda model, unwrap=True: model.state_dict()):
+            with _with_full_parameters(model), _streaming(accelerator, lambda model, unwrap=True: model.state_dict()):
                 return save_model(output_dir, _internal_call=_internal_call)
         shards = ShardedState(model, trainer.args.should_save)
         streamed = Streamed(shards, weights=not (in_checkpoint and sharded))
@@ -342,7 +342,7 @@ def bind_trainer(trainer: Any, accelerator: Accelerator) -> None:
 
     def bound_save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> Any:
         if not isinstance(state_dict, Streamed):
-            if vars(trainer.model).get(_WHOLE) and not trainer.args.should_save:
+            if vars(trainer.model).get(_FULL) and not trainer.args.should_save:
                 return None  # transformers calls it on every rank, and not every override writes on one alone
             return save(output_dir, state_dict)
         # get_state_dict() above has served the gathers already on ranks that do not write.

@@ -42,7 +42,7 @@ ELEMENT_WISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
     getattr(torch.optim, name) for name in "SGD Adam AdamW Adamax NAdam RAdam Adadelta Adagrad RMSprop ASGD".split()
 )
 
-#: The same for the larger tensors. Quantised states have other blocks on a shard than on the whole parameter, which is
+#: The same for the larger tensors. Quantised states have other blocks on a shard than on the full parameter, which is
 #: right; measured: 0.9 % for torchao's 8-bit AdamW, 1.3 % for its fp8 AdamW.
 _LARGE_TOLERANCE = 0.2
 
@@ -152,7 +152,7 @@ def _kinds_of(
         group: their names.
         shapes, specs, dp_mesh, tp_mesh, unsharded: as for :func:`check_on_shards`.
         larger: of those parameters alone whose shards have :data:`_QUANTIZED_FROM` elements or more, with shapes whose
-            shards have, too. Otherwise even the whole tensors are smaller, so that a shard and the whole are treated
+            shards have, too. Otherwise even the full tensors are smaller, so that shard and full tensor are treated
             alike by an optimizer that treats large tensors differently.
     """
     found: dict[_Kind, None] = {}
@@ -213,7 +213,7 @@ def _check_one(
     numbers: Callable[[tuple[int, ...], torch.Generator], torch.Tensor],
     tolerance: float,
 ) -> None:
-    """Compare the steps of a twin of ``optimizer`` on whole tensors and on shards; ``numbers`` makes the gradients."""
+    """Compare the steps of a twin of ``optimizer`` on full tensors and on shards; ``numbers`` makes the gradients."""
     cls = optimizer_name(optimizer)
     kinds = [kind for group in groups for kind in group]
     if not kinds:
@@ -224,25 +224,25 @@ def _check_one(
     parameters = shard(values, kinds)
     sharded_gradients = [shard(step, kinds) for step in gradients]
     home = parameters[0].device
-    whole = [nn.Parameter(value.clone().to(home)) for value in values]
+    full = [nn.Parameter(value.clone().to(home)) for value in values]
     # If only one rank fails, the others must not wait in the all-gather of the results below.
     with raise_on_all_ranks("trying the optimizer"), _explained(functools.partial(_cannot_be_tried, cls)):
-        reference = like_on(optimizer, groups, whole)
-        run_steps(reference, whole, [[g.to(home) for g in step] for step in gradients])
+        reference = like_on(optimizer, groups, full)
+        run_steps(reference, full, [[g.to(home) for g in step] for step in gradients])
         probe = like_on(optimizer, groups, parameters)
     with raise_on_all_ranks("trying the optimizer"), _explained(functools.partial(_fails_on_shards, cls)):
         run_steps(probe, parameters, sharded_gradients)
-    results = [_whole(p) for p in parameters]
-    for kind, value, expected, result in zip(kinds, values, whole, results, strict=True):
+    results = [_full(p) for p in parameters]
+    for kind, value, expected, result in zip(kinds, values, full, results, strict=True):
         update = (expected.detach().cpu() - value).double().norm().item()
         difference = (expected.detach().cpu() - result.detach().cpu()).double().norm().item()
         # The second term is rounding of the values, for updates that are tiny or zero. `not <=` also catches NaN.
         if not difference <= tolerance * update + 1e-6 * value.double().norm().item():
             raise UnsupportedError(
-                f"{cls} computes something else on sharded parameters than on whole ones: on a parameter with "
+                f"{cls} computes something else on sharded parameters than on full ones: on a parameter with "
                 f"{len(kind.shape)} dimension{'s' if len(kind.shape) > 1 else ''} ({kind.spec} over tp, then sharded "
                 f"by FSDP2) its update is off by {difference / update if update else math.inf:.0%}. It needs a "
-                f"statistic over the whole parameter and takes it over each shard. {_REMEDY}"
+                f"statistic over the full parameter and takes it over each shard. {_REMEDY}"
             )
 
 
@@ -258,7 +258,7 @@ def _explained(explain: Callable[[str], Exception]) -> Iterator[None]:
 def _cannot_be_tried(cls: str, reason: str) -> PrepareError:
     return PrepareError(
         f"{cls} cannot be tried on small tensors ({reason}), so it is unknown whether it computes on shards what it "
-        f"computes on whole parameters. Its class should be constructible from parameter groups and its defaults. If "
+        f"computes on full parameters. Its class should be constructible from parameter groups and its defaults. If "
         f"you know that it treats each element on its own, set AutoParallelismConfig(check_optimizer=False)."
     )
 
@@ -316,7 +316,7 @@ def _sharded(
     return list(module.parameters())
 
 
-def _whole(parameter: nn.Parameter) -> torch.Tensor:
+def _full(parameter: nn.Parameter) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return parameter.detach()
     # Offloaded shards are on the CPU; NCCL can only all-gather them on the GPU.

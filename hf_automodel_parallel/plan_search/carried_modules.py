@@ -158,11 +158,11 @@ def _is_in(model: nn.Module, name: str, module: nn.Module) -> bool:
 def _sizes(model: nn.Module, small: nn.Module) -> dict[int, int]:
     """Size in ``model`` -> size in ``small``."""
     sizes: dict[int, int] = {}
-    whole: Any = model.config
-    reduced_whole: Any = small.config
-    configs = [(whole, reduced_whole)]
-    if hasattr(whole, "get_text_config"):
-        configs.append((whole.get_text_config(), reduced_whole.get_text_config()))
+    outer: Any = model.config
+    reduced_outer: Any = small.config
+    configs = [(outer, reduced_outer)]
+    if hasattr(outer, "get_text_config"):
+        configs.append((outer.get_text_config(), reduced_outer.get_text_config()))
     for one, other in configs:
         for field in _SIZES:
             size, reduced = getattr(one, field, None), getattr(other, field, None)

@@ -91,11 +91,12 @@ class TensorParallelState:
                 hook = self.partial.hook(owner, key) if spec.partial_gradient else None
                 bias_of = self.deferred.get(owner) if key == "bias" else None
                 zero = spec.rank_zero_only and self.mesh.get_local_rank() > 0
-                forward_shard, whole = self._forward_shard(spec), None
+                forward_shard, full_and_cut = self._forward_shard(spec), None
                 if spec.dim is not None and not self.local:
-                    whole = (parameter.shape, (spec.dim, spec.blocks, self.mesh.get_local_rank(), self.mesh.size()))
+                    rank, size = self.mesh.get_local_rank(), self.mesh.size()
+                    full_and_cut = (parameter.shape, (spec.dim, spec.blocks, rank, size))
                 elif forward_shard is not None and not self.local:
-                    whole = (parameter.shape, forward_shard)
+                    full_and_cut = (parameter.shape, forward_shard)
                 result.append(
                     ParamBinding(
                         owner,
@@ -106,7 +107,7 @@ class TensorParallelState:
                         zero,
                         forward_shard,
                         self.local,
-                        whole,
+                        full_and_cut,
                         self.mesh.get_group(),
                     )
                 )

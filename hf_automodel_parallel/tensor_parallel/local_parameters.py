@@ -44,7 +44,7 @@ class ParamBinding:
             of so many shards, while the parameter is replicated between forwards (KV-head replication).
         local: the parameter is a local tensor between forwards, too (megatron-fsdp). It is replaced only for one of the
             fields above.
-        whole: full shape of a parameter of which the module sees a shard, and how the shard is cut, like
+        full_and_cut: full shape of a parameter of which the module sees a shard, and how the shard is cut, like
             ``forward_shard``; for a full tensor in its place (``torch.func.functional_call``).
         group: the tp group, for the gradient of such a tensor.
     """
@@ -57,16 +57,16 @@ class ParamBinding:
     zero: bool = False
     forward_shard: tuple[int, int, int, int] | None = None
     local: bool = False
-    whole: tuple[torch.Size, tuple[int, int, int, int]] | None = None
+    full_and_cut: tuple[torch.Size, tuple[int, int, int, int]] | None = None
     group: dist.ProcessGroup | None = None
 
     def shard_of(self, tensor: Any) -> torch.Tensor | None:
         """This rank's shard of a full ``tensor`` in the place of the parameter, connected by autograd; None if the
         tensor in that place is something else.
         """
-        if self.whole is None or isinstance(tensor, DTensor) or not isinstance(tensor, torch.Tensor):
+        if self.full_and_cut is None or isinstance(tensor, DTensor) or not isinstance(tensor, torch.Tensor):
             return None
-        shape, (dim, blocks, index, shards) = self.whole
+        shape, (dim, blocks, index, shards) = self.full_and_cut
         if tensor.shape != shape:
             return None
         # Each rank uses its shard: the gradients, zero elsewhere, are summed.
