@@ -114,10 +114,17 @@ sweep: $(STAMP) ## every causal-LM type of transformers against one process, wri
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code
-	@echo "[lint] ruff check"
-	@$(VENV)/bin/ruff check .
+	@$(MAKE) -j2 --output-sync lint-types lint-rest
+
+.PHONY: lint-types
+lint-types:
 	@echo "[lint] mypy"
 	@$(VENV)/bin/mypy
+
+.PHONY: lint-rest
+lint-rest:
+	@echo "[lint] ruff check"
+	@$(VENV)/bin/ruff check .
 	@echo "[lint] no line over 120 characters"
 	@! grep -rnE '^.{121,}' --include='*.py' hf_automodel_parallel tests benchmarks examples
 	@echo "[lint] import-linter"

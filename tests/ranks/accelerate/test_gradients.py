@@ -134,16 +134,12 @@ WAYS = {
     "accumulate_sync_each_batch": (0.5, 0.5),
 }
 each_cell = pytest.mark.parametrize("cell", WAYS_CELLS, ids="-".join)
+CORE_CELLS = ("qwen3_full-tp2", "qwen3_full-tp2_fsdp2", "llama_lora-fsdp2")
 
 
 @pytest.mark.core_cases(
-    "qwen3_full-tp2-no_sync",
-    "qwen3_full-tp2-accumulate",
-    "qwen3_full-tp2_fsdp2-accumulate",
-    "qwen3_full-tp2_fsdp2-several_backwards",
-    "llama_lora-fsdp2-accumulate",
-    "llama_lora-fsdp2-no_sync",
-)
+    *(f"{cell}-{way}" for cell in CORE_CELLS for way in WAYS)
+)  # they come from one run of the ranks
 @pytest.mark.parametrize("way", WAYS)
 @each_cell
 def test_gradients_are_right_whichever_way_they_are_collected(cell, way):
@@ -155,6 +151,7 @@ def test_gradients_are_right_whichever_way_they_are_collected(cell, way):
     assert_gradients_equal(ways_of(model, mesh)[way], want)
 
 
+@pytest.mark.core_cases(*CORE_CELLS)
 @each_cell
 def test_zero_grad_in_place_leaves_zeros(cell):
     zeroed = ways_of(*cell)["zeroed_in_place"]
@@ -162,7 +159,7 @@ def test_zero_grad_in_place_leaves_zeros(cell):
     assert present and not any(g.any() for g in present)
 
 
-@pytest.mark.core_cases("qwen3_full-tp2", "qwen3_full-tp2_fsdp2", "llama_lora-fsdp2")
+@pytest.mark.core_cases(*CORE_CELLS)
 @each_cell
 def test_clipping_directly_with_torch(cell):
     """`torch.nn.utils.clip_grad_norm_` after `accelerator.backward` sees complete gradients."""
@@ -175,7 +172,7 @@ def test_clipping_directly_with_torch(cell):
     assert_gradients_equal(ways["clipped_by_torch"], {n: None if g is None else g * factor for n, g in first.items()})
 
 
-@pytest.mark.core_cases("qwen3_full-tp2", "qwen3_full-tp2_fsdp2", "llama_lora-fsdp2")
+@pytest.mark.core_cases(*CORE_CELLS)
 @each_cell
 def test_raw_loop_without_accelerator_backward(cell):
     """`loss.backward()` and `optimizer.step()`: SGD with lr 1 subtracts exactly the gradient."""

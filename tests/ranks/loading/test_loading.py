@@ -43,10 +43,14 @@ def root(tmp_path_factory) -> Path:
 # ---- the result ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.core
-def test_every_bit_is_that_of_loading_in_memory(root):
+IN_CORE = ["tied", "packed projections", "LoRA on fused experts"]
+
+
+@pytest.mark.core_cases("core")
+@pytest.mark.parametrize("cells", [IN_CORE, [cell for cell in CELLS if cell not in IN_CORE]], ids=["core", "more"])
+def test_every_bit_is_that_of_loading_in_memory(root, cells):
     """On tp2 x fsdp2: plain, tied, cast, converted and missing weights, with all kinds of adapters."""
-    for found in run_distributed(4, differences, str(root), list(CELLS), SIZES, timeout=200):
+    for found in run_distributed(4, differences, str(root), cells, SIZES, timeout=200):
         assert {cell: wrong for cell, wrong in found.items() if wrong} == {}
 
 

@@ -1,6 +1,5 @@
 """The optimizer keeps its groups, options and state when ``prepare`` gives it the sharded parameters."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,51 +100,38 @@ def evaluate(model: nn.Module, batch: dict[str, torch.Tensor], really: bool) -> 
 
 
 def parameters_after_steps(
-    sizes: dict[str, int] | None, dp_size: int, names: list[str]
-) -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, Any]]]]:
-    """Parameters and optimizer groups for each scenario; `sizes` is None in one process."""
-    results = {}
-    for name in names:
-        make, before, late, evaluates = OPTIMIZERS[name]
-        model = build("qwen3")
-        steps = [batches_for(model, dp_size, seed=20 + step) for step in range(before + PARALLEL_STEPS)]
-        optimizer = None if late else make(model)
-        for batches in steps[:before]:
+    sizes: dict[str, int] | None, dp_size: int, scenario: str
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Parameters and optimizer groups; `sizes` is None in one process."""
+    make, before, late, evaluates = OPTIMIZERS[scenario]
+    model = build("qwen3")
+    steps = [batches_for(model, dp_size, seed=20 + step) for step in range(before + PARALLEL_STEPS)]
+    optimizer = None if late else make(model)
+    for batches in steps[:before]:
+        whole_batch_step(model, optimizer, batches)
+    if sizes is None:
+        optimizer = make(model) if late else optimizer
+        for batches in steps[before:]:
             whole_batch_step(model, optimizer, batches)
-        if sizes is None:
-            optimizer = make(model) if late else optimizer
-            for batches in steps[before:]:
-                whole_batch_step(model, optimizer, batches)
-        else:
-            accelerator = make_accelerator(sizes)
-            if late:
-                model = accelerator.prepare(model)
-                evaluate(model, steps[0][0], evaluates)
-                optimizer = accelerator.prepare(make(model))
-            else:
-                model, optimizer = accelerator.prepare(model, optimizer)
-            for batches in steps[before:]:
-                accelerator.backward(model(**batches[data_rank(accelerator)], use_cache=False).loss)
-                evaluate(model, batches[0], evaluates)
-                optimizer.step()
-                optimizer.zero_grad()
+    else:
+        accelerator = make_accelerator(sizes)
+        if late:
+            model = accelerator.prepare(model)
             evaluate(model, steps[0][0], evaluates)
-            model.zero_grad()
-            accelerator.free_memory()
-            for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
-                unit.reshard()  # an evaluation leaves some units gathered
-        results[name] = (full_parameters(model), groups_of(optimizer, model))
-    return results
-
-
-@functools.cache
-def optimizer_results(mesh: str) -> dict[str, Any]:
-    return run_on_mesh(mesh, parameters_after_steps, list(OPTIMIZERS))[0]
-
-
-@functools.cache
-def optimizer_reference(dp_size: int) -> dict[str, Any]:
-    return parameters_after_steps(None, dp_size, list(OPTIMIZERS))
+            optimizer = accelerator.prepare(make(model))
+        else:
+            model, optimizer = accelerator.prepare(model, optimizer)
+        for batches in steps[before:]:
+            accelerator.backward(model(**batches[data_rank(accelerator)], use_cache=False).loss)
+            evaluate(model, batches[0], evaluates)
+            optimizer.step()
+            optimizer.zero_grad()
+        evaluate(model, steps[0][0], evaluates)
+        model.zero_grad()
+        accelerator.free_memory()
+        for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+            unit.reshard()  # an evaluation leaves some units gathered
+    return full_parameters(model), groups_of(optimizer, model)
 
 
 @pytest.mark.core_cases("tp2-two_groups", "tp2_fsdp2-adamw_has_stepped")
@@ -157,8 +143,8 @@ def test_optimizer_is_the_same_after_prepare(mesh, scenario):
     An evaluation changes nothing, though FSDP2 leaves the last units gathered after it: an optimizer created then does
     not hold what the model shows at that moment, and a step makes what is gathered stale.
     """
-    got, got_groups = optimizer_results(mesh)[scenario]
-    want, want_groups = optimizer_reference(MESHES[mesh][2])[scenario]
+    got, got_groups = run_on_mesh(mesh, parameters_after_steps, scenario)[0]
+    want, want_groups = parameters_after_steps(None, MESHES[mesh][2], scenario)
     assert got_groups == want_groups
     assert_same_tensors(got, {n: p.detach() for n, p in want.items()}, rtol=1e-4, atol=2e-6)
 

@@ -143,13 +143,25 @@ def test_lora_options(mesh):
     check_cells(mesh, list(CELLS))
 
 
-@pytest.mark.core
-@pytest.mark.both_ends
-def test_lora_options_on_both_axes():
-    check_cells("tp2_fsdp2", ["pissa", "dora on the head", "lora_bias", "tokens tied", "target_parameters", "alora"])
-    check_cells(
-        "tp2_fsdp2", ["dora packed in three", "lora_bias packed in three", "saved and tied", "tokens of an encoder"]
-    )
+ON_BOTH_AXES = {
+    "first": ["pissa", "lora_bias", "tokens tied", "target_parameters"],
+    "more": [
+        "dora on the head",
+        "alora",
+        "dora packed in three",
+        "lora_bias packed in three",
+        "saved and tied",
+        "tokens of an encoder",
+    ],
+}
+
+
+@pytest.mark.core_cases("first")
+@pytest.mark.parametrize(
+    "labels", [pytest.param(ON_BOTH_AXES["first"], marks=pytest.mark.both_ends), ON_BOTH_AXES["more"]], ids=ON_BOTH_AXES
+)
+def test_lora_options_on_both_axes(labels):
+    check_cells("tp2_fsdp2", labels)
 
 
 #: label -> (options, word of the message)

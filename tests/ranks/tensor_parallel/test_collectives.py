@@ -89,6 +89,7 @@ def both_ways(model: str, layers: int) -> Counter:
     return sum((counts["tp"] for counts in costs(model)[0][layers]), Counter())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layers", [2, 4])
 def test_layers_cost_one_less_when_nothing_below_them_is_trained(layers):
     """No gradient flows to the input of layer 0 under LoRA, so its first boundary has nothing to sum: 4L - 1."""
@@ -186,7 +187,9 @@ def times(counter: Counter, factor: int) -> Counter:
     return Counter({kind: count * factor for kind, count in counter.items()})
 
 
-@pytest.mark.core_cases("qwen3_full-1-tp2-plain", "qwen3_full-1-tp2_fsdp2-accumulation")
+@pytest.mark.core_cases(
+    "qwen3_full-1-tp2-plain", *(f"qwen3_full-1-tp2_fsdp2-{step}" for step in STEPS)
+)  # the latter from runs that another core test needs
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("mesh", ["tp2", "tp2_fsdp2"])
 @pytest.mark.parametrize("model, flushes", [("qwen3_full", 1), ("llama_lora", 1), ("llama_full", 0)])

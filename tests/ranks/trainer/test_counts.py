@@ -69,7 +69,6 @@ def alone(directory: str) -> dict[str, list[dict[str, float]]]:
     return histories(None, 1, directory)
 
 
-@pytest.mark.core
 def test_losses_and_counts_are_those_of_one_process(tmp_path):
     world, sizes, ranks = MESHES["tp2_fsdp2"]
     want = run_distributed(1, alone, str(tmp_path / "one"), timeout=200)[0]

@@ -48,14 +48,16 @@ class Texts(Dataset):
 
 #: name -> options of both runs, of one process and of tp2 x fsdp2
 OPTIONS: dict[str, dict[str, Any]] = {
-    "shuffled": {},
+    "shuffled": {"torch_empty_cache_steps": 1, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2},
     "accumulation": {"gradient_accumulation_steps": 2, "length": EVEN_LENGTH},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
     "split_batches": {"accelerator_config": {"split_batches": True}},
-    "uneven": {"accelerator_config": {"even_batches": True}, "dataloader_drop_last": True},
-    "workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
-    "empty_cache": {"torch_empty_cache_steps": 1},
-    "eval_on_start": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2},
+    "uneven": {
+        "accelerator_config": {"even_batches": True},
+        "dataloader_drop_last": True,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+    },
 }
 
 
@@ -171,8 +173,7 @@ def best(sizes: dict[str, int] | None, ranks: int, directory: str, adapter: Any,
     return kept, parameters, loss
 
 
-@pytest.mark.parametrize("strategy", ["steps", "best"])
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter, strategy", [(None, "best"), (LORA, "steps")], ids=["full-best", "lora-steps"])
 def test_best_model_is_loaded_at_the_end(adapter, strategy, tmp_path):
     want_kept, want, want_loss = run_distributed(1, alone, best, str(tmp_path / "one"), adapter, strategy)[0]
     results = run_distributed(4, best, TP2_FSDP2, 2, str(tmp_path / "four"), adapter, strategy)
