@@ -28,6 +28,8 @@ SWEEP_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
+# Hundreds of processes import the package and its libraries.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamp's name holds a checksum of what decides the content of an environment: a second call is instant.
 KEY      := $(shell { cat pyproject.toml; echo '$(TORCH)'; } | cksum | cut -d' ' -f1)

@@ -27,7 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from multiprocessing import Pipe, get_context
+from multiprocessing import Pipe, get_context, set_start_method
 from multiprocessing.connection import Connection, wait
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
@@ -144,9 +144,18 @@ def _start_server() -> None:
 def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
     """Start ``target`` in a process that is forked from the one that has imported everything."""
     _start_server()
-    process = _CONTEXT.Process(target=target, args=args)
+    process = _CONTEXT.Process(target=_run, args=(target, *args))
     process.start()
     return process
+
+
+def _run(target: Callable[..., None], *args: Any) -> None:
+    """Run ``target`` where a worker of a DataLoader is forked, as in a script.
+
+    Otherwise it would come from a server of this process alone, that first imports everything again.
+    """
+    set_start_method("fork", force=True)
+    target(*args)
 
 
 def work(connection: Connection, environment: dict[str, str], log_path: str) -> None:

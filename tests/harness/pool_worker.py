@@ -33,6 +33,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+import hf_automodel_parallel.trainer_plugin.extend  # noqa: F401  # and with it what a config imports when it is used
+
 from .pool import HOST, dumps, loads
 
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
