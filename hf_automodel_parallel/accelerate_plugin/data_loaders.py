@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 from ..context_parallel.buffers import check_whole
 from ..errors import ConfigError
 from .hooks import hooks_of
+from .last_batch import fill_up
 from .sampler_state import watch_epochs
 
 if TYPE_CHECKING:
@@ -162,33 +163,39 @@ class _DataParallelScheduler(AcceleratedScheduler):
         A length that was counted in batches of the unprepared loader is right. Scripts that multiply a number of
         optimizer steps by ``accelerator.num_processes`` mean the ranks that share the data. Both are multiples of it.
         """
-        length, processes = _planned_steps(self.scheduler), self.processes
+        (length, warmup), processes = _planned_steps(self.scheduler), self.processes
         self.processes = 0
-        if not processes or not self.step_with_optimizer or processes == self.repeats or not length:
+        if not processes or not self.step_with_optimizer or processes == self.repeats or dist.get_rank() != 0:
             return
-        if length % processes == 0 and dist.get_rank() == 0:
+        for steps, verb in ((length, "ends"), (warmup, "has warmed up")):
+            if not steps or steps % processes:
+                continue
             logger.warning(
-                "The schedule has %d steps and advances by %d per optimizer step (once per data-parallel rank), so it "
-                "ends after %d optimizer steps. If its length was multiplied by accelerator.num_processes (%d), it was "
-                "meant to end after %d: multiply by accelerator.parallelism_config.data_parallel_size (%d) instead, "
-                "the warm-up too.",
-                length,
+                "The schedule %s after %d steps of its own and advances by %d per optimizer step (once per "
+                "data-parallel rank), so it %s after %d optimizer steps. If this number was multiplied by "
+                "accelerator.num_processes (%d), it was meant to be %d optimizer steps: multiply by "
+                "accelerator.parallelism_config.data_parallel_size (%d) instead, the length and the warm-up alike.",
+                verb,
+                steps,
                 self.repeats,
-                length // self.repeats,
+                verb,
+                steps // self.repeats,
                 processes,
-                length // processes,
+                steps // processes,
                 self.repeats,
             )
+            return
 
 
-def _planned_steps(scheduler: Any) -> int | None:
-    """The length of a schedule; None if it has none, or hides it."""
+def _planned_steps(scheduler: Any) -> tuple[int | None, int | None]:
+    """The length of a schedule and of its warm-up; None if it has none, or hides it."""
     for functions in getattr(scheduler, "lr_lambdas", ()):
-        length = getattr(functions, "keywords", {}).get("num_training_steps")  # of transformers' get_scheduler
-        if isinstance(length, int):
-            return length
-    lengths = (getattr(scheduler, name, None) for name in ("total_steps", "T_max", "total_iters"))
-    return next((length for length in lengths if isinstance(length, int)), None)
+        keywords = getattr(functions, "keywords", {})  # of transformers' get_scheduler
+        lengths = [keywords.get(name) for name in ("num_training_steps", "num_warmup_steps")]
+        if any(isinstance(length, int) for length in lengths):
+            return lengths[0], lengths[1]
+    lengths = [getattr(scheduler, name, None) for name in ("total_steps", "T_max", "total_iters")]
+    return next((length for length in lengths if isinstance(length, int)), None), None
 
 
 def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
@@ -218,6 +225,7 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     """
     from accelerate.utils.operations import recursively_apply
 
+    tensor = fill_up(self, tensor)
     gathered = type(self).gather(self, tensor)
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tp == 1 or hooks_of(self).gathers_by_process:
@@ -263,7 +271,7 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
     copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tensors:
-        gathered = type(self).gather(self, input_data)
+        gathered = type(self).gather(self, fill_up(self, input_data))
 
         def once(x: torch.Tensor) -> torch.Tensor:
             # tp and cp are the innermost mesh axes: every `copies` adjacent ranks have the same samples.

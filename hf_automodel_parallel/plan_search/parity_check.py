@@ -31,7 +31,7 @@ from ..tensor_parallel.grad_sync import PartialGradients
 from ..tensor_parallel.head_counts import set_local_counts
 from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
 from .carried_modules import copy_model
-from .proxy_model import LENGTH, inputs_for
+from .proxy_model import CHOICES, LENGTH, inputs_for
 
 #: Tolerances for float32 rounding: relative to the norm of a gradient, and to the norm of all gradients together.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
@@ -78,6 +78,21 @@ class _NoCollectives(compat.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _in_one_process(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Result]:
+    """``inputs``, and what a copy of ``model`` makes of them. A copy, because after a forward some modules keep state
+    that deepcopy cannot copy.
+    """
+    used = copy_model(model)
+    before = [(name, id(module)) for name, module in used.named_modules()]
+    with _NoCollectives():
+        want = run_once(used, inputs)
+    if before != [(name, id(module)) for name, module in used.named_modules()]:
+        raise PlanError(
+            f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
+        )
+    return inputs, want
+
+
 class ParityCheck:
     """Compares plans with one process.
 
@@ -99,16 +114,16 @@ class ParityCheck:
                 if isinstance(module, _DROPOUTS):
                     module.p = 0.0
         self.model, self.size = model, size
-        self.inputs = inputs_for(model, length)
-        # A copy, because after a forward some modules keep state that deepcopy cannot copy.
-        used = copy_model(model)
-        before = [(name, id(module)) for name, module in used.named_modules()]
-        with _NoCollectives():
-            self.want = run_once(used, self.inputs)
-        if before != [(name, id(module)) for name, module in used.named_modules()]:
-            raise PlanError(
-                f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
-            )
+        try:
+            self.inputs, self.want = _in_one_process(model, inputs_for(model, length))
+        except AutoParallelError:
+            raise
+        except Exception as error:
+            # Multiple choice: several rows of tokens for each sample.
+            try:
+                self.inputs, self.want = _in_one_process(model, inputs_for(model, length, CHOICES))
+            except Exception:
+                raise error from None
         names = {module: name for name, module in model.named_modules()}
         try:
             self.layers = [names[layer] for layer in find_layers(model)]

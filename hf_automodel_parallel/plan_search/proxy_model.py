@@ -23,6 +23,7 @@ HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM
 LAYERS = 2
 BATCH, LENGTH, LONGER = 3, 7, 40
+CHOICES = 2
 
 _MIXER_HEAD_DIM = r"mamba_(d_head|head_?dim)"
 
@@ -207,8 +208,13 @@ def _build(cls: Any, config: Any) -> nn.Module:
     return small
 
 
-def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
-    """A batch for a forward of a proxy model: int64 token ids of shape (BATCH, length), with padding in one row.
+def inputs_for(model: nn.Module, length: int = LENGTH, choices: int | None = None) -> dict[str, Any]:
+    """A batch for a forward of a proxy model: int64 token ids, with padding in one row.
+
+    Args:
+        model: the proxy model.
+        length: number of tokens in each row.
+        choices: None for ids of shape (BATCH, length); a number for (BATCH, choices, length), as of multiple choice.
 
     Raises:
         PlanError: its forward has no argument ``input_ids``.
@@ -217,13 +223,14 @@ def inputs_for(model: nn.Module, length: int = LENGTH) -> dict[str, Any]:
     if "input_ids" not in accepted:
         raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so no plan of it can be verified.")
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, VOCABULARY, (BATCH, length), generator=generator)
+    shape = (BATCH, length) if choices is None else (BATCH, choices, length)
+    ids = torch.randint(4, VOCABULARY, shape, generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids}
     if "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids.flip(1)
+        inputs["decoder_input_ids"] = ids.flip(-1)
     if "attention_mask" in accepted:
         mask = torch.ones_like(ids)
-        mask[0, length - 2 :] = 0
+        mask[0, ..., length - 2 :] = 0
         inputs["attention_mask"] = mask
     if "use_cache" in accepted:
         inputs["use_cache"] = False

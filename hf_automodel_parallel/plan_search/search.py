@@ -16,7 +16,7 @@ from ..plan.validate import config_with_heads, counted_heads
 from .candidates import Group, Observed, Variant, pattern_of
 from .carried_modules import copy_model, once_per_kind, proxy_with_replaced_modules
 from .parity_check import ParityCheck
-from .proxy_model import HEADS, LONGER, build_proxy_model, inputs_for
+from .proxy_model import HEADS, LONGER, build_proxy_model
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _search(model: nn.Module, by_heads: bool) -> Plan:
         small = build_proxy_model(model)
     try:
         check = ParityCheck(small, _RANKS)
-        observed = Observed(copy_model(small), inputs_for(small))
+        observed = Observed(copy_model(small), check.inputs)
     except AutoParallelError:
         raise
     except Exception as error:  # code of the model, which may raise any error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..accelerate_plugin.checkpoints import (
     model_task,
     optimizer_task,
 )
+from ..accelerate_plugin.last_batch import own_rows, ranks_have_unequal_rows
 from ..checkpoint.background import wait_for_saves
 from ..checkpoint.commit import last_complete_checkpoint, roll_back, rotate, stage, to_load
 from ..checkpoint.files import load_plain, naming, save_plain
@@ -56,6 +58,15 @@ class ParallelEvaluation(Trainer):
             function = self.accelerator.gather_for_metrics
         self._gathering = function
 
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like the Trainer's; losses are not computed with the samples that fill up the last batch.
+
+        A Trainer that makes its batches itself from those of the loader (GRPO's groups of generations) gets full ones.
+        """
+        makes_batches = type(self)._prepare_inputs is not Trainer._prepare_inputs
+        with nullcontext() if makes_batches else own_rows(dataloader):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +88,9 @@ class ParallelCounts(ParallelEvaluation):
         ranks = self._ranks_of_one_loss()
         if num_items_in_batch is None or ranks == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if ranks_have_unequal_rows(self.accelerator):
+            # The evaluation weighs each rank's loss by its rows, so that has to be a mean over them.
+            return super().compute_loss(model, inputs, return_outputs)
         # The Trainer multiplies under this option, of which this method has no other use.
         self.args.average_tokens_across_devices = False
         try:

@@ -84,7 +84,7 @@ def test_rates_by_hand_are_those_of_two_stock_processes():
     }
 
 
-def warnings_of_a_schedule(length: int) -> list[str]:
+def warnings_of_a_schedule(length: int, warmup: int = 0) -> list[str]:
     """What two steps of a linear schedule of transformers say."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -92,7 +92,7 @@ def warnings_of_a_schedule(length: int) -> list[str]:
     accelerator = make_accelerator({"tp_size": 2})
     model = build("llama", num_hidden_layers=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=length)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=length)
     _, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     logger = logging.getLogger("hf_automodel_parallel.accelerate_plugin.data_loaders")
     logger.addHandler(handler)
@@ -107,5 +107,9 @@ def test_a_schedule_that_may_be_too_long_says_when_it_ends():
     """Scripts multiply its length by the number of processes; under tp that is more than the ranks that share data."""
     first, second = run_distributed(2, warnings_of_a_schedule, 12)
     assert len(first) == 1 and not second
-    assert "ends after 12 optimizer steps" in first[0] and "meant to end after 6" in first[0]
+    assert "ends after 12 optimizer steps" in first[0] and "meant to be 6 optimizer steps" in first[0]
     assert run_distributed(2, warnings_of_a_schedule, 13) == [[], []]
+    # Scripts of transformers multiply the warm-up, but not a length that follows from the number of epochs.
+    first, second = run_distributed(2, warnings_of_a_schedule, 13, 4)
+    assert len(first) == 1 and not second
+    assert "has warmed up after 4 optimizer steps" in first[0] and "meant to be 2 optimizer steps" in first[0]

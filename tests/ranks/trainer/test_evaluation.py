@@ -10,8 +10,8 @@ from harness.training import LORA, build, trainable
 
 from ranks.trainer.jobs import InOrder, Rows, arguments, history, losses_of
 
-EVALUATION_ROWS = 8
-PREDICTION_ROWS = 11  # divides by nothing
+EVALUATION_ROWS = 11  # batches of two: neither they nor the ranks divide it
+PREDICTION_ROWS = 11
 
 
 def life_of_a_trainer(sizes: dict[str, int], dp_size: int, adapter: Any, directory: str) -> dict[str, Any]:

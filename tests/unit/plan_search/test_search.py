@@ -6,7 +6,12 @@ import pytest
 import torch
 from harness.models import build_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+)
 
 from hf_automodel_parallel import verify_plan
 from hf_automodel_parallel.core.sharding_spec import Plan, PlanEntry
@@ -146,6 +151,16 @@ def test_encoders_with_a_classification_head(model_type):
         model = AutoModelForSequenceClassification.from_config(proxy_config(config))
     plan = derived_plan(model, tp_size=2)
     assert "rowwise" in styles(plan).values() and "embedding_rowwise" in styles(plan).values()
+
+
+def test_multiple_choice():
+    """Several rows of tokens for each sample: a batch without them cannot be run."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model("bert", hidden_size=32, num_attention_heads=4, intermediate_size=64)
+        model = AutoModelForMultipleChoice.from_config(config)
+    plan = styles(derived_plan(model, tp_size=2))
+    assert plan["bert.encoder.layer.*.attention.self.query"] == "colwise"
+    assert plan["bert.encoder.layer.*.output.dense"] == "rowwise"
 
 
 def test_the_users_config_is_left_alone():
