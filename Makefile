@@ -36,6 +36,9 @@ KEY      := $(shell { cat pyproject.toml; echo '$(TORCH)'; } | cksum | cut -d' '
 STAMP    := $(VENV)/.installed-$(KEY)
 STAMP517 := $(VENV517)/.installed-$(KEY)
 
+# The lowest versions that pyproject.toml accepts.
+OLDEST := 'transformers==5.17.*' 'accelerate==1.13.*' 'peft==0.20.*'
+
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 DEMO_OUT ?= build/demo
@@ -81,8 +84,8 @@ test-all: lint ## lint, all tests, then the tests at the oldest supported transf
 	@$(MAKE) test-517
 
 .PHONY: test-517
-test-517: $(STAMP517) ## the tests marked both_ends, with transformers 5.17
-	@echo "[test] pytest -m both_ends, transformers 5.17"
+test-517: $(STAMP517) ## the tests marked both_ends, with the oldest transformers, accelerate and peft
+	@echo "[test] pytest -m both_ends, oldest versions"
 	@$(VENV517)/bin/$(PYTEST) -m both_ends $(PYTEST_ARGS)
 
 .PHONY: test-newest
@@ -149,12 +152,12 @@ $(STAMP):
 	@$(SHOW_VERSIONS)
 	@touch $@
 
-# The older transformers and what it needs; everything else is that of the first environment.
+# The oldest versions and what they need; everything else is that of the first environment.
 $(STAMP517): $(STAMP)
-	@echo "[setup] $(VENV517): transformers 5.17 over $(VENV)"
+	@echo "[setup] $(VENV517): the oldest transformers, accelerate and peft over $(VENV)"
 	@$(VENV)/bin/python -m venv --clear --without-pip $(VENV517)
 	@echo "import site; site.addsitedir('$(call SITE_PACKAGES,$(VENV))')" > "$(call SITE_PACKAGES,$(VENV517))/below.pth"
-	@$(VENV)/bin/python -m pip --python $(VENV517)/bin/python install --quiet --quiet 'transformers==5.17.*'
+	@$(VENV)/bin/python -m pip --python $(VENV517)/bin/python install --quiet --quiet $(OLDEST)
 	@$(SHOW_VERSIONS)
 	@touch $@
 

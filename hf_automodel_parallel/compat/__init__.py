@@ -5,7 +5,7 @@ fails if a name disappears from its library, or if the package uses a private na
 subpackage imports private names. The list also has the private attributes that other modules read. Everything else in
 the package uses public API.
 
-Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.15, peft 0.21.
+Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.13 and 1.15, peft 0.20 and 0.21.
 """
 
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode

@@ -64,11 +64,6 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.nn", "Module._backward_hooks", "hooks of the user on modules that work on sequence shards"),
     ("torch.nn", "Module._backward_pre_hooks", "the same, before the backward"),
     (
-        "transformers",
-        "PretrainedConfig._attn_implementation",
-        "a copy of a model that runs on fake tensors must not call attention kernels",
-    ),
-    (
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",
         "running a layer on fake tensors, to see which of its operators keep tokens apart; the same in torch 2.11 to "
@@ -272,7 +267,8 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     (
         "transformers.configuration_utils",
         "PreTrainedConfig._attn_implementation",
-        "which attention a model computes; its copy for attention modules is config_with_attention",
+        "which attention a model computes, and none of the kernels in a copy that runs on fake tensors; its copy for "
+        "attention modules is config_with_attention",
     ),
     ("transformers.configuration_utils", "PreTrainedConfig._attn_implementation_internal", "see config_with_attention"),
     (
