@@ -23,6 +23,7 @@ TEST_JOBS ?= 2
 PYTEST := python -m pytest -n $(TEST_JOBS) --dist worksteal --durations 25
 PARITY_ARGS ?=
 SWEEP_ARGS ?=
+RECORD_ARGS ?=
 
 # Several processes share the cores, in the tests and in the demo.
 export OMP_NUM_THREADS ?= 1
@@ -116,6 +117,11 @@ parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md 
 sweep: $(STAMP) ## every causal-LM type of transformers against one process, written to docs/architectures.md (an hour; continues)
 	@echo "[sweep] every type x full, LoRA, sequence parallelism x tp 2, tp 2 x FSDP2 2, and in full on FSDP2 2, against one process"
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m sweep.run $(SWEEP_ARGS)
+
+.PHONY: record
+record: $(STAMP) $(STAMP517) ## try the plans of all types by values, at both ends, for the record of what prepare need not try (half an hour)
+	@for python in $(abspath $(VENV))/bin/python $(abspath $(VENV517))/bin/python; do echo "[record] $$python"; \
+		(cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $$python -m sweep.record $(RECORD_ARGS)); done
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code

@@ -18,6 +18,7 @@ from torch import nn
 from ..core.model_view import layer_pattern, without_wrappers
 from ..core.sharding_spec import Plan
 from ..errors import AutoParallelError, PlanError, first_line
+from .code_origin import FUNCTIONS, own_functions_of
 from .proxy_model import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, build_proxy_model, fingerprint, layers_of_proxy
 
 #: Fields of a config that name a size, the first one wins where two real sizes are equal.
@@ -49,21 +50,22 @@ def once_per_kind(
 ) -> Plan:
     """The plan that ``find`` returns for ``model``, or the error that it raises; once per process and kind of model.
 
-    A model on whose instances a ``forward`` was set is not remembered: a key with it would keep the model alive, and
-    never match again.
+    A model on whose instances a ``forward`` or functions of the user's own were set is not remembered: a key with them
+    would keep the model alive, and never match again.
 
     Args:
         known: what was found so far; an error as its message.
         model: see :func:`signature`.
-        more: returns what the plan depends on beside the model, hashable.
+        more: returns what the plan depends on beside the model, hashable; None: nothing is to be remembered.
         find: looks for the plan.
 
     Raises:
         PlanError: ``find`` raised an error of this package, now or before.
     """
-    if any("forward" in vars(module) for module in model.modules()):
+    rest = more()
+    if rest is None or any(_set_on(module) for module in model.modules()):
         return find()
-    key = signature(model), more()
+    key = signature(model), rest
     if key not in known:
         try:
             known[key] = find()
@@ -96,8 +98,8 @@ def _carry_over(model: nn.Module, small: nn.Module, kept: list[int]) -> None:
                 owner, _, key = name.rpartition(".")
                 small.get_submodule(owner).register_module(key, made)
             else:
-                forward = rebound(vars(module)["forward"], memo | {id(module): built[name]})
-                built[name].forward = forward  # type: ignore[method-assign]
+                for key, function in _set_on(module).items():
+                    setattr(built[name], key, rebound(function, memo | {id(module): built[name]}))
         except Exception as error:  # code of the user's module
             raise PlanError(
                 f"{other} ({type(module).__name__}) cannot be made small for a tiny proxy model: {first_line(error)}"
@@ -117,15 +119,25 @@ def _replaced(real: dict[str, nn.Module], built: dict[str, nn.Module], counterpa
     for other, module in real.items():
         pattern = layer_pattern(other)
         types_there = {type(built[name]) for name in places.get(pattern, ())}
-        if pattern in places and (type(module) not in types_there or "forward" in vars(module)):
-            found.setdefault((pattern, type(module), vars(module).get("forward")), other)
+        if pattern in places and (type(module) not in types_there or _set_on(module)):
+            found.setdefault((pattern, *_kind(module)), other)
             result |= {name: other for name in places[pattern] if counterparts.get(name) == other}
-    placed = {(layer_pattern(n), type(real[o]), vars(real[o]).get("forward")) for n, o in result.items()}
+    placed = {(layer_pattern(n), *_kind(real[o])) for n, o in result.items()}
     for kind, other in found.items():
         if kind not in placed:
             free = [name for name in places[kind[0]] if name not in result] or places[kind[0]]
             result[free[-1]] = other
     return {name: result[name] for name in built if name in result}
+
+
+def _set_on(module: nn.Module) -> dict[str, Any]:
+    """What was set on the instance ``module``: a forward, and functions of the user's own; attribute -> function."""
+    forward = {"forward": vars(module)["forward"]} if "forward" in vars(module) else {}
+    return forward | own_functions_of(module)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), *_set_on(module).items()
 
 
 def _names(small: nn.Module, model: nn.Module, kept: list[int]) -> Iterator[tuple[str, str]]:
@@ -184,7 +196,7 @@ def _small_module(module: nn.Module, like: nn.Module, memo: dict[int, Any], size
     known = dict(like.named_modules())
     for name, child in module.named_modules():
         memo.pop(id(child), None)
-        if name and type(known.get(name)) is type(child) and "forward" not in vars(child):
+        if name and not _set_on(child) and type(known.get(name)) is type(child):
             memo[id(child)] = known[name]
     tensors = dict(like.named_parameters()) | dict(like.named_buffers())
     generator = torch.Generator().manual_seed(3)
@@ -237,17 +249,16 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     result = copy.deepcopy(model, memo)
     for module in list(model.modules()):
         copied = memo.get(id(module))
-        if isinstance(copied, nn.Module) and isinstance(vars(module).get("forward"), _FUNCTIONS):
-            copied.forward = rebound(vars(module)["forward"], memo)  # type: ignore[method-assign]
+        if isinstance(copied, nn.Module):
+            for key, function in _set_on(module).items():
+                if isinstance(function, FUNCTIONS):
+                    setattr(copied, key, rebound(function, memo))
     return result
-
-
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def rebound(value: Any, memo: dict[int, Any]) -> Any:
     """``value``, a function, method or what they hold, with the objects that ``memo`` has for those it holds."""
-    if id(value) in memo and not isinstance(value, _FUNCTIONS):
+    if id(value) in memo and not isinstance(value, FUNCTIONS):
         return memo[id(value)]
     if isinstance(value, types.MethodType):
         return types.MethodType(rebound(value.__func__, memo), memo.get(id(value.__self__), value.__self__))

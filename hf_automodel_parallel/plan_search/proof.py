@@ -1,18 +1,18 @@
-"""A plan is tried by values before it is used, where the model runs code that no release of the libraries has.
+"""A plan is tried by values before it is used, where the model runs code that was not tried with it before.
 
 Shapes and the names of layers do not show what a forward does to heads and features: ALiBi slopes computed from the
 tensor's number of heads, a softmax over heads, a norm without weight over all features. So the plan, of whatever
 source, runs on a tiny proxy model with the model's own classes: in evaluation and in training mode, on short
-sequences and on ones longer than every number that its code compares with. Classes of the libraries' own releases were
-tried so when their plans were written (``tests/sweep``), and cost nothing here.
+sequences and on ones longer than every number that its code compares with. The code of known releases was tried so when
+this package was made (:mod:`.proven_record`), and costs nothing here.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import re
-import types
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,22 +27,18 @@ from ..core.sharding_spec import Plan, PlanEntry, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.cross_module_reads import cross_module_reads
 from .carried_modules import copy_model, once_per_kind, proxy_with_replaced_modules
+from .code_origin import RunningCode, running_code
 from .parity_check import ParityCheck, run_once
+from .proven_record import is_recorded
 from .proxy_model import LENGTH, LONGER
 
 logger = logging.getLogger(__name__)
 
 _RANKS = 2
 #: Layers that are tried, the first ones and each kind; a forward may depend on the index of its layer.
-_LAYERS = 16
+_LAYERS = 64
 #: The longest sequence that is tried.
 _LONGEST = 1024
-
-#: Packages whose releases are tested with plans.
-_RELEASED = frozenset(
-    "torch torchvision torchao transformers peft accelerate bitsandbytes liger_kernel kernels trl timm diffusers "
-    "sentence_transformers hf_automodel_parallel".split()
-)
 
 # A failure is kept as its message. Plan: the one to use.
 _KNOWN: dict[Any, Plan | str] = {}
@@ -55,8 +51,8 @@ def proven_plan(model: nn.Module, plan: Plan, completed: bool = True) -> Plan:
 
     Args:
         model: the model, unwrapped, on any device including meta. Only its classes and its config are used.
-        plan: the selected plan. It is returned as it is if all code of the model comes from a release of the libraries
-            and the plan is not the user's own.
+        plan: the selected plan. It is returned as it is if it is derived or recorded as proven, and all code of the
+            model comes from a release of the libraries.
         completed: the caller completes the plan by a run on fake tensors, so that is done here too.
 
     Returns:
@@ -65,12 +61,26 @@ def proven_plan(model: nn.Module, plan: Plan, completed: bool = True) -> Plan:
     Raises:
         PlanError: the user's own plan, or every part of another one, computes something else; with the difference.
     """
-    own = _own_code(model)
-    if not own and plan.origin != "explicit":
+    code = running_code(model)
+    known = plan.origin == "derived" or (plan.origin != "explicit" and is_recorded(model, plan, code.modules))
+    if known and not code.own:
         return plan
+    key = code.key()
     return once_per_kind(
-        _KNOWN, model, lambda: (_described(plan), completed), lambda: _proven(model, plan, own, completed)
+        _KNOWN,
+        model,
+        lambda: None if key is None else (_described(plan), completed, key),
+        lambda: _proven(model, plan, code, completed),
     )
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """As in a fresh process: the caller's autocast and gradient mode do not reach the threads of a trial, and a forward
+    that draws random numbers does not change those of the run.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _warn(message: str) -> None:
@@ -79,25 +89,10 @@ def _warn(message: str) -> None:
         logger.warning("%s", message)
 
 
-def _own_code(model: nn.Module) -> dict[str, str]:
-    """Modules of ``model`` whose class or forward comes from no release of the libraries: name -> class, each once."""
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        cls = type(module)
-        function = vars(module).get("forward", cls.forward)
-        if _package(cls) not in _RELEASED or _package(function) not in _RELEASED:
-            if cls.__name__ not in found.values():
-                found[name] = cls.__name__
-    return found
-
-
-def _package(code: Any) -> str:
-    """The package that defines a class or function, also of one that was decorated to look like another."""
-    while isinstance(code, (types.MethodType, functools.partial)):
-        code = code.__func__ if isinstance(code, types.MethodType) else code.func
-    names = getattr(code, "__globals__", None)
-    module = names.get("__name__", "") if isinstance(code, types.FunctionType) and names else ""
-    return str(module or getattr(code, "__module__", "") or "").partition(".")[0]
+def _release(model: nn.Module) -> str:
+    """The package of the class of ``model``, with its version if it has one."""
+    package = type(model).__module__.partition(".")[0]
+    return f"{package} {getattr(sys.modules.get(package), '__version__', '')}".rstrip()
 
 
 def _described(plan: Plan) -> tuple[Any, ...]:
@@ -105,20 +100,21 @@ def _described(plan: Plan) -> tuple[Any, ...]:
     return plan.origin, entries, repr(plan.counts), repr(plan.head_arguments), plan.notes
 
 
-def _proven(model: nn.Module, plan: Plan, own: dict[str, str], completed: bool) -> Plan:
+def _proven(model: nn.Module, plan: Plan, code: RunningCode, completed: bool) -> Plan:
     try:
-        # As in a fresh process: the caller's autocast and gradient mode do not reach the threads of the trial, and a
-        # forward that draws random numbers must not change those of the run.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            trial = _Trial(model, own, completed)
+        with _undisturbed():
+            trial = _Trial(model, code, completed)
             failure = trial.failure(plan)
     except Exception as error:  # code of the model, which may raise any error
         # Nothing is known then; the shapes and what varies are checked on the model itself.
         note = f"the plan was not tried by values on a tiny proxy model: {first_line(error)}"
-        if own:
-            classes = ", ".join(list(own.values())[:4])
+        if code.own or plan.origin != "explicit":
+            names = ", ".join(list(code.own.values())[:4])
+            what = (
+                f"code of its own ({names})" if names else f"code of a release that was not tried ({_release(model)})"
+            )
             _warn(
-                f"{type(model).__name__} runs code of its own ({classes}), and {note.rstrip('.')}. Compare loss and "
+                f"{type(model).__name__} runs {what}, and {note.rstrip('.')}. Compare loss and "
                 "gradients of the first steps with one process."
             )
         return replace(plan, notes=(*plan.notes, f"{note.rstrip('.')}."))
@@ -137,30 +133,32 @@ class _Trial:
 
     Args:
         model: the model.
-        own: its modules with code of their own.
+        code: the code that it runs.
         completed: plans are completed first, as ``prepare`` does after its run on fake tensors.
 
     Raises:
         Exception: there is no proxy model, or it does not run.
     """
 
-    def __init__(self, model: nn.Module, own: dict[str, str], completed: bool) -> None:
-        self.completed = completed
+    def __init__(self, model: nn.Module, code: RunningCode, completed: bool) -> None:
+        self.completed, self.code = completed, code
         self.first = ParityCheck(proxy_with_replaced_modules(model), _RANKS)
         if not _repeats(self.first):
             raise PlanError("its forward draws random numbers in evaluation mode")
         small = self.first.model
         self.reads = {name for names in cross_module_reads(small, find_layers(small)).values() for name in names}
         self.checks = [self.first]
-        for length in (_longer_than_numbers(model, small, own), LONGER):
+        for length in (_longer_than_numbers(model, small, code), LONGER):
             try:
                 self.checks.append(_in_training(small, length))
+                if "training" in code.names():  # a branch of its own in evaluation mode
+                    self.checks.append(ParityCheck(small, _RANKS, length))
                 break
             except AutoParallelError:
                 raise
             except Exception:  # code of the model; some have a table of positions, which is small in the proxy
                 continue
-        if own and _names_an_index(model, own):
+        if _names_an_index(code):
             large = proxy_with_replaced_modules(model, _LAYERS)
             if len(list(large.modules())) > len(list(small.modules())):
                 self.checks.append(_in_training(large, LENGTH))
@@ -172,10 +170,16 @@ class _Trial:
             Exception: the plan cannot be resolved on the proxy model.
         """
         plan = _fitting(plan, self.first.model)
-        before, after = (
-            self.first.resolved(plan),
-            self.first.resolved(plan, self.completed and plan.origin != "derived"),
-        )
+        before = self.first.resolved(plan)
+        try:
+            after = self.first.resolved(plan, self.completed and plan.origin != "derived")
+        except PlanError as error:
+            if not plan.strict:
+                raise
+            return first_line(error)
+        if self.code.own and (lost := _sharded(before) - _sharded(after)):
+            # prepare would replicate them; perhaps they can be sharded one layer at a time
+            return f"{min(lost)} cannot be sharded ({'; '.join(n for n in after.notes if n not in before.notes)[:300]})"
         native = [name for name, module in after.modules.items() if module.native_style is not None]
         if native:
             raise PlanError(f"{native[0]} has a native torch ParallelStyle, which runs in real processes only.")
@@ -200,6 +204,10 @@ class _Trial:
                 spec.modules.pop(owner, None)
                 for other in [n for n in spec.parameters if n.rpartition(".")[0] == owner]:
                     del spec.parameters[other]
+
+
+def _sharded(spec: ShardingSpec) -> set[str]:
+    return {layer_pattern(name) for name, place in spec.parameters.items() if place.dim is not None}
 
 
 def _in_training(small: nn.Module, length: int) -> ParityCheck:
@@ -229,31 +237,10 @@ def _completed_alike(model: nn.Module, spec: ShardingSpec, before: ShardingSpec,
     return spec
 
 
-def _names_an_index(model: nn.Module, own: dict[str, str]) -> bool:
-    """True if code of the model's own names the index of a layer."""
-    names: set[str] = set()
-    for code in _own_functions(model, own):
-        names.update(code.co_names)
-    return any(re.search(r"layer_?(idx|id|index|num|i\b)|(?<![a-z])(idx|index|depth)(?![a-z])", name) for name in names)
-
-
-def _own_functions(model: nn.Module, own: dict[str, str]) -> Iterator[types.CodeType]:
-    """The code of the functions of the model's own, with functions inside of them."""
-    seen: set[Any] = set()
-    kinds = set(own.values())
-    for module in model.modules():
-        if type(module).__name__ not in kinds:
-            continue
-        functions = [vars(module).get("forward")]
-        for cls in type(module).__mro__ if type(module) not in seen else ():
-            functions += vars(cls).values() if _package(cls) not in _RELEASED else []
-        seen.add(type(module))
-        pending = [getattr(f, "__func__", f) for f in functions]
-        codes = [f.__code__ for f in pending if isinstance(f, types.FunctionType)]
-        while codes:
-            code = codes.pop()
-            yield code
-            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+def _names_an_index(code: RunningCode) -> bool:
+    """True if code of the user's own names the index of a layer."""
+    index = re.compile(r"layer_?(idx|id|index|num|i\b)|(?<![a-z])(idx|index|depth)(?![a-z])")
+    return any(index.search(name) for name in code.names())
 
 
 def _fitting(plan: Plan, small: nn.Module) -> Plan:
@@ -279,9 +266,9 @@ def _repeats(check: ParityCheck) -> bool:
     return all(torch.equal(a, b) for a, b in zip(again.outputs, check.want.outputs, strict=True))
 
 
-def _longer_than_numbers(model: nn.Module, small: nn.Module, own: dict[str, str]) -> int:
-    """A length beyond the numbers up to :data:`_LONGEST` in the proxy's config and in the code of the model's own."""
-    numbers = {LONGER}
+def _longer_than_numbers(model: nn.Module, small: nn.Module, code: RunningCode) -> int:
+    """A length beyond the numbers up to :data:`_LONGEST` in the proxy's config and in the code of the user's own."""
+    numbers = {LONGER, *code.numbers()}
     config: Any = small.config
     pending = [config.to_dict()]
     while pending:
@@ -290,11 +277,9 @@ def _longer_than_numbers(model: nn.Module, small: nn.Module, own: dict[str, str]
                 pending.append(value)
             elif type(value) is int:
                 numbers.add(value)
-    for module in model.modules():
-        if type(module).__name__ in own.values():
-            numbers.update(v for v in vars(module).values() if type(v) is int)
-    for code in _own_functions(model, own):
-        numbers.update(c for c in code.co_consts if type(c) is int)
+    for name in code.own:
+        with contextlib.suppress(AttributeError):  # a function of a Python module
+            numbers.update(v for v in vars(model.get_submodule(name)).values() if type(v) is int)
     return 1 + max(n for n in numbers if n < _LONGEST)
 
 

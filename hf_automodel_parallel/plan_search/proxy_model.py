@@ -99,6 +99,8 @@ def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any
 def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
     """The size of a field that follows from other sizes; ``fields`` are those of the original."""
     hidden = fields.get("hidden_size")
+    if name == "head_dim" and value == fields.get("qk_rope_head_dim"):  # latent attention: the rotary features
+        return HEAD_DIM // 2
     expansion = next((fields[k] for k in ("mamba_expand", "expand") if isinstance(fields.get(k), int)), 1)
     # Attention over more than the hidden states: Zamba concatenates the embeddings to them.
     if name == "attention_hidden_size":

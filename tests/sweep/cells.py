@@ -83,10 +83,15 @@ def batches_for(model: torch.nn.Module, parts: int) -> list[dict[str, torch.Tens
     return make_batches(parts, ROWS, SEQUENCE, vocabulary(model), seed=3)
 
 
-def build_kind(case: str, kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The model of a cell. ``case`` is a type, or ``type:field=value,...``."""
+def case_fields(case: str) -> tuple[str, dict[str, Any]]:
+    """The type, and the fields of its configuration, of a case as ``type:field=value,...``."""
     model_type, _, fields = case.partition(":")
-    overrides = {key: _value(value) for key, _, value in (f.partition("=") for f in fields.split(",") if f)}
+    return model_type, {key: _value(value) for key, _, value in (f.partition("=") for f in fields.split(",") if f)}
+
+
+def build_kind(case: str, kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model of a cell, see :func:`case_fields`."""
+    model_type, overrides = case_fields(case)
     model = build(model_type, **overrides)
     if KINDS[kind][0]:
         model = _with_lora(model)

@@ -9,11 +9,13 @@ with a varying one only behind a copy to TP (Megatron's f, JAX's ``pvary``), whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from .feature_shard import CombinesShards, FeatureShard, shard_after
 from .operator_trace import OperatorTrace, argument_of, operator_name, storage_id, tensors_in
 
 
@@ -26,31 +28,21 @@ class Value:
         data: it is invariant and depends on activations, so a gradient flows back through it.
         parameters: it is computed only from these replicated parameters and constants.
         tail: only this many of its last features vary; None: all or none.
-        features: its last dimension is one rank's shard of features that belong together.
+        features: a dimension is one rank's shard of features that belong together.
     """
 
     varying: bool = False
     data: bool = False
     parameters: frozenset[str] = frozenset()
     tail: int | None = None
-    features: bool = False
+    features: FeatureShard | None = None
 
 
 CONSTANT = Value()
 INVARIANT = Value(data=True)
 VARYING = Value(varying=True)
-FEATURES = Value(varying=True, features=True)
+FEATURES = Value(varying=True, features=FeatureShard())
 
-#: Arguments with the dimensions along which an operator combines entries.
-_ALONG = ("dim", "normalized_shape", "axis")
-#: Operators that combine entries along a dimension.
-_COMBINES = frozenset(
-    "sum mean var var_mean std std_mean amax amin max min argmax argmin norm linalg_vector_norm logsumexp prod "
-    "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk kthvalue median native_layer_norm "
-    "_fused_rms_norm".split()
-)
-#: Operators, beside pointwise ones, whose output has the features of their input where these were.
-_KEEPS_FEATURES = frozenset("clone _to_copy detach alias copy_ native_dropout".split())
 #: Operators whose output does not depend on the values of their input.
 _FORGETS = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty".split())
 
@@ -118,17 +110,15 @@ class VaryingTrace(OperatorTrace[Value]):
         if self._with_tail(name, func, args, kwargs, outputs):
             return result
         value = self._combined(func, inputs)
-        shards = [x for x in inputs if self.value(x).features]
-        if shards:
-            self._check_features(name, func, args, kwargs, shards[0])
-            kept = torch.Tag.pointwise in func.tags or name in _KEEPS_FEATURES
-            value = FEATURES if kept and value == VARYING else value
+        shard_of = self._shards_after(name, func, args, kwargs, inputs)
         if name in _FORGETS:
             value = CONSTANT
         elif name == "detach":
             value = VARYING if value.varying else CONSTANT
         for x in outputs:
             own = value if x.is_floating_point() or x.is_complex() else Value(varying=value.varying)
+            if own == VARYING and shard_of is not None:
+                own = replace(own, features=shard_of(x))
             if func._schema.is_mutable and any(x is i for i in inputs):
                 own = self._write(x, own)
             if own != CONSTANT or id(x) in self.facts:
@@ -165,16 +155,16 @@ class VaryingTrace(OperatorTrace[Value]):
             return INVARIANT
         return Value(parameters=parameters) if parameters else CONSTANT
 
-    def _check_features(self, name: str, func: Any, args: Any, kwargs: Any, x: torch.Tensor) -> None:
-        if name not in _COMBINES:
-            return
-        dims = next((d for d in (argument_of(func, key, args, kwargs) for key in _ALONG) if d is not None), None)
-        if name in ("native_layer_norm", "_fused_rms_norm"):
-            dims = [-1]
-        # An operator without dimensions combines all entries.
-        dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-        if any(dim % x.ndim == x.ndim - 1 for dim in dims):
-            raise WrongPlan(f"{func} combines features that are sharded over the ranks")
+    def _shards_after(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]
+    ) -> Callable[[torch.Tensor], FeatureShard | None] | None:
+        shards = [(x, shard) for x in inputs if (shard := self.value(x).features) is not None]
+        if not shards:
+            return None
+        try:
+            return shard_after(name, func, args, kwargs, shards)
+        except CombinesShards as error:
+            raise WrongPlan(f"{func} {error} features that are sharded over the ranks") from error
 
     def _with_tail(self, name: str, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> bool:
         """Mark the outputs of an operator on a tensor of which only the last features vary; False for another one."""

@@ -30,6 +30,7 @@ from ...core.sharding_spec import (
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
 from .expert_check import check_experts
+from .feature_shard import FeatureShard
 from .linear_check import faulty_linears, leave_ends_replicated, refuse_remaining
 from .operator_trace import tensors_in
 from .stack_runner import StackRunner, first_tensor, smallest_stack
@@ -447,7 +448,7 @@ class VaryingCheck:
         output = forward(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         if hooks.output is OutputHook.NONE and hooks.input is InputHook.COPY_TO_TP:
-            trace.mark(first, FEATURES)
+            trace.mark(first, replace(FEATURES, features=FeatureShard(blocks=self._blocks(name))))
         if hooks.output is OutputHook.COPY_TAIL_TO_TP:
             return trace.mark(first, replace(VARYING, tail=hooks.tail))
         if hooks.output not in (OutputHook.REDUCE_FROM_TP, OutputHook.GATHER):
@@ -464,6 +465,11 @@ class VaryingCheck:
         fresh = torch.empty((*first.shape[:-1], first.shape[-1] * factor), dtype=first.dtype)
         fresh = trace.mark(fresh, INVARIANT)
         return (fresh, *output[1:]) if isinstance(output, tuple) else fresh
+
+    def _blocks(self, name: str) -> int:
+        """In how many blocks the output features of a layer are packed."""
+        weights = (self.spec.parameters.get(f"{name}.{path}weight") for path in ("", "base_layer."))
+        return max((weight.blocks for weight in weights if weight is not None), default=1)
 
     def _check_invariant(self, tensors: list[torch.Tensor]) -> None:
         if any(self.trace.value(x).varying and x.is_floating_point() for x in tensors):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from harness.models import lora
 from sweep.tiny import build
+from torch.nn import functional as F
 
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.core.sharding_spec import PARTIAL_GRADIENT, InputHook, OutputHook
 from hf_automodel_parallel.errors import PlanError, UnsupportedError
+from hf_automodel_parallel.plan.analysis.feature_shard import FeatureShard
 from hf_automodel_parallel.plan.analysis.varying import (
     FEATURES,
     INVARIANT,
@@ -191,6 +193,52 @@ def test_shares_of_features_are_not_combined():
         assert y.mean(1) is not None  # over tokens
         heads = y.view(2, 3, 2, 4)
         assert heads.mean(-1) is not None  # within a head
+
+
+def test_shards_of_features_are_followed_through_views():
+    """What combines, moves or cuts heads is seen after views; what happens within a head or over tokens is right."""
+    wrong = {
+        "softmax over heads": lambda x: x.view(2, 3, 2, 4).transpose(1, 2).softmax(1),
+        "norm of all heads": lambda x: F.layer_norm(
+            x.view(2, 3, 2, 4).transpose(1, 2).transpose(1, 2).flatten(2), (8,)
+        ),
+        "fake quantisation": lambda x: x.detach().abs().amax(-1, keepdim=True),
+        "talking heads": lambda x: (lambda h: (h @ h.mT).softmax(-1).roll(1, 1))(x.view(2, 3, 2, 4).transpose(1, 2)),
+        "rolled features": lambda x: x.roll(1, -1),
+        "swapped halves": lambda x: x.chunk(2, -1)[1],
+        "the first head": lambda x: x.unflatten(-1, (2, 4))[:, :, 0],
+        "behind permute and unsqueeze": lambda x: x.view(2, 3, 2, 4).permute(2, 0, 1, 3).unsqueeze(1).flip(0),
+        "repeated keys": lambda x: x.view(2, 3, 2, 4)[:, :, :, None].expand(2, 3, 2, 5, 4).reshape(2, 3, 10, 4).sum(2),
+        "heads beside a norm": lambda x: x.view(2, 3, 2, 4).mean(-1).cumsum(-1),
+        "most of the features": lambda x: x[..., :6],
+    }
+    right = {
+        "within a head": lambda x: x.view(2, 3, 2, 4).roll(1, -1).chunk(2, -1)[1].softmax(-1),
+        "over tokens": lambda x: x.view(2, 3, 2, 4).transpose(1, 2).flip(2)[:, :, 1:].cumsum(2),
+        "products of heads": lambda x: (lambda h: (h @ h.mT).softmax(-1) @ h)(x.view(2, 3, 2, 4).transpose(1, 2)),
+        "all features": lambda x: x[..., :8][..., 0:].detach(),
+        "one head on each rank": lambda x: x.view(2, 3, 1, 8).mean(-1),
+        "batches and heads": lambda x: x.view(2, 3, 2, 4).transpose(1, 2).reshape(4, 3, 4)[1:],
+    }
+    packed = Value(varying=True, features=FeatureShard(blocks=2))
+    seen = {}
+    for name, function in {**wrong, **right}.items():
+        x = torch.ones(2, 3, 8)
+        trace = VaryingTrace({})
+        trace.mark(x, FEATURES)
+        try:
+            with trace:
+                assert trace.value(function(x)).varying
+        except WrongPlan as error:
+            seen[name] = str(error)
+    assert seen.keys() == wrong.keys() and all("that are sharded over the ranks" in s for s in seen.values()), seen
+    trace = VaryingTrace({})
+    trace.mark(x, packed)
+    with trace:
+        gate, up = x.chunk(2, -1)
+        assert trace.value(gate * up) == VARYING
+        with pytest.raises(WrongPlan, match="combines features"):
+            x.detach().mean(-1)
 
 
 def test_memory_that_was_freed_is_forgotten():

@@ -42,9 +42,9 @@ def test_parameter_free_mixing(mixings):
         block = "" if not mixing else "self_attn" if mixing in HEADS else "mlp"
         named = {part for part in ("self_attn", "mlp") for note in plan.notes if f".{part}: " in note}
         styles = {e.style for p, e in plan.entries.items() if block and block in p}
-        # What the run on fake tensors finds too, it leaves replicated instead.
         expected = {block} - {""} if styles != {"colwise", "rowwise"} else set()
-        untried = failure(model, select_plan(model, None, ORDER), length)
+        # Without the run on fake tensors, which finds some of them, too.
+        untried = ParityCheck(model, 2, length, training=True).failure(select_plan(model, None, ORDER))
         if found or named != expected or (bool(expected) != bool(untried)) or plan.origin != "default":
             wrong[mixing] = found, named, expected, untried, plan
     assert not wrong
@@ -114,7 +114,8 @@ def test_modules_replaced_after_the_model_was_built():
         ):
             wrong[kind] = plan
         with pytest.raises(
-            PlanError, match=r"tp_plan does not compute.*differs in evaluation mode with 7 tokens.*tp_size=1"
+            PlanError,
+            match=r"tp_plan does not compute.*(in evaluation mode with 7 tokens|aten.flip.* moves).*tp_size=1",
         ):
             selected(with_replaced(kind), {p: e.style for p, e in select_plan(build_model("llama")).entries.items()})
     assert not wrong
