@@ -261,6 +261,15 @@ def submodule(module: nn.Module, fqn: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def references(model: nn.Module) -> Counter[int]:
+    """How often each module and each parameter, by its id, is a child or a parameter of a module of ``model``."""
+    counts: Counter[int] = Counter()
+    for module in model.modules():
+        counts.update(id(child) for child in module._modules.values() if child is not None)
+        counts.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    return counts
+
+
 def all_frozen(module: nn.Module) -> bool:
     """True if ``module`` has parameters, submodules included, and none requires a gradient."""
     parameters = list(module.parameters())

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import compat
-from ..core.model_structure import ModelStructure
+from ..core.model_structure import ModelStructure, references
 from ..core.sharding_spec import ShardingSpec
 from ..errors import UnsupportedError
 from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
@@ -191,26 +192,26 @@ def check_packed_parameters(shapes: dict[str, torch.Size], spec: ShardingSpec, s
 
 def separable(model: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
     """Those of ``candidates`` whose parameters do not belong to modules outside of them as well."""
-    return [module for module in candidates if _separable_together(model, [module])]
+    counts = references(model) if candidates else Counter()
+    return [module for module in candidates if _holds_its_parameters_alone([module], counts)]
 
 
 def _separable_together(model: nn.Module, group: list[nn.Module]) -> bool:
-    """True if a walk over ``model`` that leaves ``group`` out finds none of its parameters.
+    return _holds_its_parameters_alone(group, references(model))
+
+
+def _holds_its_parameters_alone(group: list[nn.Module], counts: Counter[int]) -> bool:
+    """True if nothing outside of ``group`` refers to a parameter in it, or to a module in it that has parameters.
 
     That also finds a module with several names, of which ``named_modules`` would list only one.
     """
-    mine = {id(p) for root in group for p in root.parameters()}
-    seen = {id(root) for root in group}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if any(id(parameter) in mine for parameter in module._parameters.values()):
-            return False
-        waiting.extend(module.children())
-    return bool(mine)
+    inside: Counter[int] = Counter()
+    roots = set(group)
+    for module in {m for root in group for m in root.modules()}:
+        inside.update(id(p) for p in module._parameters.values() if p is not None)
+        holding = (m for m in module._modules.values() if m is not None and any(True for _ in m.parameters()))
+        inside.update(id(m) for m in holding if m not in roots)
+    return bool(inside) and all(counts[key] == count for key, count in inside.items())
 
 
 def _shard_large_modules(

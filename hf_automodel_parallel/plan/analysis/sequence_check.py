@@ -16,6 +16,7 @@ from torch import nn
 from ... import compat
 from ...core.sharding_spec import InputHook, OutputHook, SequenceBlock, ShardingSpec
 from ...errors import UnsupportedError, first_line
+from .equal_layers import EqualLayers, WatchedRun, arguments_of_call, holds_tensors_only, renamed
 from .stack_runner import BATCH, StackRunner, first_tensor
 from .token_locality import FEATURES, TokenLocalityTrace, TokensMix
 
@@ -39,6 +40,20 @@ class Found:
     used: dict[str, set[str]] = field(default_factory=dict)
     tail: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Outcome:
+    """What one call of a layer has shown: its output (fake tensors), its blocks, and how it used its parameters.
+
+    ``choices`` are the treatment of its blocks, by their names in the layer.
+    """
+
+    output: Any
+    choices: dict[str, bool]
+    blocks: dict[str, SequenceBlock]
+    scatters: list[str]
+    used: dict[str, set[str]]
 
 
 class _TailFails(Exception):
@@ -82,6 +97,7 @@ class SequenceCheck:
 
     def _run(self, tail: str) -> Found:
         self.found = Found(tail=tail)
+        self.equal = EqualLayers(self.model, self.spec, self.layers, self.names)
         try:
             self.runner = StackRunner(
                 self.model,
@@ -91,11 +107,13 @@ class SequenceCheck:
                 on_layer=self._layer,
                 on_module=self._called,
                 on_beside=self._beside,
+                equal=self.equal,
             )
         except UnsupportedError as error:
             raise UnsupportedError(f"sequence_parallel=True: {error} {REMEDY}") from error
         self.shard, self.full = self.runner.shard_length, self.runner.length
         self.trace = TokenLocalityTrace(self.shard, self.full, self.runner.parameters)
+        self.runner.on_parameter = self.trace.know
         self.path: list[str] = []  # names of the modules inside of a layer that are running
         self.last: torch.Tensor | None = None  # output of the previous layer
         self.left = list(self.runner.layer_names)
@@ -160,7 +178,7 @@ class SequenceCheck:
             raise UnsupportedError(
                 f"sequence_parallel=True: {type(self.stack).__name__} changes the hidden states before {name}. {REMEDY}"
             )
-        output = self._try_layer(name, kind, forward, hidden, args, kwargs)
+        output = self._output_of(name, kind, hidden, args, kwargs)
         self.left.pop(0)
         if self.found.tail == name:
             output = compat.tree_map_only(
@@ -170,13 +188,38 @@ class SequenceCheck:
         self.last = output[0] if isinstance(output, tuple) else output
         return output
 
+    def _output_of(self, name: str, kind: type, hidden: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        """Run a layer, or take the outcome of an equal one."""
+        equal = self.equal.group(name)
+        arguments = arguments_of_call((args, kwargs), lambda x: None, hidden) if equal is not None else None
+        known = self.equal.outcome(name, arguments)
+        if known is not None and known[1].choices == self._known_choices(kind):
+            layer, outcome = known
+            self.found.blocks |= {renamed(n, layer, name): block for n, block in outcome.blocks.items()}
+            self.found.scatters += [renamed(n, layer, name) for n in outcome.scatters]
+            for parameter, where in outcome.used.items():
+                self.trace.used.setdefault(renamed(parameter, layer, name), set()).update(where)
+            return outcome.output
+        forward = self.runner.forward_of(name)
+        watched = WatchedRun(self.runner.submodule(name)) if arguments is not None else None
+        before = {parameter: set(where) for parameter, where in self.trace.used.items()}
+        output = self._try_layer(name, kind, forward, hidden, args, kwargs)
+        if watched is not None and watched.speaks_for_equal_layers() and holds_tensors_only(output):
+            used = {n: where - before.get(n, set()) for n, where in self.trace.used.items() if where != before.get(n)}
+            outcome = _Outcome(output, self._known_choices(kind), self.blocks, self.scatters, used)
+            self.equal.outcomes.setdefault(equal or "", []).append((name, arguments, outcome))
+        return output
+
+    def _known_choices(self, kind: type) -> dict[str, bool]:
+        return {part: scatters for (k, part), scatters in self.known.items() if k is kind}
+
     def _try_layer(
         self, name: str, kind: type, forward: Callable[..., Any], hidden: torch.Tensor, args: Any, kwargs: Any
     ) -> Any:
         """Run a layer, changing how its blocks are treated until it works."""
         fake = self.runner.fake
         #: block -> True if its row-wise layers reduce-scatter
-        self.choices = {f"{name}.{part}": scatters for (k, part), scatters in self.known.items() if k is kind}
+        self.choices = {f"{name}.{part}": scatters for part, scatters in self._known_choices(kind).items()}
         while True:
             self.path, self.trace.outdated = [], []
             self.blocks: dict[str, SequenceBlock] = {}
@@ -185,7 +228,7 @@ class SequenceCheck:
             shard = fake.from_tensor(hidden)
             try:
                 with fake, self.trace:
-                    shard = shard if self.trace.is_shard(shard) else _resized(shard, self.shard)
+                    shard = _resized(shard, self.shard)
                     fake_args, fake_kwargs = self._to_fake((args, kwargs), hidden, shard)
                     output = forward(*fake_args, **fake_kwargs)
                 self._check_output(output)

@@ -62,6 +62,10 @@ class TokenLocalityTrace(OperatorTrace[frozenset[str]]):
         self.used: dict[str, set[str]] = {}
         self.outdated: list[torch.Tensor] = []
 
+    def know(self, key: int, name: str) -> None:
+        """The tensor of the id ``key`` is the parameter ``name``."""
+        self.facts[key] = frozenset([name])
+
     def is_shard(self, x: torch.Tensor) -> bool:
         """True if a dimension of ``x`` runs over the tokens of a sequence shard."""
         return bool(self._dims(x, self.shard))

@@ -10,7 +10,7 @@ completed with them); and an invariant activation that is combined with a varyin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ from ...core.sharding_spec import (
 )
 from ...errors import PlanError, UnsupportedError, first_line
 from ..layer_kinds import as_matrix
+from .equal_layers import EqualLayers, WatchedRun, arguments_of_call, holds_tensors_only, renamed
 from .expert_check import check_experts
 from .feature_shard import FeatureShard
 from .linear_check import faulty_linears, leave_ends_replicated, refuse_remaining
 from .operator_trace import tensors_in
-from .stack_runner import StackRunner, first_tensor, smallest_stack
+from .stack_runner import StackRunner, first_tensor, is_below, smallest_stack
 from .varying import (
     FEATURES,
     INVARIANT,
@@ -130,6 +131,16 @@ def _add(view: ModelView, spec: ShardingSpec, trace: VaryingTrace) -> None:
     ]
 
 
+@dataclass
+class _Outcome:
+    """What one call of a layer has shown: its output (fake tensors), and what it added to the trace and the spec."""
+
+    output: Any
+    partial: dict[str, str]
+    complete: dict[str, str]
+    varying: dict[str, VaryingActivations]
+
+
 class VaryingCheck:
     """One forward of one rank's layers.
 
@@ -164,9 +175,11 @@ class VaryingCheck:
         self.tp_size, self.strict, self.faults = tp_size, strict, faults
         self.notes: list[str] = []
         self.copies_inputs: set[str] = set()  # modules whose inputs all got a copy to TP here, see _copy_inputs
+        self.called: set[str] = set()  # names of the layers that were called
         self.path: list[str] = []  # names of the running layer and of the modules in it
-        self.unsharded: StackRunner | None = None  # made when a layer fails, see _unsharded_output
-
+        self.unsharded: StackRunner | None = None  # made when a layer fails, see _runs_unsharded
+        self.layer_names = {names[layer] for layer in layers}
+        self.equal = EqualLayers(model, spec, layers, names, faults)
         self.runner = StackRunner(
             model,
             stack,
@@ -176,18 +189,14 @@ class VaryingCheck:
             on_module=self._called,
             on_beside=self._beside,
             shape=self._local_shape,
+            equal=self.equal,
+            counts=spec.head_counts,
         )
-        for name, counts in spec.head_counts.items():
-            if name.startswith(self.runner.prefix):
-                module = self.runner.submodule(name)
-                for attribute, count in counts.items():
-                    setattr(module, attribute, count)
-        known = {
-            key: VARYING if self._is_sharded(name) else Value(parameters=frozenset([name]))
-            for key, name in self.runner.parameters.items()
-        }
         originals = frozenset(id(p) for name, p in model.named_parameters() if self._is_sharded(name))
-        self.trace = VaryingTrace(known, originals)
+        self.trace = VaryingTrace({}, originals)
+        for key, name in self.runner.parameters.items():
+            self._know(key, name)
+        self.runner.on_parameter = self._know
 
     def run(self) -> None:
         """Run the stack, correcting the plan where that is possible.
@@ -205,6 +214,9 @@ class VaryingCheck:
         except Exception as error:
             raise UnsupportedError(f"{self.runner.prefix or 'the model'}: {first_line(error)}") from error
 
+    def _know(self, key: int, name: str) -> None:
+        self.trace.facts[key] = VARYING if self._is_sharded(name) else Value(parameters=frozenset([name]))
+
     def _is_sharded(self, name: str) -> bool:
         spec = self.spec.parameters.get(name, REPLICATED)
         return spec.dim is not None or spec.forward_shard_dim is not None
@@ -215,8 +227,7 @@ class VaryingCheck:
         dim, parts = spec.dim, self.tp_size
         if spec.forward_shard_dim is not None:
             dim, parts = spec.forward_shard_dim, spec.forward_shards
-        inside = any(name.startswith(f"{self.names[layer]}.") for layer in self.layers)  # the rest is not traced
-        if dim is not None and inside:
+        if dim is not None and is_below(name, self.layer_names):  # the rest is not traced
             shape[dim] //= parts
         return tuple(shape)
 
@@ -259,9 +270,17 @@ class VaryingCheck:
 
     def _layer(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         trace = self.trace
+        repeats = self.equal.group(name) is not None and name not in self.called
+        self.called.add(name)
+        arguments = arguments_of_call((args, kwargs), trace.value) if repeats else None
+        known = self.equal.outcome(name, arguments)
+        if known is not None:
+            return self._repeat(name, *known)
+        forward = self.runner.forward_of(name)
+        watched = WatchedRun(self.runner.submodule(name)) if arguments is not None else None
         while True:
             fake_args, fake_kwargs = self._to_fake((args, kwargs))
-            before = dict(trace.partial), dict(trace.complete), dict(self.spec.varying)
+            before: tuple[dict[str, Any], ...] = (dict(trace.partial), dict(trace.complete), dict(self.spec.varying))
             self.path, trace.module = [name], name
             try:
                 with torch.no_grad(), self.runner.fake, trace:
@@ -271,6 +290,7 @@ class VaryingCheck:
                     raise WrongPlan("its output varies across the ranks, because it is neither reduced nor gathered")
                 break
             except Exception as error:
+                watched = None
                 trace.partial, trace.complete, self.spec.varying = before
                 if not self._corrected(name, error, (args, kwargs)):
                     output = trace.mark(tensors_in(self._to_fake((args, kwargs)))[0], INVARIANT)
@@ -278,7 +298,22 @@ class VaryingCheck:
         for key, value in kwargs.items():  # dicts that a layer fills for later ones
             if isinstance(value, dict):
                 value.update(self._to_real({k: v for k, v in fake_kwargs[key].items() if k not in value}))
+        if watched is not None and watched.speaks_for_equal_layers() and holds_tensors_only(output):
+            now: tuple[dict[str, Any], ...] = trace.partial, trace.complete, self.spec.varying
+            added = [{k: v for k, v in table.items() if k not in old} for table, old in zip(now, before, strict=True)]
+            self.equal.outcomes.setdefault(self.equal.group(name) or "", []).append(
+                (name, arguments, _Outcome(output, *added))  # type: ignore[arg-type]
+            )
         return self._to_real(output)
+
+    def _repeat(self, name: str, layer: str, outcome: _Outcome) -> Any:
+        """What the call of ``layer`` has shown, for the layer ``name``."""
+        for table, added in ((self.trace.partial, outcome.partial), (self.trace.complete, outcome.complete)):
+            for parameter, module in added.items():
+                table.setdefault(renamed(parameter, layer, name), renamed(module, layer, name))
+        for module, varying in outcome.varying.items():
+            self.spec.varying[renamed(module, layer, name)] = varying
+        return self._to_real(outcome.output)
 
     def _corrected(self, layer: str, error: Exception, arguments: Any) -> bool:
         """After a failure: correct the plan, or return False if it is this check that cannot run the layer.
