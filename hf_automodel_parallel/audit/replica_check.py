@@ -138,7 +138,7 @@ def _disagreeing(rows: Mapping[str, DTensor], table: torch.Tensor, wrong: Callab
         mesh, axes = _replicated_axes(tensor)
         by_rank = table[mesh.mesh.cpu(), index]  # (*mesh shape, 3)
         for axis in axes:
-            groups = by_rank.movedim(axis, -2).flatten(0, -3)  # (groups, replicas, 3)
+            groups = by_rank.movedim(axis, -2).reshape(-1, by_rank.shape[axis], 3)
             if any(wrong(group) for group in groups):
                 found.append(name)
                 break

@@ -28,6 +28,7 @@ from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
 from .encoder_placement import keep_ranks_in_step, replicated_parameters
 from .given_tensors import GivenTensors
 from .options import ShardingOptions, on_device
+from .replicated_scalars import move_scalars, replicate_scalars
 
 
 def shard_data_parallel(
@@ -47,6 +48,9 @@ def shard_data_parallel(
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
     """
+    scalars = move_scalars(model, mesh)
+    if scalars:
+        options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | scalars)
     if replicated := replicated_parameters(structure, options):
         for parameter in replicated:  # FSDP2 does not move parameters that it ignores
             if not isinstance(parameter, DTensor):
@@ -89,6 +93,8 @@ def shard_data_parallel(
     # fill in zeros for an entire encoder that no rank has run.
     outermost["agree"] = not structure.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
+    if scalars:
+        replicate_scalars(model, mesh)
     for unit in fsdp_units(model):
         GivenTensors(unit)
     _allocate_outside_of_inference_mode(model)

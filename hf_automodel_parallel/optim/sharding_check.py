@@ -158,6 +158,8 @@ def _kinds_of(
     found: dict[_Kind, None] = {}
     tp_size, dp_size = 1 if tp_mesh is None else tp_mesh.size(), dp_mesh.size(dp_mesh.ndim - 1)
     for name in group:
+        if not shapes[name]:
+            continue  # without dimensions: a replica on each rank, which is stepped as in one process
         spec = specs.get(name, REPLICATED)
         # Only these fields decide the shards; the others would multiply the number of kinds to check.
         spec = ParameterSpec(spec.dim, spec.blocks)

@@ -110,9 +110,11 @@ class Observed:
     def _groups(self) -> Iterator[Group]:
         columns: list[_Call] = []
         for call in self.calls:
-            if columns and call.source is columns[0].source:
+            alone = sum(other.source is call.source for other in self.calls) == 1
+            if columns and (call.source is columns[0].source or (not alone and _in_one_module(call, columns[0]))):
+                # Cross attention: keys and values read something else than the queries do.
                 columns.append(call)
-            elif columns and _may_be_row(call, columns):
+            elif columns and alone and _in_one_layer(call, columns[0]) and _may_be_row(call, columns):
                 yield Group(tuple(dict.fromkeys(pattern_of(c.name) for c in columns)), pattern_of(call.name))
                 columns = []
             else:
@@ -197,6 +199,21 @@ def _may_be_row(call: _Call, columns: list[_Call]) -> bool:
     """
     wide = len(columns) > 2 and call.in_features == max(column.out_features for column in columns)
     return wide or call.out_features == columns[0].in_features
+
+
+def _in_one_module(call: _Call, other: _Call) -> bool:
+    return call.name.rpartition(".")[0] == other.name.rpartition(".")[0]
+
+
+def _in_one_layer(call: _Call, other: _Call) -> bool:
+    """True if no item of a list holds one of two layers and not the other."""
+    return _layer_of(call.name) == _layer_of(other.name)
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
 
 
 def pattern_of(name: str) -> str:

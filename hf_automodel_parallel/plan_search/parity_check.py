@@ -31,7 +31,8 @@ from ..tensor_parallel.grad_sync import PartialGradients
 from ..tensor_parallel.head_counts import set_local_counts
 from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
 from .carried_modules import copy_model
-from .proxy_model import CHOICES, LENGTH, inputs_for
+from .proxy_inputs import Inputs, possible_inputs
+from .proxy_model import LENGTH
 
 #: Tolerances for float32 rounding: relative to the norm of a gradient, and to the norm of all gradients together.
 RELATIVE, OF_TOTAL = 1e-4, 1e-7
@@ -78,21 +79,6 @@ class _NoCollectives(compat.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _in_one_process(model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Result]:
-    """``inputs``, and what a copy of ``model`` makes of them. A copy, because after a forward some modules keep state
-    that deepcopy cannot copy.
-    """
-    used = copy_model(model)
-    before = [(name, id(module)) for name, module in used.named_modules()]
-    with _NoCollectives():
-        want = run_once(used, inputs)
-    if before != [(name, id(module)) for name, module in used.named_modules()]:
-        raise PlanError(
-            f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
-        )
-    return inputs, want
-
-
 class ParityCheck:
     """Compares plans with one process.
 
@@ -113,17 +99,8 @@ class ParityCheck:
             for module in model.modules():
                 if isinstance(module, _DROPOUTS):
                     module.p = 0.0
-        self.model, self.size = model, size
-        try:
-            self.inputs, self.want = _in_one_process(model, inputs_for(model, length))
-        except AutoParallelError:
-            raise
-        except Exception as error:
-            # Multiple choice: several rows of tokens for each sample.
-            try:
-                self.inputs, self.want = _in_one_process(model, inputs_for(model, length, CHOICES))
-            except Exception:
-                raise error from None
+        self.model, self.size, self.length = model, size, length
+        self.inputs, self.want = first_that_runs(model, length)
         names = {module: name for name, module in model.named_modules()}
         try:
             self.layers = [names[layer] for layer in find_layers(model)]
@@ -189,6 +166,29 @@ class ParityCheck:
             if gradient.shape != part.shape or not _close(gradient, part, float(want.norm()), self.norm):
                 return f"the gradient of {name} differs"
         return None
+
+
+def first_that_runs(model: nn.Module, length: int) -> tuple[Inputs, Result]:
+    """The first batch of :func:`possible_inputs` that ``model`` runs, and its results; else the first one's error."""
+    first: Exception | None = None
+    for inputs in possible_inputs(model, length):
+        # A copy, because after a forward some modules keep state that deepcopy cannot copy.
+        used = copy_model(model)
+        before = [(name, id(module)) for name, module in used.named_modules()]
+        try:
+            with _NoCollectives():
+                result = run_once(used, inputs)
+        except AutoParallelError:
+            raise
+        except Exception as error:  # code of the model, which may raise any error for a batch that it does not take
+            first = first or error
+            continue
+        if before != [(name, id(module)) for name, module in used.named_modules()]:
+            raise PlanError(
+                f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
+            )
+        return inputs, result
+    raise first if first is not None else PlanError(f"no batch for {type(model).__name__} is known.")
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, norm: float, total: float = 0.0) -> bool:

@@ -191,7 +191,7 @@ class _Trial:
             failure = check.difference(spec)
             if failure is not None:
                 mode = "training" if check.model.training else "evaluation"
-                return f"{failure} in {mode} mode with {check.inputs['input_ids'].shape[-1]} tokens"
+                return f"{failure} in {mode} mode with {check.length} tokens"
         return None
 
     def _leave_out_what_others_read(self, spec: ShardingSpec) -> None:

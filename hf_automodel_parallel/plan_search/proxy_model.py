@@ -8,7 +8,6 @@ that a size identifies its dimension.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 from typing import Any
@@ -21,9 +20,9 @@ from ..errors import PlanError, first_line
 
 HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY, POSITIONS = 4, 8, 48, 96, 64
 HIDDEN = HEADS * HEAD_DIM
+PIXELS = 64
 LAYERS = 2
 BATCH, LENGTH, LONGER = 3, 7, 40
-CHOICES = 2
 
 _MIXER_HEAD_DIM = r"mamba_(d_head|head_?dim)"
 
@@ -45,6 +44,8 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"hidden_size|d_model|n_embd|.*embedding_(size|dim)|embedding_dim|word_embed_proj_dim|emb_dim|dim|lru_width",
         HIDDEN,
     ),
+    (r"coordinate_size", HIDDEN // 8),  # of four coordinates and two extents of a box
+    (r"shape_size", HIDDEN // 4),
     (_MIXER_HEAD_DIM, HEAD_DIM),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
     (r"mamba_n_?groups|n_groups", 1),
@@ -56,6 +57,8 @@ SIZES: tuple[tuple[str, int], ...] = (
 _KEY_VALUE = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num|num_query_groups")
 _MIXER_HEADS = re.compile(r"mamba_(n_heads|num_heads)|n_mamba_heads")
 _INDICES = re.compile(r".*(indices|idxs?|layer_ids|_layers)")
+#: Widths of convolutions in front of the layers, one for each.
+_CONVOLUTIONS = r"conv_dim|tdnn_dim"
 _RANDOM = re.compile(r".*(dropout|pdrop|drop_rate|drop_prob|jitter|layerdrop).*")
 _HEADS = re.compile(SIZES[5][0])
 
@@ -76,6 +79,8 @@ def proxy_config(config: Any, each: int = 1, first: int = 0) -> Any:
             _set(small, name, [value[i] for i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
             _set(small, name, proxy_config(getattr(small, name), each, first))
+        elif isinstance(value, (list, tuple)) and re.fullmatch(_CONVOLUTIONS, name):
+            _set(small, name, type(value)(HIDDEN for _ in value))
         elif isinstance(value, float) and _RANDOM.fullmatch(name):
             _set(small, name, 0.0)
         elif isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 3:
@@ -93,7 +98,9 @@ def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):
             return layers if size == LAYERS and "layers" in pattern else size
-    return value
+    # Further widths of the same kind (of a pooler, of a projection) follow the one that they are equal to.
+    same = {fields.get("hidden_size"): HIDDEN, fields.get("intermediate_size"): INTERMEDIATE}
+    return same.get(value, value) if re.fullmatch(r".*(size|dim|width)", name) else value
 
 
 def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
@@ -101,6 +108,8 @@ def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
     hidden = fields.get("hidden_size")
     if name == "head_dim" and value == fields.get("qk_rope_head_dim"):  # latent attention: the rotary features
         return HEAD_DIM // 2
+    if name in ("image_size", "img_size"):
+        return _image_size(value, fields.get("patch_size"))
     expansion = next((fields[k] for k in ("mamba_expand", "expand") if isinstance(fields.get(k), int)), 1)
     # Attention over more than the hidden states: Zamba concatenates the embeddings to them.
     if name == "attention_hidden_size":
@@ -114,6 +123,13 @@ def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
     if alone or (_MIXER_HEADS.fullmatch(name) and any(re.fullmatch(_MIXER_HEAD_DIM, k) for k in fields)):
         return HEADS * expansion
     return None
+
+
+def _image_size(value: int, patch: Any) -> int:
+    """A small size of images that holds whole patches, and is enough for five times half the size."""
+    if type(patch) is not int or patch <= 0:
+        return min(value, PIXELS)
+    return min(value, patch * max(6, -(-PIXELS // patch))) if value % patch == 0 else value
 
 
 def _times(value: Any, of: Any) -> int:
@@ -208,35 +224,6 @@ def _build(cls: Any, config: Any) -> nn.Module:
                 else:
                     parameter.normal_(std=HIDDEN**-0.5)
     return small
-
-
-def inputs_for(model: nn.Module, length: int = LENGTH, choices: int | None = None) -> dict[str, Any]:
-    """A batch for a forward of a proxy model: int64 token ids, with padding in one row.
-
-    Args:
-        model: the proxy model.
-        length: number of tokens in each row.
-        choices: None for ids of shape (BATCH, length); a number for (BATCH, choices, length), as of multiple choice.
-
-    Raises:
-        PlanError: its forward has no argument ``input_ids``.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    if "input_ids" not in accepted:
-        raise PlanError(f"the forward of {type(model).__name__} takes no input_ids, so no plan of it can be verified.")
-    generator = torch.Generator().manual_seed(1)
-    shape = (BATCH, length) if choices is None else (BATCH, choices, length)
-    ids = torch.randint(4, VOCABULARY, shape, generator=generator)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids.flip(-1)
-    if "attention_mask" in accepted:
-        mask = torch.ones_like(ids)
-        mask[0, ..., length - 2 :] = 0
-        inputs["attention_mask"] = mask
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
 
 
 def replaced_modules(model: nn.Module | ModelView) -> list[str]:

@@ -37,6 +37,7 @@ from ..fsdp.encoder_placement import placement, replicated_parameters
 from ..fsdp.float32_losses import float32_losses
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
+from ..fsdp.replicated_scalars import scalar_parameters
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
 from ..fsdp.unsupported_models import (
     keep_layers_together,
@@ -62,7 +63,7 @@ from ..plan.validate import refuse_expert_parallel, validate
 from ..plan_search.proof import proven_plan
 from ..plan_search.proxy_model import replaced_modules
 from ..plan_search.search import derived_plan
-from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters
+from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters, make_local_in_forward
 from ..tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
@@ -262,11 +263,6 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         check_quantized(
             context.model, context.fsdp.mp_policy.param_dtype, context.tp_mesh is not None, context.load_on_rank_zero
         )
-        scalars = [name for name, p in context.model.named_parameters() if p.ndim == 0]
-        if scalars:
-            raise UnsupportedError(
-                f"{', '.join(scalars[:4])}: FSDP2 cannot shard parameters without dimensions. Give them the shape (1,)."
-            )
         if context.tp_mesh is not None:
             refuse_fused_loss(context.model)
         if not context.sums_after_backward:  # without an Accelerator the model is filled afterwards
@@ -356,7 +352,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             materialize_empty(context.model, context.pending)
         if context.pending is not None:
             replicated = replicated_parameters(context.structure, context.fsdp)  # type: ignore[arg-type]
-            unmanaged = context.fsdp.ignored_parameters | replicated
+            scalars = set(scalar_parameters(context.model).values())
+            unmanaged = context.fsdp.ignored_parameters | replicated | scalars
             ignored = [name for name, p in context.model.named_parameters() if p in unmanaged]
             context.pending.fill_ignored(
                 context.model,
@@ -442,6 +439,9 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_local_parameters(context.model, layers, context.tensor_parallel, parts)
             install_full_parameter_views(context.model, context.cross_module_reads)
+        elif scalars := scalar_parameters(context.model):
+            separate = [part for group in parts.values() for part in group]
+            make_local_in_forward(context.model, [*layers, *separate], list(scalars))
         # Checkpoints of parts are compiled with the layer.
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)

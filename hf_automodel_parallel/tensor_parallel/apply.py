@@ -322,6 +322,29 @@ def install_local_parameters(
         root.register_forward_pre_hook(state.check_user_hooks)
 
 
+def make_local_in_forward(model: nn.Module, units: list[nn.Module], names: list[str]) -> None:
+    """Without tensor parallelism: the parameters ``names``, replicated DTensors, are local tensors during forwards.
+
+    Args:
+        model: the model after FSDP2.
+        units: modules that are a scope each, and modules inside of them that are recomputed separately. Elsewhere the
+            module whose forward reads a parameter is its scope.
+        names: first and further names of the parameters.
+    """
+    around: dict[nn.Module, list[nn.Module]] = {}
+    for unit in units:
+        for module in unit.modules():
+            around.setdefault(module, []).append(unit)
+    scopes: dict[nn.Module, list[ParamBinding]] = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        for scope in around.get(owner) or [_nearest_caller(model, path)]:
+            scopes.setdefault(scope, []).append(ParamBinding(owner, key))
+    for module, bindings in scopes.items():
+        LocalParamForward.install(module, bindings)
+
+
 def _callers(
     model: nn.Module, state: TensorParallelState, taken: set[tuple[int, str]]
 ) -> dict[nn.Module, list[ParamBinding]]:

@@ -75,8 +75,9 @@ class ParamBinding:
     def accepts(self, parameter: Any) -> TypeGuard[nn.Parameter]:
         """True if ``parameter`` is one to replace, and no scope around this one has replaced it."""
         if isinstance(parameter, DTensor):
-            # More than one mesh axis: still sharded by FSDP2, because a unit further inside unshards it by itself.
-            return parameter.device_mesh.ndim == 1
+            # More than one mesh axis: still sharded by FSDP2, because a unit further inside unshards it by itself; or a
+            # replica that FSDP2 does not manage.
+            return parameter.device_mesh.ndim == 1 or all(p.is_replicate() for p in parameter.placements)
         # Not by the class alone: the compiler takes the tensor of a scope around this one for a parameter, too.
         special = (
             self.on_gradient is not None or self.bias_of is not None or self.zero or self.forward_shard is not None

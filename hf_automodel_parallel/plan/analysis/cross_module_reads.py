@@ -23,6 +23,10 @@ from ...errors import UnsupportedError
 _GETTERS = frozenset(["get_input_embeddings", "get_output_embeddings"])
 #: In a chain: an index that is not known, for each module of a container.
 _ANY = "*"
+#: At the end of a chain: the module is handed to a function, which may read its parameters.
+_HANDED = "*parameters"
+#: Functions that only look at what they are given.
+_LOOKING = frozenset("isinstance issubclass hasattr getattr callable id type len print repr str".split())
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 #: Attributes that are the same, or harmless to read, on a sharded parameter.
 _HARMLESS = frozenset("dtype device shape size ndim dim requires_grad is_meta".split())
@@ -33,7 +37,8 @@ def cross_module_reads(model: nn.Module, layers: list[nn.Module]) -> dict[str, l
 
     Chains of attributes (``get_input_embeddings()``, ``getattr(x, "name")`` and ``heads[0]``, too) are followed that
     begin with ``self``, ``super()`` or a local name for such a chain, in ``forward`` and in the methods that it calls,
-    also of other modules. A forward without source is taken to read nothing.
+    also of other modules. A module that is handed to a function is taken to be read there, and a forward without source
+    to read nothing.
 
     Args:
         model: the model, plain or PEFT-wrapped. It is only read.
@@ -103,6 +108,9 @@ def _reads_of_chain(
                 return
             owner = got
             continue
+        if attribute == _HANDED:
+            yield from (parameter for parameter in owner._parameters.values() if parameter is not None)
+            return
         if attribute == _ANY:
             for child in owner.children() if isinstance(owner, _CONTAINERS) else ():
                 yield from _reads_of_chain(child, chain[position + 1 :], seen, wrappers)
@@ -161,6 +169,9 @@ def _chains(function: Any) -> frozenset[tuple[str, ...]]:
                     local.setdefault(target.id, set()).update(read(node.value))
 
     def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in _LOOKING):
+            handed = [value for value in (*node.args, *(k.value for k in node.keywords)) if _step(value) is not None]
+            chains.update((*chain, _HANDED) for value in handed for chain in read(value))
         loads = isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
         if loads and _step(node) is not None and (found := read(node)):
             chains.update(found)

@@ -32,4 +32,4 @@ def test_custom_code_that_cannot_be_tried_is_refused():
     message = str(caught.value)
     assert set(caught.value.errors) == {0, 1} and caught.value.seconds < 60
     assert "no tensor-parallel plan for the custom-code class UntriableForCausalLM" in message
-    assert "takes no input_ids" in message and "tp_size=1" in message
+    assert "needs pixels" in message and "tp_size=1" in message

@@ -50,6 +50,22 @@ def test_other_ways_to_a_parameter_are_read():
     assert reads == [name for name in heads if name != "heads.1.bias"] + ["lm_head.weight", TABLE]
 
 
+class Handing(LlamaForCausalLM):
+    """It hands a module to a function that reads its weight, and looks at another one."""
+
+    def forward(self, *args, **kwargs):
+        return self._largest(self.lm_head) + isinstance(self.model.embed_tokens, torch.nn.Embedding)
+
+    @staticmethod
+    def _largest(layer):
+        return layer.weight.max()
+
+
+def test_what_is_handed_to_a_function_is_read():
+    model = Handing(build("llama").config)
+    assert cross_module_reads(model, find_structure(model).layers) == {"": ["lm_head.weight"]}
+
+
 def test_asking_for_a_dtype_is_no_read():
     for model_type in ("llama", "falcon_mamba", "llama4_text"):  # the last two ask for the dtype and device of a weight
         model = build(model_type)
