@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..backends.megatron_fsdp.accelerate import megatron_strategy
 from ..backends.megatron_fsdp.accelerate import sharded_parameters as megatron_parameters
@@ -30,10 +33,11 @@ from ..strategies.registry import get_parallelization_strategy
 from .generation import guard_generation
 from .hooks import hooks_of
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
-from .parameter_use import AssignedData, explain_reads
+from .parameter_use import AssignedData, average_full_tensors, explain_reads
 from .prepared import PreparedModel, all_prepared, attached_to, check_use, prepared, release_gathered, remember
 from .saving import bind_saving
 from .step import attach_step_hooks
+from .untried_arguments import warn_of_untried
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,8 +89,27 @@ def _check_arguments(models: list[nn.Module], device_placement: list[bool] | Non
 
 def _parallelize(accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> PreparedModel:
     raw = [raw_optimizer(optimizer) for optimizer in optimizers]
-    with PendingValues(model, raw) as pending:
+    with PendingValues(model, raw) as pending, _resting_parametrizations(model):
         return _shard(accelerator, model, raw, pending)
+
+
+@contextmanager
+def _resting_parametrizations(model: nn.Module) -> Iterator[None]:
+    """Parametrizations in evaluation mode: each read of a spectral norm's weight in training moves its buffers."""
+    resting = [
+        module
+        for owner in model.modules()
+        if is_parametrized(owner)
+        for module in owner.parametrizations.modules()  # type: ignore[union-attr,operator]
+        if module.training
+    ]
+    for module in resting:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in resting:
+            module.training = True
 
 
 def _shard(
@@ -167,7 +190,12 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
     model.register_forward_hook(release_gathered)
     model.register_forward_hook(explain_reads, always_call=True)
     bind_saving(model)
-    for module in (model, ModelView.of(model).inner):
+    if managed_by_megatron(model) is None:
+        average_full_tensors(model, context.dp_mesh)
+    inner = ModelView.of(model).inner
+    if context.plan is not None and context.plan.tried_arguments is not None:
+        warn_of_untried(inner, context.plan.tried_arguments)
+    for module in (model, inner):
         if hasattr(module, "resize_token_embeddings"):
             module.resize_token_embeddings = functools.partial(_refuse_to_resize, module)  # type: ignore[assignment]
 

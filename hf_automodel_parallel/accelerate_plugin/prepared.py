@@ -103,6 +103,7 @@ def check_use(model: nn.Module, args: Any) -> None:
     Raises:
         PrepareError: ``.data`` of a parameter was assigned, another mesh, trainable parameters that ``prepare`` did
             not see, or training without an optimizer.
+        GradientAuditError: hooks on gradients that would see Partial ones.
     """
     record = prepared(model)
     if record is None:
@@ -119,6 +120,8 @@ def check_use(model: nn.Module, args: Any) -> None:
         )
     if not (model.training and torch.is_grad_enabled()):
         return
+    if record.audit is not None:
+        record.audit.before_forward()
     added = [name for name, p in model.named_parameters() if p.requires_grad and name not in record.names]
     if added:
         raise PrepareError(

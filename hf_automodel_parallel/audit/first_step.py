@@ -96,6 +96,19 @@ class Audit:
                 f"{other.reference}, rank {other.ranks[0]} of the group {other.other}. {_SAME_ROWS}"
             )
 
+    def before_forward(self) -> None:
+        """Refuse hooks on Partial gradients, until a step has been audited: such a hook may take the step itself.
+
+        Raises:
+            GradientAuditError: on each rank that has them.
+        """
+        model = self._model()
+        if self.done or self.every == 0 or self.tp_size == 1 or model is None:
+            return
+        early = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and _has_early_hooks(p)]
+        if early:
+            raise GradientAuditError(_early(early))
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before each step of ``optimizer``, with complete gradients. Collective in the steps that are audited.
 
@@ -157,7 +170,7 @@ class Audit:
                 orphaned.append(name)
             if isinstance(parameter, DTensor) and compat.gradient_hooks(parameter):
                 hooked.append(name)
-            elif isinstance(parameter, DTensor) and self.tp_size > 1 and compat.has_gradient_hooks(parameter):
+            elif isinstance(parameter, DTensor) and self.tp_size > 1 and _has_early_hooks(parameter):
                 early.append(name)
             was_trained = name in self.trainable - switched_off and id(parameter) in stepping
             if was_trained and not parameter.requires_grad and not self.done:
@@ -184,15 +197,10 @@ class Audit:
         if hooked:
             problems.append(
                 f"{_named(hooked, 'parameters have')} hooks on their gradients (register_hook), which are never "
-                f"called: FSDP2 writes the gradients of shards without autograd. Remedy: change parameter.grad, a "
-                f"shard, between accelerator.backward and optimizer.step."
+                f"called: FSDP2 writes the gradients of shards without autograd. {_CHANGE_LATER}"
             )
         if early:
-            problems.append(
-                f"{_named(early, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), "
-                f"which see this rank's contribution, before gradients are complete over the tp axis. Remedy: change "
-                f"parameter.grad, a shard, between accelerator.backward and optimizer.step."
-            )
+            problems.append(_early(early))
         return problems
 
     def _lost(self, model: nn.Module, hooks: ReachabilityHooks) -> list[str]:
@@ -217,6 +225,23 @@ class Audit:
             f"AutoParallelismConfig do both (activation_checkpointing=..., compile=True), use "
             f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, or freeze what is not to be trained."
         ]
+
+
+_CHANGE_LATER = (
+    "Remedy: change parameter.grad between accelerator.backward and optimizer.step, with an operation on all of it: "
+    "grad.mul_(distribute_tensor(mask, grad.device_mesh, grad.placements)). A slice of it is a copy."
+)
+
+
+def _has_early_hooks(parameter: nn.Parameter) -> bool:
+    return compat.has_gradient_hooks(parameter) and not compat.gradient_hooks(parameter)
+
+
+def _early(names: list[str]) -> str:
+    return (
+        f"{_named(names, 'parameters have')} hooks on their gradients (register_post_accumulate_grad_hook), "
+        f"which see this rank's contribution, before gradients are complete over the tp axis. {_CHANGE_LATER}"
+    )
 
 
 def _has_part(parameter: nn.Parameter) -> bool:

@@ -48,6 +48,8 @@ class Plan:
             tp_size.
         head_arguments: pattern of modules -> argument of their forward with a value for each head (ALiBi) -> (the
             dimension over heads, the attribute of the module that counts the heads).
+        tried_arguments: the arguments with which a forward of the model's own was tried by values; None if it was not.
+        kept: attributes of modules in which the forward leaves activations, found by that trial.
     """
 
     origin: str
@@ -56,6 +58,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     counts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     head_arguments: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    tried_arguments: frozenset[str] | None = None
+    kept: tuple[str, ...] = ()
 
 
 class InputHook(enum.Enum):

@@ -97,7 +97,7 @@ def shard_data_parallel(
         replicate_scalars(model, mesh)
     for unit in fsdp_units(model):
         GivenTensors(unit)
-    _allocate_outside_of_inference_mode(model)
+    _prepare_first_call(model)
     _restore_class_names(model)
     set_prefetch([unit for unit in units if isinstance(unit, FSDPModule)], reshard, options)
     if structure.towers and mesh.size() > 1:
@@ -108,17 +108,21 @@ def shard_data_parallel(
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *extra_groups(model))))
 
 
-def _allocate_outside_of_inference_mode(model: nn.Module) -> None:
-    """Let FSDP2 make its unsharded parameters outside of ``torch.inference_mode()``, if the first forward is inside.
+def _prepare_first_call(model: nn.Module) -> None:
+    """Initialise all of FSDP2 when the first unit is called, and outside of ``torch.inference_mode()``.
 
-    It makes them once. As inference tensors they could never be part of a training forward.
+    A script may call a part of the model first (the embedding, for inputs_embeds; the decoder, for a loss of its own),
+    which would initialise itself as a root. Inside of inference mode FSDP2 would make its unsharded parameters, once,
+    as inference tensors, which can never be part of a training forward.
     """
     done: list[bool] = []
 
-    def allocate(*_: Any) -> None:
+    def initialize(*_: Any) -> None:
         if done or torch.compiler.is_compiling():
             return
         done.append(True)
+        with torch.inference_mode(False):
+            compat.initialize_fsdp(model)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 for member in _with_param_groups(fsdp_units(model)):
@@ -126,7 +130,7 @@ def _allocate_outside_of_inference_mode(model: nn.Module) -> None:
                     member.reshard()
 
     for unit in fsdp_units(model):
-        unit.register_forward_pre_hook(allocate, prepend=True)  # type: ignore[attr-defined]
+        unit.register_forward_pre_hook(initialize, prepend=True)  # type: ignore[attr-defined]
 
 
 def wanted_units(structure: ModelStructure, options: ShardingOptions) -> list[nn.Module]:

@@ -7,7 +7,8 @@ the collectives, and a parameter is a local shard between forwards, too, not a D
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from ..tensor_parallel.grad_sync import PartialGradients
 from ..tensor_parallel.head_counts import set_local_counts
 from ..tensor_parallel.thread_group import ThreadGroup, run_ranks
 from .carried_modules import copy_model
-from .proxy_inputs import Inputs, possible_inputs
+from .proxy_inputs import Inputs, labelled, possible_inputs
 from .proxy_model import LENGTH
 
 #: Tolerances for float32 rounding: relative to the norm of a gradient, and to the norm of all gradients together.
@@ -45,25 +46,54 @@ class Result:
     """Results of one forward and backward.
 
     Attributes:
-        outputs: every floating-point tensor of the model's output.
+        outputs: where it stands -> tensor, for every floating-point tensor of the model's output, however nested, and
+            for those with a gradient that the forward left on its modules (auxiliary losses take them from there).
         gradients: parameter name -> gradient, or None for a parameter without a gradient.
+        buffers: name -> buffer after the forward.
     """
 
-    outputs: list[torch.Tensor]
+    outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+
+    def equal(self, other: Result) -> bool:
+        """True if outputs and gradients are the same bits."""
+        pairs = [(x, other.outputs.get(name)) for name, x in self.outputs.items()]
+        pairs += [(g, other.gradients[name]) for name, g in self.gradients.items() if g is not None]
+        return all(y is not None and torch.equal(x, y) for x, y in pairs)
 
 
 def run_once(model: nn.Module, inputs: dict[str, Any]) -> Result:
     """One forward, and the backward of a fixed random combination of its outputs, so that every entry has a weight."""
     model.zero_grad(set_to_none=True)
-    output = model(**inputs)
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else (output,)
-    outputs = [x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    outputs = dict(_floating("output", model(**inputs)))
+    for name, module in model.named_modules():
+        left = {key: value for key, value in vars(module).items() if key not in _REGISTERED}
+        outputs |= {where: x for where, x in _floating(name or "model", left) if x.grad_fn is not None}
     generator = torch.Generator().manual_seed(2)
-    total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs if x.requires_grad)
+    total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs.values() if x.requires_grad)
     total.backward()  # type: ignore[union-attr]
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return Result([x.detach() for x in outputs], gradients)
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    return Result({where: x.detach() for where, x in outputs.items()}, gradients, buffers)
+
+
+#: Where a module keeps what others see of it in other ways.
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def _floating(where: str, value: Any, depth: int = 4) -> Iterator[tuple[str, torch.Tensor]]:
+    """The floating-point tensors in nested containers and dataclasses, each with its place."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield where, value
+        return
+    if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = vars(value)
+    if depth and isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in list(items):
+            yield from _floating(f"{where}.{key}", item, depth - 1)
 
 
 class _NoCollectives(compat.TorchDispatchMode):
@@ -87,20 +117,24 @@ class ParityCheck:
         size: number of ranks.
         length: number of tokens in each row of the batch.
         training: run in training mode, with every dropout at 0.
+        labels: give labels as well, if the forward takes them and runs with them.
 
     Raises:
         AutoParallelError: the model cannot be run, or its forward replaces its own modules (BigBird does so for short
             sequences), so that other runs would compute different results.
     """
 
-    def __init__(self, model: nn.Module, size: int, length: int = LENGTH, training: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, size: int, length: int = LENGTH, training: bool = False, labels: bool = False
+    ) -> None:
         if training:
             model = copy_model(model).train()
             for module in model.modules():
                 if isinstance(module, _DROPOUTS):
                     module.p = 0.0
         self.model, self.size, self.length = model, size, length
-        self.inputs, self.want = first_that_runs(model, length)
+        self.inputs, self.steps, self.buffers = first_that_runs(model, length, labels)
+        self.want = self.steps[0]
         names = {module: name for name, module in model.named_modules()}
         try:
             self.layers = [names[layer] for layer in find_layers(model)]
@@ -135,18 +169,34 @@ class ParityCheck:
             results = run_ranks(self.size, lambda mesh: self._rank(spec, mesh))
         except Exception as error:  # of the model's own code, too, if its shapes do not fit the shards
             return f"{type(error).__name__}: {first_line(error)}"
+        for step, want in enumerate(self.steps):
+            failure = self._difference(want, [result[step] for result in results], spec)
+            if failure is not None:
+                return f"{failure} in a second forward" if step else failure
+        return None
+
+    def _difference(self, want: Result, results: list[Result], spec: ShardingSpec) -> str | None:
+        changed = {
+            n: b for n, b in want.buffers.items() if n not in self.buffers or not torch.equal(b, self.buffers[n])
+        }
         for rank, result in enumerate(results):
-            for got, expected in zip(result.outputs, self.want.outputs, strict=True):
-                if got.shape != expected.shape or not _close(got, expected, float(expected.norm())):
-                    return f"the output of rank {rank} differs"
-        for name, want in self.want.gradients.items():
-            reason = self._gradient(name, want, [r.gradients.get(name) for r in results], spec)
+            for where, expected in (*want.outputs.items(), *changed.items()):
+                got = result.outputs.get(where, result.buffers.get(where))
+                if (
+                    got is None
+                    or got.shape != expected.shape
+                    or not _close(got, expected, float(expected.double().norm()))
+                ):
+                    return f"{where} of rank {rank} differs"
+        for name, gradient in want.gradients.items():
+            reason = self._gradient(name, gradient, [r.gradients.get(name) for r in results], spec)
             if reason is not None:
                 return reason
         return None
 
-    def _rank(self, spec: ShardingSpec, mesh: ThreadGroup) -> Result:
-        return run_once(parallel_copy(self.model, spec, self.layers, mesh), self.inputs)
+    def _rank(self, spec: ShardingSpec, mesh: ThreadGroup) -> list[Result]:
+        model = parallel_copy(self.model, spec, self.layers, mesh)
+        return [run_once(model, self.inputs) for _ in self.steps]
 
     def _gradient(
         self, name: str, want: torch.Tensor | None, got: list[torch.Tensor | None], spec: ShardingSpec
@@ -168,16 +218,25 @@ class ParityCheck:
         return None
 
 
-def first_that_runs(model: nn.Module, length: int) -> tuple[Inputs, Result]:
-    """The first batch of :func:`possible_inputs` that ``model`` runs, and its results; else the first one's error."""
+def first_that_runs(
+    model: nn.Module, length: int, labels: bool = False
+) -> tuple[Inputs, list[Result], dict[str, torch.Tensor]]:
+    """The first batch of :func:`possible_inputs` that ``model`` runs; else the first one's error.
+
+    Returns:
+        The batch, with labels if these are wanted and the model takes any; the results of one forward, and of a second
+        one where they differ, because the forward keeps something for the next one; the buffers before.
+    """
     first: Exception | None = None
     for inputs in possible_inputs(model, length):
-        # A copy, because after a forward some modules keep state that deepcopy cannot copy.
+        # Copies, because after a forward some modules keep state that deepcopy cannot copy.
         used = copy_model(model)
+        buffers = {name: buffer.clone() for name, buffer in used.named_buffers()}
         before = [(name, id(module)) for name, module in used.named_modules()]
         try:
             with _NoCollectives():
-                result = run_once(used, inputs)
+                given = labelled(copy_model(model), inputs) if labels else inputs
+                steps = [run_once(used, given), run_once(used, given)]
         except AutoParallelError:
             raise
         except Exception as error:  # code of the model, which may raise any error for a batch that it does not take
@@ -187,11 +246,12 @@ def first_that_runs(model: nn.Module, length: int) -> tuple[Inputs, Result]:
             raise PlanError(
                 f"{type(model).__name__} replaces modules of its own in its forward, so no plan can be verified."
             )
-        return inputs, result
+        return given, steps[:1] if steps[1].equal(steps[0]) else steps, buffers
     raise first if first is not None else PlanError(f"no batch for {type(model).__name__} is known.")
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, norm: float, total: float = 0.0) -> bool:
+    got, want = got.double(), want.double()  # buffers may count
     return float((got - want).norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for NaN
 
 

@@ -27,7 +27,7 @@ from ..core.sharding_spec import Plan, PlanEntry, ShardingSpec
 from ..errors import AutoParallelError, PlanError, first_line
 from ..plan.analysis.cross_module_reads import cross_module_reads
 from .carried_modules import copy_model, once_per_kind, proxy_with_replaced_modules
-from .code_origin import RunningCode, running_code
+from .code_origin import RunningCode, is_own, running_code
 from .parity_check import ParityCheck, run_once
 from .proven_record import is_recorded
 from .proxy_model import LENGTH, LONGER
@@ -104,6 +104,10 @@ def _proven(model: nn.Module, plan: Plan, code: RunningCode, completed: bool) ->
     try:
         with _undisturbed():
             trial = _Trial(model, code, completed)
+            kept = [name for name in trial.first.want.outputs if name.partition(".")[0] != "output"]
+            plan = replace(plan, kept=tuple(sorted({layer_pattern(name) for name in kept})))
+            if is_own(type(model).forward):
+                plan = replace(plan, tried_arguments=frozenset(name for c in trial.checks for name in c.inputs))
             failure = trial.failure(plan)
     except Exception as error:  # code of the model, which may raise any error
         # Nothing is known then; the shapes and what varies are checked on the model itself.
@@ -211,9 +215,9 @@ def _sharded(spec: ShardingSpec) -> set[str]:
 
 
 def _in_training(small: nn.Module, length: int) -> ParityCheck:
-    check = ParityCheck(small, _RANKS, length, training=True)
+    check = ParityCheck(small, _RANKS, length, training=True, labels=True)
     # Random numbers beside dropout are not drawn alike by the simulated ranks.
-    return check if _repeats(check) else ParityCheck(small, _RANKS, length)
+    return check if _repeats(check) else ParityCheck(small, _RANKS, length, labels=True)
 
 
 def _completed_alike(model: nn.Module, spec: ShardingSpec, before: ShardingSpec, after: ShardingSpec) -> ShardingSpec:
@@ -262,8 +266,7 @@ def _repeats(check: ParityCheck) -> bool:
     """True if another unsharded run with another random state gives the same outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        again = run_once(copy_model(check.model), check.inputs)
-    return all(torch.equal(a, b) for a, b in zip(again.outputs, check.want.outputs, strict=True))
+        return run_once(copy_model(check.model), check.inputs).equal(check.want)
 
 
 def _longer_than_numbers(model: nn.Module, small: nn.Module, code: RunningCode) -> int:

@@ -67,6 +67,21 @@ def possible_inputs(model: nn.Module, length: int = LENGTH) -> Iterator[Inputs]:
     yield from itertools.islice(itertools.chain(*batches), _TRIED)
 
 
+def labelled(model: nn.Module, inputs: Inputs) -> Inputs:
+    """``inputs`` with labels of the first shape and dtype that ``model`` runs with; as they are if there is none."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return inputs
+    classes = torch.arange(BATCH) % 2
+    tokens = [inputs[name] % 2 for name in ("decoder_input_ids", "input_ids") if name in inputs]
+    for labels in (*tokens, classes, classes.float()):
+        try:
+            model(**inputs, labels=labels)
+        except Exception:  # code of the model
+            continue
+        return {**inputs, "labels": labels}
+    return inputs
+
+
 def _combined(kinds: dict[str, list[Inputs]], names: list[str], accepted: set[str]) -> Iterator[Inputs]:
     """Every combination of the alternatives for ``names``, without arguments that are not in ``accepted``."""
     groups: list[list[Inputs]] = []

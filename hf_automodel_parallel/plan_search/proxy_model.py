@@ -54,6 +54,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(original_)?max_position_embeddings|max_(source_|target_)?positions|n_positions|n_ctx|max_seq_len", POSITIONS),
     (r".*window(_size)?|attention_window|local_attention", 4),
 )
+#: Highest power of two that divides a number of features -> its small value, which has the same: code that goes by
+#: blocks of features meets a divided block there, too. 16 and more: :data:`INTERMEDIATE`.
+_FEATURES = {2: 50, 4: 44, 8: 56}
 _KEY_VALUE = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num|num_query_groups")
 _MIXER_HEADS = re.compile(r"mamba_(n_heads|num_heads)|n_mamba_heads")
 _INDICES = re.compile(r".*(indices|idxs?|layer_ids|_layers)")
@@ -97,6 +100,8 @@ def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any
         return related
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):
+            if size == INTERMEDIATE:
+                return _FEATURES.get(value & -value, size)
             return layers if size == LAYERS and "layers" in pattern else size
     # Further widths of the same kind (of a pooler, of a projection) follow the one that they are equal to.
     same = {fields.get("hidden_size"): HIDDEN, fields.get("intermediate_size"): INTERMEDIATE}

@@ -49,7 +49,7 @@ from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
 from ..peft.operations import check_trainable_as_shards, manage_adapters
 from ..plan.analysis.cross_module_reads import check_cross_module_reads, cross_module_reads
-from ..plan.analysis.sequence_parallel import derive, regather
+from ..plan.analysis.sequence_parallel import derive, refuse_kept_activations, regather
 from ..plan.analysis.skipped_layers import skipped_without_images
 from ..plan.analysis.varying_check import complete
 from ..plan.describe import plan_lines
@@ -293,6 +293,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             complete(context.view, context.spec, layers, size, context.plan.strict)
         check_cross_module_reads(context.spec, context.cross_module_reads)
         if context.options.sequence_parallel:
+            refuse_kept_activations(context.plan)
             derive(context.view, context.spec, layers)
         if context.options.sequence_parallel_regather:
             regather(context.view, context.spec, context.checkpointing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -307,7 +308,7 @@ def install_local_parameters(
                 copy.shared = shared
         bindings = state.bindings_of(unit.modules())
         taken.update((id(binding.owner), binding.name) for binding in bindings)
-        for part in parts.get(unit, []):
+        for part in dict.fromkeys([*parts.get(unit, []), *_recomputed_by_code(unit)]):
             state.scopes[part] = LocalParamForward.install(part, state.bindings_of(part.modules()), shared)
         state.scopes[unit] = LocalParamForward.install(unit, bindings, shared)
     # Parameters outside of the units: the scope is on the module whose forward reads them.
@@ -343,6 +344,25 @@ def make_local_in_forward(model: nn.Module, units: list[nn.Module], names: list[
             scopes.setdefault(scope, []).append(ParamBinding(owner, key))
     for module, bindings in scopes.items():
         LocalParamForward.install(module, bindings)
+
+
+def _recomputed_by_code(unit: nn.Module) -> list[nn.Module]:
+    """Modules with parameters below those whose code calls ``torch.utils.checkpoint`` by itself: the recomputation, in
+    backward, is outside of the forward of ``unit``.
+    """
+    calling = [module for module in unit.modules() if _names_checkpoint(type(module))]  # type: ignore[arg-type]
+    return [
+        inner
+        for module in calling
+        for inner in module.modules()
+        if inner is not module and inner._parameters and compat.has_implemented_forward(inner)
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_checkpoint(cls: type) -> bool:
+    functions = [f for base in cls.__mro__ if base is not nn.Module for f in vars(base).values()]
+    return any("checkpoint" in f.__code__.co_names for f in functions if isinstance(f, types.FunctionType))
 
 
 def _callers(

@@ -271,9 +271,23 @@ class SequenceParallel:
             begins = self.records and self.length is None
         if begins:
             args, kwargs = self.split_first(args, kwargs)
+            if self.records is None:
+                self.ended = False
+                shard = first_tensor(args, kwargs)
+                if shard.requires_grad:
+                    shard.register_hook(self.check_ended)
         if self.length is None:
             return None
         return args, {**kwargs, LENGTH: self.length}
+
+    def check_ended(self, _: torch.Tensor) -> None:
+        """Gradient hook of the first shard: all-gathers have given back the full sequence."""
+        if not self.ended:
+            raise UnsupportedError(
+                f"sequence_parallel=True: {self.spec.layers[0]} was called outside of the model's forward, and its "
+                f"sequence shards were never gathered, as {self.spec.tail} does. Call the model, or use "
+                f"sequence_parallel=False."
+            )
 
     def enter_tail(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Input hook of the last module on shards: its parameters expect them, also if no layer was called."""

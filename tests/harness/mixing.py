@@ -23,9 +23,12 @@ HEADS = [
     "in training only",
     "in one layer only",
     "in long sequences only",
+    "in a nested output",
+    "with labels only",
+    "by the last forward",
 ]
 #: On the features between the two projections of the MLP.
-FEATURES = ["fake quantisation", "top-k", "rolled features", "swapped chunks"]
+FEATURES = ["fake quantisation", "top-k", "rolled features", "swapped chunks", "blocks"]
 
 
 class Config(LlamaConfig):
@@ -62,6 +65,11 @@ class Attention(nn.Module):
         weights = scores.masked_fill(place > place[:, None], -1e9).softmax(-1)
         if self.mixing == "softmax over heads":
             weights = weights.softmax(1)
+        if self.mixing == "by the last forward":
+            last, self.largest = getattr(self, "largest", 1.0), float(scores.detach().abs().max())
+            weights = weights * last
+        if self.mixing in ("in a nested output", "with labels only"):
+            self.weights = weights
         out = weights @ v
         if self.mixing == "decay by head index":
             out = out * 0.5**heads
@@ -99,6 +107,8 @@ class MLP(nn.Module):
             h = h.roll(1, -1)
         if self.mixing == "swapped chunks":
             h = torch.cat(h.chunk(2, -1)[::-1], -1)
+        if self.mixing == "blocks":
+            h = torch.cat([block / block.detach().abs().amax(-1, keepdim=True) for block in h.split(8, -1)], -1)
         return self.down_proj(h)
 
 
@@ -145,14 +155,18 @@ class MixingForCausalLM(PreTrainedModel):
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
         logits = self.lm_head(self.model(input_ids))
-        loss = None
+        mixing, loss, maps = self.config.mixing, None, None
+        if mixing in ("in a nested output", "with labels only"):
+            maps = tuple(vars(layer.self_attn).pop("weights") for layer in self.model.layers)
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+            if mixing == "with labels only":
+                loss = loss + sum(weights.sum(1).square().mean() for weights in maps)
+        return CausalLMOutput(loss=loss, logits=logits, attentions=maps if mixing == "in a nested output" else None)
 
 
 def mixing_model(mixing: str = "", **overrides: Any) -> MixingForCausalLM:
     """A small model on the CPU, the same in each process."""
     torch.manual_seed(0)
-    sizes = {"intermediate_size": 128, "num_hidden_layers": 4, "initializer_range": 0.1}
+    sizes = {"intermediate_size": 72 if mixing == "blocks" else 128, "num_hidden_layers": 4, "initializer_range": 0.1}
     return MixingForCausalLM(Config(mixing, **(COMMON | sizes | overrides)))

@@ -23,7 +23,7 @@ from torch import nn
 
 from ... import compat
 from ...core.model_view import ModelView, plan_name
-from ...core.sharding_spec import ON_SEQUENCE_SHARDS, REPLICATED, OutputHook, SequenceSpec, ShardingSpec
+from ...core.sharding_spec import ON_SEQUENCE_SHARDS, REPLICATED, OutputHook, Plan, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
 from .sequence_check import REMEDY, Found, SequenceCheck
 
@@ -91,6 +91,17 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
     for name in names:
         if name not in new.parameters and any(name.startswith(f"{owner}.") for owner in old.sequence.on_shards):
             new.parameters[name] = ON_SEQUENCE_SHARDS
+
+
+def refuse_kept_activations(plan: Plan) -> None:
+    """Raise :class:`UnsupportedError` if the forwards of layers leave activations on their modules for other code."""
+    inside = [name for name in plan.kept if "*" in name]
+    if inside:
+        raise UnsupportedError(
+            f"sequence_parallel=True: the forward leaves activations in {', '.join(inside[:4])}"
+            f"{', ...' if len(inside) > 4 else ''}, where other code would find this rank's sequence shard. Return "
+            f"them as an output of the model, or use sequence_parallel=False."
+        )
 
 
 def regather(model: nn.Module | ModelView, spec: ShardingSpec, checkpointing: str) -> None:

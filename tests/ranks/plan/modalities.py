@@ -57,7 +57,7 @@ def build(case: str) -> nn.Module:
 def batches_of(model: nn.Module, parts: int) -> list[dict[str, Any]]:
     """A batch for each data-parallel rank, all different."""
     inner = model.backbone if isinstance(model, Around) else model
-    batch, _ = first_that_runs(copy.deepcopy(inner).float(), 12)
+    batch, *_ = first_that_runs(copy.deepcopy(inner).float(), 12)
 
     def other(value: Any, part: int) -> Any:
         if not isinstance(value, torch.Tensor):

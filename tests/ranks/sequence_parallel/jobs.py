@@ -13,7 +13,7 @@ from harness.compare import full_grads, mean_over_ranks
 from harness.models import COMMON, make_batches, randomize
 from harness.training import build, data_rank, trainable
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.errors import UnsupportedError
@@ -309,3 +309,33 @@ def hooked(path: str, when: str) -> tuple[list[str], list[int]]:
         for _ in range(2):
             accelerator.backward(model(**batch, use_cache=False).loss)
     return [message for message in said if "hook" in message], lengths
+
+
+class KeepingLayer(LlamaDecoderLayer):
+    """Leaves its output for code outside of the layers."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.kept = super().forward(hidden_states, **kwargs)
+        return self.kept
+
+
+def activations_outside() -> list[str]:
+    """What is said of activations that a layer keeps, and of a layer that is called by hand."""
+    said = []
+    for keeps in (True, False):
+        accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2, sequence_parallel=True))
+        model = build("llama").train()
+        layer = model.model.layers[0]
+        if keeps:
+            layer.__class__ = KeepingLayer
+        try:
+            model, _ = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+            states = torch.randn(2, 8, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            places = model.model.rotary_emb(states, torch.arange(8)[None])
+            output = layer(states.requires_grad_(), position_embeddings=places, attention_mask=None)
+            accelerator.backward(output.square().mean())
+            said.append("nothing")
+        except UnsupportedError as error:
+            said.append(str(error))
+        accelerator.state._reset_state()
+    return said

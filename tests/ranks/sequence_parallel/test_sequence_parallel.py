@@ -19,6 +19,7 @@ from ranks.sequence_parallel.jobs import (
     ODD,
     BeforeHead,
     SecretlyWritingMLP,
+    activations_outside,
     batches_of,
     compiled_by_the_user,
     dropped_layers,
@@ -190,6 +191,12 @@ def test_a_layer_that_cannot_be_understood_is_refused_by_name():
         {"tp_size": 2},
         match=r"model\.layers\.0 \(Gemma3nTextDecoderLayer\) is not a hidden state",
     )
+
+
+def test_activations_outside_of_the_forward_are_refused():
+    for kept, called in run_distributed(2, activations_outside):
+        assert "leaves activations in model.layers.*.kept" in kept
+        assert "model.layers.0 was called outside of the model's forward" in called
 
 
 # ---- what is not a training forward

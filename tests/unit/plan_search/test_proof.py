@@ -27,7 +27,7 @@ def selected(model: nn.Module, tp_plan: dict[str, str] | None = None) -> Plan:
 
 def failure(model: nn.Module, plan: Plan, length: int = 7) -> str | None:
     """The first difference of the model itself, at its own sizes and in training mode."""
-    return ParityCheck(model, 2, length, training=True).failure(plan, completed=plan.origin != "derived")
+    return ParityCheck(model, 2, length, training=True, labels=True).failure(plan, completed=plan.origin != "derived")
 
 
 @pytest.mark.parametrize("mixings", [["", *HEADS], [*FEATURES]], ids=["heads", "features"])
