@@ -44,7 +44,8 @@ def test_parameter_free_mixing(mixings):
         styles = {e.style for p, e in plan.entries.items() if block and block in p}
         expected = {block} - {""} if styles != {"colwise", "rowwise"} else set()
         # Without the run on fake tensors, which finds some of them, too.
-        untried = ParityCheck(model, 2, length, training=True).failure(select_plan(model, None, ORDER))
+        check = ParityCheck(model, 2, length, training=True, labels=True)
+            untried = check.failure(select_plan(model, None, ORDER))
         if found or named != expected or (bool(expected) != bool(untried)) or plan.origin != "default":
             wrong[mixing] = found, named, expected, untried, plan
     assert not wrong
