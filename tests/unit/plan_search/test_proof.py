@@ -45,7 +45,7 @@ def test_parameter_free_mixing(mixings):
         expected = {block} - {""} if styles != {"colwise", "rowwise"} else set()
         # Without the run on fake tensors, which finds some of them, too.
         check = ParityCheck(model, 2, length, training=True, labels=True)
-            untried = check.failure(select_plan(model, None, ORDER))
+        untried = check.failure(select_plan(model, None, ORDER))
         if found or named != expected or (bool(expected) != bool(untried)) or plan.origin != "default":
             wrong[mixing] = found, named, expected, untried, plan
     assert not wrong
