@@ -41,14 +41,14 @@ def test_a_batch_that_the_model_runs(case):
     fields, argument, shape = CASES[case]
     with torch.device("meta"):
         model = getattr(transformers, name)(CONFIG_MAPPING[model_type](**fields))
-    batch, result = first_that_runs(build_proxy_model(model), LENGTH)
+    batch, (result, *_), _ = first_that_runs(build_proxy_model(model), LENGTH)
     assert batch[argument].shape == shape and result.outputs
     assert any(gradient is not None for gradient in result.gradients.values())
 
 
 def test_keys_and_values_of_something_else_belong_to_their_queries():
     small = build_proxy_model(transformers.BartModel(CONFIG_MAPPING["bart"](d_model=32, encoder_layers=1)))
-    batch, _ = first_that_runs(small, LENGTH)
+    batch, *_ = first_that_runs(small, LENGTH)
     attention = "decoder.layers.*.encoder_attn"
     wanted = Group(tuple(f"{attention}.{name}_proj" for name in "qkv"), f"{attention}.out_proj")
     assert wanted in Observed(copy_model(small), batch).groups
