@@ -141,6 +141,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "Trainer._get_output_dir",
         "where a Trainer puts its checkpoints, also in a hyperparameter search",
     ),
+    ("transformers", "Trainer._prepare_inputs", "whether a Trainer makes its batches itself, as GRPO's does"),
     (
         "transformers",
         "Trainer._finalize_training",

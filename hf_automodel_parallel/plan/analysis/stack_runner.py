@@ -211,13 +211,15 @@ class StackRunner:
         layers = {name: by_name[name] for name in layer_names}
         for name, module in by_name.items() if self._on_module is not None else ():
             if is_below(name, layers) and compat.has_implemented_forward(module):
-                module.forward = _Intercepted(self._on_module, name, module.forward)  # type: ignore[arg-type,method-assign]
+                intercepted: Any = _Intercepted(self._on_module, name, module.forward)  # type: ignore[arg-type]
+                module.forward = intercepted
         for name, layer in layers.items():
             layer.forward = _Intercepted(self._on_layer, name, layer.forward)  # type: ignore[method-assign]
         names = {module: name for name, module in by_name.items()}
         if copied not in layers.values():
             for module in _beside(copied, set(layers.values())):
-                module.forward = _Intercepted(self._on_beside, names[module], module.forward)  # type: ignore[method-assign]
+                beside: Any = _Intercepted(self._on_beside, names[module], module.forward)
+                module.forward = beside
         for name, counts in self._counts.items():
             for attribute, count in counts.items() if name in by_name else ():
                 setattr(by_name[name], attribute, count)
