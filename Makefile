@@ -105,7 +105,9 @@ newest:
 	@backend=$$($(VENVNEW)/bin/python -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=10); \
 		print("--torch-backend cpu")' 2>/dev/null || true); \
 	$(VENVNEW)/bin/uv pip install --quiet --python $(VENVNEW)/bin/python --upgrade $$backend \
-		--override $(VENVNEW)/leave-out.txt -e '.[dev]'
+		--override $(VENVNEW)/leave-out.txt -e '.[dev]' \
+	|| { echo "[setup] uv could not; with pip, which takes longer"; \
+		$(VENVNEW)/bin/python -m pip install --quiet --quiet --upgrade -e '.[dev]'; }
 	@$(call VERSIONS_OF,$(VENVNEW))
 
 .PHONY: parity
