@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from harness.mixing import FEATURES, HEADS, mixing_model
@@ -120,6 +122,21 @@ def test_modules_replaced_after_the_model_was_built():
         ):
             selected(with_replaced(kind), {p: e.style for p, e in select_plan(build_model("llama")).entries.items()})
     assert not wrong
+
+
+def test_what_a_trial_costs():
+    """CPU time; in a process without a process group, so without a collective."""
+    assert not torch.distributed.is_initialized()
+    costs = {}
+    for name, model in (
+        ("stock", build_model("llama", num_hidden_layers=6)),
+        ("unknown", mixing_model(vocab_size=136)),
+    ):
+        plan = select_plan(model, None, ORDER)
+        started = time.process_time()
+        proven_plan(model, plan)
+        costs[name] = time.process_time() - started
+    assert costs["stock"] < 1 and costs["unknown"] < 5, costs
 
 
 def test_stock_classes_are_not_tried_again(monkeypatch):
