@@ -107,7 +107,7 @@ newest:
 	$(VENVNEW)/bin/uv pip install --quiet --python $(VENVNEW)/bin/python --upgrade $$backend \
 		--override $(VENVNEW)/leave-out.txt -e '.[dev]' \
 	|| { echo "[setup] uv could not; with pip, which takes longer"; \
-		$(VENVNEW)/bin/python -m pip install --quiet --quiet --upgrade -e '.[dev]'; }
+		$(VENVNEW)/bin/python -m pip install --quiet --quiet --upgrade --upgrade-strategy eager -e '.[dev]'; }
 	@$(call VERSIONS_OF,$(VENVNEW))
 
 .PHONY: parity
@@ -127,7 +127,7 @@ record: $(STAMP) $(STAMP517) ## try the plans of all types by values, at both en
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code
-	@$(MAKE) -j2 --output-sync lint-types lint-rest
+	@$(MAKE) -j2 lint-types lint-rest
 
 .PHONY: lint-types
 lint-types:

@@ -18,6 +18,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .accelerate_plugin.full_parameter import full_parameter
     from .arguments import AutoParallelArgumentsMixin, AutoParallelTrainingArguments
     from .checkpoint.background import wait_for_saves
     from .checkpoint.commit import last_complete_checkpoint
@@ -50,6 +51,7 @@ __all__ = [
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
     "from_pretrained",
+    "full_parameter",
     "get_parallelization_strategy",
     "last_complete_checkpoint",
     "load_training_state",
@@ -64,6 +66,7 @@ __all__ = [
 _LAZY = {
     "apply_selective_activation_checkpointing": ".selective_checkpointing",
     "from_pretrained": ".loading",
+    "full_parameter": ".accelerate_plugin.full_parameter",
     "save_merged": ".export.merged",
     "AutoParallelArgumentsMixin": ".arguments",
     "AutoParallelTrainingArguments": ".arguments",

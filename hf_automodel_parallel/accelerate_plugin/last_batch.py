@@ -25,13 +25,21 @@ class _OwnRows(BatchSamplerShard):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        last, own = len(self) - 1, self._rows_of_last_batch() if self.rows_over_all_ranks() else 0
+        if not self.rows_over_all_ranks():
+            yield from super().__iter__()
+            return
+        last, own = len(self) - 1, self._rows_of_last_batch()
         for position, batch in enumerate(super().__iter__()):
             yield batch[:own] if own > 0 and position == last else batch
 
     def rows_over_all_ranks(self) -> int:
-        """The number of samples in the last batches that are not repeated; 0 if all, or nobody knows."""
-        sampler = getattr(self.batch_sampler, "sampler", None)
+        """The number of samples in the last batches that are not repeated; 0 if all, or nobody knows.
+
+        A subclass of torch's batch sampler may make other batches of its sampler.
+        """
+        if type(self.batch_sampler) is not torch.utils.data.BatchSampler:
+            return 0
+        sampler = self.batch_sampler.sampler
         if self.batch_size is None or self.drop_last or not self.even_batches or not isinstance(sampler, Sized):
             return 0
         return len(sampler) % (self._rows() * self.num_processes)

@@ -4,12 +4,10 @@
 * A parameter that is read where it is a DTensor (another module's forward, a penalty over ``parameters()``) and
   combined with plain tensors. :mod:`..plan.analysis.cross_module_reads` shows those in full that the source of a
   forward names; torch raises at the others, in forward or backward.
-* ``parameter.full_tensor()`` in a loss: its gradient is averaged over the data-parallel ranks here.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import traceback
 import weakref
@@ -17,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import compat
@@ -27,8 +23,9 @@ from ..errors import PrepareError, UnsupportedError
 
 _MIXED = "mixed torch.Tensor and DTensor"
 _REMEDY = (
-    "Read it with parameter.full_tensor(), in penalties over parameters(), too; or name it in the forward as an "
-    "attribute of self (self.lm_head.weight), which is found and shown in full; or let its own module compute with it."
+    "Read it with hf_automodel_parallel.full_parameter(parameter), in penalties over parameters(), too; or name it in "
+    "the forward as an attribute of self (self.lm_head.weight), which is found and shown in full; or let its own module "
+    "compute with it."
 )
 
 
@@ -68,46 +65,6 @@ class AssignedData:
 def _local(parameter: DTensor) -> torch.Tensor:
     """The shard itself (``to_local`` returns a view of a parameter's), by torch's protocol for tensor subclasses."""
     return getattr(parameter, parameter.__tensor_flatten__()[0][0])  # type: ignore[no-untyped-call]
-
-
-def average_full_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let a loss read ``parameter.full_tensor()``: its gradient is averaged over the data-parallel ranks.
-
-    They have different batches. DTensor takes the gradient of a full tensor for equal on all ranks, and gives each rank
-    its slice of its own.
-
-    Args:
-        model: prepared.
-        mesh: the data-parallel axes.
-    """
-    if mesh.size() == 1:
-        return
-    for owner in model.modules():
-        for name, parameter in owner._parameters.items():
-            if isinstance(parameter, DTensor):
-                # By owner and name: a reference to the parameter would be a cycle, which keeps its memory.
-                read: Any = functools.partial(_averaged_full_tensor, weakref.ref(owner), name, mesh)
-                parameter.full_tensor = read  # type: ignore[method-assign]
-
-
-def _averaged_full_tensor(
-    owner: weakref.ref[nn.Module], name: str, mesh: DeviceMesh, *, grad_placements: Any = None
-) -> torch.Tensor:
-    parameter: Any = owner()._parameters[name]  # type: ignore[union-attr]
-    if not isinstance(parameter, DTensor):  # unsharded by FSDP2, which averages its gradient
-        return parameter.view_as(parameter)
-    full = DTensor.full_tensor(parameter, grad_placements=grad_placements)
-    sharded = "full_tensor" in vars(parameter)
-    if sharded and grad_placements is None and full.requires_grad:
-        full.register_hook(functools.partial(_mean_over, mesh))
-    return full
-
-
-def _mean_over(mesh: DeviceMesh, gradient: torch.Tensor) -> torch.Tensor:
-    gradient = gradient.contiguous().clone()
-    for dim in range(mesh.ndim):
-        dist.all_reduce(gradient, group=mesh.get_group(dim))
-    return gradient / mesh.size()
 
 
 def explain_reads(model: nn.Module, args: Any, output: Any) -> None:

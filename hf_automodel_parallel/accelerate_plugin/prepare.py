@@ -33,7 +33,7 @@ from ..strategies.registry import get_parallelization_strategy
 from .generation import guard_generation
 from .hooks import hooks_of
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
-from .parameter_use import AssignedData, average_full_tensors, explain_reads
+from .parameter_use import AssignedData, explain_reads
 from .prepared import PreparedModel, all_prepared, attached_to, check_use, prepared, release_gathered, remember
 from .saving import bind_saving
 from .step import attach_step_hooks
@@ -190,8 +190,6 @@ def _watch(model: nn.Module, context: ParallelizeContext) -> None:
     model.register_forward_hook(release_gathered)
     model.register_forward_hook(explain_reads, always_call=True)
     bind_saving(model)
-    if managed_by_megatron(model) is None:
-        average_full_tensors(model, context.dp_mesh)
     inner = ModelView.of(model).inner
     if context.plan is not None and context.plan.tried_arguments is not None:
         warn_of_untried(inner, context.plan.tried_arguments)

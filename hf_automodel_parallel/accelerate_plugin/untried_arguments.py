@@ -10,6 +10,7 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 #: Arguments that add tokens, labels or outputs, and switch no other arithmetic in the layers.
 _USUAL = frozenset(
     "input_ids inputs_embeds attention_mask position_ids labels use_cache past_key_values cache_position return_dict "
-    "output_hidden_states num_items_in_batch logits_to_keep".split()
+    "output_hidden_states num_items_in_batch logits_to_keep token_type_ids decoder_attention_mask".split()
 )
 
 
@@ -34,6 +35,8 @@ def warn_of_untried(model: nn.Module, tried: frozenset[str]) -> None:
 def _compare(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, known: set[str], names: list[str]
 ) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
     new = kwargs.keys() - known
     if len(args) > 1:
         new = new | (set(names[: len(args)]) - known)

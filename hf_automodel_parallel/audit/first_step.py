@@ -105,7 +105,9 @@ class Audit:
         model = self._model()
         if self.done or self.every == 0 or self.tp_size == 1 or model is None:
             return
-        early = [name for name, p in model.named_parameters() if isinstance(p, DTensor) and _has_early_hooks(p)]
+        early = [
+            name for name, p in model.named_parameters() if isinstance(p, DTensor) and compat.has_accumulation_hooks(p)
+        ]
         if early:
             raise GradientAuditError(_early(early))
 
@@ -170,7 +172,7 @@ class Audit:
                 orphaned.append(name)
             if isinstance(parameter, DTensor) and compat.gradient_hooks(parameter):
                 hooked.append(name)
-            elif isinstance(parameter, DTensor) and self.tp_size > 1 and _has_early_hooks(parameter):
+            elif isinstance(parameter, DTensor) and self.tp_size > 1 and compat.has_accumulation_hooks(parameter):
                 early.append(name)
             was_trained = name in self.trainable - switched_off and id(parameter) in stepping
             if was_trained and not parameter.requires_grad and not self.done:
@@ -231,10 +233,6 @@ _CHANGE_LATER = (
     "Remedy: change parameter.grad between accelerator.backward and optimizer.step, with an operation on all of it: "
     "grad.mul_(distribute_tensor(mask, grad.device_mesh, grad.placements)). A slice of it is a copy."
 )
-
-
-def _has_early_hooks(parameter: nn.Parameter) -> bool:
-    return compat.has_gradient_hooks(parameter) and not compat.gradient_hooks(parameter)
 
 
 def _early(names: list[str]) -> str:

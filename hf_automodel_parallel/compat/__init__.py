@@ -80,6 +80,7 @@ from .tensors import forward_pre_hooks as forward_pre_hooks
 from .tensors import functional_collectives as functional_collectives
 from .tensors import gradient_hooks as gradient_hooks
 from .tensors import graph_break_type as graph_break_type
+from .tensors import has_accumulation_hooks as has_accumulation_hooks
 from .tensors import has_gradient_hooks as has_gradient_hooks
 from .tensors import has_implemented_forward as has_implemented_forward
 from .tensors import hash_specs_of_symbolic_shapes as hash_specs_of_symbolic_shapes

@@ -175,6 +175,11 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
+    """True if a hook of ``register_post_accumulate_grad_hook`` is on this tensor object."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def gradient_hooks(tensor: torch.Tensor) -> list[Callable[..., Any]]:
     """Return the hooks that were registered on this tensor object with ``register_hook``."""
     return list((tensor._backward_hooks or {}).values())

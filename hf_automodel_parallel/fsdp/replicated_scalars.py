@@ -44,7 +44,8 @@ def replicate_scalars(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: the data-parallel axes.
     """
     scalars = scalar_parameters(model)
-    whole = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.ndim), mesh)
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor) and p.ndim]
+    whole = max(meshes, key=lambda m: m.ndim, default=mesh)  # a replicated tower is on the tp axis alone
     made: dict[nn.Parameter, nn.Parameter] = {}
     slots = []
     for name, parameter in scalars.items():

@@ -109,6 +109,11 @@ def running_code(model: nn.Module) -> RunningCode:
                     _add(code, name if key == "forward" else f"{base.__module__}.{base.__name__}.{key}", "", inner)
     for name in sorted(called):
         _add_globals(code, name, strings)
+    for function in code.functions:  # which grows: the user's helper functions, and theirs
+        for name in function.__code__.co_names:
+            helper = function.__globals__.get(name)
+            if isinstance(helper, types.FunctionType) and is_own(helper) and helper not in code.functions:
+                code.functions.append(helper)
     return code
 
 

@@ -66,16 +66,22 @@ class Result:
 def run_once(model: nn.Module, inputs: dict[str, Any]) -> Result:
     """One forward, and the backward of a fixed random combination of its outputs, so that every entry has a weight."""
     model.zero_grad(set_to_none=True)
+    before = {id(x): x for _, x in _left_on_modules(model)}
     outputs = dict(_floating("output", model(**inputs)))
-    for name, module in model.named_modules():
-        left = {key: value for key, value in vars(module).items() if key not in _REGISTERED}
-        outputs |= {where: x for where, x in _floating(name or "model", left) if x.grad_fn is not None}
+    outputs |= {where: x for where, x in _left_on_modules(model) if id(x) not in before}
     generator = torch.Generator().manual_seed(2)
     total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs.values() if x.requires_grad)
     total.backward()  # type: ignore[union-attr]
     gradients = {name: p.grad for name, p in model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     return Result({where: x.detach() for where, x in outputs.items()}, gradients, buffers)
+
+
+def _left_on_modules(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors with a gradient in plain attributes of modules."""
+    for name, module in model.named_modules():
+        left = {key: value for key, value in vars(module).items() if key not in _REGISTERED}
+        yield from ((where, x) for where, x in _floating(name or "model", left) if x.grad_fn is not None)
 
 
 #: Where a module keeps what others see of it in other ways.
@@ -182,11 +188,7 @@ class ParityCheck:
         for rank, result in enumerate(results):
             for where, expected in (*want.outputs.items(), *changed.items()):
                 got = result.outputs.get(where, result.buffers.get(where))
-                if (
-                    got is None
-                    or got.shape != expected.shape
-                    or not _close(got, expected, float(expected.double().norm()))
-                ):
+                if got is None or got.shape != expected.shape or not _close(got, expected, _norm(expected)):
                     return f"{where} of rank {rank} differs"
         for name, gradient in want.gradients.items():
             reason = self._gradient(name, gradient, [r.gradients.get(name) for r in results], spec)
@@ -250,9 +252,14 @@ def first_that_runs(
     raise first if first is not None else PlanError(f"no batch for {type(model).__name__} is known.")
 
 
+def _norm(x: torch.Tensor) -> float:
+    return float(x.double().nan_to_num(0.0, 0.0, 0.0).norm())
+
+
 def _close(got: torch.Tensor, want: torch.Tensor, norm: float, total: float = 0.0) -> bool:
     got, want = got.double(), want.double()  # buffers may count
-    return float((got - want).norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for NaN
+    difference = torch.where(got == want, 0.0, got - want)  # masks have equal infinities
+    return float(difference.norm()) <= RELATIVE * norm + OF_TOTAL * total  # False for NaN
 
 
 def parallel_copy(model: nn.Module, spec: ShardingSpec, layers: list[str], mesh: ThreadGroup) -> nn.Module:

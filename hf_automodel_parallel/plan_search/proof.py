@@ -104,8 +104,8 @@ def _proven(model: nn.Module, plan: Plan, code: RunningCode, completed: bool) ->
     try:
         with _undisturbed():
             trial = _Trial(model, code, completed)
-            kept = [name for name in trial.first.want.outputs if name.partition(".")[0] != "output"]
-            plan = replace(plan, kept=tuple(sorted({layer_pattern(name) for name in kept})))
+            found = {layer_pattern(name) for check in trial.checks for name in check.want.outputs}
+            plan = replace(plan, kept=tuple(sorted(name for name in found if name.partition(".")[0] != "output")))
             if is_own(type(model).forward):
                 plan = replace(plan, tried_arguments=frozenset(name for c in trial.checks for name in c.inputs))
             failure = trial.failure(plan)
@@ -129,7 +129,8 @@ def _proven(model: nn.Module, plan: Plan, code: RunningCode, completed: bool) ->
             f"the tp_plan does not compute what one process does: on a tiny proxy model of {type(model).__name__}, "
             f"{failure}. Leave the entries of that part out of the tp_plan, or use tp_size=1."
         )
-    return _held(trial, plan, failure)
+    with _undisturbed():
+        return _held(trial, plan, failure)
 
 
 class _Trial:
@@ -244,7 +245,7 @@ def _completed_alike(model: nn.Module, spec: ShardingSpec, before: ShardingSpec,
 def _names_an_index(code: RunningCode) -> bool:
     """True if code of the user's own names the index of a layer."""
     index = re.compile(r"layer_?(idx|id|index|num|i\b)|(?<![a-z])(idx|index|depth)(?![a-z])")
-    return any(index.search(name) for name in code.names())
+    return any(index.search(name) for name in code.names() if not hasattr(torch.Tensor, name))  # index_add_ is none
 
 
 def _fitting(plan: Plan, small: nn.Module) -> Plan:

@@ -34,7 +34,7 @@ RECORD = Path(__file__).with_name("proven_record.json")
 @functools.cache
 def record() -> dict[str, Any]:
     """The record, as this module's text describes it."""
-    return json.loads(RECORD.read_text())  # type: ignore[no-any-return]
+    return json.loads(RECORD.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def is_recorded(model: nn.Module, plan: Plan, modules: Iterable[str]) -> bool:
@@ -65,7 +65,7 @@ def source_digest(name: str) -> str:
 def file_digest(path: str) -> str:
     """A digest of the source in a file; "" if it cannot be read."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     lines = (line.rstrip() for line in text.splitlines())

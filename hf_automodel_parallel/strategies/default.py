@@ -293,8 +293,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             complete(context.view, context.spec, layers, size, context.plan.strict)
         check_cross_module_reads(context.spec, context.cross_module_reads)
         if context.options.sequence_parallel:
-            refuse_kept_activations(context.plan)
             derive(context.view, context.spec, layers)
+            refuse_kept_activations(context.plan, context.spec)
         if context.options.sequence_parallel_regather:
             regather(context.view, context.spec, context.checkpointing)
         check_hooks(context.view, context.spec, size)

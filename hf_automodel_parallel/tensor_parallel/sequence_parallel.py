@@ -132,6 +132,8 @@ class SequenceParallel:
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.tail = TailInputs(mesh)
         self.length: int | None = None
+        #: Of a first layer that was called outside of the stack's forward: not empty when its tail has run.
+        self.by_hand: list[bool] | None = None
         self.records: bool | None = None
         self.ended = False
         self.shards: list[weakref.ref[torch.Tensor]] = []
@@ -231,7 +233,7 @@ class SequenceParallel:
             )
         if own and torch.is_grad_enabled() and self.spec.regather:
             raise recomputes_anyway("the model's own gradient checkpointing")
-        self.records, self.length, self.ended = torch.is_grad_enabled(), None, False
+        self.records, self.length, self.ended, self.by_hand = torch.is_grad_enabled(), None, False, None
         if self.records and self.first:
             self.first = False
             warn_of_hooks(dict(zip(self.spec.layers, self.layers, strict=True)), self.spec.blocks, self.size)
@@ -272,17 +274,14 @@ class SequenceParallel:
         if begins:
             args, kwargs = self.split_first(args, kwargs)
             if self.records is None:
-                self.ended = False
-                shard = first_tensor(args, kwargs)
-                if shard.requires_grad:
-                    shard.register_hook(self.check_ended)
+                self.by_hand = []
         if self.length is None:
             return None
         return args, {**kwargs, LENGTH: self.length}
 
-    def check_ended(self, _: torch.Tensor) -> None:
-        """Gradient hook of the first shard: all-gathers have given back the full sequence."""
-        if not self.ended:
+    def check_ended(self, ends: list[bool], _: torch.Tensor) -> None:
+        """Gradient hook of the first layer's output in a call by hand: the full sequence has been gathered since."""
+        if not ends:
             raise UnsupportedError(
                 f"sequence_parallel=True: {self.spec.layers[0]} was called outside of the model's forward, and its "
                 f"sequence shards were never gathered, as {self.spec.tail} does. Call the model, or use "
@@ -304,13 +303,18 @@ class SequenceParallel:
     def leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Output hook of a layer: remember its output, which the model may return as a hidden state."""
         if self.length is not None:
-            self.shards.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+            states = output[0] if isinstance(output, tuple) else output
+            self.shards.append(weakref.ref(states))
+            if self.by_hand is not None and layer is self.layers[0] and states.requires_grad:
+                states.register_hook(functools.partial(self.check_ended, self.by_hand))
 
     def gather_tail(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Output hook of the last module on shards."""
         if self.length is None:
             return None
         self.ended = True
+        if self.by_hand is not None:
+            self.by_hand.append(True)
 
         def gather(shard: torch.Tensor) -> torch.Tensor:
             full = gather_sequence(shard, self.group, self.rank, self.size, self.length)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from dataclasses import replace
 from torch import nn
 
 from ... import compat
-from ...core.model_view import ModelView, plan_name
+from ...core.model_view import ModelView, layer_pattern, plan_name
 from ...core.sharding_spec import ON_SEQUENCE_SHARDS, REPLICATED, OutputHook, Plan, SequenceSpec, ShardingSpec
 from ...errors import ConfigError, UnsupportedError
 from .sequence_check import REMEDY, Found, SequenceCheck
@@ -93,9 +93,13 @@ def carry_over(old: ShardingSpec, new: ShardingSpec, names: list[str]) -> None:
             new.parameters[name] = ON_SEQUENCE_SHARDS
 
 
-def refuse_kept_activations(plan: Plan) -> None:
-    """Raise :class:`UnsupportedError` if the forwards of layers leave activations on their modules for other code."""
-    inside = [name for name in plan.kept if "*" in name]
+def refuse_kept_activations(plan: Plan, spec: ShardingSpec) -> None:
+    """Raise :class:`UnsupportedError` if forwards of layers leave sequence shards on their modules for other code.
+
+    Blocks (attention, MLP) work on the full sequence, so what they leave is complete.
+    """
+    blocks = {layer_pattern(name) for name in (spec.sequence.blocks if spec.sequence is not None else ())}
+    inside = [name for name in plan.kept if "*" in name and not any(name.startswith(f"{block}.") for block in blocks)]
     if inside:
         raise UnsupportedError(
             f"sequence_parallel=True: the forward leaves activations in {', '.join(inside[:4])}"

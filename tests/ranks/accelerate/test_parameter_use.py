@@ -10,11 +10,10 @@ from harness.compare import assert_gradients_equal, assert_losses_equal, full_gr
 from harness.models import build_model, make_batches
 from harness.oracle import loss_and_grads
 from harness.pool import run_distributed
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from hf_automodel_parallel import AutoParallelismConfig
+from hf_automodel_parallel import AutoParallelismConfig, full_parameter
 from hf_automodel_parallel.audit.first_step import GradientAuditError
 from hf_automodel_parallel.errors import PrepareError
 
@@ -104,8 +103,7 @@ def decoder_and_head(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def soft_tokens(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    table = model.get_input_embeddings().weight
-    table = table.full_tensor() if isinstance(table, DTensor) else table
+    table = full_parameter(model.get_input_embeddings().weight)
     return (model(input_ids=batch["input_ids"]).logits.softmax(-1) @ table).square().mean()
 
 
