@@ -24,8 +24,8 @@ from ..errors import PrepareError, UnsupportedError
 _MIXED = "mixed torch.Tensor and DTensor"
 _REMEDY = (
     "Read it with hf_automodel_parallel.full_parameter(parameter), in penalties over parameters(), too; or name it in "
-    "the forward as an attribute of self (self.lm_head.weight), which is found and shown in full; or let its own module "
-    "compute with it."
+    "the forward as an attribute of self (self.lm_head.weight), which is found and shown in full; or let its own "
+    "module compute with it."
 )
 
 
