@@ -112,7 +112,20 @@ def similarity(module: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     return (states @ module.weight.t()).mean()
 
 
-OTHERS = {cls.__name__: cls for cls in (ReadingMore, GivenWeights, Penalising, Lending)}
+class Naming(LlamaForCausalLM):
+    """A function outside of the class reads the weight by its name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs, output_hidden_states=True)
+        output.loss = output.loss + similarity_by_name(dict(self.named_parameters()), output.hidden_states[0])
+        return output
+
+
+def similarity_by_name(parameters: dict[str, torch.nn.Parameter], states: torch.Tensor) -> torch.Tensor:
+    return (states @ parameters["model.embed_tokens.weight"].t()).mean()
+
+
+OTHERS = {cls.__name__: cls for cls in (ReadingMore, GivenWeights, Penalising, Lending, Naming)}
 
 
 def other(name: str) -> torch.nn.Module:
