@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..errors import PrepareError
+from ..backends.megatron_fsdp.sharding import managed_by_megatron
+from ..errors import PrepareError, UnsupportedError
 from .prepared import all_prepared
 
 
@@ -29,17 +30,26 @@ def full_parameter(parameter: nn.Parameter) -> torch.Tensor:
 
     Raises:
         PrepareError: the parameter is sharded, and of no prepared model.
+        UnsupportedError: the model is sharded by megatron-fsdp, whose shards DTensor cannot gather.
     """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    for record in all_prepared():
-        if any(parameter is known for known in record.context.model.parameters()):
-            full = parameter.full_tensor()
-            mesh = record.context.dp_mesh
-            if full.requires_grad and mesh.size() > 1:
-                full.register_hook(functools.partial(_mean_over, mesh))
-            return full
-    raise PrepareError("full_parameter() was given a sharded parameter that belongs to no prepared model.")
+    models = [(record.context.model, record.context.dp_mesh) for record in all_prepared()]
+    for model, mesh in models:
+        if not any(parameter is known for known in model.parameters()):
+            continue
+        if managed_by_megatron(model) is not None:
+            raise UnsupportedError(
+                "full_parameter() with backend='megatron_fsdp': its uneven shards cannot be gathered in a loss. Let "
+                "the parameter's own module compute with it, or use backend='fsdp2'."
+            )
+        if not isinstance(parameter, DTensor):  # unsharded by FSDP2 at the moment, which averages its gradient
+            return parameter
+        full = parameter.full_tensor()
+        if full.requires_grad and mesh.size() > 1:
+            full.register_hook(functools.partial(_mean_over, mesh))
+        return full
+    if isinstance(parameter, DTensor):
+        raise PrepareError("full_parameter() was given a sharded parameter that belongs to no prepared model.")
+    return parameter
 
 
 def _mean_over(mesh: DeviceMesh, gradient: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ the collectives, and a parameter is a local shard between forwards, too, not a D
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def _floating(where: str, value: Any, depth: int = 4) -> Iterator[tuple[str, tor
             yield where, value
         return
     if is_dataclass(value) and not isinstance(value, (type, Mapping)):
-        value = vars(value)
+        value = {field.name: getattr(value, field.name, None) for field in fields(value)}  # also one with slots
     if depth and isinstance(value, (Mapping, list, tuple)):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in list(items):
