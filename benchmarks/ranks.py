@@ -1,0 +1,84 @@
+"""Functions run on gloo processes of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .recorder import ROOT
+
+
+class RanksFailed(RuntimeError):
+    """The processes of a benchmark ended with an error; the message has the end of what they wrote."""
+
+
+def on_ranks(
+    world: int, function: str, arguments: dict[str, Any], python: str = sys.executable, timeout: float = 1800.0
+) -> list[Any]:
+    """What ``function`` returns on each of ``world`` ranks.
+
+    Args:
+        function: ``"module:name"``; called with the arguments by name in a process with a gloo group. Its result is
+            written as JSON.
+        python: interpreter of another environment.
+        timeout: seconds.
+
+    Raises:
+        RanksFailed: a rank raised, or the time is over.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--rdzv_backend", "c10d"]
+        launcher += ["--rdzv_endpoint", "127.0.0.1:0", "-m", "benchmarks.ranks"]
+        given = json.dumps(arguments)
+        environment = {
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        try:
+            done = subprocess.run(
+                [*launcher, function, given, "--out", out],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RanksFailed(f"{function} took longer than {timeout:.0f} s") from error
+        if done.returncode:
+            raise RanksFailed(f"{function} failed:\n{done.stderr[-4000:]}")
+        return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def main() -> None:
+    """One rank."""
+    import torch.distributed as dist
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("function")
+    parser.add_argument("arguments", type=json.loads)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    module, _, name = options.function.partition(":")
+    result = getattr(importlib.import_module(module), name)(**options.arguments)
+    (options.out / f"{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
