@@ -9,14 +9,16 @@ import argparse
 import importlib
 
 from ..recorder import Recorder
+from . import step_time
 
 #: In the order in which they run.
-WORKLOADS: tuple[str, ...] = ()
+WORKLOADS = ("step_time",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this suite."""
     parser.add_argument("--rounds", type=int, help="rounds of each timing (default: the workload's)")
+    step_time.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, recorder: Recorder) -> None:

@@ -1,0 +1,40 @@
+"""This package, inside of ``Accelerator.prepare``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_automodel_parallel import AutoParallelismConfig
+
+from .accelerate_state import new_state
+from .case import Case, build, trainable
+from .floor import COLUMN, ROW
+from .peer import Peer, sgd
+
+
+def config(case: Case) -> AutoParallelismConfig:
+    """What a user would pass for the case."""
+    fields: dict[str, Any] = {"tp_size": case.tp, "dp_shard_size": case.dp, "compile": case.compiled}
+    if case.sequence_parallel:
+        fields["sequence_parallel"] = True
+    if case.tp > 1 and not case.whole:
+        fields["tp_plan"] = layers_plan()
+    return AutoParallelismConfig(**fields)
+
+
+def layers_plan() -> dict[str, str]:
+    """Only the decoder layers."""
+    styles = {name: "colwise" for name in COLUMN} | {name: "rowwise" for name in ROW}
+    blocks = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in styles}
+    return {f"model.layers.*.{blocks[name]}.{name}": style for name, style in styles.items()}
+
+
+def build_peer(case: Case) -> Peer:
+    """The model through ``prepare``."""
+    activate = new_state()
+    accelerator = Accelerator(cpu=True, parallelism_config=config(case))
+    model = build(case)
+    model, optimizer = accelerator.prepare(model, sgd(trainable(model)))
+    return Peer(model, backward=accelerator.backward, optimizer=optimizer, activate=activate)
