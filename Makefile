@@ -24,6 +24,7 @@ PYTEST := python -m pytest -n $(TEST_JOBS) --dist worksteal --durations 25
 PARITY_ARGS ?=
 SWEEP_ARGS ?=
 RECORD_ARGS ?=
+BENCH_ARGS ?=
 
 # Several processes share the cores, in the tests and in the demo.
 export OMP_NUM_THREADS ?= 1
@@ -124,6 +125,20 @@ sweep: $(STAMP) ## every causal-LM type of transformers against one process, wri
 record: $(STAMP) $(STAMP517) ## try the plans of all types by values, at both ends, for the record of what prepare need not try (half an hour)
 	@for python in $(abspath $(VENV))/bin/python $(abspath $(VENV517))/bin/python; do echo "[record] $$python"; \
 		(cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $$python -m sweep.record $(RECORD_ARGS)); done
+
+.PHONY: bench
+bench: $(STAMP) ## measure the CPU and the scale suite beside every peer, written to docs/benchmarks.md (hours; needs matplotlib)
+	@$(VENV)/bin/python -m benchmarks.run --suite cpu $(BENCH_ARGS)
+	@$(VENV)/bin/python -m benchmarks.run --suite scale
+	@$(VENV)/bin/python -m benchmarks.report
+
+.PHONY: bench-smoke
+bench-smoke: $(STAMP) ## every benchmark that needs no GPU, as small as it gets: does it run? (loading has a test of its own)
+	@rm -rf build/bench-smoke
+	@$(VENV)/bin/python -m benchmarks.run --suite cpu --smoke --out build/bench-smoke \
+		--only step_time,train_step,traffic,prepare,imports,checkpoint
+	@$(VENV)/bin/python -m benchmarks.run --suite scale --smoke --geometry 'Llama 3.1 405B' --out build/bench-smoke
+	@$(VENV)/bin/python -m benchmarks.report --no-plots --results build/bench-smoke --page build/bench-smoke/page.md
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,20 @@ from .recorder import ROOT
 
 
 class RanksFailed(RuntimeError):
-    """The processes of a benchmark ended with an error; the message has the end of what they wrote."""
+    """The processes of a benchmark ended with an error.
+
+    Attributes:
+        output: the end of what they wrote.
+    """
+
+    def __init__(self, function: str, output: str) -> None:
+        lines = [line for line in output.splitlines() if _ERROR.search(line)]
+        super().__init__(f"{function} failed: {lines[-1].strip() if lines else output.strip()[-200:]}")
+        self.output = output[-4000:]
+
+
+#: The last line of a traceback of a rank; the launcher's own error says only that there was one.
+_ERROR = re.compile(r"^(\[rank\d+\]: )?(?!.*ChildFailed)[\w.]*(Error|Exception|Exit)\b")
 
 
 def on_ranks(
@@ -38,28 +52,32 @@ def on_ranks(
         launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--rdzv_backend", "c10d"]
         launcher += ["--rdzv_endpoint", "127.0.0.1:0", "-m", "benchmarks.ranks"]
         given = json.dumps(arguments)
-        environment = {
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
         try:
             done = subprocess.run(
                 [*launcher, function, given, "--out", out],
-                env=environment,
+                env=environment(),
                 capture_output=True,
                 text=True,
                 timeout=timeout,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise RanksFailed(f"{function} took longer than {timeout:.0f} s") from error
+            raise RanksFailed(function, f"it took longer than {timeout:.0f} s") from error
         if done.returncode:
-            raise RanksFailed(f"{function} failed:\n{done.stderr[-4000:]}")
+            raise RanksFailed(function, done.stderr)
         return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def environment() -> dict[str, str]:
+    """Of a process on the CPU that finds this package."""
+    return {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
 
 
 def main() -> None:

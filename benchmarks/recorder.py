@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "mega
 
 
 class Recorder:
-    """Writes one JSON file per workload into a directory, and tells on stderr what is going on.
+    """Writes JSON files, one per workload or case, into a directory, and tells on stderr what is going on.
 
     Attributes:
         directory: of the files.
@@ -47,17 +47,21 @@ class Recorder:
         rows: list[dict[str, Any]],
         settings: dict[str, Any] | None = None,
         not_measured: list[dict[str, str]] | None = None,
+        case: str = "",
         **versions: str,
     ) -> Path:
-        """Write ``<suite>-<workload>.json``, in place of an earlier one.
+        """Write ``<suite>-<workload>[-<case>].json``, in place of an earlier one.
 
         Args:
             workload: name, as in ``--only``.
             rows: the figures, one dict per measured case.
             settings: what they have in common: sizes, rounds, dtype.
             not_measured: ``{"what": ..., "why": ...}`` of each case without figures.
+            case: for a workload that writes a file for each of its cases, as they are measured.
             versions: of further packages.
         """
+        if self.smoke and not all("ours" in row.get("peers", ["ours"]) for row in rows or [{"peers": []}]):
+            raise SystemExit(f"{workload}: ours was not measured: {not_measured}")
         content = {
             "suite": self.suite,
             "workload": workload,
@@ -71,14 +75,14 @@ class Recorder:
             "not_measured": not_measured or [],
         }
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"{self.suite}-{workload}.json"
+        path = self.directory / f"{'-'.join(filter(None, (self.suite, workload, case)))}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
-        self.progress(f"{workload}: written to {path}")
+        self.progress(f"written: {path}")
         return path
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
-    """``<suite>-<workload>`` -> content of each result file."""
+    """Name without suffix -> content of each result file."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
 
 
@@ -111,11 +115,11 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Of this checkout; ``+changes`` if files differ from it."""
+    """The last one that changed the package; ``+changes`` if its files differ from that."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments, "--", "hf_automodel_parallel"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    name = git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "hf_automodel_parallel", "benchmarks/*.py")
-    return f"{name}+changes" if changed else name
+    name = git("log", "-1", "--format=%h", "--abbrev=12") or "unknown"
+    return f"{name}+changes" if git("status", "--porcelain") else name

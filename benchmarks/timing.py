@@ -14,6 +14,16 @@ import torch.distributed as dist
 Times = dict[str, tuple[list[float], list[float]]]
 
 
+class Stopwatch:
+    """Seconds of wall clock and of this process's CPU since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
+
+
 def in_turn(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3, repeat: int = 1) -> Times:
     """Time every step once in each round; collective.
 

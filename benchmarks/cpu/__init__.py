@@ -12,7 +12,7 @@ from ..recorder import Recorder
 from . import step_time
 
 #: In the order in which they run.
-WORKLOADS = ("step_time",)
+WORKLOADS = ("step_time", "train_step", "traffic", "prepare", "imports", "load", "checkpoint")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

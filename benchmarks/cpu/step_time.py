@@ -55,33 +55,35 @@ def run(arguments: argparse.Namespace, recorder: Recorder) -> None:
     """Every case in a process group of its own."""
     names = chosen(arguments.peers)
     rounds = arguments.rounds or (3 if recorder.smoke else 21)
-    rows, left_out = [], []
     for case in cases(recorder.smoke):
-        if not wanted(case, arguments):
-            continue
-        label = " ".join([case.mesh_name, *_words(case)])
-        recorder.progress(f"step_time: {label}")
-        try:
-            ranks = on_ranks(
-                case.world, "benchmarks.cpu.step_time:measure", {"case": asdict(case), "names": names, "rounds": rounds}
-            )
-        except RanksFailed as error:
-            left_out.append({"what": label, "why": str(error)})
-            recorder.progress(f"step_time: {label}: {error}")
-            continue
-        times = over_ranks([rank["times"] for rank in ranks])
-        peers = compared(times)
+        if wanted(case, arguments):
+            _record(case, names, rounds, recorder)
+
+
+def _record(case: Case, names: list[str], rounds: int, recorder: Recorder) -> None:
+    label = f"{case.mesh_name}, {', '.join(_words(case))}"
+    recorder.progress(f"step_time: {label}")
+    arguments = {"case": asdict(case), "names": names, "rounds": rounds}
+    rows, left_out = [], []
+    try:
+        ranks = on_ranks(case.world, "benchmarks.cpu.step_time:measure", arguments)
+    except RanksFailed as error:
+        recorder.progress(error.output)
+        left_out.append({"what": label, "why": str(error)})
+    else:
+        peers = compared(over_ranks([rank["times"] for rank in ranks]))
         for name, figures in peers.items():
             recorder.progress(f"  {name:16} {_line(figures)}")
-        left_out += [{"what": f"{PEERS[name]}, {label}", "why": why} for name, why in ranks[0]["left_out"].items()]
+        left_out += [{"what": f"{PEERS[name]} on {label}", "why": why} for name, why in ranks[0]["left_out"].items()]
         rows.append({**case.as_row(), "losses": ranks[0]["losses"], "peers": peers})
-    recorder.record("step_time", rows, {"rounds": rounds, "dtype": "float32", "tolerance": TOLERANCE}, left_out)
+    settings = {"rounds": rounds, "dtype": "float32", "tolerance": TOLERANCE}
+    recorder.record("step_time", rows, settings, left_out, case=case.slug)
 
 
 def _words(case: Case) -> list[str]:
     scope = ["whole step"] if case.whole else []
     tuning, mode = "LoRA" if case.lora else "full", "compiled" if case.compiled else "eager"
-    return [f"hidden {case.hidden}, {case.tokens} tokens,", tuning, mode, *scope]
+    return [f"hidden {case.hidden}, {case.tokens} tokens", tuning, mode, *scope]
 
 
 def _line(figures: dict[str, Any]) -> str:

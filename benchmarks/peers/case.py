@@ -57,6 +57,14 @@ class Case:
         names = [f"TP{self.tp}" + (" + SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         return " x ".join([*names, *([f"FSDP{self.dp}"] if self.dp > 1 else [])])
 
+    @property
+    def slug(self) -> str:
+        """``tp2-h128-lora-eager``, for names of files."""
+        words = [f"{name}{size}" for name, size in (("tp", self.tp), ("fsdp", self.dp)) if size > 1]
+        words += ["sp"] if self.sequence_parallel else []
+        words += [f"h{self.hidden}", "lora" if self.lora else "full", "compiled" if self.compiled else "eager"]
+        return "-".join([*words, *(["whole"] if self.whole else [])])
+
     def as_row(self) -> dict[str, Any]:
         return {**asdict(self), "mesh": self.mesh_name}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,19 +10,19 @@ from accelerate import Accelerator
 from hf_automodel_parallel import AutoParallelismConfig
 
 from .accelerate_state import new_state
-from .case import Case, build, trainable
+from .case import Case, build
 from .floor import COLUMN, ROW
-from .peer import Peer, sgd
+from .peer import Peer, prepared_by
 
 
-def config(case: Case) -> AutoParallelismConfig:
-    """What a user would pass for the case."""
+def config(case: Case, **options: Any) -> AutoParallelismConfig:
+    """What a user would pass for the case, with more options."""
     fields: dict[str, Any] = {"tp_size": case.tp, "dp_shard_size": case.dp, "compile": case.compiled}
     if case.sequence_parallel:
         fields["sequence_parallel"] = True
     if case.tp > 1 and not case.whole:
         fields["tp_plan"] = layers_plan()
-    return AutoParallelismConfig(**fields)
+    return AutoParallelismConfig(**fields, **options)
 
 
 def layers_plan() -> dict[str, str]:
@@ -31,10 +32,13 @@ def layers_plan() -> dict[str, str]:
     return {f"model.layers.*.{blocks[name]}.{name}": style for name, style in styles.items()}
 
 
+def accelerator_for(case: Case, **options: Any) -> tuple[Accelerator, Callable[[], None]]:
+    """An Accelerator, and what activates its state."""
+    activate = new_state()
+    return Accelerator(cpu=True, parallelism_config=config(case, **options)), activate
+
+
 def build_peer(case: Case) -> Peer:
     """The model through ``prepare``."""
-    activate = new_state()
-    accelerator = Accelerator(cpu=True, parallelism_config=config(case))
-    model = build(case)
-    model, optimizer = accelerator.prepare(model, sgd(trainable(model)))
-    return Peer(model, backward=accelerator.backward, optimizer=optimizer, activate=activate)
+    accelerator, activate = accelerator_for(case)
+    return prepared_by(accelerator, activate, build(case))

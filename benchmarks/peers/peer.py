@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from ..timing import Stopwatch
 from .case import trainable
 
 
@@ -24,6 +26,7 @@ class Peer:
         backward: default: ``loss.backward()``.
         optimizer: SGD over the trainable parameters by default; only :meth:`train` uses it.
         activate: called before a step that follows one of another peer.
+        prepare_seconds: wall clock and CPU that ``accelerator.prepare`` took.
     """
 
     def __init__(
@@ -33,12 +36,14 @@ class Peer:
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
         optimizer: Any = None,
         activate: Callable[[], None] = lambda: None,
+        prepare_seconds: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         self.model = model
         self.loss = loss or (lambda batch: model(**batch, use_cache=False).loss)
         self.backward = backward
         self.optimizer = optimizer or sgd(trainable(model))
         self.activate = activate
+        self.prepare_seconds = prepare_seconds
 
     def step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Forward, backward with all gradients complete, gradients set to None; the loss of this rank's batch."""
@@ -53,9 +58,17 @@ class Peer:
         self.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss.detach().full_tensor() if isinstance(loss, DTensor) else loss.detach()
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """What the comparison of losses trains with: its update is proportional to the gradient, unlike Adam's."""
     return torch.optim.SGD(parameters, lr=0.5, foreach=False)
+
+
+def prepared_by(accelerator: Any, activate: Callable[[], None], model: nn.Module) -> Peer:
+    """The model through ``accelerator.prepare``."""
+    optimizer = sgd(trainable(model))
+    watch = Stopwatch()
+    model, prepared = accelerator.prepare(model, optimizer)
+    return Peer(model, None, accelerator.backward, prepared, activate, watch.read())

@@ -25,18 +25,18 @@ from .peer import NotPossible, Peer
 
 def build_peer(case: Case) -> Peer:
     """The model in the styles' words; FSDP2 around it where the case has a dp axis."""
+    if case.tp == 1:
+        raise NotPossible("torch's styles are of tensor parallelism; without it, see fully_shard")
     model: Any = build(case)
     model = model.get_base_model() if case.lora else model
     mesh = mesh_of(case)
-    if case.tp > 1:
-        plan = _plan(case)
-        parallelize_module(model, mesh["tp"], plan)
+    parallelize_module(model, mesh["tp"], _plan(case))
     if case.compiled:
         compile_layers(model)
     if case.dp > 1:
         for module in (*layers_of(model), model):
             fully_shard(module, mesh=mesh["dp"])
-    if not (case.whole and case.tp > 1):
+    if not case.whole:
         return Peer(model)
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from ranks.loading.jobs import (
     without_accelerator,
 )
 
-BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "load_memory.py"
+ROOT = Path(__file__).parents[3]
 
 SIZES = {"tp_size": 2, "dp_shard_size": 2}
 
@@ -101,14 +101,12 @@ def test_memory(tmp_path):
     """Anonymous memory stays below the shard, the largest tensor and 100 MB; a rank that reads everything is far
     above.
     """
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARK), "--size", "240MB", "--dtype", "float32", "--slack", "100MB"]
-    done = subprocess.run(
-        [*command, "--ways", "streamed", "--json", str(figures)], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, "-m", "benchmarks.run", "--suite", "cpu", "--only", "load", "--smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    ranks = json.loads(figures.read_text())["streamed"]
-    assert len(ranks) == 4
+    result = json.loads((tmp_path / "cpu-load.json").read_text())
+    ranks = result["rows"]
+    assert [rank["way"] for rank in ranks] == ["streamed"] * 4
     for rank in ranks:
         whole = 4 * rank["shard"]
         assert rank["shard"] < rank["peak"] <= rank["shard"] + rank["largest"] + 100e6 < 0.6 * whole
