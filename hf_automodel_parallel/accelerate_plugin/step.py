@@ -1,5 +1,5 @@
-"""The training step of a prepared model: Partial gradients are complete before they are clipped or used, and the first
-gradients are audited.
+"""The training step of a prepared model: gradients of replicas, and Partial ones, are complete before they are clipped
+or used, and the first gradients are audited.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import types
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..audit import Audit
 from ..backends.megatron_fsdp.accelerate import owner_of
 from ..core.option_fields import meaning_of
+from ..fsdp.replicas import ReplicaGradients
 from ..fsdp.shard import fsdp_units, without_units_inside
+from ..strategies.context import ParallelizeContext
 from ..tensor_parallel.grad_sync import PartialGradients
 from .hooks import Hooks, hooks_of
 from .parameter_use import explain
@@ -23,31 +24,37 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def _partial_gradients(model: nn.Module) -> PartialGradients | None:
-    record = prepared(model)
-    return None if record is None or record.context.tensor_parallel is None else record.context.tensor_parallel.partial
+def _incomplete_gradients(context: ParallelizeContext) -> list[PartialGradients | ReplicaGradients]:
+    """What completes gradients once per step: those of replicas over all axes, and Partial ones over tp."""
+    partial = None if context.tensor_parallel is None else context.tensor_parallel.partial
+    return [part for part in (context.replicas, partial) if part is not None]
+
+
+def _of_all_models(accelerator: Accelerator) -> list[PartialGradients | ReplicaGradients]:
+    records = [record for model in accelerator._models if (record := prepared(model)) is not None]
+    return [part for record in records for part in _incomplete_gradients(record.context)]
 
 
 def _flush_all(accelerator: Accelerator) -> None:
-    for model in accelerator._models:
-        partial = _partial_gradients(model)
-        if partial is not None:
-            partial.flush()
+    for part in _of_all_models(accelerator):
+        part.flush()
 
 
 def backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
-    """Like ``Accelerator.backward``; sums Partial gradients over tp if this backward completes the optimizer step."""
-    partials = [partial for model in self._models if (partial := _partial_gradients(model)) is not None]
-    for partial in partials:
-        partial.deferred = True
+    """Like ``Accelerator.backward``; completes the gradients of replicas, and Partial ones over tp, if this backward
+    completes the optimizer step.
+    """
+    incomplete = _of_all_models(self)
+    for part in incomplete:
+        part.deferred = True
     try:
         type(self).backward(self, loss, **kwargs)
     except RuntimeError as error:
         explain(error)
         raise
     finally:
-        for partial in partials:
-            partial.deferred = False
+        for part in incomplete:
+            part.deferred = False
     if self.sync_gradients:
         _flush_all(self)
 
@@ -75,10 +82,10 @@ def clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_ty
 def attach_step_hooks(accelerator: Accelerator, optimizer: torch.optim.Optimizer, record: PreparedModel) -> None:
     """Register the step hooks of ``optimizer``, once, however often it is prepared.
 
-    Before each step: sum the Partial gradients that are still outstanding, and audit the first gradients. So a loop
-    that never calls ``accelerator.backward`` is correct too, as long as it clips with ``accelerator.clip_grad_norm_``.
-    After each step: reshard the FSDP units, because an evaluation since the last backward may have left unsharded
-    parameters with the old values.
+    Before each step: complete the gradients of replicas, and Partial ones, that are still outstanding, and audit the
+    first gradients. So a loop that never calls ``accelerator.backward`` is correct too, as long as it clips with
+    ``accelerator.clip_grad_norm_``. After each step: reshard the FSDP units, because an evaluation since the last
+    backward may have left unsharded parameters with the old values.
     """
     if attached_to(optimizer) is record:
         return
@@ -112,11 +119,11 @@ def _audit(record: PreparedModel) -> Audit:
 
 
 def _before_step(record: PreparedModel, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:
-    """Sum outstanding Partial gradients, then audit this step if it is due, then call the loop's hook."""
+    """Complete outstanding gradients, then audit this step if it is due, then call the loop's hook."""
     if record.assigned is not None:
         record.assigned.check()
-    if record.context.tensor_parallel is not None:
-        record.context.tensor_parallel.partial.flush()
+    for part in _incomplete_gradients(record.context):
+        part.flush()
     # After the flush: the audit compares replicas, and Partial gradients differ over tp until they are summed.
     if record.audit is not None:
         record.audit.before_step(optimizer)

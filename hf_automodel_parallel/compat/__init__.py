@@ -71,6 +71,7 @@ from .tensors import backward_hooks as backward_hooks
 from .tensors import base_of as base_of
 from .tensors import cast_operator as cast_operator
 from .tensors import checkpoint_wrapped_module as checkpoint_wrapped_module
+from .tensors import copy_each as copy_each
 from .tensors import dynamo_side_effects_under_checkpoint as dynamo_side_effects_under_checkpoint
 from .tensors import enable_symmetric_memory as enable_symmetric_memory
 from .tensors import fake_tensor_mode as fake_tensor_mode

@@ -180,6 +180,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "its forward shows the parameters to compute with; a forward that begins elsewhere needs them too (0.5 to 0.6)",
     ),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
+    ("torch", "_foreach_copy_", "see copy_each; torch 2.11 to 2.15"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",

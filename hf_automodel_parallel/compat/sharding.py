@@ -138,15 +138,19 @@ def initialize_fsdp(model: nn.Module) -> None:
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
 
 
-def before_reduction(unit: Any, function: Callable[[], None]) -> None:
-    """Call ``function`` in each backward when the gradients of an FSDP unit are complete, before their reduction."""
+def before_reduction(unit: Any, function: Callable[[], None], only_if_reducing: bool = False) -> None:
+    """Call ``function`` in each backward when the gradients of an FSDP unit are complete, before their reduction.
 
-    def call(post_backward: Callable[..., None], *args: Any) -> None:
-        function()
+    With ``only_if_reducing`` not in backwards that FSDP2 was told not to reduce after (``no_sync``).
+    """
+
+    def call(group: Any, post_backward: Callable[..., None], *args: Any) -> None:
+        if group.reduce_grads or not only_if_reducing:
+            function()
         post_backward(*args)
 
     for group in _fsdp_groups(unit._get_fsdp_state()):
-        group.post_backward = functools.partial(call, group.post_backward)
+        group.post_backward = functools.partial(call, group, group.post_backward)
 
 
 def group_of(unit: Any, parameter: nn.Parameter) -> Any:

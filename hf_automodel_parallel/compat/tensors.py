@@ -280,6 +280,11 @@ def is_view_of(x: torch.Tensor, base: torch.Tensor) -> bool:
     return node is not None and node is base.grad_fn
 
 
+def copy_each(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each of ``sources`` into the destination of equal shape, on a GPU by few kernels; dtypes may differ."""
+    torch._foreach_copy_(destinations, sources)
+
+
 def rendezvous_store() -> Any:
     """Return the store of the default process group. It works without collectives and with each backend."""
     from torch.distributed import distributed_c10d

@@ -24,6 +24,9 @@ CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
 #: Values of ``audit``, the default first.
 AUDIT_MODES = ("first_step", "every_n_steps", "off")
 
+#: Values of ``adapters_over_dp``, the default first.
+ADAPTER_PLACEMENTS = ("sharded", "replicated", "auto")
+
 _ONLY_FSDP2 = ("fsdp2",)
 
 
@@ -203,6 +206,16 @@ class OptionFields:
         'images can be combined; "layers": a param group for each of their layers, which takes less memory and needs '
         'images on all data-parallel ranks or none; "replicated": frozen parameters replicated on each rank, trained '
         'ones with the root. Naming their classes in `transformer_cls_names_to_wrap` means "layers".',
+        belongs_to="fsdp2",
+    )
+    adapters_over_dp: str | None = option(
+        None,
+        Choice(ADAPTER_PLACEMENTS, {None: ADAPTER_PLACEMENTS[0]}),
+        "Where the data-parallel ranks keep adapters (LoRA, IA3, biases: few trained parameters beside frozen ones of "
+        'the same layer). "sharded" (also None): in FSDP2\'s units, all-gathered and reduce-scattered with each layer; '
+        '"replicated": on every rank, outside of FSDP2, with one all-reduce per dtype and optimizer step for all '
+        'gradients, tensor parallelism\'s included; "auto": replicated where they are at most an eighth of what is '
+        "frozen beside them and 64 million elements in all. Full copies (`modules_to_save`) are always sharded.",
         belongs_to="fsdp2",
     )
 

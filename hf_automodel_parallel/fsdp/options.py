@@ -29,6 +29,7 @@ class ShardingOptions:
         towers: where the parameters of modality encoders are kept, see
             :data:`~..core.modality_encoders.PLACEMENTS`; None for the first of these.
         read_by_other_modules: names of parameters that forwards of other modules read; they stay with the root.
+        replicated_adapters: names of the adapters that each data-parallel rank has a replica of, outside of FSDP2.
         cast_between_layers: cast the inputs of layers to ``param_dtype``, too, not only the inputs of the model.
     """
 
@@ -44,6 +45,15 @@ class ShardingOptions:
     fully_shard_fn: Callable[..., Any] | None = None
     cast_between_layers: bool = True
     towers: str | None = None
+    replicated_adapters: frozenset[str] = frozenset()
+
+    def compute_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype to which the replicated parameter ``name`` is cast for compute, as FSDP2 casts others; None: none.
+
+        Not a parameter without dimensions, which computes in its own dtype.
+        """
+        managed = name in self.replicated_adapters and name not in self.own_dtype
+        return self.mp_policy.param_dtype if managed else None
 
     def shard_device(self, device: torch.device) -> torch.device:
         """Where shards are between steps: the CPU with FSDP2's CPU offload, else ``device``, where a rank computes."""

@@ -28,12 +28,12 @@ from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
 from .encoder_placement import keep_ranks_in_step, replicated_parameters
 from .given_tensors import GivenTensors
 from .options import ShardingOptions, on_device
-from .replicated_scalars import move_scalars, replicate_scalars
+from .replicas import ReplicaGradients, make_replicas, move_replicas, replicas
 
 
 def shard_data_parallel(
     model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, options: ShardingOptions
-) -> None:
+) -> ReplicaGradients | None:
     """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
 
     The units are: each layer; the embedding; final norm and head together, because a loss may read the head's weight
@@ -47,10 +47,14 @@ def shard_data_parallel(
         structure: its layers, embedding and head.
         mesh: the data-parallel axes.
         options: see :class:`ShardingOptions`.
+
+    Returns:
+        What averages the gradients of the parameters that FSDP2 does not manage; None without such, or on one rank.
     """
-    scalars = move_scalars(model, mesh)
-    if scalars:
-        options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | scalars)
+    unmanaged = replicas(model, options.replicated_adapters)
+    if unmanaged:
+        ignored = options.ignored_parameters | move_replicas(unmanaged.values(), mesh)
+        options = dataclasses.replace(options, ignored_parameters=ignored)
     if replicated := replicated_parameters(structure, options):
         for parameter in replicated:  # FSDP2 does not move parameters that it ignores
             if not isinstance(parameter, DTensor):
@@ -93,8 +97,7 @@ def shard_data_parallel(
     # fill in zeros for an entire encoder that no rank has run.
     outermost["agree"] = not structure.towers or options.towers == "layers"
     shard_unit(model, **outermost, reshard_after_forward=False)
-    if scalars:
-        replicate_scalars(model, mesh)
+    slots = make_replicas(model, unmanaged, mesh)
     for unit in fsdp_units(model):
         GivenTensors(unit)
     _prepare_first_call(model)
@@ -106,6 +109,9 @@ def shard_data_parallel(
         # A unit whose input needs no gradient is reduced when backward reaches it, or else at the end, after the root.
         # Backward may reach it on some ranks only, so all ranks reduce it before the root.
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *extra_groups(model))))
+    if not slots or mesh.size() == 1:
+        return None
+    return ReplicaGradients(_with_param_groups(fsdp_units(model)), slots, mesh, options.mp_policy.reduce_dtype)
 
 
 def _prepare_first_call(model: nn.Module) -> None:

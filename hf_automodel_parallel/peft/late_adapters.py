@@ -31,10 +31,11 @@ from ..errors import UnsupportedError
 from ..fsdp.dtype_groups import ParamGroupModule, extra_groups, separate_unit
 from ..fsdp.encoder_placement import RootGradients
 from ..fsdp.options import ShardingOptions
-from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options
+from ..fsdp.replicas import ReplicaGradients, make_replicas, move_replicas
+from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options, without_units_inside
 from ..plan.analysis.sequence_parallel import carry_over
 from ..plan.resolve import resolve
-from ..tensor_parallel.apply import TensorParallelState
+from ..tensor_parallel.apply import TensorParallelState, grow_local_parameters
 from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
     install_sharded_dropout,
@@ -55,7 +56,8 @@ class ShardedAs(Protocol):
         spec: ``plan`` resolved for the model; replaced by one that includes the new parameters.
         tensor_parallel: the state of tensor parallelism, None without it.
         structure: layers, modality encoders and ends of the model.
-        fsdp: behaviour of FSDP2.
+        fsdp: behaviour of FSDP2; its ``replicated_adapters`` are replaced.
+        replicas: averages the gradients of adapters that are replicated over the data-parallel ranks, None without.
         compile_options: options of ``torch.compile`` for the layers, None for eager.
         device: device of this rank.
         tp_mesh, cp_mesh: the axis, None when it has one rank.
@@ -68,6 +70,7 @@ class ShardedAs(Protocol):
     tensor_parallel: TensorParallelState | None
     structure: ModelStructure | None
     fsdp: ShardingOptions
+    replicas: ReplicaGradients | None
     compile_options: dict[str, Any] | None
     device: torch.device
 
@@ -231,7 +234,10 @@ def _check_new(model: nn.Module, context: ShardedAs, names: list[str]) -> None:
 def _shard_new_parameters(
     model: nn.Module, context: ShardedAs, replaced: dict[nn.Module, nn.Module], names: list[str]
 ) -> None:
-    new = set(names)
+    # As the adapters before them.
+    replicated = context.replicas is not None and bool(context.fsdp.replicated_adapters)
+    if replicated:
+        context.fsdp.replicated_adapters |= set(names)
     # Each rank has drawn the new values from its own random state.
     for name in names:
         broadcast_from_rank_zero(model.get_parameter(name))
@@ -243,13 +249,43 @@ def _shard_new_parameters(
         # Sequence parallelism is not derived again; it is taken from the old spec.
         carry_over(context.spec, spec, names)  # type: ignore[arg-type]
         context.spec = spec
+        if replicated:
+            context.tensor_parallel.compute_dtypes |= {
+                (owner, name.rpartition(".")[2]): dtype
+                for name, owner in zip(names, owners, strict=True)
+                if (dtype := context.fsdp.compute_dtype(name)) is not None
+            }
         context.tensor_parallel.grow(model, context.spec, names, context.device)
         install_sharded_dropout(model, context.spec, context.tensor_parallel.mesh)
         if draws_random_numbers(model):
             synchronize_rng(context.tensor_parallel.mesh)
             synchronize_at_first_forward(model, context.tensor_parallel.mesh)
-    # One param group for each unit and dtype, because FSDP2 reduces a group in one dtype.
-    before = extra_groups(model)
+    if replicated:
+        _replicate(model, context, names)
+    else:
+        _make_param_groups(model, context, names, owners)
+    if context.tensor_parallel is not None:
+        context.tensor_parallel.partial.resolve()
+
+
+def _replicate(model: nn.Module, context: ShardedAs, names: list[str]) -> None:
+    """The other adapters are replicated over the data-parallel ranks, and so are the new ones."""
+    move_replicas(map(model.get_parameter, names), context.dp_mesh)
+    slots = make_replicas(model, names, context.dp_mesh)
+    added = {model.get_parameter(name) for name in names}
+    partial: set[nn.Parameter] = set()
+    if context.tensor_parallel is not None:
+        partial = context.tensor_parallel.partial.hand_over(added)
+    else:
+        layers = context.structure.layers if context.structure is not None else []
+        dtypes = {name: context.fsdp.compute_dtype(name) for name in names}
+        grow_local_parameters(model, without_units_inside(layers), dtypes)
+    context.replicas.add(slots, partial)  # type: ignore[union-attr]
+
+
+def _make_param_groups(model: nn.Module, context: ShardedAs, names: list[str], owners: list[nn.Module]) -> None:
+    """One param group for each unit and dtype, because FSDP2 reduces a group in one dtype."""
+    new, before = set(names), extra_groups(model)
     by_unit: dict[tuple[nn.Module, torch.dtype], list[nn.Module]] = defaultdict(list)
     for name, owner in zip(names, owners, strict=True):
         members = by_unit[_unit_around(model, name), model.get_parameter(name).dtype]
@@ -268,8 +304,6 @@ def _shard_new_parameters(
         and context.dp_mesh.size() > 1
     ):
         RootGradients(model, context.dp_mesh, [unit for unit in extra_groups(model) if unit not in before])
-    if context.tensor_parallel is not None:
-        context.tensor_parallel.partial.resolve()
 
 
 def _unit_around(model: nn.Module, name: str) -> nn.Module:

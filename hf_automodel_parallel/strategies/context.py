@@ -19,6 +19,7 @@ from ..core.option_fields import compared_values
 from ..core.options import ParallelOptions
 from ..core.sharding_spec import Plan, ShardingSpec
 from ..fsdp.options import ShardingOptions
+from ..fsdp.replicas import ReplicaGradients
 from ..loading.fill import PendingValues
 from ..tensor_parallel.apply import TensorParallelState
 
@@ -44,7 +45,7 @@ class ParallelizeContext:
         sums_after_backward: reduce ``Partial`` gradients at the end of each backward, because there is no Accelerator
             that would do so before clipping and stepping.
         pending: values that are still in files, and are read after sharding; None: the model is in memory.
-        plan, spec, structure, cross_module_reads, suitable, tensor_parallel: results of the steps.
+        plan, spec, structure, cross_module_reads, suitable, tensor_parallel, replicas: results of the steps.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class ParallelizeContext:
     cross_module_reads: dict[str, list[str]] = field(default_factory=dict)
     suitable: Suitable | None = None
     tensor_parallel: TensorParallelState | None = None
+    replicas: ReplicaGradients | None = None
 
     @cached_property
     def view(self) -> ModelView:
@@ -105,6 +107,7 @@ class ParallelizeContext:
             "forward_prefetch": self.fsdp.forward_prefetch,
             "backward_prefetch": self.fsdp.backward_prefetch,
             "towers": self.fsdp.towers or "root",
+            "adapters_over_dp": sorted(self.fsdp.replicated_adapters),
             "min_num_params": self.fsdp.minimum_unit_size,
             "transformer_cls_names_to_wrap": sorted(self.layer_classes or []),
             "param_dtype": self.fsdp.mp_policy.param_dtype,

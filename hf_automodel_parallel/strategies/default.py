@@ -29,15 +29,17 @@ from ..core.consistency import check_same_structure, equalize_parameters, synchr
 from ..core.mesh import MeshAxes
 from ..core.model_structure import find_structure
 from ..core.model_view import ModelView
+from ..core.option_fields import meaning_of
 from ..core.options import GivenPlan, ParallelOptions
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
+from ..fsdp.adapter_placement import adapters_over_dp
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
 from ..fsdp.float32_losses import float32_losses
 from ..fsdp.options import ShardingOptions, on_device, without_pinning
 from ..fsdp.quantized import check_quantized, keep_layout
-from ..fsdp.replicated_scalars import scalar_parameters
+from ..fsdp.replicas import scalar_parameters
 from ..fsdp.shard import check_packed_parameters, shard_data_parallel, wanted_units, without_units_inside
 from ..fsdp.unsupported_models import (
     keep_layers_together,
@@ -63,7 +65,7 @@ from ..plan.validate import refuse_expert_parallel, validate
 from ..plan_search.proof import proven_plan
 from ..plan_search.proxy_model import replaced_modules
 from ..plan_search.search import derived_plan
-from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters, make_local_in_forward
+from ..tensor_parallel.apply import apply_tensor_parallel, install_local_parameters
 from ..tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 from ..tensor_parallel.dropout_rng import (
     draws_random_numbers,
@@ -75,6 +77,7 @@ from ..tensor_parallel.dropout_rng import (
 from ..tensor_parallel.full_parameter_view import install_full_parameter_views
 from .base import ParallelizationStrategy, materialize_empty, refuse_meta, refuse_sharded
 from .context import ParallelizeContext
+from .replicated import compute_dtypes, join_axes_of_replicas, make_replicas_local
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +175,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
                 plan_order=self.plan_order,
                 sequence_parallel=sequence_parallel,
                 async_tensor_parallel=enable_async_tensor_parallel,
+                adapters_over_dp="sharded",  # their gradients are reduced by FSDP2, whatever steps the optimizer
             ),
             fsdp=fsdp,
             axes=axes,
@@ -208,6 +212,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             name for names in context.cross_module_reads.values() for name in names
         )
         context.fsdp.towers = placement(context.model, context.structure, context.fsdp, context.layer_classes)
+        asked = meaning_of(context.options, "adapters_over_dp")
+        context.fsdp.replicated_adapters = adapters_over_dp(
+            context.model, context.structure, context.fsdp, asked, context.dp_mesh.size()
+        )
         if context.dp_mesh.size() > 1:
             if context.structure.towers:
                 skipped = skipped_without_images(context.model, context.structure.main_layers)
@@ -397,7 +405,13 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
         if context.dp_mesh.size() > 1:
             keep_layers_together(context.model, wanted_units(context.structure, context.fsdp))  # type: ignore[arg-type]
-        shard_data_parallel(context.model, context.structure, context.dp_mesh, context.fsdp)  # type: ignore[arg-type]
+        context.replicas = shard_data_parallel(
+            context.model,
+            context.structure,  # type: ignore[arg-type]
+            context.dp_mesh,
+            context.fsdp,
+        )
+        join_axes_of_replicas(context)
         # After the hooks of tensor parallelism on the head, whose sharded logits are upcast where they are used.
         float32_losses(context.model, context.structure, context.fsdp, context.device)  # type: ignore[arg-type]
         if context.tp_mesh is not None:
@@ -435,14 +449,14 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             parts = {layer: checkpointable_parts(layer, shares) for layer in layers}
         # Scopes before compile, which needs them, and before the full-parameter views.
         if context.tensor_parallel is not None:
+            context.tensor_parallel.compute_dtypes = compute_dtypes(context)
             # torch would cut a full packed weight into contiguous chunks, but each rank has a slice of every block.
             if context.spec is not None and context.spec.packed():
                 context.model.register_load_state_dict_pre_hook(_refuse_loading_packed)
             install_local_parameters(context.model, layers, context.tensor_parallel, parts)
             install_full_parameter_views(context.model, context.cross_module_reads)
-        elif scalars := scalar_parameters(context.model):
-            separate = [part for group in parts.values() for part in group]
-            make_local_in_forward(context.model, [*layers, *separate], list(scalars))
+        else:
+            make_replicas_local(context, layers, [part for group in parts.values() for part in group])
         # Checkpoints of parts are compiled with the layer.
         for part in (part for group in parts.values() for part in group):
             checkpoint_module(part)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import compat
+from ..core.forward_stack import ForwardSlot, ForwardStack
 from ..core.model_view import ModelView
 from ..core.shard_layout import shard_parameter
 from ..core.sharding_spec import REPLICATED, InputHook, ModuleSpec, OutputHook, ParameterSpec, ShardingSpec
@@ -44,6 +45,7 @@ class TensorParallelState:
         scopes: module -> the local-parameter scope of its forward.
         local: parameters are local tensors between forwards, too.
         sequence: the hooks of sequence parallelism, None without it.
+        compute_dtypes: (owner, attribute) of a parameter -> the dtype that its module computes with, if not its own.
         user_hooks: shows full activations to hooks of the user; None on a proxy model, which has none.
     """
 
@@ -57,6 +59,7 @@ class TensorParallelState:
     scopes: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
     local: bool = False
     sequence: SequenceParallel | None = None
+    compute_dtypes: dict[tuple[nn.Module, str], torch.dtype] = field(default_factory=dict)
     user_hooks: UserHooks | None = None
 
     def hook(self, module: nn.Module, register: Callable[[nn.Module], Any]) -> None:
@@ -110,6 +113,7 @@ class TensorParallelState:
                         self.local,
                         full_and_cut,
                         self.mesh.get_group(),
+                        self.compute_dtypes.get((owner, key)),
                     )
                 )
         return result
@@ -323,27 +327,51 @@ def install_local_parameters(
         root.register_forward_pre_hook(state.check_user_hooks)
 
 
-def make_local_in_forward(model: nn.Module, units: list[nn.Module], names: list[str]) -> None:
+def make_local_in_forward(model: nn.Module, units: list[nn.Module], names: dict[str, torch.dtype | None]) -> None:
     """Without tensor parallelism: the parameters ``names``, replicated DTensors, are local tensors during forwards.
 
     Args:
         model: the model after FSDP2.
         units: modules that are a scope each, and modules inside of them that are recomputed separately. Elsewhere the
             module whose forward reads a parameter is its scope.
-        names: first and further names of the parameters.
+        names: first and further names of the parameters -> the dtype that they are cast to, None for their own.
     """
     around: dict[nn.Module, list[nn.Module]] = {}
     for unit in units:
         for module in unit.modules():
             around.setdefault(module, []).append(unit)
     scopes: dict[nn.Module, list[ParamBinding]] = {}
-    for name in names:
+    for name, dtype in names.items():
         path, _, key = name.rpartition(".")
         owner = model.get_submodule(path)
         for scope in around.get(owner) or [_nearest_caller(model, path)]:
-            scopes.setdefault(scope, []).append(ParamBinding(owner, key))
+            scopes.setdefault(scope, []).append(ParamBinding(owner, key, dtype=dtype))
     for module, bindings in scopes.items():
         LocalParamForward.install(module, bindings)
+
+
+def grow_local_parameters(model: nn.Module, units: list[nn.Module], names: dict[str, torch.dtype | None]) -> None:
+    """Like :func:`make_local_in_forward`, for parameters that were added later.
+
+    The scopes are the modules around a parameter that are scopes or checkpoints already, and its unit.
+    """
+    whole = set(units)
+    for name, dtype in names.items():
+        path, _, key = name.rpartition(".")
+        binding = ParamBinding(model.get_submodule(path), key, dtype=dtype)
+        around = [path[:end] for end in range(len(path), 0, -1) if end == len(path) or path[end] == "."]
+        modules = [model.get_submodule(part) for part in around]
+        scopes = [m for m in modules if m in whole or any(slot in ForwardStack.of(m) for slot in _SCOPES)]
+        for module in scopes or [_nearest_caller(model, path)]:
+            scope = ForwardStack.of(module).get(ForwardSlot.LOCAL_PARAMETERS)
+            if isinstance(scope, LocalParamForward):
+                scope.bindings.append(binding)
+            else:
+                LocalParamForward.install(module, [binding])
+
+
+#: Forwards in which a parameter has to be local: scopes, and what is recomputed in backward.
+_SCOPES = (ForwardSlot.LOCAL_PARAMETERS, ForwardSlot.CHECKPOINT)
 
 
 def _recomputed_by_code(unit: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -65,6 +65,18 @@ class PartialGradients:
         """Look up the parameter objects; to be called once they are sharded."""
         for module, name in self._parameters:
             self._parameters[module, name] = module._parameters.get(name)
+
+    def hand_over(self, parameters: Collection[nn.Parameter]) -> set[nn.Parameter]:
+        """Leave the sums of these ``parameters`` to the caller, and return those that have Partial gradients.
+
+        Their contributions are still multiplied by the size of the axis.
+        """
+        keys = [(module, name) for module, name in self._parameters if module._parameters.get(name) in parameters]
+        return {self._handed_over(key) for key in keys}
+
+    def _handed_over(self, key: tuple[nn.Module, str]) -> nn.Parameter:
+        del self._parameters[key]
+        return key[0]._parameters[key[1]]  # type: ignore[return-value]
 
     def hook(self, module: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """The gradient hook for a use of the parameter ``name`` of ``module`` that yields a Partial gradient."""

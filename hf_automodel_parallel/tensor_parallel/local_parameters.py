@@ -47,6 +47,7 @@ class ParamBinding:
         full_and_cut: full shape of a parameter of which the module sees a shard, and how the shard is cut, like
             ``forward_shard``; for a full tensor in its place (``torch.func.functional_call``).
         group: the tp group, for the gradient of such a tensor.
+        dtype: what the parameter is cast to, where FSDP2 does not manage it and so does not cast it; None: nothing.
     """
 
     owner: nn.Module
@@ -59,6 +60,7 @@ class ParamBinding:
     local: bool = False
     full_and_cut: tuple[torch.Size, tuple[int, int, int, int]] | None = None
     group: dist.ProcessGroup | None = None
+    dtype: torch.dtype | None = None
 
     def shard_of(self, tensor: Any) -> torch.Tensor | None:
         """This rank's shard of a full ``tensor`` in the place of the parameter, connected by autograd; None if the
@@ -75,9 +77,9 @@ class ParamBinding:
     def accepts(self, parameter: Any) -> TypeGuard[nn.Parameter]:
         """True if ``parameter`` is one to replace, and no scope around this one has replaced it."""
         if isinstance(parameter, DTensor):
-            # More than one mesh axis: still sharded by FSDP2, because a unit further inside unshards it by itself; or a
-            # replica that FSDP2 does not manage.
-            return parameter.device_mesh.ndim == 1 or all(p.is_replicate() for p in parameter.placements)
+            # More than one mesh axis, the last one for tp: still sharded by FSDP2, because a unit further inside
+            # unshards it by itself; or a replica that FSDP2 does not manage.
+            return all(p.is_replicate() for p in parameter.placements[:-1])
         # Not by the class alone: the compiler takes the tensor of a scope around this one for a parameter, too.
         special = (
             self.on_gradient is not None or self.bias_of is not None or self.zero or self.forward_shard is not None
@@ -104,6 +106,8 @@ class ParamBinding:
         partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
         if partial and tensor.requires_grad:
             tensor.register_hook(self.on_gradient)
+        if self.dtype is not None:
+            tensor = tensor.to(self.dtype)
         if self.zero:
             tensor = tensor * 0
         if self.forward_shard is not None:

@@ -26,6 +26,7 @@ from ranks.checkpoint.jobs import (
 )
 
 TP2_FSDP2 = {"tp_size": 2, "dp_shard_size": 2}
+REPLICATED = {"adapters_over_dp": "replicated"}
 
 
 def assert_close(got: list[float], want: list[float]) -> None:
@@ -45,6 +46,12 @@ WALKS = {
         "qwen3_moe",
         LORA,
         [(TP2_FSDP2, FULL), ({"dp_replicate_size": 2, "dp_shard_size": 2}, SHARDED), ({"tp_size": 4}, FULL)],
+    ),
+    # adapters replicated over the data-parallel ranks, sharded, and replicated again
+    "llama-lora": (
+        "llama",
+        LORA,
+        [(TP2_FSDP2 | REPLICATED, SHARDED), (TP2_FSDP2, SHARDED), ({"dp_shard_size": 4} | REPLICATED, FULL)],
     ),
 }
 

@@ -129,6 +129,7 @@ CASES = {
     "accumulated": (SHARDED, ACCUMULATED, {"steps": 2}),
     "each-batch": (SHARDED, ACCUMULATED, {"each": True}),
     "adapters": (SHARDED, ACCUMULATED, {"adapter": True}),
+    "replicated-adapters": ({**SHARDED, "adapters_over_dp": "replicated"}, ACCUMULATED, {"adapter": True, "steps": 2}),
     "checkpointed": ({**SHARDED, "activation_checkpointing": "full"}, UNEQUAL, {}),
     "hybrid": (HYBRID, FOUR, {}),
     "tp2_fsdp2": ({"tp_size": 2, "dp_shard_size": 2}, OTHERS, {}),
@@ -140,7 +141,11 @@ CASES = {
 def test_gradients_equal_one_process(case):
     sizes, routes, options = CASES[case]
     results = run_distributed(
-        4 if len(sizes) > 1 and case != "checkpointed" else 2, through_prepare, sizes, routes, **options
+        4 if len(sizes) > 1 and case not in ("checkpointed", "replicated-adapters") else 2,
+        through_prepare,
+        sizes,
+        routes,
+        **options,
     )
     want = one_process(routes, options.get("adapter", False))
     for result in results:

@@ -198,6 +198,17 @@ def test_llama(story, mesh):
     compare(story, "llama", mesh, "lora", mlp_bias=True)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp2", "tp2_fsdp2"])
+@pytest.mark.parametrize("story", [switching, merging, growing], ids=lambda s: s.__name__)
+def test_adapters_replicated_over_data_parallel_ranks(story, mesh):
+    """Whose frozen second adapter, and one that is added later, are replicated as well."""
+    world, sizes, dp_size = MESHES[mesh]
+    got = run_distributed(world, tell, story, "llama", "lora", {**sizes, "adapters_over_dp": "replicated"}, {})[0]
+    teller = Teller(two_adapters("llama", "lora"), dp_size, None)
+    story(teller)
+    assert_same_story(got, teller.seen)
+
+
 @pytest.mark.core_cases("merging-mixtral-lora")
 @pytest.mark.parametrize(
     "model, adapter",
