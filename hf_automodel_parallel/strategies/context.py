@@ -107,7 +107,6 @@ class ParallelizeContext:
             "forward_prefetch": self.fsdp.forward_prefetch,
             "backward_prefetch": self.fsdp.backward_prefetch,
             "towers": self.fsdp.towers or "root",
-            "adapters_over_dp": sorted(self.fsdp.replicated_adapters),
             "min_num_params": self.fsdp.minimum_unit_size,
             "transformer_cls_names_to_wrap": sorted(self.layer_classes or []),
             "param_dtype": self.fsdp.mp_policy.param_dtype,

@@ -138,10 +138,12 @@ def count_collectives_profiler(fn: Callable[[], Any]) -> Counter[str]:
 
 @contextmanager
 def flush_deferred(model: nn.Module) -> Iterator[None]:
-    """A context in which Partial gradients wait for a later sum, as in the backwards of a step but the last."""
-    state = prepared(model).context.tensor_parallel
-    if state is not None:
-        state.partial.deferred = True
+    """A context in which Partial gradients, and those of replicas, wait, as in the backwards of a step but the last."""
+    context = prepared(model).context
+    waiting = [] if context.tensor_parallel is None else [context.tensor_parallel.partial]
+    waiting += [] if context.replicas is None else [context.replicas]
+    for part in waiting:
+        part.deferred = True
     yield
-    if state is not None:
-        state.partial.deferred = False
+    for part in waiting:
+        part.deferred = False

@@ -13,6 +13,7 @@ from harness.models import build_model, make_batches
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
+from hf_automodel_parallel.fsdp.options import ShardingOptions
 from hf_automodel_parallel.compile import compile_layers
 from hf_automodel_parallel.core.forward_stack import ForwardSlot, ForwardStack
 from hf_automodel_parallel.core.model_structure import find_layers, find_structure
@@ -163,6 +164,7 @@ def test_prepare_compiles_its_layers_with_the_option(monkeypatch):
         cp_mesh=None,
         suitable=None,
         offload_activations=False,
+        fsdp=ShardingOptions(),
     )
     default.DefaultParallelizationStrategy().finish_layers(job)
     assert seen == {
