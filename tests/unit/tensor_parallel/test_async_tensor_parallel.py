@@ -13,12 +13,12 @@ from harness.models import build_model, make_batches
 from torch.distributed.device_mesh import init_device_mesh
 
 from hf_automodel_parallel import ConfigError, UnsupportedError, compat
-from hf_automodel_parallel.fsdp.options import ShardingOptions
 from hf_automodel_parallel.compile import compile_layers
 from hf_automodel_parallel.core.forward_stack import ForwardSlot, ForwardStack
 from hf_automodel_parallel.core.model_structure import find_layers, find_structure
 from hf_automodel_parallel.core.model_view import ModelView
 from hf_automodel_parallel.core.options import ParallelOptions
+from hf_automodel_parallel.fsdp.options import ShardingOptions
 from hf_automodel_parallel.strategies import default
 from hf_automodel_parallel.tensor_parallel.async_tp import check_async_tensor_parallel, with_async_tensor_parallel
 
