@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 def cases(smoke: bool) -> list[Case]:
     """All of them: meshes x sizes x full, LoRA x eager, compiled, and the whole step."""
     if smoke:
-        return [Case(hidden=64, tokens=16, layers=2), Case(hidden=64, tokens=16, layers=2, lora=True)]
+        return [Case(hidden=64, tokens=16, layers=2, lora=True)]
     found = []
     for mesh, whole in [*((mesh, False) for mesh in MESHES), (MESHES[0], True), (MESHES[3], True)]:
         for size, lora, compiled in itertools.product(SIZES, (False, True), (False, True)):

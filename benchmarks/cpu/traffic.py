@@ -56,7 +56,7 @@ VARIANTS = {
 
 def run(arguments: argparse.Namespace, recorder: Recorder) -> None:
     """Every variant on tp 2 and tp 4."""
-    names = ["TP", "TP, LoRA"] if recorder.smoke else list(VARIANTS)
+    names = ["TP"] if recorder.smoke else list(VARIANTS)
     for tp in (2,) if recorder.smoke else (2, 4):
         recorder.progress(f"traffic: tp {tp}")
         found = on_ranks(tp, "benchmarks.cpu.traffic:measure", {"names": names})[0]
