@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 from ..context_parallel.buffers import check_whole
 from ..errors import ConfigError
 from .hooks import hooks_of
-from .last_batch import fill_up
+from .last_batch import fill_up, rows_over_all_ranks
 from .sampler_state import watch_epochs
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def _rows_in_last_batch(accelerator: Accelerator) -> int:
     if isinstance(shard, IterableDatasetShard) and isinstance(shard.dataset, _Counted):
         count = int(shard.dataset.samples)
         return max(count, 0) % (shard.batch_size * (1 if shard.split_batches else shard.num_processes))
-    return max(state.remainder or 0, 0)
+    rows = rows_over_all_ranks(getattr(state.active_dataloader, "batch_sampler", None))
+    return max(state.remainder or 0, 0) if rows is None else rows
 
 
 class _DataParallelScheduler(AcceleratedScheduler):
@@ -209,7 +210,7 @@ def prepare_scheduler(self: Accelerator, scheduler: Any) -> Any:
         result.step_with_optimizer,
         self.split_batches,
         self.parallelism_config.data_parallel_size,  # type: ignore[union-attr]
-        self.num_processes,
+        self.state.num_processes,
     )
     # Stock has just appended its own wrapper.
     self._schedulers[-1] = paced
@@ -222,15 +223,18 @@ def gather(self: Accelerator, tensor: Any) -> Any:
     Scripts cut what they have gathered to the number of samples (``samples_seen``). The Trainer knows about tp, and
     divides by its size what it has gathered. Under cp each rank's part is kept. A tensor without dimensions is one of
     the process and not a sample: scripts divide its sum by ``num_processes``, which counts tp, so each is kept.
+    A Trainer that counts data-parallel ranks as processes gets what each of them has, once.
     """
     from accelerate.utils.operations import recursively_apply
 
     tensor = fill_up(self, tensor)
     gathered = type(self).gather(self, tensor)
+    ranks = self.state.num_processes
+    if hooks_of(self).ranks_once:
+        return each_once(gathered, ranks, copies_of_each_batch(self))
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tp == 1 or hooks_of(self).gathers_by_process:
         return gathered
-    ranks = self.num_processes
     given: list[torch.Tensor] = []  # in the order in which recursively_apply visits them
 
     def visit(x: torch.Tensor) -> torch.Tensor:
@@ -246,6 +250,18 @@ def gather(self: Accelerator, tensor: Any) -> Any:
         return _per_rank(x, ranks)[::tp].flatten(0, 1)
 
     return recursively_apply(once, gathered)
+
+
+def copies_of_each_batch(accelerator: Accelerator) -> int:
+    """The number of ranks that have the same rows: tp x cp, the innermost axes of the mesh."""
+    return int(accelerator.state.num_processes // accelerator.parallelism_config.data_parallel_size)  # type: ignore[union-attr]
+
+
+def each_once(gathered: Any, ranks: int, copies: int) -> Any:
+    """Of what was gathered over ``ranks`` processes, of which ``copies`` adjacent ones have the same, each once."""
+    from accelerate.utils.operations import recursively_apply
+
+    return recursively_apply(lambda x: _per_rank(x, ranks)[::copies].flatten(0, 1), gathered)
 
 
 def _per_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -268,14 +284,14 @@ def gather_for_metrics(self: Accelerator, input_data: Any, use_gather_object: bo
             recursively_apply(lambda x: x, input_data, error_on_other_type=True)
         except TypeError:
             tensors = False
-    copies = self.num_processes // self.parallelism_config.data_parallel_size  # type: ignore[union-attr]
+    copies = copies_of_each_batch(self)
     tp = self.parallelism_config.tp_size  # type: ignore[union-attr]
     if tensors:
         gathered = type(self).gather(self, fill_up(self, input_data))
 
         def once(x: torch.Tensor) -> torch.Tensor:
             # tp and cp are the innermost mesh axes: every `copies` adjacent ranks have the same samples.
-            per_rank = _per_rank(x, self.num_processes)
+            per_rank = _per_rank(x, self.state.num_processes)
             # Under cp: one tp rank of each cp rank, to find results that were computed on sequence shards.
             if copies > tp:
                 check_whole(per_rank.unflatten(0, (-1, copies))[:, ::tp])

@@ -16,9 +16,11 @@ class Hooks:
 
     Attributes:
         gathers_by_process: the loop expects from ``Accelerator.gather`` what each process has, tp copies included.
+        ranks_once: the loop counts data-parallel ranks as processes at the moment.
     """
 
     gathers_by_process = False
+    ranks_once = False
 
     def check(self, accelerator: Accelerator) -> None:
         """Called on every rank before a model is prepared for training; raises for settings that train wrongly."""

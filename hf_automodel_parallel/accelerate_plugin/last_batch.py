@@ -33,24 +33,34 @@ class _OwnRows(BatchSamplerShard):
             yield batch[:own] if own > 0 and position == last else batch
 
     def rows_over_all_ranks(self) -> int:
-        """The number of samples in the last batches that are not repeated; 0 if all, or nobody knows.
-
-        A subclass of torch's batch sampler may make other batches of its sampler.
-        """
-        if type(self.batch_sampler) is not torch.utils.data.BatchSampler:
-            return 0
-        sampler = self.batch_sampler.sampler
-        if self.batch_size is None or self.drop_last or not self.even_batches or not isinstance(sampler, Sized):
-            return 0
-        return len(sampler) % (self._rows() * self.num_processes)
-
-    def _rows(self) -> int:
-        return self.batch_size // self.num_processes if self.split_batches else self.batch_size
+        """The number of samples in the last batches that are not repeated; 0 if all, or nobody knows."""
+        return rows_over_all_ranks(self) or 0
 
     def _rows_of_last_batch(self) -> int:
         """The number of samples in this rank's last batch that are not repeated; 0 or less if all or none."""
-        left = self.rows_over_all_ranks() - self._rows() * self.process_index
-        return left if left < self._rows() else 0
+        left = self.rows_over_all_ranks() - _rows(self) * self.process_index
+        return left if left < _rows(self) else 0
+
+
+def rows_over_all_ranks(batches: Any) -> int | None:
+    """The number of samples in the last batches of all ranks that are not repeated; 0 if all, None if nobody knows.
+
+    Accelerate goes by the length of the data set, of which a sampler may take a part, or a part several times. A
+    subclass of torch's batch sampler may make other batches of its sampler.
+    """
+    shard = batches if isinstance(batches, BatchSamplerShard) else None
+    whole = batches if shard is None else shard.batch_sampler
+    if type(whole) is not torch.utils.data.BatchSampler or not isinstance(whole.sampler, Sized):
+        return None
+    if shard is None:
+        return 0 if whole.drop_last else len(whole.sampler) % whole.batch_size
+    if shard.batch_size is None or not shard.even_batches:
+        return None
+    return 0 if shard.drop_last else len(whole.sampler) % (_rows(shard) * shard.num_processes)
+
+
+def _rows(shard: BatchSamplerShard) -> int:
+    return int(shard.batch_size // shard.num_processes if shard.split_batches else shard.batch_size)
 
 
 @contextmanager

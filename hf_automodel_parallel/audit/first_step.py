@@ -135,7 +135,7 @@ class Audit:
         model = self._model()
         if model is None or not any(p.grad is not None for p in model.parameters()):
             return False
-        problems = [*self._flags(model, optimizer), *self._lost(model, hooks)]
+        problems = [*self._flags(model, optimizer), *self._lost(model, hooks), *_written(model, hooks)]
         tolerance = LATER_TOLERANCE if self.steps else FIRST_TOLERANCE
         replicas = compare_replicas(model, tolerance, hooks.inputs, self.tp_size, bool(problems))
         if replicas.gradients is None:
@@ -227,6 +227,19 @@ class Audit:
             f"AutoParallelismConfig do both (activation_checkpointing=..., compile=True), use "
             f"gradient_checkpointing_kwargs={{'use_reentrant': False}}, or freeze what is not to be trained."
         ]
+
+
+def _written(model: nn.Module, hooks: ReachabilityHooks) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    written = sorted(f"{names[module]}.{name}" for module, name in hooks.written if module in names)
+    if not written:
+        return []
+    return [
+        f"{_named(written, 'parameters were')} changed in place by a forward (max_norm of an nn.Embedding, a "
+        "weight that a forward normalises or clips). FSDP2 computes with an unsharded copy, so the "
+        "change is lost. Remedy: compute with a changed copy (F.normalize(self.weight)), or change the parameters "
+        "between optimizer.step and the next forward, under torch.no_grad()."
+    ]
 
 
 _CHANGE_LATER = (

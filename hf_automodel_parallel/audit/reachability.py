@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.forward_stack import is_compiled
@@ -48,6 +49,8 @@ class ReachabilityHooks:
     ) -> None:
         self.on_inputs = on_inputs
         self.seen: dict[nn.Module, Seen] = {}
+        self.written: set[tuple[nn.Module, str]] = set()  # parameters that a forward changed in place
+        self._versions: dict[nn.Module, list[tuple[str, torch.Tensor, int]]] = {}
         self.compiled = {id(module) for module in compiled}
         self.inputs = torch.zeros(2, dtype=torch.float64)  # fingerprint of the inputs of all forwards of the step
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)]
@@ -56,6 +59,7 @@ class ReachabilityHooks:
             if id(module) not in hidden and module is not model and any(p.requires_grad for p in module.parameters()):
                 self.seen[module] = Seen()
                 self._handles.append(module.register_forward_hook(self._hook))
+                self._handles.append(module.register_forward_pre_hook(self._note_versions))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -80,8 +84,20 @@ class ReachabilityHooks:
             prints = torch.stack([flat.sum(), (flat * weights).sum()])
             self.inputs = prints + self.inputs.to(prints.device) * 1.5
 
+    def _note_versions(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            tensors = [(name, _local(p)) for name, p in module.named_parameters()]
+        self._versions[module] = [(name, tensor, tensor._version) for name, tensor in tensors]
+
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return
+        for name, tensor, version in self._versions.pop(module, ()):
+            if tensor._version != version:
+                self.written.add((module, name))
+        if not torch.is_grad_enabled():
             return
         given = {
             id(tensor) for tensor in _tensors_in(args)
@@ -135,6 +151,11 @@ class ReachabilityHooks:
         # A leaf uses its parameters together; if others of them have a gradient, this one was not used.
         is_leaf = path == owner and not any(True for _ in modules[path].children())
         return (is_leaf and all_missing(path)) or (opaque is not None and all_missing(opaque))
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's tensor; it has the version counter of the parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

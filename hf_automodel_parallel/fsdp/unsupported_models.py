@@ -47,6 +47,21 @@ def refuse_other_layouts(units: Iterable[nn.Module]) -> None:
             ) from error
 
 
+# ---- sparse gradients ------------------------------------------------------------------------------------------------
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` if a trained table of embeddings has sparse gradients."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or not module.sparse:
+            continue
+        if module.weight.requires_grad:
+            raise UnsupportedError(
+                f"{name} has sparse gradients (sparse=True), which FSDP2 cannot reduce. Set {name}.sparse = False "
+                "before accelerator.prepare; the result is the same."
+            )
+
+
 # ---- reversible layers -----------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import compat
 from ..core.model_view import ModelView, pattern_regex, plan_name, precision, without_wrappers
@@ -230,8 +231,13 @@ class _Resolver:
             base_name, base = f"{base_name}.base_layer", base.base_layer  # type: ignore[assignment]
         if trains_rows(adapter) and style in (*LINEAR_STYLES, *EMBEDDING_STYLES):
             return place_trained_rows(self.spec, name, adapter, base_name, base, self.tp_size)  # type: ignore[arg-type]
+        if is_parametrized(base, "weight") and self._stands_alone(style):
+            return self._leave_parametrized(name, entry)
         if style in LINEAR_STYLES:
             matrix = as_matrix(base, name)
+            if matrix is None and self._stands_alone(style) and not self.plan.strict:
+                self.spec.notes.append(f"{name} is a {type(base).__name__} and no linear layer, so it is replicated.")
+                return "Replicate"
             if matrix is None:
                 raise PlanError(
                     f"the plan entry {entry.pattern!r} has the style {style!r}, which shards linear layers, but {name} "
@@ -241,6 +247,23 @@ class _Resolver:
         if style in EMBEDDING_STYLES:
             return self._place_embedding(base_name, base, entry)
         return self._place_hooks(name, module, entry)
+
+    @staticmethod
+    def _stands_alone(style: str) -> bool:
+        """Whether activations are replicated on both sides of a layer of this style: a head, an embedding."""
+        return style in EMBEDDING_STYLES or (style in LINEAR_STYLES and LINEAR_STYLES[style].swap is not None)
+
+    def _leave_parametrized(self, name: str, entry: PlanEntry) -> str:
+        """A weight that is computed from other parameters is not sharded. Within layers the run of the layers says so.
+
+        Raises:
+            PlanError: the plan is the user's own.
+        """
+        reason = f"{name} has a parametrization (torch.nn.utils.parametrize), whose weight is computed in full"
+        if self.plan.strict:
+            raise PlanError(f"{reason}; leave the entry {entry.pattern!r} out of the plan.")
+        self.spec.notes.append(f"{reason}, so it is replicated.")
+        return "Replicate"
 
     def _place_linear(
         self, name: str, base_name: str, matrix: Matrix, adapter: nn.Module | None, entry: PlanEntry
@@ -305,6 +328,9 @@ class _Resolver:
                     f"{reason}, which would be applied to the rows of one rank alone; leave it out of the plan."
                 )
             self.spec.notes.append(f"{reason}, so it is replicated.")
+            return "Replicate"
+        if module.max_norm is None and module.scale_grad_by_freq and not self.plan.strict:
+            self.spec.notes.append(f"{name} has scale_grad_by_freq=True, so it is replicated.")
             return "Replicate"
         if module.max_norm is not None or module.scale_grad_by_freq:
             what = "max_norm set, which renormalises full rows in place"

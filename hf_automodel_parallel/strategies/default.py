@@ -46,6 +46,7 @@ from ..fsdp.unsupported_models import (
     refuse_layer_drop,
     refuse_other_layouts,
     refuse_own_backward,
+    refuse_sparse_gradients,
 )
 from ..loading.fill import PendingValues
 from ..peft.late_adapters import adding
@@ -207,6 +208,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         context.structure = find_structure(context.view, context.layer_classes)
         refuse_other_layouts([context.model, *context.structure.layers])
         refuse_own_backward(context.view.inner, context.structure.layers)
+        refuse_sparse_gradients(context.model)
         context.cross_module_reads = cross_module_reads(context.model, context.structure.layers)
         context.fsdp.read_by_other_modules = frozenset(
             name for names in context.cross_module_reads.values() for name in names

@@ -81,11 +81,20 @@ def install(accelerator: Accelerator, config: ParallelismConfig) -> None:
         return
     bind_trainer(trainer, accelerator)
     hooks.attach(trainer)
+    _count_ranks_once(accelerator, trainer)
     timeout = getattr(trainer.args, "ddp_timeout_delta", None)
     if accelerator.device.type == "cpu" and timeout is not None:
         # TrainingArguments (5.17 to 5.24) set the timeout of the process group from ddp_timeout on accelerators only.
         compat.set_timeout(timeout)
         inherit_timeouts(accelerator.torch_device_mesh)
+
+
+def _count_ranks_once(accelerator: Accelerator, trainer: Any) -> None:
+    # Here and not above: the module imports transformers' Trainer.
+    from .generation_batches import generates_batches, number_ranks
+
+    if generates_batches(type(trainer)):
+        number_ranks(accelerator, trainer)
 
 
 def _extend_trainer(accelerator: Accelerator) -> Any | None:
@@ -106,11 +115,14 @@ def _extended(cls: type) -> type[Any]:
     from transformers import Trainer
 
     # Not at module level: without a Trainer, transformers.trainer need not be imported.
+    from .generation_batches import CountsRanksOnce, generates_batches
     from .trainer import ParallelTrainer
 
     if issubclass(cls, ParallelTrainer):
         return cls
     bases = (ParallelTrainer,) if cls is Trainer else (cls, ParallelTrainer)
+    if generates_batches(cls):
+        bases = (CountsRanksOnce, *bases)
     attributes = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, bases, attributes)
 
@@ -163,8 +175,7 @@ def _check_group(accelerator: Accelerator, args: Any) -> None:
     group, steps = getattr(args, "num_generations", None), getattr(args, "steps_per_generation", None)
     if not isinstance(group, int) or not isinstance(steps, int):
         return
-    # TRL counts all processes, of which those of one tp or cp group have the same rows: a group would be filled up with
-    # copies, and its statistics wrong.
+    # TRL counts all processes, of which those of one tp or cp group have the same rows.
     ranks = accelerator.parallelism_config.data_parallel_size  # type: ignore[union-attr]
     rows = args.per_device_train_batch_size * steps * ranks
     if rows % group:
@@ -172,6 +183,16 @@ def _check_group(accelerator: Accelerator, args: Any) -> None:
             f"num_generations={group}: the {ranks} data-parallel ranks together have {rows} completions to a batch "
             "(per_device_train_batch_size x steps_per_generation x ranks), which are no whole groups. Choose a "
             "per_device_train_batch_size or steps_per_generation so that the group divides them."
+        )
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        return
+    field = "num_generations" if getattr(args, "num_generations_eval", None) is None else "num_generations_eval"
+    group, rows = getattr(args, field), args.per_device_eval_batch_size * ranks
+    if rows % group:
+        raise ConfigError(
+            f"{field}={group}: the {ranks} data-parallel ranks together have {rows} completions to a batch of an "
+            "evaluation (per_device_eval_batch_size x ranks), which are no whole groups. Choose a "
+            "per_device_eval_batch_size so that the group divides them."
         )
 
 

@@ -26,6 +26,7 @@ from ..accelerate_plugin.checkpoints import (
     model_task,
     optimizer_task,
 )
+from ..accelerate_plugin.data_loaders import copies_of_each_batch
 from ..accelerate_plugin.last_batch import own_rows, ranks_have_unequal_rows
 from ..checkpoint.background import wait_for_saves
 from ..checkpoint.commit import last_complete_checkpoint, roll_back, rotate, stage, to_load
@@ -35,6 +36,7 @@ from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import Task, restore_model, restore_optimizer
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
+from .generation_batches import generates_batches
 from .reference_model import let_references_follow
 
 
@@ -63,8 +65,7 @@ class ParallelEvaluation(Trainer):
 
         A Trainer that makes its batches itself from those of the loader (GRPO's groups of generations) gets full ones.
         """
-        makes_batches = type(self)._prepare_inputs is not Trainer._prepare_inputs
-        with nullcontext() if makes_batches else own_rows(dataloader):
+        with nullcontext() if generates_batches(type(self)) else own_rows(dataloader):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
 
@@ -102,12 +103,12 @@ class ParallelCounts(ParallelEvaluation):
         """The number by which the Trainer would multiply a loss: data-parallel x cp."""
         if not (self.is_fsdp_enabled and self.args.average_tokens_across_devices):
             return 1
-        return int(self.accelerator.num_processes // self.accelerator.parallelism_config.tp_size)
+        return int(self.accelerator.state.num_processes // self.accelerator.parallelism_config.tp_size)
 
     def _copies(self) -> int:
         """The number of ranks that have the same batch: tp x cp."""
         config = self.accelerator.parallelism_config if self.is_fsdp_enabled else None
-        return 1 if config is None else int(self.accelerator.num_processes // config.data_parallel_size)
+        return 1 if config is None else copies_of_each_batch(self.accelerator)
 
     def store_flos(self) -> None:
         """Like the Trainer's, which sums over all processes, with each batch once."""

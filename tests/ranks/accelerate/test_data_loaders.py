@@ -118,6 +118,8 @@ def gathered_by_hand(sizes: dict[str, int], dp_size: int) -> dict[str, list[int]
     for batch in samples:
         seen += accelerator.gather(batch)["id"].tolist()
     found["by_hand"] = seen[:SAMPLES]
+    part = accelerator.prepare(DataLoader(Samples(), batch_size=2, sampler=[*range(6)]))
+    found["part"] = [i for batch in part for i in accelerator.gather_for_metrics(batch)["id"].tolist()]
     found["scalar"] = accelerator.gather(torch.tensor(1)).tolist()
     return found
 
@@ -125,11 +127,13 @@ def gathered_by_hand(sizes: dict[str, int], dp_size: int) -> dict[str, list[int]
 @pytest.mark.core
 @each_mesh
 def test_what_is_gathered_has_each_sample_once(mesh):
-    """Also of a dataset without length, and by scripts that cut what `gather` returns (`samples_seen`)."""
+    """Also of a dataset without length, of a sampler that takes a part of one, and by scripts that cut what `gather`
+    returns (`samples_seen`).
+    """
     numbers = list(range(SAMPLES))
     for found in run_on_mesh(mesh, gathered_by_hand):
         assert found["stream"] == [*numbers, *numbers] and found["worker"] == numbers
-        assert found["by_hand"] == numbers
+        assert found["by_hand"] == numbers and found["part"] == numbers[:6]
         assert found["scalar"] == [1] * MESHES[mesh][0]  # one of each process, by whose number scripts divide
 
 

@@ -10,7 +10,11 @@ from sweep.tiny import build
 
 from hf_automodel_parallel.core.model_structure import find_structure
 from hf_automodel_parallel.errors import UnsupportedError
-from hf_automodel_parallel.fsdp.unsupported_models import refuse_other_layouts, refuse_own_backward
+from hf_automodel_parallel.fsdp.unsupported_models import (
+    refuse_other_layouts,
+    refuse_own_backward,
+    refuse_sparse_gradients,
+)
 
 
 def test_reversible_layers_are_refused():
@@ -60,3 +64,15 @@ def test_classes_that_cannot_be_extended():
     for cls in (AbstractFirst, GenericFirst):
         with pytest.raises(UnsupportedError, match=rf"{cls.__name__} cannot be a unit .*layout.*nn.Module has to come"):
             refuse_other_layouts([ModuleFirst(), cls()])
+
+
+def test_sparse_gradients_of_a_trained_table():
+    model = build_model("llama")
+    refuse_sparse_gradients(model)
+    model.model.embed_tokens.sparse = True
+    with pytest.raises(
+        UnsupportedError, match=r"model\.embed_tokens has sparse gradients .*model\.embed_tokens\.sparse = False"
+    ):
+        refuse_sparse_gradients(model)
+    model.requires_grad_(False)
+    refuse_sparse_gradients(model)

@@ -437,6 +437,27 @@ def test_table_that_depends_on_all_tokens(llama, field, value):
         setattr(llama.model.embed_tokens, field, None if field == "max_norm" else False)
 
 
+def test_a_parametrized_head_is_replicated():
+    """Its weight is computed from parameters that no plan names; a plan of the user's that names it is refused."""
+    model = build("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    _, spec = plan_and_spec(model)
+    assert "lm_head" not in spec.modules and not any(name.startswith("lm_head") for name in spec.parameters)
+    assert any("lm_head has a parametrization" in note for note in spec.notes)
+    with pytest.raises(PlanError, match=r"lm_head has a parametrization .* leave the entry 'lm_head' out of the plan"):
+        plan_and_spec(model, {"lm_head": "colwise_gather_output"})
+
+
+def test_ends_that_a_plan_of_the_class_does_not_fit_are_replicated():
+    model = build("llama")
+    model.model.embed_tokens.scale_grad_by_freq = True
+    model.lm_head = nn.AdaptiveLogSoftmaxWithLoss(64, 128, [32])
+    _, spec = plan_and_spec(model, order=("default",))
+    assert not {"lm_head", "model.embed_tokens"} & spec.modules.keys()
+    assert any("model.embed_tokens has scale_grad_by_freq=True" in note for note in spec.notes)
+    assert any("lm_head is a AdaptiveLogSoftmaxWithLoss" in note for note in spec.notes)
+
+
 def test_a_callers_dict_is_not_changed(llama):
     """It may be a module's constant, used again for the next model."""
     plan = copy.deepcopy(LLAMA | {"base_model.model.model.norm": "replicate"})
