@@ -25,6 +25,8 @@ PARITY_ARGS ?=
 SWEEP_ARGS ?=
 RECORD_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
+GPU_PYTHON ?= $(shell test -x $(VENV)/bin/python && echo $(VENV)/bin/python || echo python3)
 
 # Several processes share the cores, in the tests and in the demo.
 export OMP_NUM_THREADS ?= 1
@@ -139,6 +141,12 @@ bench-smoke: $(STAMP) ## every benchmark that needs no GPU, as small as it gets:
 		--only step_time,train_step,traffic,prepare,imports,checkpoint
 	@$(VENV)/bin/python -m benchmarks.run --suite scale --smoke --geometry 'Llama 3.1 405B' --out build/bench-smoke
 	@$(VENV)/bin/python -m benchmarks.report --no-plots --results build/bench-smoke --page build/bench-smoke/page.md
+
+# Nothing is installed here: in .venv if there is one, else in the environment that is active. For instance
+# GPU_ARGS='--gpus 8', GPU_ARGS='--only validation', GPU_PYTHON=/path/to/python.
+.PHONY: gpu
+gpu: ## for whoever has a GPU: validation and speed within 9 minutes, offline (GPU_ARGS='--gpus 8'); see docs/gpu.md
+	@$(GPU_PYTHON) -m benchmarks.run --suite gpu $(GPU_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy, the direction of imports, unused code
