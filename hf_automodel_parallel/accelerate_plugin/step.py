@@ -4,7 +4,6 @@ or used, and the first gradients are audited.
 
 from __future__ import annotations
 
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from ..backends.megatron_fsdp.accelerate import owner_of
 from ..core.option_fields import meaning_of
 from ..fsdp.replicas import ReplicaGradients
 from ..fsdp.shard import fsdp_units, without_units_inside
+from ..optim.gradient_norm import clip_
 from ..strategies.context import ParallelizeContext
 from ..tensor_parallel.grad_sync import PartialGradients
 from .hooks import Hooks, hooks_of
@@ -59,21 +59,18 @@ def backward(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
         _flush_all(self)
 
 
-def clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
-    """Like ``Accelerator.clip_grad_norm_``, after Partial gradients have been summed: the norm needs full gradients."""
+def clip_grad_norm_(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+    """Like ``Accelerator.clip_grad_norm_``, after Partial gradients have been summed: the norm needs full gradients.
+
+    One all-reduce for each mesh axis; torch's would reduce the norm of each parameter.
+    """
     _flush_all(self)
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     managed = owner_of(self._models, parameters)
     if managed is not None:
         return managed.clip_grad_norm_(max_norm, norm_type, parameters)
-    # Accelerate finds the model of the parameters by comparing lists of tensors. That fails beside another model with
-    # equal shapes, and if it finds none it unscales gradients twice. Its FSDP2 path needs nothing else of the model.
-    found: Any = types.SimpleNamespace(parameters=lambda: parameters)
-    models, self._models = self._models, [found]
-    try:
-        return type(self).clip_grad_norm_(self, parameters, max_norm, norm_type)
-    finally:
-        self._models = models
+    self.unscale_gradients()
+    return clip_(parameters, max_norm, norm_type)
 
 
 # ---- hooks of the optimizer step -------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ..errors import UnsupportedError
 from .dtype_groups import ParamGroupModule, extra_groups, shard_unit
 from .encoder_placement import keep_ranks_in_step, replicated_parameters
 from .given_tensors import GivenTensors
+from .one_rank import WithoutUnits, manage_without_units, nothing_to_shard
 from .options import ShardingOptions, on_device
 from .replicas import ReplicaGradients, make_replicas, move_replicas, replicas
 
@@ -35,6 +36,8 @@ def shard_data_parallel(
     model: nn.Module, structure: ModelStructure, mesh: DeviceMesh, options: ShardingOptions
 ) -> ReplicaGradients | None:
     """Apply FSDP2 (1-D mesh) or HSDP (2-D mesh: replicate, shard) to ``model``, in place.
+
+    With tensor parallelism alone there are no units where FSDP2 would change nothing (:mod:`.one_rank`).
 
     The units are: each layer; the embedding; final norm and head together, because a loss may read the head's weight
     after the norm has run; the root with the rest, including modality encoders unless ``options.towers`` says
@@ -51,6 +54,9 @@ def shard_data_parallel(
     Returns:
         What averages the gradients of the parameters that FSDP2 does not manage; None without such, or on one rank.
     """
+    if nothing_to_shard(model, mesh, options):
+        manage_without_units(model, mesh)
+        return None
     unmanaged = replicas(model, options.replicated_adapters)
     if unmanaged:
         ignored = options.ignored_parameters | move_replicas(unmanaged.values(), mesh)
@@ -272,8 +278,10 @@ def _with_param_groups(units: list[FSDPModule]) -> list[FSDPModule]:
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
-    """The modules of ``model`` that are FSDP units, the root first."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The modules of ``model`` that are FSDP units, the root first; none where one rank alone has the data."""
+    return [
+        module for module in model.modules() if isinstance(module, FSDPModule) and not isinstance(module, WithoutUnits)
+    ]
 
 
 #: Units inside of :func:`unshard_fsdp2_model`.

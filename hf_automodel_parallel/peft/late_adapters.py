@@ -30,6 +30,7 @@ from ..core.swap import swapped_parameters
 from ..errors import UnsupportedError
 from ..fsdp.dtype_groups import ParamGroupModule, extra_groups, separate_unit
 from ..fsdp.encoder_placement import RootGradients
+from ..fsdp.one_rank import WithoutUnits
 from ..fsdp.options import ShardingOptions
 from ..fsdp.replicas import ReplicaGradients, make_replicas, move_replicas
 from ..fsdp.shard import check_packed_parameters, fsdp_units, unit_options, without_units_inside
@@ -262,7 +263,7 @@ def _shard_new_parameters(
             synchronize_at_first_forward(model, context.tensor_parallel.mesh)
     if replicated:
         _replicate(model, context, names)
-    else:
+    elif not isinstance(model, WithoutUnits):
         _make_param_groups(model, context, names, owners)
     if context.tensor_parallel is not None:
         context.tensor_parallel.partial.resolve()

@@ -331,7 +331,7 @@ def _unloading(
                 if isinstance(gone, FSDPModule):
                     _gather_with(new, gone)
         # The root unit was on PEFT's wrapper, whose forward is not called any more.
-        if model is not inner and isinstance(model, FSDPModule):
+        if model is not inner and model in fsdp_units(model):
             compat.initialize_fsdp(model)
             _gather_with(inner, model)
         on_unload(inner)

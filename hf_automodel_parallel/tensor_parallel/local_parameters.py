@@ -26,6 +26,7 @@ from ..errors import UnsupportedError
 from .boundary_hooks import ReduceOutput, SharedInputs, SharedInputsForward
 from .collectives import copy_to_tp
 from .full_parameter_view import FullParameterView
+from .local_leaf import is_hooked, local_leaf
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,23 @@ class ParamBinding:
                 f"Register parametrizations before prepare."
             )
 
+    def refuse_hooks(self, parameter: nn.Parameter) -> None:
+        """Raise if the user's hooks on the gradient of ``parameter`` would see this rank's part of a sum."""
+        if isinstance(parameter, DTensor) and is_hooked(parameter):
+            raise UnsupportedError(
+                f"a hook is registered on the gradient of {self.name} of a {type(self.owner).__name__}, which is "
+                f"Partial over tp when it arrives: the hook would see this rank's part of a sum. Read parameter.grad "
+                f"after accelerator.backward instead of the hook."
+            )
+
     def local_tensor(self, parameter: nn.Parameter, sequence_shards: bool) -> torch.Tensor:
         """The tensor that the module computes with instead of ``parameter``, in a call on sequence shards or not."""
         # The gradient is declared complete: Partial gradients are reduced later, once, by PartialGradients.
-        tensor = (
-            parameter.to_local(grad_placements=parameter.placements)
-            if isinstance(parameter, DTensor)
-            else parameter.view_as(parameter)
-        )
+        tensor = local_leaf(parameter) if isinstance(parameter, DTensor) else parameter.view_as(parameter)
         partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
         if partial and tensor.requires_grad:
+            self.refuse_hooks(parameter)
+            tensor = tensor.view_as(tensor)  # this use alone is Partial, and it is not registered a second time
             tensor.register_hook(self.on_gradient)
         if self.dtype is not None:
             tensor = tensor.to(self.dtype)

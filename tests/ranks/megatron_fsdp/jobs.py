@@ -177,7 +177,7 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from hf_automodel_parallel.backends.megatron_fsdp.sharding import clip_, total_norm
+    from hf_automodel_parallel.optim.gradient_norm import clip_, total_norm
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     parameters = []
@@ -187,10 +187,10 @@ def norms_of_mixed_gradients() -> dict[str, Any]:
         parameter.grad = DTensor.from_local(torch.ones(2, 4, dtype=torch.bfloat16), mesh["tp"], [placement])
         parameters.append(parameter)
     result = {
-        "largest": total_norm(parameters, mesh, float("inf")).item(),
-        "before": clip_(parameters, mesh, 1.0).item(),
+        "largest": total_norm(parameters, float("inf"), mesh).item(),
+        "before": clip_(parameters, 1.0, mesh=mesh).item(),
     }
-    result["after"] = total_norm(parameters, mesh).item()
+    result["after"] = total_norm(parameters, mesh=mesh).item()
     result["dtypes"] = {p.grad.dtype for p in parameters}
     return result
 
@@ -199,7 +199,7 @@ def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
     """Norms before and after a clipping to 0.1 of the gradients of a bfloat16 model on dp2, and the dtype of the
     gradients.
     """
-    from hf_automodel_parallel.backends.megatron_fsdp.sharding import total_norm
+    from hf_automodel_parallel.optim.gradient_norm import total_norm
 
     with cuda_standins():
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
@@ -209,7 +209,7 @@ def bfloat16_clip(**options: Any) -> tuple[float, float, str]:
         managed = managed_by_megatron(wrapped)
         before = managed.clip_grad_norm_(0.1).item()
         dtypes = {str(p.grad.dtype) for p in managed.parameters.values() if p.grad is not None}
-        return before, total_norm(managed.parameters.values(), mesh).item(), " ".join(sorted(dtypes))
+        return before, total_norm(managed.parameters.values(), mesh=mesh).item(), " ".join(sorted(dtypes))
 
 
 def refusals() -> list[str]:
