@@ -57,7 +57,9 @@ class WithoutUnits(FSDPModule):
         made.__init__(*args, **kwargs)  # type: ignore[misc]
         return made
 
-    _apply = nn.Module._apply
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """``Module.to`` and its kind; the one of ``FSDPModule`` asks for the state of units."""
+        return super(FSDPModule, self)._apply(*args, **kwargs)  # type: ignore[misc]
 
     def unshard(self, async_op: bool = False) -> Any:
         """Parameters are never sharded over data-parallel ranks; the handle has nothing to wait for."""
