@@ -155,14 +155,14 @@ def fingerprint(tensor: torch.Tensor) -> int:
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     rest = data.numel() % 8
     words = data[: data.numel() - rest].view(torch.int64)
-    tail = int(data[data.numel() - rest :].to(torch.int64).sum()) if rest else 0
-    total = tail
-    for start in range(0, words.numel(), 1 << 22):  # bounded temporary memory
-        part = words[start : start + (1 << 22)]
-        # Modulo 2**64 an odd weight is invertible: a change of a single word always changes the sum.
-        weight = torch.arange(start + 1, start + 1 + part.numel(), dtype=torch.int64, device=part.device)
-        total += int((part * (2 * weight + 1)).sum())
-    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+    total = data[data.numel() - rest :].sum(dtype=torch.int64)
+    # In the cache of a CPU; few kernels on an accelerator.
+    length = min(1 << (18 if data.device.type == "cpu" else 22), max(words.numel(), 1))
+    # Modulo 2**64 an odd weight is invertible: a change of a single word always changes the sum.
+    weights = torch.arange(1, 2 * length, 2, dtype=torch.int64, device=data.device)
+    for index, part in enumerate(words.split(length)):
+        total += (part * weights[: part.numel()]).sum() * (2 * index + 1)
+    return int(total)
 
 
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:
