@@ -404,7 +404,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             synchronize_at_first_forward(context.model, context.tp_mesh)  # type: ignore[arg-type]
 
     def apply_data_parallel(self, context: ParallelizeContext) -> None:
-        """Apply FSDP2 or HSDP; with tensor parallelism alone, on a ``dp_shard`` axis of one rank."""
+        """Apply FSDP2 or HSDP; with tensor parallelism alone, only where FSDP2 casts or offloads."""
         if context.dp_mesh.size() > 1:
             keep_layers_together(context.model, wanted_units(context.structure, context.fsdp))  # type: ignore[arg-type]
         context.replicas = shard_data_parallel(
