@@ -87,6 +87,8 @@ class _Leaf:
                 "backward(create_graph=True) through a sharded parameter: its gradient would be cut off from the graph "
                 "when it is handed from the shard to the parameter. Use tp_size=1 for second derivatives."
             )
+        # FSDP2 of torch 2.15 accumulates in the dtype in which it reduces, which may be wider than that of the parameter.
+        gradient = gradient.to(getattr(parameter, "grad_dtype", None) or gradient.dtype)
         before = parameter.grad
         if isinstance(before, DTensor) and before.placements == parameter.placements:  # type: ignore[attr-defined]
             getattr(before, self._name).add_(gradient)

@@ -215,7 +215,7 @@ def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
     """`accelerate launch` with a shipped config: every layer is split, and the losses are those of one process."""
     command = [*accelerate_launch("cpu_tp2.yaml"), *LAUNCHER, str(scripts[kind]), "--learning_rate", "1"]
     result = result_of(command, tmp_path)
-    assert_tensor_parallel(result, ["dp_shard", "tp"])
+    assert_tensor_parallel(result, ["tp"])
     assert result["losses"] == pytest.approx(one_process[kind]["losses"], rel=1e-5)
     assert result["arguments"] == ["--learning_rate", "1"], "the script has its own arguments and no others"
 
@@ -255,7 +255,7 @@ def test_script_with_the_flag_under_torchrun(one_process, tmp_path):
     code, output = start([*TORCHRUN, str(script)], tmp_path)
     assert code == 0 and ways_of_leaving(output) == {"LEFT False"}, output
     result = reported(output)
-    assert_tensor_parallel(result, ["dp_shard", "tp"])
+    assert_tensor_parallel(result, ["tp"])
     assert result["losses"] == pytest.approx(one_process["accelerator"]["losses"], rel=1e-5)
 
 
