@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .. import compat
+from ..core.consistency import checksum
 from ..core.forward_stack import is_compiled
 
 
@@ -50,7 +51,7 @@ class ReachabilityHooks:
         self.on_inputs = on_inputs
         self.seen: dict[nn.Module, Seen] = {}
         self.written: set[tuple[nn.Module, str]] = set()  # parameters that a forward changed in place
-        self._versions: dict[nn.Module, list[tuple[str, torch.Tensor, int]]] = {}
+        self._before: dict[nn.Module, list[tuple[str, torch.Tensor, int, torch.Tensor]]] = {}
         self.compiled = {id(module) for module in compiled}
         self.inputs = torch.zeros(2, dtype=torch.float64)  # fingerprint of the inputs of all forwards of the step
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)]
@@ -59,7 +60,7 @@ class ReachabilityHooks:
             if id(module) not in hidden and module is not model and any(p.requires_grad for p in module.parameters()):
                 self.seen[module] = Seen()
                 self._handles.append(module.register_forward_hook(self._hook))
-                self._handles.append(module.register_forward_pre_hook(self._note_versions))
+                self._handles.append(module.register_forward_pre_hook(self._note_values))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -84,18 +85,19 @@ class ReachabilityHooks:
             prints = torch.stack([flat.sum(), (flat * weights).sum()])
             self.inputs = prints + self.inputs.to(prints.device) * 1.5
 
-    def _note_versions(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        with torch.no_grad():
-            tensors = [(name, _local(p)) for name, p in module.named_parameters()]
-        self._versions[module] = [(name, tensor, tensor._version) for name, tensor in tensors]
+    @torch.no_grad()
+    def _note_values(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            tensors = [(name, x) for name, p in module.named_parameters() if _has_values(x := _local(p))]
+            self._before[module] = [(name, x, compat.version_of(x), checksum(x)) for name, x in tensors]
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        for name, tensor, version in self._versions.pop(module, ()):
-            if tensor._version != version:
+        for name, tensor, version, before in self._before.pop(module, ()):
+            # PEFT's parametrizations set a tensor to itself, which counts as a change.
+            changed = compat.version_of(tensor) != version and _has_values(tensor)
+            if changed and not torch.equal(checksum(tensor), before):
                 self.written.add((module, name))
         if not torch.is_grad_enabled():
             return
@@ -156,6 +158,11 @@ class ReachabilityHooks:
 def _local(parameter: torch.Tensor) -> torch.Tensor:
     """This rank's tensor; it has the version counter of the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """False for what FSDP2 has unsharded and freed, and for quantised tensors, which hold others."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.untyped_storage().size() > 0
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

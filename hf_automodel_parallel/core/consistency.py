@@ -148,7 +148,12 @@ def state_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """Return a signed 64-bit checksum of the raw bytes of ``tensor`` (any dtype, any device).
+    """Return a signed 64-bit checksum of the raw bytes of ``tensor`` (any dtype, any device)."""
+    return int(checksum(tensor))
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Like :func:`fingerprint`, as an int64 tensor without dimensions on the device of ``tensor``: waits for nothing.
 
     The checksum is a sum weighted by position. Equal tensors have equal checksums, also across devices.
     """
@@ -162,7 +167,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
     weights = torch.arange(1, 2 * length, 2, dtype=torch.int64, device=data.device)
     for index, part in enumerate(words.split(length)):
         total += (part * weights[: part.numel()]).sum() * (2 * index + 1)
-    return int(total)
+    return total
 
 
 def synchronize_rng(tp_mesh: DeviceMesh) -> None:

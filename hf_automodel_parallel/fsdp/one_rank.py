@@ -65,6 +65,18 @@ class WithoutUnits(FSDPModule):
         """Parameters are never sharded over data-parallel ranks; the handle has nothing to wait for."""
         return _Done() if async_op else None
 
+    def _get_fsdp_state(self) -> Any:
+        """What ``torch.distributed.fsdp.register_fsdp_forward_method`` asks for: it wraps ``generate`` for many."""
+        return _State()
+
+
+class _State:
+    def _pre_forward(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, kwargs
+
+    def _post_forward(self, _: nn.Module, args: Any, output: Any) -> Any:
+        return output
+
 
 class _Done:
     def wait(self) -> None:

@@ -34,8 +34,9 @@ def total_norm(
             that holds no part of a parameter has no DTensor for it.
 
     Returns:
-        A float32 scalar, equal on all ranks. A parameter that is replicated over an axis counts once, not once for each
-        of its ranks. Collective: one all-reduce of some numbers for each axis over which a parameter is sharded.
+        A scalar in float32 (float64 if a parameter is), equal on all ranks. A parameter that is replicated over an axis
+        counts once, not once for each of its ranks. Collective: one all-reduce of some numbers for each axis over which
+        a parameter is sharded.
 
     Raises:
         UnsupportedError: another ``norm_type``, or a Partial gradient.
@@ -56,10 +57,11 @@ def total_norm(
     if meshes and meshes[0].device_type != "cpu":
         device = torch.device(meshes[0].device_type, torch.get_device_module(meshes[0].device_type).current_device())
     infinite = math.isinf(norm_type)
-    sums = torch.zeros(len(sets), dtype=torch.float32, device=device)
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    sums = torch.zeros(len(sets), dtype=dtype, device=device)
     for index, which in enumerate(sets):
         if cells[which]:
-            norm = _norm(cells[which], norm_type).to(device)
+            norm = _norm(cells[which], norm_type, dtype).to(device)
             sums[index] = norm if infinite else norm**norm_type
     for axis in axes:
         chosen = [index for index, which in enumerate(sets) if axis in which]
@@ -88,13 +90,13 @@ def _subsets(axes: list[str]) -> list[tuple[str, ...]]:
     return sorted(sets)
 
 
-def _norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The float32 norm of all local ``tensors`` together."""
+def _norm(tensors: list[torch.Tensor], norm_type: float, dtype: torch.dtype) -> torch.Tensor:
+    """The norm of all local ``tensors`` together, computed in ``dtype``."""
     tensors = [tensor for tensor in tensors if tensor.numel()]  # an infinity norm of nothing is an error
     if not tensors:
-        return torch.zeros(())
-    exact = [t for t in tensors if t.dtype == torch.float32]
-    norms = [torch.linalg.vector_norm(t, norm_type, dtype=torch.float32) for t in tensors if t.dtype != torch.float32]
+        return torch.zeros((), dtype=dtype)
+    exact = [t for t in tensors if t.dtype == dtype]
+    norms = [torch.linalg.vector_norm(t, norm_type, dtype=dtype) for t in tensors if t.dtype != dtype]
     if exact:
         norms.append(torch.nn.utils.get_total_norm(exact, norm_type))
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)

@@ -26,9 +26,10 @@ def local_leaf(parameter: nn.Parameter) -> torch.Tensor:
     """The local tensor of the DTensor ``parameter``, a leaf whose gradient becomes the one of ``parameter``.
 
     The gradient is declared complete, with the placements of the parameter. With hooks on its gradient autograd itself
-    has to reach the parameter, through ``to_local``.
+    has to reach the parameter, through ``to_local``; and the compiler, where a script compiles all of the model, knows
+    ``to_local``.
     """
-    if is_hooked(parameter):
+    if torch.compiler.is_compiling() or is_hooked(parameter):
         return parameter.to_local(grad_placements=parameter.placements)  # type: ignore[attr-defined,no-any-return]
     leaf = parameter.__dict__.get(_LEAF)
     if leaf is None or not leaf.is_of(parameter):
@@ -87,7 +88,7 @@ class _Leaf:
                 "backward(create_graph=True) through a sharded parameter: its gradient would be cut off from the graph "
                 "when it is handed from the shard to the parameter. Use tp_size=1 for second derivatives."
             )
-        # FSDP2 of torch 2.15 accumulates in the dtype in which it reduces, which may be wider than that of the parameter.
+        # FSDP2 of torch 2.15 accumulates in the dtype in which it reduces, which may be wider than the parameter's.
         gradient = gradient.to(getattr(parameter, "grad_dtype", None) or gradient.dtype)
         before = parameter.grad
         if isinstance(before, DTensor) and before.placements == parameter.placements:  # type: ignore[attr-defined]

@@ -54,7 +54,7 @@ def steps_and_files(directory: str):
         loss = model(**batch, use_cache=False).loss
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
-        history.append({"loss": loss.item(), "grad_norm": norm.full_tensor().item()})
+        history.append({"loss": loss.item(), "grad_norm": norm.item()})
         optimizer.step()
         optimizer.zero_grad()
     attention = model.model.layers[0].self_attn
