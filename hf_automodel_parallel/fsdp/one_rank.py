@@ -8,6 +8,7 @@ whether FSDP2 is there.
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from torch import nn
@@ -67,15 +68,9 @@ class WithoutUnits(FSDPModule):
 
     def _get_fsdp_state(self) -> Any:
         """What ``torch.distributed.fsdp.register_fsdp_forward_method`` asks for: it wraps ``generate`` for many."""
-        return _State()
-
-
-class _State:
-    def _pre_forward(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, kwargs
-
-    def _post_forward(self, _: nn.Module, args: Any, output: Any) -> Any:
-        return output
+        return types.SimpleNamespace(
+            _pre_forward=lambda _, args, kwargs: (args, kwargs), _post_forward=lambda _, args, output: output
+        )
 
 
 class _Done:
