@@ -254,7 +254,8 @@ def gather(self: Accelerator, tensor: Any) -> Any:
 
 def copies_of_each_batch(accelerator: Accelerator) -> int:
     """The number of ranks that have the same rows: tp x cp, the innermost axes of the mesh."""
-    return int(accelerator.state.num_processes // accelerator.parallelism_config.data_parallel_size)  # type: ignore[union-attr]
+    config: Any = accelerator.parallelism_config
+    return int(accelerator.state.num_processes // config.data_parallel_size)
 
 
 def each_once(gathered: Any, ranks: int, copies: int) -> Any:

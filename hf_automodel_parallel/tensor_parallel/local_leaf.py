@@ -52,17 +52,17 @@ class _Leaf:
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        # By torch's protocol for tensor subclasses, which costs a tenth of DTensor.from_local.
-        gradient: Any = parameter.detach()
-        names, self._context = gradient.__tensor_flatten__()
-        self._name = names[0]
-        self._others = {name: getattr(gradient, name) for name in names[1:]}
-        self._local: torch.Tensor = getattr(parameter, self._name)
-        self._owner = parameter
         with torch.inference_mode(False):  # the first forward may be one for inference, and a later one for training
+            # By torch's protocol for tensor subclasses, which costs a tenth of DTensor.from_local.
+            gradient: Any = parameter.detach()
+            names, self._context = gradient.__tensor_flatten__()
+            self._name = names[0]
+            self._others = {name: getattr(gradient, name) for name in names[1:]}
+            self._local: torch.Tensor = getattr(parameter, self._name)
+            self._owner = parameter
             self.tensor = nn.Parameter(self._local, parameter.requires_grad)
-        if parameter.is_floating_point():
-            self._watch(self.tensor)
+            if parameter.is_floating_point():
+                self._watch(self.tensor)
 
     def _watch(self, tensor: nn.Parameter) -> None:
         was_trained = tensor.requires_grad
