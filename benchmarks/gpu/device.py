@@ -125,6 +125,20 @@ def this_device(device: str) -> torch.device:
     return found
 
 
+def quiet_trainer(device: torch.device) -> dict[str, Any]:
+    """Arguments of a Trainer that trains at one rate, logs each step, and writes and prints nothing."""
+    return {
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
 def is_out_of_memory(message: str) -> bool:
     """True if an error's text is the allocator's."""
     return "out of memory" in message.lower()

@@ -158,15 +158,8 @@ def arguments_of(case: dict[str, Any], where: torch.device, output: str) -> Trai
         gradient_accumulation_steps=case["accumulation"],
         optim={"adamw": "adamw_torch_fused", "sgd": "sgd"}[case["optimizer"]],
         learning_rate=1e-5,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
         seed=0,
-        use_cpu=where.type == "cpu",
-        dataloader_pin_memory=where.type == "cuda",
+        **machine.quiet_trainer(where),
         **options,
     )
 

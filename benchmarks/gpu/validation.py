@@ -370,14 +370,7 @@ def trainer(case: dict[str, Any], where: torch.device) -> dict[str, Any]:
             max_steps=steps,
             per_device_train_batch_size=_SHAPES[where.type][1],
             learning_rate=lr,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            log_level="error",
-            use_cpu=where.type == "cpu",
-            dataloader_pin_memory=where.type == "cuda",
+            **machine.quiet_trainer(where),
             parallelism_config=AutoParallelismConfig(**case.get("options", {})),
         )
         tried = InOrder(small_model(case, where), arguments, train_dataset=rows)

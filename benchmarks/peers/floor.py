@@ -2,6 +2,9 @@
 
 Weights are plain tensors with this rank's shard. The shared input of q, k and v (and of gate and up) is copied to tp
 once, the row-wise projections' results are summed. With FSDP2, torch's ``fully_shard`` shards what is left.
+
+Nothing of the package is imported, its few equal autograd functions neither: what makes them slower must not make the
+floor slower.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from .peft import peft_lora_variant_types as peft_lora_variant_types
 from .peft import peft_parameter_wrapper_type as peft_parameter_wrapper_type
 from .peft import peft_tuner_layer_type as peft_tuner_layer_type
 from .peft import peft_wrapper_types as peft_wrapper_types
+from .sharding import apply_without_units as apply_without_units
 from .sharding import around_group as around_group
 from .sharding import backward_reached as backward_reached
 from .sharding import before_reduction as before_reduction
@@ -60,6 +61,7 @@ from .sharding import set_timeout as set_timeout
 from .sharding import show_raw_parameters as show_raw_parameters
 from .sharding import silence_redistribution_hints as silence_redistribution_hints
 from .sharding import slice_mesh as slice_mesh
+from .sharding import state_without_units as state_without_units
 from .sharding import strided_shard as strided_shard
 from .sharding import trained_when_gathered as trained_when_gathered
 from .sharding import unify_gathered_gradients as unify_gathered_gradients

@@ -181,7 +181,14 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch", "_foreach_copy_", "see copy_each; torch 2.11 to 2.15"),
-    ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp"),
+    ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp, state_without_units"),
+    ("torch.distributed.fsdp", "FSDPModule._apply", "see apply_without_units; torch 2.11 to 2.15"),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_state",
+        "FSDPState._pre_forward",
+        "see state_without_units; torch 2.11 to 2.15",
+    ),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._post_forward", "see _pre_forward"),
     (
         "torch.distributed.fsdp._fully_shard._fsdp_param_group",
         "RegisterPostBackwardFunction",

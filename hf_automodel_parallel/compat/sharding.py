@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,23 @@ def initialize_fsdp(model: nn.Module) -> None:
     streams to all-gather on.
     """
     model._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+
+
+def state_without_units(_: nn.Module) -> Any:
+    """Return in the place of ``FSDPModule._get_fsdp_state`` what ``register_fsdp_forward_method`` calls.
+
+    Scripts wrap ``generate`` with it.
+    """
+    return types.SimpleNamespace(
+        _pre_forward=lambda _, args, kwargs: (args, kwargs), _post_forward=lambda _, args, output: output
+    )
+
+
+def apply_without_units(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call ``_apply`` (``Module.to`` and its kind) of the class below ``FSDPModule``, which asks for units."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return super(FSDPModule, module)._apply(*args, **kwargs)  # type: ignore[misc]
 
 
 def before_reduction(unit: Any, function: Callable[[], None], only_if_reducing: bool = False) -> None:

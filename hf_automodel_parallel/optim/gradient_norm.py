@@ -106,19 +106,14 @@ def _norm(tensors: list[torch.Tensor], norm_type: float, dtype: torch.dtype) -> 
 def clip_(
     parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0, mesh: DeviceMesh | None = None
 ) -> torch.Tensor:
-    """Scale the gradients of ``parameters`` in place, so that their norm is at most ``max_norm``.
+    """Scale the gradients of ``parameters`` in place, in their own dtype, so that their norm is at most ``max_norm``.
 
     Arguments and result are those of :func:`total_norm`: it returns the norm before clipping.
     """
     parameters = list(parameters)
     norm = total_norm(parameters, norm_type, mesh)
-    scale_(parameters, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm
-
-
-@torch.no_grad()
-def scale_(parameters: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply the gradients of ``parameters`` by ``factor``, in place and in their own dtype."""
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for gradient in (p.grad for p in parameters if p.grad is not None):
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.mul_(factor.to(local.device))
+    return norm

@@ -86,7 +86,8 @@ class _Leaf:
         if gradient.requires_grad:
             raise UnsupportedError(
                 "backward(create_graph=True) through a sharded parameter: its gradient would be cut off from the graph "
-                "when it is handed from the shard to the parameter. Use tp_size=1 for second derivatives."
+                "when it is handed from the shard to the parameter. Second derivatives need a model that is not "
+                "sharded: leave AutoParallelismConfig out."
             )
         # FSDP2 of torch 2.15 accumulates in the dtype in which it reduces, which may be wider than the parameter's.
         gradient = gradient.to(getattr(parameter, "grad_dtype", None) or gradient.dtype)

@@ -111,7 +111,8 @@ class ParamBinding:
         tensor = local_leaf(parameter) if isinstance(parameter, DTensor) else parameter.view_as(parameter)
         partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
         if partial and tensor.requires_grad:
-            self.refuse_hooks(parameter)
+            if not torch.compiler.is_compiling():
+                self.refuse_hooks(parameter)
             tensor = tensor.view_as(tensor)  # this use alone is Partial, and it is not registered a second time
             tensor.register_hook(self.on_gradient)
         if self.dtype is not None:

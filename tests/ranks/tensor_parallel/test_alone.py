@@ -14,7 +14,7 @@ from harness.meshes import MESHES
 from harness.models import LORA_7
 from harness.pool import run_distributed
 from harness.training import batches_for, build, full_grads, trainable
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_automodel_parallel import AutoParallelismConfig
@@ -49,7 +49,14 @@ def whole_step() -> dict[str, Any]:
     own = [name for name in public if getattr(type(model), name) is getattr(FSDPModule, name)]
     model.unshard(async_op=True).wait()
     model.set_requires_gradient_sync(False)
+    refused = []
+    for name, value in (("set_gradient_divide_factor", 2.0), ("set_all_reduce_hook", print)):
+        try:
+            getattr(model, name)(value)
+        except UnsupportedError as error:
+            refused.append(str(error).partition("(")[0])
     return {
+        "refused": refused,
         "groups": len(counter.counts.by_ranks),
         "elsewhere": counter.counts.total - counter.counts.on(tp),
         "hooks": [str(h) for h in hooks if "distributed.fsdp" in str(getattr(h, "__module__", ""))],
@@ -66,6 +73,7 @@ def test_no_hook_and_no_collective_of_fsdp2():
     for result in run_distributed(2, whole_step):
         assert result["elsewhere"] == {} and result["groups"] == 1, result
         assert result["hooks"] == [] and result["units"] == 0 and result["not_overridden"] == [], result
+        assert result["refused"] == ["set_gradient_divide_factor", "set_all_reduce_hook"]
         assert result["module"] and result["name"] == "LlamaForCausalLM" and result["moved"] == "cpu", result
 
 
@@ -73,15 +81,20 @@ def units_where_fsdp2_casts_or_offloads() -> list[int]:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_offload=CPUOffloadPolicy(pin_memory=False), cpu_ram_efficient_loading=False
     )
+    sums = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        cpu_ram_efficient_loading=False,
+    )
     counts = []
-    for options in ({"mixed_precision": "bf16"}, {"fsdp_plugin": plugin}):
+    for options in ({"mixed_precision": "bf16"}, {"fsdp_plugin": plugin}, {"fsdp_plugin": sums}):
         accelerator = Accelerator(parallelism_config=AutoParallelismConfig(tp_size=2), **options)
         counts.append(len(fsdp_units(prepared(accelerator)[0])))
         AcceleratorState._reset_state()
     return counts
 
 
-def test_fsdp2_stays_for_its_casts_and_its_offload():
+def test_fsdp2_stays_for_its_casts_its_sums_and_its_offload():
     for counts in run_distributed(2, units_where_fsdp2_casts_or_offloads):
         assert all(counts)
 
