@@ -157,7 +157,8 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
     The checksum is a sum weighted by position. Equal tensors have equal checksums, also across devices.
     """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    data = flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # one element is contiguous with any stride
     rest = data.numel() % 8
     words = data[: data.numel() - rest].view(torch.int64)
     total = data[data.numel() - rest :].sum(dtype=torch.int64)
