@@ -1,4 +1,4 @@
-"""``hf-automodel-parallel``: show the plan of a model, list the options, export checkpoints."""
+"""``hf-automodel-parallel plan``: the tensor-parallel plan of a model as a table."""
 
 from __future__ import annotations
 
@@ -7,35 +7,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from .errors import AutoParallelError, ConfigError
-from .export import command as export_command
+from ..errors import AutoParallelError, ConfigError
 
-app = typer.Typer(
-    help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-)
-
-
-_OPTIONS_TITLE = """\
-# Options
-
-Fields of `AutoParallelismConfig`, in every text form under the same names, besides the sizes of the mesh axes
-(`dp_replicate`, `dp_shard`, `cp`, `tp`, each with or without `_size`). Printed by `hf-automodel-parallel options`; each
-is declared in `hf_automodel_parallel/core/options.py`.
-"""
-
-
-@app.callback()
-def _root() -> None:
-    """Keep subcommands even while there is only one."""
-
-
-@app.command(
-    epilog="Examples:\n\n  hf-automodel-parallel plan path/to/model --tp 2\n\n"
+EPILOG = (
+    "Examples:\n\n  hf-automodel-parallel plan path/to/model --tp 2\n\n"
     "  hf-automodel-parallel plan config.json --tp 4 --lora all-linear --tp-plan my_package.plans:mine"
 )
+
+
 def plan(
     model: Annotated[Path, typer.Argument(help="A model directory or its config.json (weights are not read).")],
     tp: Annotated[int, typer.Option(help="Number of ranks on the tp axis.", min=1)] = 2,
@@ -57,19 +36,19 @@ def plan(
     """
     from rich.console import Console
 
-    from .config import AutoParallelismConfig
-    from .core.model_structure import find_layers
-    from .core.model_view import ModelView
-    from .plan.analysis.sequence_parallel import derive
-    from .plan.describe import plan_table
-    from .plan.loss_parallel import keep_logits_sharded
-    from .plan.resolve import resolve
-    from .plan.select import select_plan
-    from .plan.validate import validate
-    from .plan_search.proof import proven_plan
-    from .plan_search.search import derived_plan
-    from .strategies.default import DefaultParallelizationStrategy
-    from .strategies.registry import get_parallelization_strategy
+    from ..config import AutoParallelismConfig
+    from ..core.model_structure import find_layers
+    from ..core.model_view import ModelView
+    from ..plan.analysis.sequence_parallel import derive
+    from ..plan.describe import plan_table
+    from ..plan.loss_parallel import keep_logits_sharded
+    from ..plan.resolve import resolve
+    from ..plan.select import select_plan
+    from ..plan.validate import validate
+    from ..plan_search.proof import proven_plan
+    from ..plan_search.search import derived_plan
+    from ..strategies.default import DefaultParallelizationStrategy
+    from ..strategies.registry import get_parallelization_strategy
 
     console = Console()
     if not console.is_terminal:
@@ -114,18 +93,6 @@ def plan(
         console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
 
 
-@app.command()
-def options() -> None:
-    """Print the table of all options of AutoParallelismConfig, in Markdown (docs/options.md)."""
-    from .core.option_fields import markdown_table
-    from .core.options import OptionFields
-
-    typer.echo(f"{_OPTIONS_TITLE}\n{markdown_table(OptionFields)}", nl=False)
-
-
-app.command("export", epilog=export_command.EPILOG)(export_command.export)
-
-
 def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]
     """Build the model of a config on the meta device, optionally with LoRA.
 
@@ -146,7 +113,3 @@ def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]
 
         targets = lora if lora == "all-linear" else [part.strip() for part in lora.split(",")]
         return get_peft_model(model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
-
-
-if __name__ == "__main__":
-    app()
