@@ -1,4 +1,4 @@
-"""``hf-automodel-parallel``: a module for each command; a command imports inside its function, so ``--help`` is quick."""
+"""``hf-automodel-parallel``: a module for each command; a command imports inside its function: ``--help`` is quick."""
 
 from __future__ import annotations
 
