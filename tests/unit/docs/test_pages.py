@@ -2,11 +2,13 @@
 
 import builtins
 import configparser
+import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import peft
 import pytest
@@ -15,6 +17,11 @@ import transformers
 
 import hf_automodel_parallel
 from hf_automodel_parallel import parallelizer
+from hf_automodel_parallel.accelerate_plugin import full_parameter
+from hf_automodel_parallel.export import merged
+from hf_automodel_parallel.strategies.base import ParallelizationStrategy
+from hf_automodel_parallel.strategies.context import ParallelizeContext
+from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
 from hf_automodel_parallel.strategies.registry import PARALLELIZATION_STRATEGIES
 
 ROOT = Path(hf_automodel_parallel.__file__).resolve().parents[1]
@@ -66,6 +73,16 @@ class Anything:
     def __call__(self, *args: object, **kwargs: object) -> "Anything":
         return Anything()
 
+    def __iter__(self) -> Iterator["Anything"]:
+        return iter(())
+
+
+class AnyAccelerator(Anything):
+    """Of the reader's script: what goes through ``prepare`` comes back."""
+
+    def prepare(self, *objects: object) -> tuple[object, ...]:
+        return objects
+
 
 def checked(function):
     """A function that takes the arguments of ``function`` alone, and returns a model."""
@@ -84,8 +101,8 @@ class Names(dict):
         if hasattr(builtins, name):
             raise KeyError(name)
         for module in (hf_automodel_parallel, transformers, peft):
-            if hasattr(module, name):
-                return getattr(module, name)
+            if not isinstance(found := getattr(module, name, module), ModuleType):
+                return found
         return importlib.import_module(name) if name in ("torch", "hf_automodel_parallel") else Anything()
 
 
@@ -96,10 +113,16 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--output_dir", "out", "--use_cpu", "--auto_parallel", "tp=2"])
-    accelerator = SimpleNamespace(prepare=lambda *objects: objects)
+    accelerator = AnyAccelerator()
     monkeypatch.setattr("accelerate.Accelerator", lambda parallelism_config: accelerator)
     monkeypatch.setattr("hf_automodel_parallel.loading.from_pretrained", Anything())
     monkeypatch.setattr("peft.get_peft_model", Anything())
+    monkeypatch.setattr("transformers.Trainer", Anything())
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("hf_automodel_parallel.export.merged.save_merged", checked(merged.save_merged))
+    monkeypatch.setattr(
+        "hf_automodel_parallel.accelerate_plugin.full_parameter.full_parameter", checked(full_parameter.full_parameter)
+    )
     for name in ("fsdp2_strategy_parallelize",):
         monkeypatch.setattr(parallelizer, name, checked(getattr(parallelizer, name)))
     registered = dict.fromkeys(PARALLELIZATION_STRATEGIES)
@@ -116,3 +139,16 @@ def test_functions_named_in_prose_exist():
     for page in PAGES:
         for name in re.findall(r"`hf_automodel_parallel\.(\w+)\(", page.read_text()):
             assert hasattr(hf_automodel_parallel, name), f"{page.name}: hf_automodel_parallel.{name}"
+
+
+def test_strategies_page_has_all_steps_and_attributes():
+    page = (ROOT / "docs/strategies.md").read_text()
+    steps, attributes = page.split("## The steps")[1].split("## What a context holds")
+    default = DefaultParallelizationStrategy
+    own = {name for cls in (ParallelizationStrategy, default) for name in vars(cls) if not name.startswith("_")}
+    assert set(re.findall(r"^\| `(\w+)`", steps, re.M)) == {name for name in own if callable(getattr(default, name))}
+    rows = re.findall(r"^\| (`.*?) \|", attributes, re.M)
+    fields = {field.name for field in dataclasses.fields(ParallelizeContext)}
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == fields | {
+        name for name in vars(ParallelizeContext) if not name.startswith("_")
+    }
