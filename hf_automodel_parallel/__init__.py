@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .checkpoint.commit import last_complete_checkpoint
     from .checkpoint.training import load_training_state
     from .export.merged import save_merged
+    from .export.streaming import stream_weights
     from .loading import from_pretrained
     from .plan.select import register_plan
     from .plan.sources.registry import register_optimized_plan
@@ -59,6 +60,7 @@ __all__ = [
     "register_parallel_strategy",
     "register_plan",
     "save_merged",
+    "stream_weights",
     "verify_plan",
     "wait_for_saves",
 ]
@@ -68,6 +70,7 @@ _LAZY = {
     "from_pretrained": ".loading",
     "full_parameter": ".accelerate_plugin.full_parameter",
     "save_merged": ".export.merged",
+    "stream_weights": ".export.streaming",
     "AutoParallelArgumentsMixin": ".arguments",
     "AutoParallelTrainingArguments": ".arguments",
     "register_optimized_plan": ".plan.sources.registry",

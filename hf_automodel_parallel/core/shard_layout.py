@@ -71,12 +71,29 @@ def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
     Raises:
         UnsupportedError: a placement whose layout is unknown here, or a local shard of another shape.
     """
-    ranges: list[Ranges] = [[(0, size)] for size in tensor.shape]
     if not isinstance(tensor, DTensor):
-        return _chunks(ranges)
+        return _chunks([[(0, size)] for size in tensor.shape])
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
+    chunks, shape = _chunks_at(tensor, coordinate)
+    # Several mesh axes may shard one dimension, in either order. A wrong order would put values into wrong rows.
+    if shape != tuple(tensor.to_local().shape):
+        raise UnsupportedError(
+            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a local shard of shape "
+            f"{shape} here, but it has {tuple(tensor.to_local().shape)}; values would go to wrong offsets."
+        )
+    return chunks
+
+
+def chunks_at(tensor: DTensor, coordinate: Sequence[int]) -> list[Chunk]:
+    """Return the chunks of ``tensor`` that the rank at ``coordinate`` of its mesh holds, see :func:`chunks_of`."""
+    return _chunks_at(tensor, coordinate)[0]
+
+
+def _chunks_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[list[Chunk], tuple[int, ...]]:
+    """The chunks, and the shape of the local shard."""
+    ranges: list[Ranges] = [[(0, size)] for size in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
             continue
@@ -87,14 +104,7 @@ def chunks_of(tensor: torch.Tensor) -> list[Chunk]:
         else:
             raise UnsupportedError(f"a tensor that is placed as {placement!r} on a mesh axis has no known chunks.")
         ranges[dim] = _shard(ranges[dim], blocks, tensor.device_mesh.size(axis), coordinate[axis])
-    shape = tuple(sum(stop - start for start, stop in dim) for dim in ranges)
-    # Several mesh axes may shard one dimension, in either order. A wrong order would put values into wrong rows.
-    if shape != tuple(tensor.to_local().shape):
-        raise UnsupportedError(
-            f"a tensor of shape {tuple(tensor.shape)} placed as {tensor.placements} should have a local shard of shape "
-            f"{shape} here, but it has {tuple(tensor.to_local().shape)}; values would go to wrong offsets."
-        )
-    return _chunks(ranges)
+    return _chunks(ranges), tuple(sum(stop - start for start, stop in dim) for dim in ranges)
 
 
 def tp_chunks(shape: Sequence[int], spec: ParameterSpec, rank: int, size: int) -> list[Chunk]:

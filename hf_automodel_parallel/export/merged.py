@@ -91,20 +91,28 @@ class MergedWeights:
     Args:
         model: the ``PeftModel``, sharded or on the meta device.
         adapters: names of those to merge; None for the active ones.
+        merge: False for the base weights as they are without adapters.
+        call: the user's call, for errors.
 
     Attributes:
         sources: name in the plain model -> name in the state dict of ``model``.
         layers: name in the plain model -> the layer whose merge yields the weight.
     """
 
-    def __init__(self, model: nn.Module, adapters: list[str] | None = None) -> None:
-        self.model, self.adapters = model, adapters
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: list[str] | None = None,
+        merge: bool = True,
+        call: str = "save_merged()",
+    ) -> None:
+        self.model, self.adapters, self.merge, self.call = model, adapters, merge, call
         unknown = [name for name in adapters or () if name not in model.peft_config]  # type: ignore[operator]
         if unknown:
             known: Any = model.peft_config
             raise ConfigError(f"adapters={adapters!r}: this model has {list(known)}.")
         prompts = [n for n, c in model.peft_config.items() if c.is_prompt_learning]  # type: ignore[union-attr,operator]
-        if prompts:
+        if prompts and merge:
             raise UnsupportedError(
                 f"the adapter {prompts[0]!r} is a learned prompt, which cannot be merged into weights."
             )
@@ -112,7 +120,7 @@ class MergedWeights:
         self.inner, self.prefix = view.inner, view.prefix
         if any(getattr(module, "quant_state", None) is not None for module in model.modules()):
             raise UnsupportedError(
-                "save_merged() with quantised weights is not available: merging quantises them anew. Save the adapter, "
+                f"{call} with quantised weights is not available: merging quantises them anew. Save the adapter, "
                 "load the base model unquantised, and merge there (`hf-automodel-parallel export ... --merge --base`)."
             )
         self.sources: dict[str, str] = {}
@@ -140,6 +148,9 @@ class MergedWeights:
                     layer.tuners.append(base)
                     base, below = base.base_layer, f"{below}base_layer."
                 layer.base, layer.base_path = base, below
+                if not self.merge:
+                    visit(base, plain, below)
+                    return
                 for name in base.state_dict():
                     if any(isinstance(m, tuner) for m in base.modules()):
                         raise UnsupportedError(
@@ -171,14 +182,14 @@ class MergedWeights:
                 self.sources[name] = next(layer.base_path + n for n, p in layer.base.named_parameters() if id(p) == key)
 
     def _inside_wrapper(self, wrapper: Any) -> str:
-        """Path below one of PEFT's auxiliary wrappers to the module that ``merge_and_unload`` would keep."""
+        """Path below one of PEFT's auxiliary wrappers to the module that ``merge_and_unload`` would keep; without a
+        merge to the one that PEFT wrapped.
+        """
         if hasattr(wrapper, "token_adapter"):
-            return "token_adapter"
+            return "token_adapter" if self.merge else "token_adapter.base_layer"
         if not hasattr(wrapper, "modules_to_save"):
-            raise UnsupportedError(
-                f"save_merged() does not know PEFT's {type(wrapper).__name__}; merge in one process."
-            )
-        active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+            raise UnsupportedError(f"{self.call} does not know PEFT's {type(wrapper).__name__}; merge in one process.")
+        active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save and self.merge]
         return f"modules_to_save.{active[0]}" if active else "original_module"
 
     def plain_model(self) -> nn.Module:
@@ -197,7 +208,7 @@ class MergedWeights:
         if names != set(self.sources):
             other = sorted(names ^ set(self.sources))[:3]
             raise UnsupportedError(
-                f"save_merged(): {type(self.inner).__name__} built from its config and the model under the adapters "
+                f"{self.call}: {type(self.inner).__name__} built from its config and the model under the adapters "
                 f"differ in {', '.join(other)}. Merge in one process."
             )
         return plain

@@ -91,19 +91,32 @@ def write_pretrained(
     """
     write_configs(model, directory, next((d for _, d in shapes.values() if d.is_floating_point), None))
     recording = Recording()
-    state = recording.declare(shapes)
-    with recording:
-        for name in compat.names_not_saved(model):
-            state.pop(name, None)
-        state = compat.without_tied_duplicates(model, state)
-        if save_original_format:
-            state = compat.as_in_files(model, state)
+    state = as_saved(model, shapes, recording, save_original_format)
     name = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
     index = write_weights(recording, state, fetch, directory, name, max_shard_size, progress)
     if index is not None:
         index["metadata"] = {"total_parameters": model.num_parameters(), **index["metadata"]}  # type: ignore[operator]
         file = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
         _write_json(directory / file, index)
+
+
+def as_saved(
+    model: nn.Module, shapes: Shapes, recording: Recording, save_original_format: bool = True
+) -> dict[str, torch.Tensor]:
+    """The tensors that ``save_pretrained`` writes, by their names in files, on the meta device.
+
+    Args:
+        model: see :func:`write_pretrained`.
+        shapes: of the state dict.
+        recording: records how they are computed from the entries of the state dict.
+        save_original_format: see :func:`write_pretrained`.
+    """
+    state = recording.declare(shapes)
+    with recording:
+        for name in compat.names_not_saved(model):
+            state.pop(name, None)
+        state = compat.without_tied_duplicates(model, state)
+        return compat.as_in_files(model, state) if save_original_format else state
 
 
 def write_state(
