@@ -16,6 +16,7 @@ from .errors import (
     RegistrationError,
     UnsupportedError,
 )
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .accelerate_plugin.full_parameter import full_parameter
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from .strategies.base import ParallelizationStrategy
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy, register_parallel_strategy
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutoParallelArgumentsMixin",

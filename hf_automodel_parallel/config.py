@@ -32,6 +32,7 @@ from .accelerate_plugin.config_text import is_file, load_yaml, parallelism_secti
 from .core.mesh import AXES
 from .core.option_fields import argument_docs, check_tp_axis, check_values, compared_values, plain
 from .core.options import OptionFields
+from .core.output import verbosity
 from .errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
                     f"Leave it out to have it inferred from the world size."
                 )
         check_values(self)
+        verbosity(self.verbose)  # raises for a wrong value of the environment
         if self.backend == "megatron_fsdp":
             from .backends.megatron_fsdp.options import MegatronOptions
 

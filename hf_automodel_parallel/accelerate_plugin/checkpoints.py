@@ -24,6 +24,7 @@ from ..checkpoint.manifest import Manifest, verify, verify_for_others
 from ..checkpoint.random_states import origin, restore
 from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import How, Task, collect_model, collect_optimizer, restore_model, restore_optimizer
+from ..core.output import tell
 from ..core.ranks import rank, world_size
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
@@ -157,7 +158,7 @@ def finish(save: StagedSave, manifest: Manifest, tasks: list[Task], background: 
             # On any error, KeyboardInterrupt included: the previous checkpoint of that name is restored.
             roll_back(save, group)
             raise
-        logger.info("saved the checkpoint %s", save.folder)
+        tell(logger, f"saved the checkpoint {save.folder}")
         if afterwards is not None:
             with checkpoint_step(f"deleting old checkpoints beside {save.folder}", group):
                 afterwards()
@@ -372,6 +373,7 @@ def load_state(
         folder = to_load(os.path.expanduser(input_dir))
     # Before anything is loaded, so that a damaged small file leaves the run as it was.
     manifest = verify(folder)
+    tell(logger, f"loading the training state from {folder}")
     for index, model in enumerate(self._models):
         load_model(self, model, folder, index, bool(manifest and manifest.adapter_only), manifest)
     if self.scaler is not None:

@@ -28,6 +28,10 @@ class Hooks:
     def before_prepare(self) -> None:
         """Called before each ``Accelerator.prepare``; must not call collectives."""
 
+    def training_batch(self) -> tuple[int, int] | None:
+        """Rows of a forward of one data-parallel rank, and forwards to an optimizer step; None: not known."""
+        return None
+
     def trains(self, model: Any) -> bool:
         """True if the loop trains ``model``, even where it calls ``prepare_model(model, evaluation_mode=True)``."""
         return False

@@ -35,6 +35,7 @@ from .hooks import hooks_of
 from .options import checkpointing, compile_options, layer_classes, offload_activations, sharding_options
 from .parameter_use import AssignedData, explain_reads
 from .prepared import PreparedModel, all_prepared, attached_to, check_use, prepared, release_gathered, remember
+from .run_report import report
 from .saving import bind_saving
 from .step import attach_step_hooks
 from .untried_arguments import warn_of_untried
@@ -74,6 +75,7 @@ def prepare(self: Accelerator, *args: Any, device_placement: list[bool] | None =
         known_lists = (self._dataloaders, self._models, self._optimizers, self._schedulers)
         if any(item is known for known_list in known_lists for known in known_list):
             item._is_accelerate_prepared = True
+    report(self, args)
     return tuple(result) if len(result) > 1 else result[0]
 
 

@@ -35,6 +35,7 @@ class PreparedModel:
         audit: checks the gradients of its first optimizer step, and of later ones on request; None without optimizer.
         names: names of its parameters when it was prepared, and of adapters that were added since.
         assigned: finds assignments to ``.data`` of its parameters.
+        reported: what rank 0 has described it for, "training" or "evaluation".
         unloaded: it is the plain model that ``merge_and_unload`` or ``unload`` returned, for evaluation and saving.
     """
 
@@ -48,6 +49,7 @@ class PreparedModel:
     names: set[str] = field(default_factory=set)
     unloaded: bool = False
     assigned: AssignedData | None = None
+    reported: str = ""
 
 
 #: Every model prepared in this process. A second ``Accelerator`` (of another Trainer) finds it here and does not shard

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import compat
 from ..core.model_view import layer_pattern
+from ..core.output import tell
 from ..core.ranks import gather_objects
 from ..core.rendezvous import difference_over_store
 from ..errors import AutoParallelError
@@ -154,7 +155,13 @@ class Audit:
         if problems or replicas.troubled:
             _raise_on_all(problems)
         if not self.done:
-            logger.info("audit: gradients, flags and replicas of the first step are in order")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            reached = sum(p.grad is not None for p in trained)
+            tell(
+                logger,
+                f"audit of the first step: ok, {reached} of {len(trained)} trained tensors have gradients, replicas "
+                "are equal on all ranks",
+            )
         return True
 
     def _flags(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

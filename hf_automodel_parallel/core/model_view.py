@@ -7,11 +7,17 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
 
 # Name components that torch's checkpoint wrapper and torch.compile insert. Plans are written without them.
 _TRANSPARENT = re.compile(r"(?:_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of ``module`` before ``fully_shard``, which replaces the class of an FSDP unit by a subclass."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 class ModelView:

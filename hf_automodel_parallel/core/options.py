@@ -218,6 +218,14 @@ class OptionFields:
         "frozen beside them and 64 million elements in all. Full copies (`modules_to_save`) are always sharded.",
         belongs_to="fsdp2",
     )
+    verbose: int | None = option(
+        None,
+        Anything("0, 1 or 2", lambda value: value in (0, 1, 2) and not isinstance(value, bool)),
+        "What rank 0 prints by itself: 0 nothing, 1 what a run is and does, in a few lines, 2 each entry of the plan "
+        "as well. None: the environment variable `HF_AUTO_PARALLEL_VERBOSE`, then the Trainer's `log_level`, then 1.",
+        collective=False,
+        by_strategy=False,
+    )
 
 
 @dataclass(repr=False)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
 from ..core.lazy_graph import Recording
+from ..core.model_view import class_of
 from ..errors import ConfigError
 from .gathering import Fetch, Shapes
 
@@ -75,7 +75,7 @@ def full_prompts(model: nn.Module, fetch: Fetch, adapters: Iterable[str] | None 
 
 def _plain_copy(module: nn.Module, prefix: str, fetch: Fetch) -> nn.Module:
     """A copy of ``module`` as it was before it was sharded, with the values of ``fetch(prefix + name)``."""
-    cls = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    cls: Any = class_of(module)
     result: Any = cls.__new__(cls)
     nn.Module.__init__(result)
     # Attributes of its own: what nn.Module keeps (hooks among it) is new, and a forward of the instance is a wrapper.

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from .. import compat
+from ..core.model_view import class_of
 from ..errors import UnsupportedError
 
 
@@ -118,7 +118,7 @@ def check_peft_method(model: nn.Module) -> None:
 
 def check_adapter(name: str, module: nn.Module) -> None:
     """Raise :class:`UnsupportedError` if tensor parallelism cannot shard the PEFT layer ``module`` or its variant."""
-    kind = _kind(module)
+    kind = class_of(module)
     method = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
     remedy = "Use plain LoRA or rsLoRA on it, exclude it from target_modules, or use tp_size=1 (FSDP2 works)."
     if kind not in compat.peft_layer_types() and not is_parameter_adapter(module):
@@ -132,15 +132,10 @@ def check_adapter(name: str, module: nn.Module) -> None:
         )
 
 
-def _kind(module: nn.Module) -> type:
-    """The class of ``module`` before ``fully_shard``, which replaces the class of an FSDP unit by a subclass."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
-
-
 def is_parameter_adapter(module: nn.Module) -> bool:
     """True for PEFT's LoRA on a bare parameter (``target_parameters``; "all-linear" uses it for expert weights)."""
     wrapper = compat.peft_parameter_wrapper_type()
-    return wrapper is not None and _kind(module) is wrapper
+    return wrapper is not None and class_of(module) is wrapper
 
 
 def trains_rows(adapter: nn.Module | None) -> bool:

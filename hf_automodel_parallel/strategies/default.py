@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
@@ -31,6 +30,7 @@ from ..core.model_structure import find_structure
 from ..core.model_view import ModelView
 from ..core.option_fields import meaning_of
 from ..core.options import GivenPlan, ParallelOptions
+from ..core.output import DETAILS, tell
 from ..core.ranks import raise_on_all_ranks
 from ..errors import ConfigError, PrepareError, UnsupportedError
 from ..fsdp.adapter_placement import adapters_over_dp
@@ -467,6 +467,7 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             options = context.compile_options or {}
             if context.options.async_tensor_parallel:
                 options = with_async_tensor_parallel(options, context.tp_mesh.get_group())  # type: ignore[union-attr]
+            tell(logger, f"{len(layers)} layers are compiled in their first forward and backward, which takes a while")
             compile_layers(layers, policy, mode == "submodule", **options)
         if policy is not None and (policy is FULL or not compiled):
             for layer in layers:
@@ -476,17 +477,15 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
             switch_cache_off(inner)
 
     def report(self, context: ParallelizeContext) -> None:
-        """One log line per decision, on rank 0."""
-        if dist.get_rank() != 0:
-            return
+        """A line per decision, on rank 0, at the verbosity for details."""
         shape = ", ".join(
             f"{n}={s}" for n, s in zip(context.mesh.mesh_dim_names or (), context.mesh.shape, strict=True)
         )
         layers = context.structure.layers  # type: ignore[union-attr]
-        logger.info("mesh: %s; %d layers as FSDP2 units", shape, len(layers))
+        tell(logger, f"axes: {shape}; {len(layers)} layers", DETAILS)
         if context.plan is not None and context.spec is not None:
             for line in plan_lines(context.plan, context.spec):
-                logger.info("%s", line)
+                tell(logger, line, DETAILS)
 
 
 def check_arguments(depths: dict[str, Any], flags: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from ..accelerate_plugin import methods
 from ..accelerate_plugin.hooks import Hooks
 from ..accelerate_plugin.saving import bind_trainer
 from ..core.mesh import inherit_timeouts
+from ..core.output import level_of_name, set_verbosity, tell, verbosity
 from ..core.ranks import communication_device
 from ..errors import ConfigError
 
@@ -60,6 +61,10 @@ class TrainerHooks(Hooks):
     def gathers_by_process(self) -> bool:  # type: ignore[override]
         return self.trainer is not None
 
+    def training_batch(self) -> tuple[int, int] | None:
+        args = getattr(self.trainer, "args", None)
+        return None if args is None else (int(args.train_batch_size), int(args.gradient_accumulation_steps))
+
     def trains(self, model: Any) -> bool:
         return self.trainer is not None and getattr(self.trainer, "model", None) is model
 
@@ -77,6 +82,10 @@ def install(accelerator: Accelerator, config: ParallelismConfig) -> None:
     methods.install(accelerator, config, hooks)
     # Also without a process group, so that one process can resume from a checkpoint of a parallel run.
     trainer = _extend_trainer(accelerator)
+    level = verbosity(getattr(config, "verbose", None))
+    if level is None and trainer is not None:
+        level = level_of_name(trainer.args.log_level)
+    set_verbosity(level)
     if trainer is None or config.device_mesh is None:
         return
     bind_trainer(trainer, accelerator)
@@ -242,7 +251,7 @@ def adopt_signal_handler() -> None:
         # Like the Trainer's, but without its file "checkpoint-is-incomplete.txt": each rank would write and remove it.
         manager.is_checkpoint_requested = False
         setattr(manager, _NOTED, False)
-        logger.info("SIGTERM: checkpoint at step %d, then the end", manager.trainer.state.global_step)
+        tell(logger, f"SIGTERM: checkpoint at step {manager.trainer.state.global_step}, then the end")
         compat.save_trainer_checkpoint(manager.trainer)
 
     compat.replace_checkpoint_request(manager, note)

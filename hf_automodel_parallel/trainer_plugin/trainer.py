@@ -34,6 +34,7 @@ from ..checkpoint.files import load_plain, naming, save_plain
 from ..checkpoint.manifest import Manifest, verify
 from ..checkpoint.steps import checkpoint_step
 from ..checkpoint.training import Task, restore_model, restore_optimizer
+from ..core.output import tell
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .generation_batches import generates_batches
@@ -192,7 +193,7 @@ class ParallelTrainer(ParallelCounts):
         self._load_weights(folder, self.model if model is None else model, manifest)
 
     def _load_weights(self, folder: Path, model: nn.Module, manifest: Manifest | None) -> None:
-        logger.info("loading the weights from %s", folder)
+        tell(logger, f"loading the weights from {folder}")
         if self.is_fsdp_enabled:
             checkpoints.load_model(self.accelerator, model, folder, 0, adapter_only=True, manifest=manifest)
         else:
@@ -207,7 +208,7 @@ class ParallelTrainer(ParallelCounts):
             return
         folder = to_load(best)
         manifest = verify(folder)
-        logger.info("loading the best model from %s (score: %s)", folder, self.state.best_metric)
+        tell(logger, f"loading the best model from {folder} (score: {self.state.best_metric})")
         self._load_weights(folder, self.model, manifest)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from hf_automodel_parallel import __version__
 from hf_automodel_parallel.config import CONFIG_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +182,30 @@ def assert_tensor_parallel(result: dict[str, Any], axes: list[str]) -> None:
     assert result["split_over_tp"] == 2 * 7 + 2, "all but the norms"
 
 
+#: What rank 0 says of a run of the scripts by itself, in this order, each once.
+SAID = [
+    f"{__version__}: LlamaForCausalLM, 90.4 K parameters in float32, all trained; 2 ranks on cpu",
+    "mesh tp 2; global batch 4 = 4 rows x 1 data-parallel rank (DDP would have 8)",
+    "plan hf (of the model's class): 10 colwise, 4 rowwise, 1 colwise_gather_output, 1 embedding_rowwise; 1 note, see "
+    "verbose=2",
+    "memory per rank: weights ",
+    "audit of the first step: ok, 21 of 21 trained tensors have gradients, replicas are equal on all ranks",
+    "step 2: ",
+]
+
+
+def assert_says_what_it_is(output: str) -> None:
+    """A few lines of rank 0 say what runs, none twice, and the other rank says nothing."""
+    said = [
+        line.partition("hf_automodel_parallel: ")[2] for line in output.splitlines() if "automodel_parallel" in line
+    ]
+    assert len(said) == len(SAID) <= 8, output
+    for line, expected in zip(said, SAID, strict=True):
+        assert line.startswith(expected), (line, expected)
+    step = said[-1]
+    assert " tokens/s (" in step and " per device); optimizer state " in step and "peak memory" in step
+
+
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("scripts")
@@ -214,8 +239,11 @@ def one_process(scripts, tmp_path_factory) -> dict[str, dict[str, Any]]:
 def test_script_behind_the_launcher(scripts, one_process, kind, tmp_path):
     """`accelerate launch` with a shipped config: every layer is split, and the losses are those of one process."""
     command = [*accelerate_launch("cpu_tp2.yaml"), *LAUNCHER, str(scripts[kind]), "--learning_rate", "1"]
-    result = result_of(command, tmp_path)
+    code, output = start(command, tmp_path)
+    assert code == 0 and output.count("RESULT ") == 1, output
+    result = reported(output)
     assert_tensor_parallel(result, ["tp"])
+    assert_says_what_it_is(output)
     assert result["losses"] == pytest.approx(one_process[kind]["losses"], rel=1e-5)
     assert result["arguments"] == ["--learning_rate", "1"], "the script has its own arguments and no others"
 

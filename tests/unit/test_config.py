@@ -639,8 +639,13 @@ def test_round_trips():
 
 def test_each_field_is_compared_between_ranks_or_left_alone_on_purpose():
     own = {option.name for option in options_of(AutoParallelismConfig)}
-    assert own - set(compared_values(AutoParallelismConfig())) == {"tp_plan", "plan_order", "loss_chunk_size"}
-    assert len(own) == 20
+    assert own - set(compared_values(AutoParallelismConfig())) == {
+        "tp_plan",
+        "plan_order",
+        "loss_chunk_size",
+        "verbose",
+    }
+    assert len(own) == 21
 
 
 def test_choices_are_compared_as_what_they_mean():

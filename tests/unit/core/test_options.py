@@ -52,6 +52,7 @@ ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "megatron_fsdp": ({"zero_dp_strategy": 2}, {"backend": "megatron_fsdp"}),
     "towers": ("layers", {}),
     "adapters_over_dp": ("replicated", {}),
+    "verbose": (2, {}),
 }
 
 
