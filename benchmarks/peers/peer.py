@@ -39,9 +39,10 @@ class Peer:
         prepare_seconds: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         self.model = model
+        self._trainable = trainable(model)
         self.loss = loss or (lambda batch: model(**batch, use_cache=False).loss)
         self.backward = backward
-        self.optimizer = optimizer or sgd(trainable(model))
+        self.optimizer = optimizer or sgd(self._trainable)
         self.activate = activate
         self.prepare_seconds = prepare_seconds
 
@@ -49,7 +50,8 @@ class Peer:
         """Forward, backward with all gradients complete, gradients set to None; the loss of this rank's batch."""
         loss = self.loss(batch)
         self.backward(loss)
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self._trainable:  # not by a walk through the modules, of which peers have more or fewer
+            parameter.grad = None
         return loss.detach()
 
     def train(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .. import compat
 from ..audit import Audit
 from ..core.mesh import AXES
 from ..core.options import OptionFields
+from ..core.registrations import Registrations
 from ..errors import PrepareError
 from ..fsdp.shard import free_gathered
 from ..strategies.base import ParallelizationStrategy
@@ -36,6 +37,7 @@ class PreparedModel:
         names: names of its parameters when it was prepared, and of adapters that were added since.
         assigned: finds assignments to ``.data`` of its parameters.
         reported: what rank 0 has described it for, "training" or "evaluation".
+        registrations: says when new parameters have to be looked for.
         unloaded: it is the plain model that ``merge_and_unload`` or ``unload`` returned, for evaluation and saving.
     """
 
@@ -50,6 +52,7 @@ class PreparedModel:
     unloaded: bool = False
     assigned: AssignedData | None = None
     reported: str = ""
+    registrations: Registrations = field(default_factory=Registrations)
 
 
 #: Every model prepared in this process. A second ``Accelerator`` (of another Trainer) finds it here and does not shard
@@ -124,13 +127,8 @@ def check_use(model: nn.Module, args: Any) -> None:
         return
     if record.audit is not None:
         record.audit.before_forward()
-    added = [name for name, p in model.named_parameters() if p.requires_grad and name not in record.names]
-    if added:
-        raise PrepareError(
-            f"{len(added)} trainable parameters have been added since accelerator.prepare ({added[0]}, ...): they are "
-            "not sharded, and their gradients would not be reduced over the ranks. Wrap and extend the model before "
-            "prepare."
-        )
+    if record.registrations.news:
+        _refuse_added(model, record)
     if record.trainable:
         return
     if record.unloaded:
@@ -144,6 +142,19 @@ def check_use(model: nn.Module, args: Any) -> None:
             "gradients. Pass both in one call, model, optimizer = accelerator.prepare(model, optimizer); for "
             "evaluation use model.eval() or torch.no_grad()."
         )
+
+
+def _refuse_added(model: nn.Module, record: PreparedModel) -> None:
+    added = {name: p.requires_grad for name, p in model.named_parameters() if name not in record.names}
+    trainable = [name for name, requires_grad in added.items() if requires_grad]
+    if trainable:
+        raise PrepareError(
+            f"{len(trainable)} trainable parameters have been added since accelerator.prepare ({trainable[0]}, ...): "
+            "they are not sharded, and their gradients would not be reduced over the ranks. Wrap and extend the model "
+            "before prepare."
+        )
+    if not added:  # else a frozen one may become trainable
+        record.registrations.seen(model)
 
 
 def _same_mesh(theirs: Any, ours: ParallelismConfig) -> bool:

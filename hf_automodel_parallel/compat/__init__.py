@@ -43,6 +43,7 @@ from .sharding import around_group as around_group
 from .sharding import backward_reached as backward_reached
 from .sharding import before_reduction as before_reduction
 from .sharding import describe_on as describe_on
+from .sharding import dtensor_like as dtensor_like
 from .sharding import forget_unfinished_forward as forget_unfinished_forward
 from .sharding import give_gathered_gradient as give_gathered_gradient
 from .sharding import group_of as group_of

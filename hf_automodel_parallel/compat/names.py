@@ -166,7 +166,7 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
     ("torch.nn", "Module._parameters", "replaces a parameter without losing its order; register_parameter appends"),
     ("torch.nn", "Module._buffers", "see _parameters"),
     ("torch.nn", "Module._modules", "a child by its name, where attribute access is forwarded to another module"),
-    ("torch.distributed.tensor", "DTensor._spec", "packed placements before torch 2.13, see mark_packed_placements"),
+    ("torch.distributed.tensor", "DTensor._spec", "see dtensor_like and mark_packed_placements"),
     ("torch", "Tensor._backward_hooks", "hooks on a gradient, which sharding would lose"),
     ("torch", "Tensor._post_accumulate_grad_hooks", "see _backward_hooks"),
     ("torch", "Tensor._make_wrapper_subclass", "a tensor without numbers of its own, see wrapper_subclass"),

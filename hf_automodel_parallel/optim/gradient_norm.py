@@ -1,7 +1,7 @@
 """The norm of sharded gradients, and clipping by it: one reduction for each mesh axis, however many parameters.
 
-torch's ``clip_grad_norm_`` reduces the norm of each DTensor on its own, cannot stack norms on different meshes
-(tensor-parallel parameters on two axes, replicated ones on one), and assumes even shards. Here each rank takes
+torch's ``clip_grad_norm_`` does the same for DTensors of one mesh, but cannot stack norms on different meshes
+(tensor-parallel parameters on two axes, replicated ones on one), and returns a DTensor. Here each rank takes
 the norm of its local shards, and each sum is reduced over exactly those axes over which a parameter is sharded, so that
 each element counts once.
 """

@@ -189,7 +189,7 @@ def manage_adapters(
             _bind(owner, name, lambda original: _unloading(model, inner, state, original, on_unload))
     if compat.peft_tuner_layer_type() is not None:
         # Before FSDP2's hook, which unshards the parameters of the root.
-        model.register_forward_pre_hook(_unmerge_disabled, prepend=True)
+        model.register_forward_pre_hook(_UnmergeDisabled(), prepend=True)
 
 
 def merge_whole_weights(model: nn.Module) -> None:
@@ -258,6 +258,7 @@ def _on_whole_weights(layer: nn.Module, original: Callable[..., Any]) -> Callabl
                 f"{original.__name__}() on a sharded layer with quantised weights is not available: merging quantises "
                 f"them anew. Save the adapter, load the base model unquantised in one process, and merge there."
             )
+        _MERGES.count += 1
         with full_parameters(layer):
             return original(*args, **kwargs)
 
@@ -290,16 +291,37 @@ def _shard_like(value: torch.Tensor, parameter: DTensor) -> DTensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _unmerge_disabled(model: nn.Module, args: Any) -> None:
-    """Unmerge disabled adapters before the forward. PEFT does it in the forward, where it would change the unsharded
+class _UnmergeDisabled:
+    """Forward pre-hook: unmerge disabled adapters. PEFT does it in the forward, where it would change the unsharded
     parameters and not the shards.
     """
-    tuner = compat.peft_tuner_layer_type()
-    for layer in model.modules():
-        if tuner is not None and isinstance(layer, tuner) and layer.disable_adapters and layer.merged:
-            for unit in fsdp_units(model):
-                unit.reshard()
-            layer.unmerge()  # type: ignore[operator]
+
+    def __init__(self) -> None:
+        self._seen = -1  # calls of merge when the layers were looked through
+        self._merged: list[nn.Module] = []
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if self._seen != _MERGES.count:
+            self._seen, tuner = _MERGES.count, compat.peft_tuner_layer_type()
+            self._merged = [m for m in model.modules() if tuner is not None and isinstance(m, tuner) and m.merged]
+        for layer in self._merged:
+            if layer.disable_adapters and layer.merged:
+                for unit in fsdp_units(model):
+                    unit.reshard()
+                layer.unmerge()  # type: ignore[operator]
+
+
+class _Merges:
+    """Counts the calls of ``merge`` in this process: a walk through all modules per forward takes longer than a layer.
+
+    Attributes:
+        count: their number.
+    """
+
+    count = 0
+
+
+_MERGES = _Merges()
 
 
 # ---- unloading -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ..errors import UnsupportedError
 from .boundary_hooks import ReduceOutput, SharedInputs, SharedInputsForward
 from .collectives import copy_to_tp
 from .full_parameter_view import FullParameterView
-from .local_leaf import is_hooked, local_leaf
+from .local_leaf import is_hooked, known_leaf, local_leaf
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,26 @@ class ParamBinding:
                 f"after accelerator.backward instead of the hook."
             )
 
+    def known(self, held: nn.Parameter, sequence_shards: bool) -> torch.Tensor | None:
+        """The leaf that the last call computed with, where nothing else is to be done with it; mostly so."""
+        if self.bias_of is not None or self.zero or self.forward_shard is not None or self.dtype is not None:
+            return None
+        partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
+        return known_leaf(held, self.on_gradient if partial and held.requires_grad else None)
+
     def local_tensor(self, parameter: nn.Parameter, sequence_shards: bool) -> torch.Tensor:
         """The tensor that the module computes with instead of ``parameter``, in a call on sequence shards or not."""
-        # The gradient is declared complete: Partial gradients are reduced later, once, by PartialGradients.
-        tensor = local_leaf(parameter) if isinstance(parameter, DTensor) else parameter.view_as(parameter)
         partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
-        if partial and tensor.requires_grad:
-            if not torch.compiler.is_compiling():
+        on_gradient = self.on_gradient if partial and parameter.requires_grad else None
+        if isinstance(parameter, DTensor):
+            if on_gradient is not None and not torch.compiler.is_compiling():
                 self.refuse_hooks(parameter)
-            tensor = tensor.view_as(tensor)  # this use alone is Partial, and it is not registered a second time
-            tensor.register_hook(self.on_gradient)
+            # The gradient is declared complete: Partial gradients are reduced later, once, by PartialGradients.
+            tensor = local_leaf(parameter, on_gradient)
+        else:
+            tensor = parameter.view_as(parameter)
+            if on_gradient is not None and tensor.requires_grad:
+                tensor.register_hook(on_gradient)
         if self.dtype is not None:
             tensor = tensor.to(self.dtype)
         if self.zero:
@@ -195,10 +205,17 @@ class LocalParamForward(ForwardWrapper):
     def _enter(self, sequence_shards: bool) -> list[tuple[ParamBinding, nn.Parameter]]:
         replaced: list[tuple[ParamBinding, nn.Parameter]] = []
         local: dict[int, torch.Tensor] = {}  # tied parameters get one local tensor
+        compiling = torch.compiler.is_compiling()
         for binding in self.bindings:
-            held = binding.owner._parameters.get(binding.name)
-            if "parametrizations" in binding.owner._modules:
+            owner = binding.owner
+            if "parametrizations" in owner._modules:
                 binding.refuse_parametrization()
+            held: Any = owner._parameters.get(binding.name)
+            known = None if compiling or held is None else binding.known(held, sequence_shards)
+            if known is not None:
+                owner._parameters[binding.name] = known  # type: ignore[assignment]
+                replaced.append((binding, held))
+                continue
             parameter: Any = held.parameter if isinstance(held, FullParameterView) else held
             accepted = binding.accepts(parameter)
             shard = None if accepted else binding.shard_of(parameter)
@@ -210,8 +227,8 @@ class LocalParamForward(ForwardWrapper):
             if binding.bias_of is not None:
                 binding.bias_of.bias = tensor
             shown: Any = None if binding.bias_of is not None else tensor
-            binding.owner._parameters[binding.name] = shown
-            replaced.append((binding, held))  # type: ignore[arg-type]
+            owner._parameters[binding.name] = shown
+            replaced.append((binding, held))
         return replaced
 
 
