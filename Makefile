@@ -17,6 +17,7 @@ PYTHON  ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo pytho
 VENV    ?= .venv
 VENV517 ?= .venv517
 VENVNEW ?= .venv-newest
+VENVDOCS ?= .venv-docs
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
@@ -168,6 +169,14 @@ lint-rest:
 	@echo "[lint] vulture"
 	@$(VENV)/bin/vulture
 
+# In an environment of its own: the pages are read, not the package.
+.PHONY: docs
+docs: ## the documentation as a site, in build/site; a broken link is an error
+	@test -x $(VENVDOCS)/bin/mkdocs || { $(PYTHON) -m venv $(VENVDOCS); \
+		$(VENVDOCS)/bin/python -m pip install --quiet --quiet 'mkdocs-material>=9.5,<10'; }
+	@NO_MKDOCS_2_WARNING=1 $(VENVDOCS)/bin/mkdocs build --strict --quiet
+	@echo "[docs] build/site/index.html"
+
 .PHONY: setup
 setup: $(STAMP) ## only the virtual environment
 
@@ -199,4 +208,4 @@ clean: ## remove what the demo, the tests and the tools left behind; distclean: 
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(VENV) $(VENV517) $(VENVNEW)
+	rm -rf $(VENV) $(VENV517) $(VENVNEW) $(VENVDOCS)

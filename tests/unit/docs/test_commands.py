@@ -24,6 +24,7 @@ def commands(page: Path) -> list[list[str]]:
     if page.suffix == ".md":
         text = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M))
     lines = (line.removeprefix("srun ").strip().removeprefix("# ") for line in text.splitlines())
+    lines = (re.sub(r"^(\d+ GPUs?|CPU) +", "", line) for line in lines)
     parts = (line.partition(" || ")[0] for line in lines)
     known = r"^([A-Z_]+=\S* )*(--kill-on-bad-exit=\d )?(torchrun|accelerate launch|hf-automodel-parallel|python) "
     return [shlex.split(part, comments=True) for part in parts if re.match(known, part)]
