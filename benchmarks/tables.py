@@ -153,8 +153,9 @@ def checkpoint(found: Results) -> str:
         for row in _rows(found)
     ]
     settings = next(iter(found.values()))["settings"]
-    about = f"Weights and AdamW's state of a 4-layer Llama of width {settings['hidden']:,} on FSDP2, two ranks. A save "
-    about += "with `async_save` is the time for which training stands still."
+    about = f"Weights and AdamW's state of a 4-layer Llama of width {settings['hidden']:,} on FSDP2, two ranks; "
+    about += settings.get("state_dict_type", "ours gathers (FULL_STATE_DICT), Accelerate writes shards")
+    about += ". A save with `async_save` is the time for which training stands still."
     return f"{about}\n\n" + table(["", "wall clock, s", "CPU, s", "over Accelerate's, wall clock"], rows)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from hf_automodel_parallel import AutoParallelismConfig
 
@@ -32,10 +33,14 @@ def layers_plan() -> dict[str, str]:
     return {f"model.layers.*.{blocks[name]}.{name}": style for name, style in styles.items()}
 
 
-def accelerator_for(case: Case, **options: Any) -> tuple[Accelerator, Callable[[], None]]:
+def accelerator_for(case: Case, state_dict_type: str | None = None, **options: Any) -> tuple[Any, Callable[[], None]]:
     """An Accelerator, and what activates its state."""
-    activate = new_state()
-    return Accelerator(cpu=True, parallelism_config=config(case, **options)), activate
+    activate, plugin = new_state(), None
+    if state_dict_type is not None:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, cpu_ram_efficient_loading=False, state_dict_type=state_dict_type
+        )
+    return Accelerator(cpu=True, parallelism_config=config(case, **options), fsdp_plugin=plugin), activate
 
 
 def build_peer(case: Case) -> Peer:
