@@ -51,10 +51,8 @@ def test_command_is_what_the_programs_take(command):
 
 def check_options(arguments: list[str]) -> None:
     group = typer.main.get_command(app)
-    name = arguments[0]
-    known = {
-        option for parameter in group.commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
-    }
+    command = group if arguments[0].startswith("-") else group.commands[arguments[0]]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in arguments if word.startswith("--")} <= known
 
 

@@ -1,0 +1,104 @@
+"""``hf-automodel-parallel config``: a config file for ``accelerate launch``, adapted to a number of GPUs and nodes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..errors import ConfigError
+
+EPILOG = (
+    "Examples:\n\n  hf-automodel-parallel config\n\n"
+    "  hf-automodel-parallel config gpu_fsdp2_tp --gpus 8 --nodes 2 > cfg.yaml\n\n"
+    "  accelerate launch --config_file cfg.yaml -m hf_automodel_parallel.launch train.py"
+)
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def config(
+    name: Annotated[Optional[str], typer.Argument(help="One of the configs; left out: list them.")] = None,  # noqa: UP045
+    gpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="GPUs (on CPU: processes) of each node, if not those of the file.", min=1),
+    ] = None,
+    nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Number of nodes, if not that of the file.", min=1),
+    ] = None,
+) -> None:
+    """Print a config file for accelerate launch; without a name, list those that there are."""
+    files = {path.stem: path for path in sorted(folder_of("accelerate_configs").glob("*.yaml"))}
+    if name is None:
+        for known, path in files.items():
+            typer.echo(f"{known}\n    {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return
+    try:
+        if name not in files:
+            raise ConfigError(f"there is no config {name!r}; the names are {', '.join(files)}.")
+        typer.echo(adapted(name, files[name].read_text(), gpus, nodes), nl=False)
+    except ConfigError as error:
+        typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def folder_of(name: str) -> Path:
+    """The folder ``name``: inside of an installed package, beside it in a clone."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def adapted(name: str, text: str, gpus: int | None, nodes: int | None) -> str:
+    """The config ``text`` for ``nodes`` x ``gpus`` processes; None keeps the file's numbers.
+
+    The sizes of tp and cp stay, besides tp of a file without FSDP. A file with ``dp_replicate`` gets
+    one copy of the model to each node; dp_shard takes the rest.
+
+    Raises:
+        ConfigError: the processes cannot be arranged so.
+    """
+    if gpus is None and nodes is None:
+        return text
+    machines, processes = _number(text, "num_machines"), _number(text, "num_processes")
+    nodes = machines if nodes is None else nodes
+    gpus = processes // machines if gpus is None else gpus
+    sizes = {
+        axis: _number(text, f"parallelism_config_{axis}_size") for axis in ("dp_replicate", "dp_shard", "cp", "tp")
+    }
+    sizes["dp_replicate"] = nodes if sizes["dp_replicate"] > 1 else 1
+    if "\ndistributed_type: FSDP\n" not in text:
+        sizes["tp"] = nodes * gpus  # tensor parallelism alone
+    fixed = sizes["dp_replicate"] * sizes["cp"] * sizes["tp"]
+    if nodes * gpus % fixed:
+        axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "dp_shard" and size > 1)
+        raise ConfigError(f"{nodes} x {gpus} processes cannot be divided by {fixed} ({axes}); give another --gpus.")
+    sizes["dp_shard"] = nodes * gpus // fixed
+    numbers = {f"parallelism_config_{axis}_size": size for axis, size in sizes.items()}
+    numbers |= {"num_machines": nodes, "num_processes": nodes * gpus}
+    if nodes > 1 and _number(text, "main_process_port") == 0:
+        numbers["main_process_port"] = 29500  # the same on all nodes
+    _, _, body = text.partition("\n\n")
+    for field, number in numbers.items():
+        body = re.sub(rf"^(\s*{field}: )\d+", rf"\g<1>{number}", body, flags=re.M)
+    if nodes > 1:
+        body = re.sub(r"^machine_rank: .*\n", "", body, flags=re.M)
+        if "rdzv_backend" not in body:
+            body = re.sub(r"^(num_machines: .*\n)", r"\1same_network: true\nrdzv_backend: static\n", body, flags=re.M)
+    return f"{_header(name, sizes, gpus, nodes)}\n\n{body}"
+
+
+def _number(text: str, field: str) -> int:
+    found = re.search(rf"^\s*{field}: (\d+)", text, re.M)
+    return int(found[1]) if found else 1
+
+
+def _header(name: str, sizes: dict[str, int], gpus: int, nodes: int) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one process"
+    rank = " --machine_rank N --main_process_ip FIRST" if nodes > 1 else ""
+    return (
+        f"# {name} for {nodes} {'node' if nodes == 1 else 'nodes'} with {gpus} processes each: {mesh}.\n"
+        f"#   accelerate launch --config_file THIS_FILE{rank} -m hf_automodel_parallel.launch my_script.py"
+    )
