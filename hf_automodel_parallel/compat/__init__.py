@@ -1,4 +1,4 @@
-"""All uses of private names of torch, transformers, accelerate, peft and megatron-fsdp.
+"""All uses of private names of torch, transformers, accelerate, peft, trl and megatron-fsdp.
 
 :data:`.names.PRIVATE_NAMES` lists each name with the reason for its use. ``tests/unit/compat/test_private_names.py``
 fails if a name disappears from its library, or if the package uses a private name that is not listed. Only this
@@ -122,3 +122,5 @@ from .transformers import transformers_layer_type as transformers_layer_type
 from .transformers import transformers_parallel_styles as transformers_parallel_styles
 from .transformers import uses_attention_registry as uses_attention_registry
 from .transformers import without_tied_duplicates as without_tied_duplicates
+from .trl import bind_weights as bind_weights
+from .trl import iterates_over_weights as iterates_over_weights

@@ -179,6 +179,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "MegatronFSDP._replace_param_with_raw_if_needed",
         "its forward shows the parameters to compute with; a forward that begins elsewhere needs them too (0.5 to 0.6)",
     ),
+    (
+        "trl.generation.vllm_generation",
+        "VLLMGeneration._iter_named_params",
+        "which weights TRL sends to vLLM; without it TRL gathers them itself (1.16)",
+    ),
     ("torch", "Tensor._version", "counts changes in place, see version_of"),
     ("torch", "_foreach_copy_", "see copy_each; torch 2.11 to 2.15"),
     ("torch.distributed.fsdp", "FSDPModule._get_fsdp_state", "see initialize_fsdp, state_without_units"),

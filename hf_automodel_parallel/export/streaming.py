@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ _SMALL_PART = 1 / 3
 
 def stream_weights(
     model: nn.Module, adapters_only: bool = False, merged: bool = False, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Iterate over the full weights of ``model``, gathered one at a time when they are asked for. Collective.
 
     For an inference server that gets new weights while the model trains (vLLM's ``load_weights``, TRL's vLLM client).
@@ -188,7 +188,9 @@ def _adapter(model: nn.Module, shapes: Shapes, recording: Recording, fetch: Fetc
         return compat.adapter_state(model, state, adapter, "auto")
 
 
-def _stream(make: Callable[[], _Weights], details: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(
+    make: Callable[[], _Weights], details: Mapping[str, Any]
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     together = dist.is_available() and dist.is_initialized()
     if together:
         rendezvous(_CALL, details)

@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from ..accelerate_plugin.data_loaders import copies_of_each_batch, each_once
 from ..accelerate_plugin.hooks import hooks_of
+from .rollout_weights import bind_rollouts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,7 @@ class CountsRanksOnce(Trainer):
     """Stands in front of a class for which :func:`generates_batches` is true."""
 
     def _prepare_inputs(self, inputs: Any) -> Any:
+        bind_rollouts(self)
         with ranks_once(self):
             return super()._prepare_inputs(inputs)
 

@@ -18,7 +18,7 @@ import transformers
 import hf_automodel_parallel
 from hf_automodel_parallel import parallelizer
 from hf_automodel_parallel.accelerate_plugin import full_parameter
-from hf_automodel_parallel.export import merged
+from hf_automodel_parallel.export import merged, streaming
 from hf_automodel_parallel.strategies.base import ParallelizationStrategy
 from hf_automodel_parallel.strategies.context import ParallelizeContext
 from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
@@ -84,12 +84,12 @@ class AnyAccelerator(Anything):
         return objects
 
 
-def checked(function):
-    """A function that takes the arguments of ``function`` alone, and returns a model."""
+def checked(function, result=None):
+    """A function that takes the arguments of ``function`` alone, and returns a model or ``result``."""
 
     def stand_in(*args, **kwargs):
         inspect.signature(function).bind(*args, **kwargs)
-        return torch.nn.Linear(2, 2)
+        return torch.nn.Linear(2, 2) if result is None else result
 
     return stand_in
 
@@ -120,6 +120,8 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.Trainer", Anything())
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("hf_automodel_parallel.export.merged.save_merged", checked(merged.save_merged))
+    stream = checked(streaming.stream_weights, [("lm_head.weight", torch.zeros(2, 2))])
+    monkeypatch.setattr("hf_automodel_parallel.export.streaming.stream_weights", stream)
     monkeypatch.setattr(
         "hf_automodel_parallel.accelerate_plugin.full_parameter.full_parameter", checked(full_parameter.full_parameter)
     )
