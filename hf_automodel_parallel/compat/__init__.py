@@ -5,7 +5,7 @@ fails if a name disappears from its library, or if the package uses a private na
 subpackage imports private names. The list also has the private attributes that other modules read. Everything else in
 the package uses public API.
 
-Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.13 and 1.15, peft 0.20 and 0.21.
+Checked on: torch 2.13 and 2.15, transformers 5.17 and 5.24, accelerate 1.13 and 1.15, peft 0.20 and 0.21, trl 1.16.
 """
 
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -122,5 +122,6 @@ from .transformers import transformers_layer_type as transformers_layer_type
 from .transformers import transformers_parallel_styles as transformers_parallel_styles
 from .transformers import uses_attention_registry as uses_attention_registry
 from .transformers import without_tied_duplicates as without_tied_duplicates
+from .trl import TRLFusedHead as TRLFusedHead
 from .trl import bind_weights as bind_weights
 from .trl import iterates_over_weights as iterates_over_weights

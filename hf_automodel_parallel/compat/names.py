@@ -15,6 +15,7 @@ TESTED_UP_TO: dict[str, tuple[int, int]] = {
     "transformers": (5, 24),
     "accelerate": (1, 15),
     "peft": (0, 21),
+    "trl": (1, 16),
 }
 
 #: ``(module, attribute, reason)`` of all private names that the package uses; a test checks each of them.
@@ -314,6 +315,11 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "transformers.models.wav2vec2.modeling_wav2vec2",
         "is_fsdp_managed_module._is_fsdp_managed_module",
         "its mark on what is sharded, where it then drops no layer; transformers 5.17 to 5.24",
+    ),
+    (
+        "trl.trainer.utils",
+        "_ChunkedLogProbFunction",
+        "the kernel of the fused head, which gathers a sharded head, see TRLFusedHead; 1.16",
     ),
     ("transformers.trainer", "Trainer._save_checkpoint", "what the Trainer's own handler of SIGTERM calls"),
     (

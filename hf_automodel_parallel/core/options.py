@@ -127,7 +127,8 @@ class OptionFields:
     loss_chunk_size: int | None = option(
         None,
         Number(1, "a number of rows (tokens)"),
-        "Rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB.",
+        "Rows (tokens) whose logits that loss has in float32 at a time. None: as many as fit in 64 MiB "
+        "(256 MiB in TRL's fused head).",
         collective=False,  # each rank computes its own rows
         tp_axis="the vocabulary is sharded over the ranks of the tp axis",
         excludes=Condition("loss_parallel", False, "it is about loss parallelism, which that switches off"),

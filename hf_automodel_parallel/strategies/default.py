@@ -76,6 +76,7 @@ from ..tensor_parallel.dropout_rng import (
     synchronize_at_first_forward,
 )
 from ..tensor_parallel.full_parameter_view import install_full_parameter_views
+from ..tensor_parallel.vocab_parallel.fused_head import keep_fused_head_sharded
 from .base import ParallelizationStrategy, materialize_empty, refuse_meta, refuse_sharded
 from .context import ParallelizeContext
 from .replicated import compute_dtypes, join_axes_of_replicas, make_replicas_local
@@ -386,6 +387,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         # megatron-fsdp completes its gradients later than the backward.
         partial.sums_after_backward = context.sums_after_backward or context.options.backend != "megatron_fsdp"
         partial.resolves = context.sums_after_backward
+        if context.options.loss_parallel is not False:
+            keep_fused_head_sharded(context.model, context.tp_mesh, context.options.loss_chunk_size)  # type: ignore[arg-type]
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
             # A compiled layer cannot switch the random state; refuse_compiled_dropout refuses layers that need it.

@@ -106,6 +106,40 @@ def split_to_tp(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int)
     return _Split.apply(x, group, rank, size)
 
 
+class _ColumnsToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
+        ctx.group, ctx.size, ctx.rows = group, size, len(x)
+        count = -(-len(x) // size)
+        parts = _all_to_all(_padded_rows(x, count * size), group).view(size, count, x.shape[1])
+        own = max(0, min(count, len(x) - rank * count))
+        return parts[:, :own].transpose(0, 1).reshape(own, size * x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        count = -(-ctx.rows // ctx.size)
+        parts = _padded_rows(gradient, count).view(count, ctx.size, -1).transpose(0, 1).contiguous()
+        return _all_to_all(parts.flatten(0, 1), ctx.group)[: ctx.rows], None, None, None
+
+
+def _padded_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x))).contiguous()
+
+
+def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    result = torch.empty_like(x)
+    dist.all_to_all_single(result, x, group=group)
+    return result
+
+
+def columns_to_rows(x: torch.Tensor, group: dist.ProcessGroup, rank: int, size: int) -> torch.Tensor:
+    """A matrix sharded by columns, ``(rows, n / size)`` -> the same sharded by rows, ``(ceil(rows / size), n)``.
+
+    The last ranks have fewer rows if ``size`` does not divide them. One all-to-all, and one in backward.
+    """
+    return _ColumnsToRows.apply(x, group, rank, size)
+
+
 # ---- along the sequence (dimension 1) --------------------------------------------------------------------------------
 #
 # Every rank's sequence shard has ceil(length / size) tokens. Padding at the end is added and removed in this section

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from harness.collectives import CollectiveCounter
 from harness.compare import assert_same_tensors, full_parameters
 from harness.meshes import MESHES
 from harness.pool import run_distributed
@@ -75,12 +76,13 @@ def arguments(base: type, output_dir: str, config: AutoParallelismConfig | None,
     )
 
 
-def history(trainer: Any) -> list[tuple[float, float]]:
+def history(trainer: Any, *metrics: str) -> list[tuple[float, ...]]:
     trainer.train()
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    names = ("loss", "grad_norm", *metrics)
+    return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def sft(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[float, float]]:
+def sft_trainer(sizes: dict[str, int] | None, rows: int, output_dir: str) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -89,19 +91,22 @@ def sft(sizes: dict[str, int] | None, rows: int, output_dir: str) -> list[tuple[
     args = arguments(SFTConfig, output_dir, config, **options)
     assert args.gradient_checkpointing, "TRL's default"
     torch.manual_seed(0)
-    trainer = in_order(SFTTrainer)(
+    return in_order(SFTTrainer)(
         build("llama"),
         args,
         train_dataset=texts(("prompt", "completion")),
         processing_class=tokenizer(),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER),
     )
-    return history(trainer)
 
 
-def dpo(
+def sft(*args: Any) -> list[tuple[float, ...]]:
+    return history(sft_trainer(*args), "entropy", "mean_token_accuracy")
+
+
+def dpo_trainer(
     sizes: dict[str, int] | None, rows: int, output_dir: str, lora: bool = True, reference: bool = False
-) -> list[tuple[float, float]]:
+) -> Any:
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
@@ -111,7 +116,7 @@ def dpo(
     options = {"per_device_train_batch_size": rows, "max_length": 48, "optim": "sgd"}
     args = arguments(DPOConfig, output_dir, config, **options)
     torch.manual_seed(0)
-    trainer = in_order(DPOTrainer)(
+    return in_order(DPOTrainer)(
         model=build("llama"),
         args=args,
         train_dataset=texts(("prompt", "chosen", "rejected")),
@@ -119,7 +124,14 @@ def dpo(
         peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER) if lora else None,
         ref_model=build("llama", seed=5) if reference else None,
     )
-    result = history(trainer)
+
+
+def dpo(
+    sizes: dict[str, int] | None, rows: int, output_dir: str, lora: bool = True, reference: bool = False
+) -> list[tuple[float, ...]]:
+    trainer = dpo_trainer(sizes, rows, output_dir, lora, reference)
+    metrics = ("entropy", "mean_token_accuracy", "logps/chosen", "logits/chosen", "rewards/chosen")
+    result = history(trainer, *metrics)
     if reference:
         assert all(parameter.grad is None for parameter in trainer.ref_model.parameters()), "the reference is frozen"
         evaluation = trainer.evaluate(trainer.train_dataset)
@@ -133,11 +145,41 @@ def alone(rank_zero_only: Any, *args: Any) -> Any:
     return rank_zero_only(None, *args)
 
 
-def assert_same(got: list[tuple[float, float]], want: list[tuple[float, float]]) -> None:
+def assert_same(got: list[tuple[float, ...]], want: list[tuple[float, ...]]) -> None:
     assert len(got) == len(want) >= 3
-    for (loss, norm), (want_loss, want_norm) in zip(got, want, strict=True):
+    for (loss, *others), (want_loss, *wanted) in zip(got, want, strict=True):
         assert loss == pytest.approx(want_loss, rel=1e-6), (got, want)
-        assert norm == pytest.approx(want_norm, rel=1e-5), (got, want)
+        assert others == pytest.approx(wanted, rel=1e-5, abs=1e-6), (got, want)
+
+
+def largest_gathers(trainer: Any) -> list[int]:
+    """Elements of the largest all-gather in the loss of each step, the trainer's metrics included, and its backward."""
+    sizes = []
+
+    def counted(call: Any) -> Any:
+        def call_and_count(*args: Any, **kwargs: Any) -> Any:
+            with CollectiveCounter() as counter:
+                result = call(*args, **kwargs)
+            assert counter.counts.total["all_reduce"] > 0, "the layers are sharded"
+            sizes.append(counter.counts.largest["all_gather"])
+            return result
+
+        return call_and_count
+
+    trainer.compute_loss = counted(trainer.compute_loss)
+    trainer.accelerator.backward = counted(trainer.accelerator.backward)
+    trainer.train()
+    return sizes
+
+
+def gathers_of(builder: Any, *args: Any) -> list[int]:
+    return largest_gathers(builder(*args))
+
+
+@pytest.mark.parametrize("builder", [sft_trainer, dpo_trainer])
+def test_neither_head_nor_logits_are_gathered(builder, tmp_path):
+    sizes = run_distributed(2, gathers_of, builder, {"tp_size": 2}, 4, str(tmp_path), timeout=240)[0]
+    assert len(sizes) == 6 and max(sizes) <= 16, "metrics alone; one row of the head has 64 elements"
 
 
 def test_sft_lora_packed_completion_only_with_checkpointing(tmp_path):

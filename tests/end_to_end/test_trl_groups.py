@@ -11,7 +11,7 @@ from harness.meshes import MESHES
 from harness.pool import run_distributed
 from harness.training import build
 
-from end_to_end.test_trl import arguments, texts, tokenizer
+from end_to_end.test_trl import arguments, gathers_of, texts, tokenizer
 from hf_automodel_parallel import AutoParallelismConfig
 
 GROUP = 4
@@ -39,7 +39,7 @@ def different_in_each_row(copies: int) -> Any:
     return draw
 
 
-def generate(name: str, sizes: dict[str, int] | None, rows: int, folder: str, options: dict[str, Any]) -> Any:
+def trainer_of(name: str, sizes: dict[str, int] | None, rows: int, folder: str, options: dict[str, Any]) -> Any:
     import trl
 
     config = AutoParallelismConfig(**sizes) if sizes else None
@@ -59,7 +59,7 @@ def generate(name: str, sizes: dict[str, int] | None, rows: int, folder: str, op
         shuffle_dataset=False,
         **options,
     )
-    trainer = getattr(trl, f"{name}Trainer")(
+    return getattr(trl, f"{name}Trainer")(
         folder,
         args=args,
         reward_funcs=rewards_by_position(copies),
@@ -67,6 +67,11 @@ def generate(name: str, sizes: dict[str, int] | None, rows: int, folder: str, op
         eval_dataset=texts(("prompt",), 3),
         processing_class=tokenizer(),
     )
+
+
+def generate(name: str, sizes: dict[str, int] | None, rows: int, folder: str, options: dict[str, Any]) -> Any:
+    trainer = trainer_of(name, sizes, rows, folder, options)
+    copies = (sizes or {}).get("tp_size", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", different_in_each_row(copies))
         trainer.train()
@@ -105,3 +110,11 @@ def test_groups_of_completions_span_data_parallel_ranks(name, tmp_path):
         counted = {key: value for key, value in wanted.items() if not key.endswith(NOT_COUNTED)}
         assert {key: entry.get(key) for key in counted} == pytest.approx(counted, rel=1e-4, abs=1e-6)
     assert all(entry["grad_norm"] > 1e-2 for entry in got[0] if "grad_norm" in entry), got[0]
+
+
+def test_neither_head_nor_logits_are_gathered(tmp_path):
+    """In the losses and backwards of GRPO; the generation in front of them reads the logits of single tokens."""
+    build("llama").save_pretrained(tmp_path)
+    given = ("GRPO", {"tp_size": 2}, 4, str(tmp_path), {})
+    sizes = run_distributed(2, gathers_of, trainer_of, *given, timeout=240)[0]
+    assert len(sizes) == 6 and max(sizes) <= 16, sizes

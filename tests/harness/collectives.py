@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
@@ -28,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_automodel_parallel.accelerate_plugin.prepared import prepared
 
@@ -74,9 +76,12 @@ _ALL_OPERATORS = C10D_OPERATORS | FUNCTIONAL_OPERATORS
 
 @dataclass
 class CollectiveCounts:
-    """Collectives this rank took part in. `by_ranks` maps the global ranks of a group to the counts by kind."""
+    """Collectives this rank took part in. `by_ranks` maps the global ranks of a group to the counts by kind. `largest`
+    has the number of elements of the largest tensor in a collective of a kind.
+    """
 
     by_ranks: dict[tuple[int, ...], Counter[str]] = field(default_factory=dict)
+    largest: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> Counter[str]:
@@ -108,7 +113,11 @@ class CollectiveCounter(TorchDispatchMode):
         if kind is not None:
             ranks = tuple(dist.get_process_group_ranks(_group_of_call(func, args, kwargs)))
             self.counts.by_ranks.setdefault(ranks, Counter())[kind] += 1
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if kind is not None:
+            sizes = [x.numel() for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+            self.counts.largest[kind] = max(self.counts.largest[kind], *sizes)
+        return result
 
 
 def _group_of_call(func: Any, args: tuple, kwargs: dict[str, Any]) -> dist.ProcessGroup:

@@ -12,6 +12,8 @@ them all.
 * :mod:`.elementwise`: handlers for gradients, element-wise functions, and views of the leading dimensions.
 * :mod:`.reductions`: handlers for functions over the vocabulary (cross entropy, log_softmax, gather, sum).
 * :mod:`.cross_entropy`: their arithmetic on plain shards, without the tensor subclass.
+* :mod:`.token_statistics`: log-probabilities, entropy and more with the projection in it, chunk by chunk.
+* :mod:`.fused_head`: lets TRL's fused head use it, which reads the head's weight and never calls the head.
 
 The two handler modules fill the table when they are imported, which this file does. They import ``logits``, never the
 other way round.

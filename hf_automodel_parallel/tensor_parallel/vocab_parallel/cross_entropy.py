@@ -31,18 +31,28 @@ class Vocabulary:
         group: the ranks that hold the slices, in order.
         rank, size: this rank's coordinate in the group, and the number of ranks.
         chunk_rows: rows (tokens) whose logits are in float32 at a time; None: as many as fit in 64 MiB.
+        start: first class of this rank's slice; None: the slices are equally wide.
     """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     chunk_rows: int | None = None
+    start: int | None = None
 
-    def chunks(self, logits: torch.Tensor) -> Iterator[slice]:
-        """Slices over the rows of ``logits`` (rows, width)."""
-        rows, width = logits.shape
-        step = self.chunk_rows or max(1, DEFAULT_CHUNK_BYTES // (4 * width))
+    def chunks(self, rows: int, width: int, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Iterator[slice]:
+        """Slices over ``rows`` rows of logits of ``width`` classes; none where the slice is empty."""
+        if width == 0:
+            return iter(())
+        step = self.chunk_rows or max(1, chunk_bytes // (4 * width))
         return (slice(start, start + step) for start in range(0, rows, step))
+
+    def own(self, index: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in the own slice, of ``width`` classes; negative or too large for those in other slices. And a mask
+        of those in the own slice.
+        """
+        local = index - (self.rank * width if self.start is None else self.start)
+        return local, (local >= 0) & (local < width)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,8 +62,7 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _own(index: torch.Tensor, width: int, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions in the own slice (0 for those in other slices), and a mask of those in the own slice."""
-    local = index - vocabulary.rank * width
-    mine = (local >= 0) & (local < width)
+    local, mine = vocabulary.own(index, width)
     return local.masked_fill(~mine, 0), mine
 
 
@@ -76,7 +85,7 @@ class _RowStatistics(torch.autograd.Function):
         top = logits.new_empty(rows, dtype=dtype)
         # One tensor for all sums, so that they take one all-reduce.
         sums = logits.new_empty(1 + (target is not None) + with_sum, rows, dtype=dtype)
-        for part in vocabulary.chunks(logits):
+        for part in vocabulary.chunks(rows, width):
             x = logits[part].to(dtype)
             # Finite, also where all of the slice is masked with -inf: the exponentials are then 0, not nan.
             top[part] = x.amax(-1).clamp_(min=torch.finfo(dtype).min)
@@ -104,7 +113,7 @@ class _RowStatistics(torch.autograd.Function):
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if for_target is not None:
             for_target = for_target.masked_fill(~mine, 0)
-        for part in ctx.vocabulary.chunks(logits):
+        for part in ctx.vocabulary.chunks(*logits.shape):
             x = logits[part].to(total.dtype)
             if for_total is None:
                 x = torch.zeros_like(x)

@@ -19,7 +19,7 @@ from hf_automodel_parallel.errors import UnsupportedError
 PACKAGE = Path(hf_automodel_parallel.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 COMPAT = sorted((PACKAGE / "compat").glob("*.py"))
-LIBRARIES = {"torch", "transformers", "accelerate", "peft"}
+LIBRARIES = {"torch", "transformers", "accelerate", "peft", "trl"}
 
 #: The last part of each name in the table, and the private parts of its modules.
 LISTED = {part for module, attribute, _ in compat.PRIVATE_NAMES for part in (*module.split("."), *attribute.split("."))}
@@ -78,7 +78,7 @@ def private_uses(tree: ast.Module, own: set[str]) -> list[tuple[int, str]]:
 
 
 def private_imports(tree: ast.Module) -> list[tuple[int, str]]:
-    """(line, dotted name) of everything private that is imported from the four libraries."""
+    """(line, dotted name) of everything private that is imported from the libraries."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
