@@ -13,7 +13,7 @@ the model before it is used.
 
 import tiny
 from custom_model_class import MyConfig, MyForCausalLM
-from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.set_defaults(output_dir="out/custom_model", learning_rate=1e-3, **tiny.settings())
     args, rest = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)  # new weights
     sizes = {"hidden_size": 64, "num_hidden_layers": 2} if rest.tiny else {"hidden_size": 1024}
     model, tokenizer = MyForCausalLM(MyConfig(**sizes)), tiny.tokenizer()
     data = tiny.rows("text").map(

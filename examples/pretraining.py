@@ -24,6 +24,7 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from hf_automodel_parallel import last_complete_checkpoint
@@ -45,6 +46,7 @@ def main() -> None:
     tokenizer = tiny.tokenizer() if recipe.tiny else AutoTokenizer.from_pretrained(recipe.model)
     data = tiny.rows("text") if recipe.tiny else load_dataset(recipe.dataset, split="train")
     data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=1024), remove_columns=["text"])
+    set_seed(args.seed)  # new weights
     model, collator = AutoModelForCausalLM.from_config(config), DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, args, collator, data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))  # None: from the beginning
