@@ -7,9 +7,9 @@
   CPU       torchrun --nproc_per_node 2 -m hf_automodel_parallel.launch --auto_parallel tp=2 \\
                 examples/sft_lora.py --tiny
 
-Expect: an adapter in --output_dir, and losses like those of one GPU at an equal global batch. With tp=2 eight GPUs are four
-data-parallel ranks: the global batch is 4 x per_device_train_batch_size x gradient_accumulation_steps. The base in bf16
-takes 2 bytes per parameter, divided by all eight GPUs.
+Expect: an adapter in --output_dir, and losses like those of one GPU at an equal global batch. With tp=2 eight GPUs are
+four data-parallel ranks: the global batch is 4 x per_device_train_batch_size x gradient_accumulation_steps. The base in
+bf16 takes 2 bytes per parameter, divided by all eight GPUs.
 """
 
 from dataclasses import dataclass
