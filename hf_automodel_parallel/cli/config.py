@@ -20,7 +20,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def config(
-    name: Annotated[Optional[str], typer.Argument(help="One of the configs; left out: list them.")] = None,  # noqa: UP045
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="One of the configs; left out: list them."),
+    ] = None,
     gpus: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="GPUs (on CPU: processes) of each node, if not those of the file.", min=1),

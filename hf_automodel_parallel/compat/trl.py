@@ -57,7 +57,8 @@ class TRLFusedHead:
         names = {**old.__globals__, _KERNEL: kernel, "DTensor": _NeverGathered}
         new = types.FunctionType(old.__code__, names, old.__name__, old.__defaults__, old.__closure__)
         new.__kwdefaults__ = old.__kwdefaults__
-        return types.MethodType(functools.update_wrapper(new, old.__wrapped__), self.model)  # type: ignore[attr-defined]
+        wrapped = old.__wrapped__  # type: ignore[attr-defined]
+        return types.MethodType(functools.update_wrapper(new, wrapped), self.model)
 
 
 def iterates_over_weights(generation: Any) -> bool:

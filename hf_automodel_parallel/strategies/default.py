@@ -388,7 +388,8 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         partial.sums_after_backward = context.sums_after_backward or context.options.backend != "megatron_fsdp"
         partial.resolves = context.sums_after_backward
         if context.options.loss_parallel is not False:
-            keep_fused_head_sharded(context.model, context.tp_mesh, context.options.loss_chunk_size)  # type: ignore[arg-type]
+            rows = context.options.loss_chunk_size
+            keep_fused_head_sharded(context.model, context.tp_mesh, rows)  # type: ignore[arg-type]
         install_sharded_dropout(context.model, context.spec, context.tp_mesh)  # type: ignore[arg-type]
         if draws_random_numbers(context.model):
             # A compiled layer cannot switch the random state; refuse_compiled_dropout refuses layers that need it.
