@@ -15,6 +15,7 @@ from typing import Any
 
 import accelerate.accelerator
 import pytest
+import torch
 from harness.compare import assert_same_tensors
 from harness.pool import run_distributed
 from harness.training import build
@@ -132,19 +133,46 @@ def assert_close(key: str, entry: dict[str, Any], wanted: dict[str, Any]) -> Non
         assert entry[key] == pytest.approx(wanted[key], rel=1e-4), (key, entry, wanted)
 
 
-def test_trl_script(tmp_path):
-    """``trl.scripts.sft``: a model, a tokenizer and data from folders, packing, evaluation, LoRA, saved files."""
+#: Script of TRL -> columns of its data, further options, and what it logs besides the loss.
+TRL_SCRIPTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    # packing, evaluation
+    "sft": (
+        ("prompt", "completion"),
+        "--max_length 32 --eval_strategy steps --eval_steps 3",
+        ("num_tokens", "eval_loss", "eval_mean_token_accuracy"),
+    ),
+    "dpo": (("prompt", "chosen", "rejected"), "--max_length 32", ("entropy", "logps/chosen")),
+    # a loss without the estimate of the KL, which is one of each data-parallel rank
+    "kto": (("prompt", "completion", "label"), "--loss_type apo_zero_unpaired", ("logps/chosen", "logps/rejected")),
+    "reward": (
+        ("chosen", "rejected"),
+        "--max_length 32 --lora_task_type SEQ_CLS",
+        ("mean_reward", "margin", "accuracy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("script", TRL_SCRIPTS)
+def test_trl_script(script, tmp_path):
+    """A model, a tokenizer and data from folders, LoRA, saved files; what the script logs, and the adapter."""
+    columns, options, logged = TRL_SCRIPTS[script]
     generator = random.Random(2)
     for split, rows in (("train", 24), ("test", 8)):
-        words = [[f"w{generator.randrange(100)}" for _ in range(12)] for _ in range(rows)]
-        pairs = [{"prompt": " ".join(w[:6]), "completion": " ".join(w[6:])} for w in words]
-        write(tmp_path / "data" / f"{split}.jsonl", pairs)
-    build("llama").save_pretrained(tmp_path / "model")
+        data: list[dict[str, Any]] = [
+            {name: " ".join(f"w{generator.randrange(100)}" for _ in range(6)) for name in columns} for _ in range(rows)
+        ]
+        if "label" in columns:
+            data = [row | {"label": index % 2 == 0} for index, row in enumerate(data)]
+        write(tmp_path / "data" / f"{split}.jsonl", data)
+    model = build("llama")
+    if script == "reward":
+        model = scored(model)
+    model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    options = (
-        f"--model_name_or_path {tmp_path / 'model'} --dataset_name {tmp_path / 'data'} --use_cpu --bf16 False --dtype "
-        "float32 --max_steps 3 --logging_steps 1 --eval_strategy steps --eval_steps 3 --learning_rate 1e-2 --optim sgd "
-        "--train_sampling_strategy sequential --report_to none --disable_tqdm True --max_length 32 --use_peft --lora_r "
+    options += (
+        f" --model_name_or_path {tmp_path / 'model'} --dataset_name {tmp_path / 'data'} --use_cpu --bf16 False --dtype "
+        "float32 --max_steps 3 --logging_steps 1 --learning_rate 1e-2 --optim sgd "
+        "--train_sampling_strategy sequential --report_to none --disable_tqdm True --use_peft --lora_r "
         "4 --lora_target_modules all-linear --lora_dropout 0 --seed 3 --per_device_eval_batch_size 2"
     )
 
@@ -152,16 +180,27 @@ def test_trl_script(tmp_path):
         output = tmp_path / name
         arguments = [*options.split(), "--output_dir", str(output)]
         arguments += ["--per_device_train_batch_size", "4" if ranks == 1 else "2"]
-        run_distributed(ranks, run_script, None if ranks == 1 else MESH, "trl.scripts.sft", arguments, timeout=240)
+        parallel = None if ranks == 1 else MESH
+        run_distributed(ranks, run_script, parallel, f"trl.scripts.{script}", arguments, timeout=240)
         return output
 
     alone, parallel = run(1, "alone"), run(RANKS, "parallel")
     states = [json.loads((p / "checkpoint-3" / "trainer_state.json").read_text()) for p in (parallel, alone)]
+    assert logged[0] in states[1]["log_history"][0]
     for entry, wanted in zip(*(state["log_history"] for state in states), strict=True):
-        for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "num_tokens", "eval_mean_token_accuracy"):
+        for key in ("loss", "grad_norm", "learning_rate", *logged):
             assert_close(key, entry, wanted)
     adapters = [load_file(path / "adapter_model.safetensors") for path in (parallel, alone)]
     assert_same_tensors(*adapters)
+
+
+def scored(model: Any) -> Any:
+    """A reward model of the same size."""
+    from transformers import AutoModelForSequenceClassification
+
+    values = model.config.to_dict() | {"num_labels": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(type(model.config)(**values))
 
 
 def test_script_of_accelerate():
