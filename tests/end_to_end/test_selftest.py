@@ -1,0 +1,76 @@
+"""``hf-automodel-parallel selftest``: green where all is right, red with a name where ranks compute something else."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_automodel_parallel.cli import app
+from hf_automodel_parallel.cli.selftest import cases
+
+#: The parallel ranks compute with other data than the reference.
+OTHER_DATA = """
+import os
+from hf_automodel_parallel.cli import app, selftest_ranks
+
+batch = selftest_ranks.batch
+selftest_ranks.batch = lambda step, rows: batch(step + (os.environ["WORLD_SIZE"] != "1"), rows)
+"""
+RUN = "import sys; from hf_automodel_parallel.cli import app; app(sys.argv[1:])"
+
+
+def start(code: str, *arguments: str) -> tuple[int, str, str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "selftest", "--nproc", "2", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_right():
+    code, output, errors = start(RUN, "--only", "tp,bf16,resume", "--json")
+    assert code == 0, output + errors
+    result = json.loads(output)
+    assert result["ok"] and result["device"] == "cpu" and result["nproc"] == 2
+    assert [(row["case"], row["mesh"]) for row in result["cases"]] == [
+        ("tp", "tp 2"),
+        ("bf16", "tp 2"),
+        ("resume", "tp 2 -> dp_shard 2"),
+    ]
+    exact, bf16, resumed = (row["worst"] for row in result["cases"])
+    assert exact < 1e-5 and 1e-5 < bf16 < 0.1 and resumed < 1e-4
+
+
+def test_wrong():
+    code, output, errors = start(OTHER_DATA + RUN, "--only", "tp")
+    assert code == 1, output + errors
+    first, name, summary = output.splitlines()
+    assert first.startswith("✗ tp ") and name.strip().endswith(".weight"), output
+    assert summary == "0 of 1 cases are what one process computes, on 2 x cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "3"], "--nproc 3: give an even number of processes."),
+        (["--device", "tpu"], "--device tpu: give cpu or cuda."),
+        (["--only", "fsdp"], "--only fsdp: the cases are tp, fsdp2, tp_fsdp2, hsdp, lora, sequence, bf16, resume."),
+    ],
+)
+def test_wrong_options(arguments, message):
+    result = CliRunner().invoke(app, ["selftest", *arguments])
+    assert result.exit_code == 2 and result.output == f"hf-automodel-parallel: {message}\n"
+
+
+def test_meshes():
+    """Every case fits the number of processes, and the smallest ones are left out where they need more."""
+    for nproc in (2, 4, 8):
+        assert all(case["ranks"] <= nproc for case in cases(nproc))
+    assert [case["name"] for case in cases(2)] == ["tp", "fsdp2", "lora", "sequence", "bf16", "resume"]
