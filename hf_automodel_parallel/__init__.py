@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .plan.select import register_plan
     from .plan.sources.registry import register_optimized_plan
     from .plan_search.verify import verify_plan
+    from .planner.explain import explain
     from .selective_checkpointing import apply_selective_activation_checkpointing
     from .strategies.base import ParallelizationStrategy
     from .strategies.default import DefaultParallelizationStrategy
@@ -50,6 +51,7 @@ __all__ = [
     "RegistrationError",
     "UnsupportedError",
     "apply_selective_activation_checkpointing",
+    "explain",
     "from_pretrained",
     "full_parameter",
     "get_parallelization_strategy",
@@ -65,6 +67,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "explain": ".planner.explain",
     "apply_selective_activation_checkpointing": ".selective_checkpointing",
     "from_pretrained": ".loading",
     "full_parameter": ".accelerate_plugin.full_parameter",

@@ -1,115 +1,207 @@
-"""``hf-automodel-parallel plan``: the tensor-parallel plan of a model as a table."""
+"""``hf-automodel-parallel plan``: what a model costs on a mesh, before there is a GPU."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Optional
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ..errors import AutoParallelError, ConfigError
+from . import model_options as options
+from .model_options import Count, File, Text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..planner.explanation import Explanation
 
 EPILOG = (
-    "Examples:\n\n  hf-automodel-parallel plan path/to/model --tp 2\n\n"
-    "  hf-automodel-parallel plan config.json --tp 4 --lora all-linear --tp-plan my_package.plans:mine"
+    "Examples:\n\n  hf-automodel-parallel plan path/to/model --tp 2 --no-step\n\n"
+    "  hf-automodel-parallel plan llama-3.1-405b --tp 8 --dp-shard 128 --sequence-parallel --seq 8192 "
+    "--interconnect h100-infiniband\n\n"
+    "  hf-automodel-parallel plan config.json --tp 4 --lora r=16,targets=all-linear --checkpointing full --json\n\n"
+    "  hf-automodel-parallel plan path/to/model --config_file accelerate.yaml --gpu-memory 80GiB"
 )
 
 
+@options.quiet
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model directory or its config.json (weights are not read).")],
-    tp: Annotated[int, typer.Option(help="Number of ranks on the tp axis.", min=1)] = 2,
+    model: options.Model,
+    tp: Annotated[Count, typer.Option(help="Ranks of the tp axis.", min=1)] = None,
+    dp_shard: Annotated[Count, typer.Option(help="Ranks over which FSDP2 shards.", min=1)] = None,
+    dp_replicate: Annotated[Count, typer.Option(help="Replicas of those (HSDP).", min=1)] = None,
+    cp: Annotated[Count, typer.Option(help="Ranks that share a sequence.", min=1)] = None,
+    world: Annotated[Count, typer.Option(help="Number of ranks, from which a size left out is inferred.")] = None,
+    config_file: Annotated[
+        File, typer.Option("--config_file", "--config-file", help="A config of this package or of Accelerate.")
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="Another field of AutoParallelismConfig: name=value. Repeatable."),
+    ] = None,
     tp_plan: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="A named plan or the import path of a plan, instead of the model's own."),
+        Text, typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")
     ] = None,
-    plan_order: Annotated[str, typer.Option(help="Sources to try, in order.")] = "hf+registry+default+derived",
+    plan_order: Annotated[Text, typer.Option(help="Sources to try, in order, such as hf+registry.")] = None,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="Derive where sequences are split, gathered and scattered.")
+        bool, typer.Option("--sequence-parallel", help="Shard activations between blocks along the sequence.")
     ] = False,
-    lora: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Wrap with LoRA first: 'all-linear' or comma-separated modules."),
+    checkpointing: Annotated[
+        Text, typer.Option(help="Activation checkpointing: none, full, submodule or selective.")
     ] = None,
+    lora: options.Lora = None,
+    dtype: options.Dtype = "bf16",
+    mixed_precision: options.Mixed = None,
+    optimizer: options.Optimizer = "adamw",
+    batch: options.Batch = 1,
+    sequence: options.Sequence = 4096,
+    gpu_memory: Annotated[Text, typer.Option(help="Memory of a GPU, such as 80GiB, for the warnings.")] = None,
+    interconnect: Annotated[
+        Text, typer.Option(help="Estimate communication time: a name of interconnects.yaml, or FILE.yaml:NAME.")
+    ] = None,
+    per_node: Annotated[Count, typer.Option(help="GPUs of a node; without it the interconnect's, or 8.", min=1)] = None,
+    modes: Annotated[
+        bool, typer.Option("--modes/--no-modes", help="Also measure the other modes of activation checkpointing.")
+    ] = True,
+    every_layer: Annotated[bool, typer.Option("--every-layer", help="Run all layers instead of a few.")] = False,
+    step: Annotated[bool, typer.Option("--step/--no-step", help="Run a step; without it only the placements.")] = True,
+    imports: options.Imports = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the tensor-parallel plan of a model as a table: which module, which style, which shard, from which
-    source.
+    """Show what a model costs on a mesh: placements and their source, memory per rank, collectives per step.
+
+    The numbers come from Accelerator.prepare and one training step, on simulated ranks and tensors without memory. No
+    GPU, no weights, no network.
     """
+    from ..core.options import CHECKPOINTING_MODES
+    from ..planner.explain import explain
+    from ..planner.models import lora_of
+    from ..planner.sizes import bytes_of
+
+    with options.one_line_errors():
+        fields, environment, precision, processes = options.config_values(
+            config_file,
+            settings,
+            tp=tp,
+            dp_shard=dp_shard,
+            dp_replicate=dp_replicate,
+            cp=cp,
+            tp_plan=tp_plan,
+            plan_order=plan_order,
+            sequence_parallel=sequence_parallel or None,
+            activation_checkpointing=checkpointing,
+        )
+        if not any(name.endswith("_size") for name in fields) and world is None and processes is None:
+            fields["tp_size"] = 2
+        found = explain(
+            model,
+            fields,
+            world_size=world or processes,
+            batch=batch,
+            sequence=sequence,
+            dtype=dtype,
+            mixed_precision=mixed_precision or precision,
+            optimizer=optimizer,
+            lora=lora_of(lora) if lora else None,
+            checkpointing=CHECKPOINTING_MODES if modes else (),
+            interconnect=interconnect,
+            gpus_per_node=per_node,
+            gpu_memory=bytes_of(gpu_memory) if gpu_memory else None,
+            environment=environment,
+            every_layer=every_layer,
+            step=step,
+            imports=imports or (),
+            progress=lambda line: typer.secho(f"  {line}: done", dim=True, err=True),
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    show(found)
+
+
+def show(found: Explanation) -> None:
+    """Print an explanation as tables of at most 80 columns (wider in a wider terminal)."""
     from rich.console import Console
 
-    from ..config import AutoParallelismConfig
-    from ..core.model_structure import find_layers
-    from ..core.model_view import ModelView
-    from ..plan.analysis.sequence_parallel import derive
-    from ..plan.describe import plan_table
-    from ..plan.loss_parallel import keep_logits_sharded
-    from ..plan.resolve import resolve
-    from ..plan.select import select_plan
-    from ..plan.validate import validate
-    from ..plan_search.proof import proven_plan
-    from ..plan_search.search import derived_plan
-    from ..strategies.default import DefaultParallelizationStrategy
-    from ..strategies.registry import get_parallelization_strategy
-
-    console = Console()
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(width=120)  # a file or pipe has no width; rich would assume 80 columns
-    try:
-        if sequence_parallel and tp == 1:
-            raise ConfigError(
-                "--sequence-parallel with --tp 1: sequences are split over the tp ranks; give --tp 2 or more."
-            )
-        config = AutoParallelismConfig(tp_plan=tp_plan, plan_order=plan_order)  # type: ignore[arg-type]
-        network = _empty_model(model, lora)
-        strategy = get_parallelization_strategy(network)
-        order = config.plan_order
-        if isinstance(strategy, DefaultParallelizationStrategy):
-            order = strategy.sources(order)
-        chosen = select_plan(network, config.tp_plan, order, tp, derived_plan, proven_plan)
-        spec = resolve(network, chosen, tp)
-        validate(network, spec, tp)
-        keep_logits_sharded(network, spec)
-        if sequence_parallel:
-            derive(network, spec, find_layers(ModelView.of(network).inner))
-    except (AutoParallelError, OSError, ValueError) as error:
-        typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
-    total = sum(p.numel() for p in network.parameters())
-    name = type(network.get_base_model() if hasattr(network, "get_base_model") else network).__name__
-    shards = sum(
-        p.numel() // tp
-        for n, p in network.named_parameters()
-        if n in spec.parameters and spec.parameters[n].dim is not None
-    )
-    replicated = sum(
-        p.numel() for n, p in network.named_parameters() if n not in spec.parameters or spec.parameters[n].dim is None
-    )
-    console.print(plan_table(chosen, spec, f"{name} at tp={tp}: plan from {chosen.origin}"))
+        console = Console(width=80, highlight=False)
+    about = found.about
+    mesh = ", ".join(f"{axis}={size}" for axis, size in found.sizes.items() if size > 1) or "one rank"
+    console.print(f"{about['model']} on {about['world_size']:,} ranks ({mesh})", style="bold")
+    if found.rows:
+        table = _table(f"Plan: {found.origin}", "module or parameter", "style", "#", "weight on tp", "source")
+        for row in found.rows:
+            table.add_row(*row)
+        console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for entry in found.unmatched:
+        console.print(f"not used by this config: {entry}")
     console.print(
-        f"{total:,} parameters; per tp rank {shards + replicated:,}: {shards:,} sharded, {replicated:,} replicated."
+        f"{found.parameters:,} parameters, {found.trainable:,} trained; tp replicates {found.replicated_over_tp:,}."
     )
-    for note in spec.notes:
-        console.print(f"note: {note}", highlight=False)
-    for entry in spec.unmatched:
-        console.print(f"not used by this config: {entry.pattern} ({entry.style_name})", highlight=False)
+    if found.memory:
+        _show_step(found, console)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow")
 
 
-def _empty_model(path: Path, lora: str | None):  # type: ignore[no-untyped-def]
-    """Build the model of a config on the meta device, optionally with LoRA.
+_ROWS = {
+    "parameters": "parameters (this rank's shards)",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "gathered": "unsharded FSDP units, most at a time",
+    "activations": "activations kept for backward",
+    "logits": "logits",
+    "buffers": "buffers",
+}
 
-    Raises:
-        FileNotFoundError: ``path`` does not exist.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a model directory or a config.json.")
-    config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        if lora is None:
-            return model
-        from peft import LoraConfig, get_peft_model
+def _show_step(found: Explanation, console: Any) -> None:
+    about = found.about
+    tokens = f"{about['batch']} x {about['sequence']:,} tokens"
+    table = _table(
+        f"Memory per rank, {about['dtype']}, {about['optimizer']}, {tokens}", "what", right=("bytes", "size")
+    )
+    for name, text in _ROWS.items():
+        table.add_row(text, f"{found.memory[name]:,}", _size(found.memory[name]))
+    phase = max(found.peaks, key=lambda name: found.peaks[name])
+    table.add_row(f"peak, in {phase}", f"{found.memory['peak']:,}", _size(found.memory["peak"]), style="bold")
+    console.print(table)
+    if len(found.by_checkpointing) > 1:
+        table = _table("By activation checkpointing", "mode", right=("activations", "peak"))
+        for mode, its in found.by_checkpointing.items():
+            table.add_row(mode, _size(its["activations"]), _size(its["peak"]))
+        console.print(table)
+    if found.collectives:
+        table = _table("Collectives of a step, per rank", "collective", "axis", right=("calls", "tensors", "sent"))
+        for row in found.collectives:
+            table.add_row(
+                row["kind"], row["axis"], f"{row['count']:,}", _size(row["tensor_bytes"]), _size(row["sent_bytes"])
+            )
+        console.print(table)
+    if found.seconds:
+        times = ", ".join(f"{axis} {seconds:.3g} s" for axis, seconds in found.seconds.items())
+        console.print(
+            f"Estimate, {about['interconnect']}: communication takes at least {sum(found.seconds.values()):.3g} s of a "
+            f"step if nothing overlaps ({times}): bytes over bandwidth, without latency."
+        )
 
-        targets = lora if lora == "all-linear" else [part.strip() for part in lora.split(",")]
-        return get_peft_model(model, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    # Imported here, because rich draws random numbers on import, which would change the random state of a training.
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold", expand=bool(len(columns) > 3))
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="right" if name == "#" else "left")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _size(size: int) -> str:
+    power = next((power for power in (30, 20, 10) if size >= 1 << power), 0)
+    unit = {30: "GiB", 20: "MiB", 10: "KiB", 0: "B"}[power]
+    return f"{size / (1 << power):,.{0 if power == 0 else 2}f} {unit}"

@@ -91,11 +91,14 @@ from .tensors import hash_specs_of_symbolic_shapes as hash_specs_of_symbolic_sha
 from .tensors import hooks_on as hooks_on
 from .tensors import is_compiled as is_compiled
 from .tensors import is_compiled_function as is_compiled_function
+from .tensors import is_fake as is_fake
+from .tensors import is_plain_tensor as is_plain_tensor
 from .tensors import is_view_of as is_view_of
 from .tensors import quiet_fake_tensors as quiet_fake_tensors
 from .tensors import reduce_scatter_dim as reduce_scatter_dim
 from .tensors import rendezvous_store as rendezvous_store
 from .tensors import restore_spec_hash as restore_spec_hash
+from .tensors import start_simulated_ranks as start_simulated_ranks
 from .tensors import torch_version as torch_version
 from .tensors import version_of as version_of
 from .tensors import without_hooks as without_hooks

@@ -70,6 +70,13 @@ PRIVATE_NAMES: tuple[tuple[str, str, str], ...] = (
         "running a layer on fake tensors, to see which of its operators keep tokens apart; the same in torch 2.11 to "
         "2.13",
     ),
+    ("torch._subclasses.fake_tensor", "FakeTensor", "says whether a tensor has values; the same in torch 2.11 to 2.15"),
+    (
+        "torch.testing._internal.distributed.fake_pg",
+        "FakeStore",
+        "a process group of any size in one process, for the estimates of the command line; the same in torch 2.11 to "
+        "2.15",
+    ),
     (
         "torch._dynamo.config",
         "skip_fwd_side_effects_in_bwd_under_checkpoint",

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -50,6 +50,29 @@ def fake_tensor_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(x: Any) -> bool:
+    """True for a tensor of :func:`fake_tensor_mode`, which has no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
+def is_plain_tensor(x: Any) -> TypeGuard[torch.Tensor]:
+    """True for a ``torch.Tensor`` of no subclass; a fake tensor stands for one."""
+    return type(x) is torch.Tensor or is_fake(x)
+
+
+def start_simulated_ranks(size: int) -> None:
+    """Initialise the default process group with ``size`` ranks that do not exist; this process is rank 0.
+
+    Its collectives move nothing: an all-gather returns this rank's tensor for each rank.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
 
 
 def flash_attention_of_last_queries(

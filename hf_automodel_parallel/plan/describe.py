@@ -1,29 +1,8 @@
-"""A resolved plan as a table for the terminal, and as log lines."""
+"""A resolved plan as log lines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..core.sharding_spec import Plan, ShardingSpec
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-def plan_table(plan: Plan, spec: ShardingSpec, title: str) -> Table:
-    """The plan as a table: pattern, style, number of matches, placement of the weight on the tp axis, source."""
-    # Imported here, because rich draws random numbers on import, which would change the random state of a training.
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", header_style="bold", expand=True)
-    table.add_column("module or parameter", overflow="fold", ratio=3)
-    table.add_column("style", overflow="fold", ratio=2)
-    table.add_column("matches", justify="right")
-    table.add_column("weight on tp", overflow="fold", ratio=1)
-    table.add_column("source", overflow="fold", ratio=2)
-    for pattern, style, count, placement, source in spec.rows:
-        table.add_row(pattern, style, str(count), placement, source)
-    return table
 
 
 def plan_lines(plan: Plan, spec: ShardingSpec) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
@@ -193,7 +194,12 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def refuse_meta(context: ParallelizeContext) -> None:
-    """Raise :class:`UnsupportedError` unless the model, its files, or rank 0 has values for all parameters."""
+    """Raise :class:`UnsupportedError` unless the model, its files, or rank 0 has values for all parameters.
+
+    Simulated ranks (the planner's) train nothing, so their model needs no values.
+    """
+    if dist.get_backend() == "fake":
+        return
     pending = context.pending.values if context.pending is not None else {}
     meta = [name for name, p in context.model.named_parameters() if p.device.type == "meta" and name not in pending]
     if meta and not context.load_on_rank_zero:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ... import compat
 from ..collectives import copy_to_tp, reduce_from_tp
 from . import cross_entropy as loss
 from .elementwise import dim_of
@@ -33,7 +34,7 @@ def _cross_entropy(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     reduction, smoothing = given.get("reduction", "mean"), given.get("label_smoothing", 0.0)
     if (
         not isinstance(logits, ShardedLogits)
-        or type(target) is not torch.Tensor
+        or not compat.is_plain_tensor(target)
         or any(given.get(name) is not None for name in ("weight", "size_average", "reduce"))
         or target.dtype != torch.long
         or target.device != logits.device
@@ -103,7 +104,7 @@ def _gather(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         not isinstance(logits, ShardedLogits)
         or given
         or not _is_last(dim, logits)
-        or type(index) is not torch.Tensor
+        or not compat.is_plain_tensor(index)
         or index.shape[:-1] != logits.shape[:-1]
         or index.dtype != torch.long
     ):

@@ -1,0 +1,98 @@
+"""Options that plan, suggest and verify share: the mesh, the model, what a step is, and a config file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ..errors import AutoParallelError
+
+# typer reads annotations at run time, where Python 3.10 needs Optional.
+Text = Optional[str]  # noqa: UP045
+Count = Optional[int]  # noqa: UP045
+File = Optional[Path]  # noqa: UP045
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model directory, its config.json, a cached hub id, or a shipped geometry such as llama-3.1-405b. "
+        "Weights are not read."
+    ),
+]
+Lora = Annotated[
+    Text, typer.Option(help="Wrap with LoRA first: 'r=16,targets=all-linear', or modules separated by commas.")
+]
+Dtype = Annotated[str, typer.Option(help="Dtype of the parameters: bf16, fp16 or fp32.")]
+Batch = Annotated[int, typer.Option(help="Rows of each data-parallel rank.", min=1)]
+Sequence = Annotated[int, typer.Option("--seq", help="Tokens of a row, of all cp ranks together.", min=1)]
+Optimizer = Annotated[str, typer.Option(help="A class of torch.optim, in any case.")]
+Mixed = Annotated[Text, typer.Option(help="As for Accelerator: no, bf16 or fp16.")]
+Imports = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--import", help="A module to import first, such as one that registers an architecture. Repeatable."),
+]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """An error of the package, or a file that cannot be read, is one line and exit code 1."""
+    try:
+        yield
+    except (AutoParallelError, OSError, ValueError) as error:
+        typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def config_values(
+    config_file: Path | None, settings: list[str] | None, **given: Any
+) -> tuple[dict[str, Any], dict[str, str], str, int | None]:
+    """Fields of ``AutoParallelismConfig``, and what else a config file of Accelerate says.
+
+    Args:
+        config_file: ours or Accelerate's; the options given win.
+        settings: "name=value" of other fields.
+        given: fields that are not None were given.
+
+    Returns:
+        (fields, ``FSDP_*`` variables, mixed_precision, number of processes or None).
+    """
+    from ..accelerate_plugin.config_text import parallelism_section, parse_pairs, read_file
+    from ..core.mesh import AXES
+
+    fields: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+    precision, world = "no", None
+    if config_file is not None:
+        values = read_file(config_file)
+        fields = {(f"{k}_size" if k in AXES else k): v for k, v in parallelism_section(values).items()}
+        precision = str(values.get("mixed_precision") or "no")
+        world = values.get("num_processes")
+        for name, value in (values.get("fsdp_config") or {}).items():
+            environment[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    pairs = [parse_pairs(text) for text in settings or []]
+    for part in [*pairs, {name: value for name, value in given.items() if value is not None}]:
+        fields |= {(f"{k}_size" if k in AXES else k): v for k, v in part.items()}
+    return fields, environment, precision, world
+
+
+def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command without the log lines and warnings of libraries."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        import logging
+        import warnings
+
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            logging.disable(logging.NOTSET)
+
+    return call

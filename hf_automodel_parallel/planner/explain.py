@@ -1,0 +1,250 @@
+"""``explain``: what a model costs on a mesh, as an object; the command ``plan`` prints it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..activation_checkpointing import normalized_mode
+from ..config import AutoParallelismConfig
+from ..core.mesh import AXES
+from ..core.options import CHECKPOINTING_MODES
+from ..errors import AutoParallelError, ConfigError, UnsupportedError
+from .child import Job
+from .explanation import Explanation
+from .interconnect import Interconnect
+from .measure import Setting, optimizer_class
+from .models import dtype_of
+from .remedies import warnings_for
+
+
+def explain(
+    model: nn.Module | str | Any,
+    config: AutoParallelismConfig | Mapping[str, Any] | str,
+    *,
+    world_size: int | None = None,
+    batch: int = 1,
+    sequence: int = 4096,
+    dtype: str = "bf16",
+    mixed_precision: str = "no",
+    optimizer: str = "adamw",
+    lora: Mapping[str, Any] | None = None,
+    clip: bool = True,
+    checkpointing: Sequence[str] = (),
+    interconnect: str | None = None,
+    gpus_per_node: int | None = None,
+    gpu_memory: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    every_layer: bool = False,
+    step: bool = True,
+    imports: Sequence[str] = (),
+    processes: int = 2,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Explanation:
+    """What a training step of ``model`` under ``config`` shards, keeps, sends and needs, without a GPU or weights.
+
+    ``Accelerator.prepare``, forward, backward, clipping and optimizer step run in other processes, on a process group
+    of simulated ranks and on tensors without memory. Of layers that repeat a few are run, at two depths, and the
+    difference is counted for the others.
+
+    Args:
+        model: a module on any device (copied to meta; its adapters are kept), a config of transformers, a model
+            directory, a ``config.json``, a cached hub id, or the name of a shipped geometry ("llama-3.1-405b").
+        config: an ``AutoParallelismConfig`` or what ``AutoParallelismConfig.parse`` takes. The model is run uncompiled.
+        world_size: number of ranks, for sizes that ``config`` leaves open; None: an open size is 1.
+        batch: rows of each data-parallel rank.
+        sequence: tokens of a row, of all cp ranks together.
+        dtype: dtype of the parameters, unless ``model`` is a module.
+        mixed_precision: as for ``Accelerator``; trained parameters are then kept in float32.
+        optimizer: name of a class of ``torch.optim``.
+        lora: arguments of ``peft.LoraConfig``, to wrap the model first.
+        clip: the norm of the gradients is clipped.
+        checkpointing: further modes of activation checkpointing to measure.
+        interconnect: name for :attr:`Explanation.seconds`, see ``planner/interconnects.yaml``.
+        gpus_per_node: instead of the interconnect's.
+        gpu_memory: bytes, for the warnings.
+        environment: variables that ``accelerate launch`` would set (``FSDP_*``).
+        every_layer: run all layers instead of few.
+        step: False: only prepare the model; memory, collectives and warnings stay empty.
+        imports: modules that the processes import first, such as one that registers an architecture.
+        processes: measurements at a time.
+        progress: called with a line for each result.
+
+    Raises:
+        ConfigError: an argument is wrong, or the mesh does not fit.
+        AutoParallelError: ``prepare`` refuses the model or an option, in its words.
+
+    Example:
+        >>> explain("llama-3.1-405b", "tp=8,dp_shard=128", sequence=8192).memory["peak"]
+    """
+    config = AutoParallelismConfig.parse(config)
+    base = settings_of(config, world_size, batch, sequence, optimizer, mixed_precision, clip, environment)
+    dtype_of(dtype)
+    link = None if interconnect is None else Interconnect.named(interconnect, gpus_per_node)
+    own = normalized_mode(config.activation_checkpointing)
+    if own == "none" and (environment or {}).get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        own = "full"
+    for mode in checkpointing:
+        if mode not in CHECKPOINTING_MODES:
+            raise ConfigError(f"checkpointing={mode!r}: give {', '.join(CHECKPOINTING_MODES)}.")
+    modes = [own, *(mode for mode in dict.fromkeys(checkpointing) if mode != own)]
+    if config.sequence_parallel_regather:
+        modes = [own]  # refused beside most of them
+    modes = modes if step else []
+    settings = [base if mode == own else with_checkpointing(base, mode) for mode in modes]
+    sizes = {axis: base.config[f"{axis}_size"] for axis in AXES if axis != "sp"}
+    job = Job(
+        portable(model),
+        dtype,
+        dict(lora) if lora else None,
+        base,
+        tuple(settings),
+        every_layer,
+        processes,
+        tuple(imports),
+    )
+    result = Explanation(sizes, {"world_size": base.world, "batch": batch, "sequence": sequence, "dtype": dtype})
+    result.about |= {"mixed_precision": mixed_precision, "optimizer": optimizer, "checkpointing": own}
+    result.about["sequence_parallel"] = config.sequence_parallel
+    result.about |= {"model": model if isinstance(model, str) else type(model).__name__}
+    found = results_of(job)
+    placed = next(found)
+    progress("plan and placements")
+    shard_bytes = placed.pop("shard_bytes")
+    result.about["layers"] = placed.pop("layers")
+    for name, value in placed.items():
+        setattr(result, name, value)
+    for mode, figures in zip(modes, found):
+        progress(f"activation checkpointing {mode}")
+        peak = max(figures["peaks"].values())
+        result.by_checkpointing[mode] = {"activations": figures["activations"], "peak": peak}
+        if mode != own:
+            continue
+        if figures["parameters"] != shard_bytes:
+            raise UnsupportedError(
+                f"the layers of {result.about['model']} do not repeat as they seem to: few of them say that a rank has "
+                f"{figures['parameters']:,} bytes of parameters, and it has {shard_bytes:,}. Use --every-layer."
+            )
+        result.peaks = figures.pop("peaks")
+        result.collectives = [
+            dict(zip(("kind", "axis", "count", "tensor_bytes", "sent_bytes"), (*name.split(), *numbers)))
+            for name, numbers in figures.pop("collectives").items()
+        ]
+        result.memory = {**figures, "peak": peak}
+    if link is not None:
+        result.seconds = link.seconds(result.collectives, sizes)
+        result.about |= {"interconnect": link.name, "gpus_per_node": link.gpus_per_node}
+    if not step:
+        return result
+    per_node = link.gpus_per_node if link is not None else gpus_per_node or 8
+    result.warnings = warnings_for(result, per_node, gpu_memory)
+    return result
+
+
+def settings_of(
+    config: AutoParallelismConfig,
+    world_size: int | None,
+    batch: int,
+    sequence: int,
+    optimizer: str,
+    mixed_precision: str,
+    clip: bool,
+    environment: Mapping[str, str] | None,
+) -> Setting:
+    """The setting of ``config`` with all sizes of axes inferred.
+
+    Raises:
+        ConfigError: a size does not fit ``world_size``, or a value is wrong.
+    """
+    optimizer_class(optimizer)
+    if batch < 1 or sequence < 1:
+        raise ConfigError(f"batch={batch}, sequence={sequence}: give 1 or more.")
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"mixed_precision={mixed_precision!r}: give no, bf16 or fp16.")
+    if config.backend != "fsdp2":
+        raise UnsupportedError(f"backend={config.backend!r}: a plan is made with the backend 'fsdp2' only.")
+    if str((environment or {}).get("FSDP_OFFLOAD_PARAMS", "false")).lower() == "true":
+        raise UnsupportedError("fsdp_offload_params=true: memory is counted for one device only. Leave it out.")
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: values[name] for name in config.to_dict() if name not in ("compile", "tp_handler", "cp_handler")}
+    config = AutoParallelismConfig(**values)
+    if world_size is None:
+        world_size = 1
+        for axis in AXES:
+            world_size *= values.get(f"{axis}_size") or 1
+    config.resolve_sizes(world_size)
+    if sequence % config.cp_size:  # type: ignore[operator]
+        raise ConfigError(f"sequence={sequence} does not divide by cp_size={config.cp_size}.")
+    values |= {f"{axis}_size": getattr(config, f"{axis}_size") for axis in AXES}
+    return Setting(values, batch, sequence, optimizer, mixed_precision, clip, dict(environment or {}))
+
+
+def with_checkpointing(setting: Setting, mode: str) -> Setting:
+    """``setting`` with another mode of activation checkpointing."""
+    environment = {k: v for k, v in setting.environment.items() if k != "FSDP_ACTIVATION_CHECKPOINTING"}
+    values = {**setting.config, "activation_checkpointing": mode}
+    return dataclasses.replace(setting, config=values, environment=environment)
+
+
+def portable(model: Any) -> Any:
+    """``model`` as another process can read it: a module without memory, anything else as it is."""
+    if not isinstance(model, nn.Module):
+        return os.path.abspath(model) if isinstance(model, str) and Path(model).exists() else model
+    import copy
+
+    # The memo stands for the values, so that none is copied.
+    memo = {id(t): _without_memory(t) for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def _without_memory(tensor: Any) -> Any:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def results_of(job: Job) -> Iterator[Any]:
+    """The results of a job, which runs in a process of its own: this one may have an Accelerator or a process group.
+
+    Raises:
+        AutoParallelError: the first error, in the words of whoever raised it.
+    """
+    try:
+        text = pickle.dumps(job)
+    except Exception as error:  # pickle raises what the objects raise
+        raise UnsupportedError(
+            f"the model cannot be sent to another process ({error}). Define its classes in a module that can be "
+            "imported, or give the path of its config."
+        ) from error
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path), os.getcwd()])
+    # The tensors have no memory, so more threads would only wait.
+    values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    values = {name: value for name, value in values.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.child"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=values
+    ) as child:
+        try:
+            child.stdin.write(text)  # type: ignore[union-attr]
+            child.stdin.close()  # type: ignore[union-attr]
+            for line in child.stdout:  # type: ignore[union-attr]
+                if not line.startswith(b"["):
+                    continue  # what a library prints
+                kind, found = json.loads(line)
+                if kind == "error" or isinstance(found, str):
+                    raise AutoParallelError(found)
+                yield found
+            errors = child.stderr.read().decode(errors="replace")  # type: ignore[union-attr]
+            if child.wait():
+                last = next((text for text in reversed(errors.strip().splitlines()) if text.strip()), "no message")
+                raise AutoParallelError(f"the simulated step ended with an error: {last}")
+        finally:
+            child.terminate()

@@ -1,0 +1,75 @@
+"""A lower bound of the time that collectives take: bytes over bandwidth. An estimate, from published bandwidths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+_FILE = Path(__file__).parent / "interconnects.yaml"
+
+#: Order of the mesh axes, the outermost first: the ranks of the last one are neighbours.
+_ORDER = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Interconnect:
+    """Bandwidths in 1e9 bytes per second and GPU, in one direction."""
+
+    name: str
+    gpus_per_node: int
+    intra_node: float
+    inter_node: float
+
+    @classmethod
+    def named(cls, text: str, gpus_per_node: int | None = None) -> Interconnect:
+        """The interconnect ``text``: a name of the shipped file, or "path.yaml:name".
+
+        Raises:
+            ConfigError: the file or the name does not exist, or a field is missing.
+        """
+        import yaml
+
+        path, separator, name = text.rpartition(":")
+        file = Path(path) if separator else _FILE
+        try:
+            known = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found = cls(name=name, **known[name])
+        except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+            names = ", ".join(yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+            raise ConfigError(
+                f"--interconnect {text}: {type(error).__name__} while reading {name!r} of {file.name}. Give one of "
+                f"{names}, or FILE.yaml:NAME with gpus_per_node, intra_node and inter_node."
+            ) from error
+        return found if gpus_per_node is None else cls(name, gpus_per_node, found.intra_node, found.inter_node)
+
+    def within_node(self, axis: str, sizes: Mapping[str, int]) -> bool:
+        """True if the ranks of a group along ``axis`` are on one node, ranks filling one node after the other."""
+        return span(axis, sizes) <= self.gpus_per_node
+
+    def seconds(self, collectives: list[dict[str, Any]], sizes: Mapping[str, int]) -> dict[str, float]:
+        """Mesh axis -> seconds that its collectives take at least: no latency, full bandwidth.
+
+        Args:
+            collectives: dicts with ``axis`` and ``sent_bytes``.
+            sizes: mesh axis -> ranks.
+        """
+        found: dict[str, float] = {}
+        for row in collectives:
+            axis = row["axis"]
+            speed = self.intra_node if self.within_node(axis, sizes) else self.inter_node
+            found[axis] = found.get(axis, 0.0) + row["sent_bytes"] / (speed * 1e9)
+        return found
+
+
+def span(axis: str, sizes: Mapping[str, int]) -> int:
+    """Number of consecutive ranks that hold a whole group along ``axis``; joined axes by the outermost of them."""
+    outer = "dp_shard" if axis == "dp_shard_cp" else axis
+    begin = _ORDER.index(outer) if outer in _ORDER else 0
+    size = 1
+    for name in _ORDER[begin:]:
+        size *= sizes.get(name, 1)
+    return size
