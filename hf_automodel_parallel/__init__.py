@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .strategies.base import ParallelizationStrategy
     from .strategies.default import DefaultParallelizationStrategy
     from .strategies.registry import get_parallelization_strategy, register_parallel_strategy
+    from .trainer_plugin.metrics import ParallelMetrics
 
 __all__ = [
     "AutoParallelArgumentsMixin",
@@ -45,6 +46,7 @@ __all__ = [
     "ConfigError",
     "DefaultParallelizationStrategy",
     "NotAvailableYetError",
+    "ParallelMetrics",
     "ParallelizationStrategy",
     "PlanError",
     "PrepareError",
@@ -82,6 +84,7 @@ _LAZY = {
     "DefaultParallelizationStrategy": ".strategies.default",
     "get_parallelization_strategy": ".strategies.registry",
     "register_parallel_strategy": ".strategies.registry",
+    "ParallelMetrics": ".trainer_plugin.metrics",
     "last_complete_checkpoint": ".checkpoint.commit",
     "load_training_state": ".checkpoint.training",
     "wait_for_saves": ".checkpoint.background",

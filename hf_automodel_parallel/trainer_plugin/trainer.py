@@ -38,6 +38,7 @@ from ..core.output import tell
 from ..errors import CheckpointError
 from ..optim.handoff import raw_optimizer
 from .generation_batches import generates_batches
+from .metrics import ParallelMetrics
 from .reference_model import let_references_follow
 
 
@@ -110,6 +111,14 @@ class ParallelCounts(ParallelEvaluation):
         """The number of ranks that have the same batch: tp x cp."""
         config = self.accelerator.parallelism_config if self.is_fsdp_enabled else None
         return 1 if config is None else copies_of_each_batch(self.accelerator)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Like the Trainer's, with the metrics of a callback :class:`.metrics.ParallelMetrics` in the training logs."""
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ParallelMetrics):
+                    logs.update(callback.measured())
+        super().log(logs, *args, **kwargs)
 
     def store_flos(self) -> None:
         """Like the Trainer's, which sums over all processes, with each batch once."""

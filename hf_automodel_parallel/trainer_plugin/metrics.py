@@ -1,0 +1,122 @@
+"""``ParallelMetrics``: a Trainer callback that adds speed and memory to what the Trainer logs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..accelerate_plugin.prepared import PreparedModel, prepared
+from ..accelerate_plugin.throughput import BatchCounter, peak_memory
+from ..core.ranks import gather_tensors
+from ..errors import ConfigError
+
+
+class ParallelMetrics(TrainerCallback):
+    """Adds to each training log of the Trainer, so that TensorBoard, W&B and the log history have it:
+
+    * ``tokens_per_second`` (padding included) and ``tokens_per_second_per_device``; each batch of a tp group, or of a
+      tp and cp group, counts once;
+    * ``tflops_per_device``: matrix products of forward and backward with weights, without those of attention scores
+      and of recomputed activations; frozen weights have no product for their own gradient. Left out for experts and
+      quantised weights, whose parameters do not tell it, unless ``flops_per_token`` is given;
+    * ``mfu``, with ``peak_tflops``: its share of what the device can do;
+    * ``data_wait_seconds`` of an optimizer step, and ``peak_memory_gib``: of the rank with most.
+
+    Times are of training steps only, not of evaluation and saving. One all-gather of four numbers for each log.
+
+    Args:
+        peak_tflops: what a device can do in the dtype of the training.
+        flops_per_token: floating-point operations of forward and backward, instead of those counted from the model.
+
+    Raises:
+        ConfigError: when training begins without an :class:`AutoParallelismConfig`.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[ParallelMetrics(peak_tflops=989)])
+    """
+
+    def __init__(self, peak_tflops: float | None = None, flops_per_token: float | None = None) -> None:
+        self.peak_tflops, self.flops_per_token = peak_tflops, flops_per_token
+        self._record: PreparedModel | None = None
+        self._counter: BatchCounter | None = None
+        self._clear(time.perf_counter())
+
+    def _clear(self, now: float) -> None:
+        self._steps, self._seconds, self._waited, self._since = 0, 0.0, 0.0, now
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        record = None if model is None else prepared(model)
+        if record is None:
+            raise ConfigError(
+                "ParallelMetrics measures a model that AutoParallelismConfig parallelises. Give the Trainer one, or "
+                "leave the callback out."
+            )
+        if self._counter is not None:
+            self._counter.remove()
+        self._record, self._counter = record, BatchCounter(model)
+        self._clear(time.perf_counter())
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._waited += now - self._since
+        self._seconds += now - self._since
+        self._since = now
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._steps += 1
+        self._since = now
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def measured(self) -> dict[str, float]:
+        """The metrics since the last call; empty before the first step. Collective."""
+        record, counter = self._record, self._counter
+        if record is None or counter is None or not self._steps:
+            return {}
+        config: Any = record.config
+        device = record.context.device
+        mine = [counter.tokens, self._seconds, self._waited / self._steps, peak_memory(device)]
+        everyone = gather_tensors(torch.tensor(mine, dtype=torch.float64))
+        ranks = len(everyone)
+        slowest = everyone.max(dim=0).values.tolist()
+        counter.reset()
+        self._clear(time.perf_counter())
+        result = {"data_wait_seconds": slowest[2], "peak_memory_gib": slowest[3] / 2**30}
+        tokens = everyone[:, 0].sum().item() / config.tp_size
+        if tokens:
+            result["tokens_per_second"] = tokens / slowest[1]
+            result["tokens_per_second_per_device"] = tokens / slowest[1] / ranks
+            flops = flops_per_token(record.context.model) if self.flops_per_token is None else self.flops_per_token
+            if flops is not None:
+                result["tflops_per_device"] = result["tokens_per_second_per_device"] * flops / 1e12
+                if self.peak_tflops is not None:
+                    result["mfu"] = result["tflops_per_device"] / self.peak_tflops
+        return {name: float(f"{value:.4g}") for name, value in result.items()}
+
+
+def flops_per_token(model: nn.Module) -> float | None:
+    """Operations of the matrix products with weights for a token, forward and backward.
+
+    Two for each weight forward and two for the gradient of its input; two more if it is trained. None for models with
+    experts, of which a token uses some, and with quantised weights.
+    """
+    config: Any = getattr(model, "config", None)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name or not parameter.is_floating_point():
+            return None
+        if parameter.ndim >= 2 and (tied or id(parameter) not in tables):
+            total += parameter.numel() * (6 if parameter.requires_grad else 4)
+    return total

@@ -1,0 +1,91 @@
+"""The callback ParallelMetrics: every batch counts once, on every mesh, with the operations of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness.models import build_model, lora
+from harness.pool import run_distributed
+from harness.training import _Rows, batches_for
+from transformers import Trainer, TrainingArguments
+
+from hf_automodel_parallel import AutoParallelismConfig, ConfigError, ParallelMetrics
+from hf_automodel_parallel.trainer_plugin.metrics import flops_per_token
+
+STEPS, ROWS, LENGTH = 2, 4, 16
+
+
+def logged(sizes: dict[str, int], ranks: int, directory: str) -> tuple[list[dict[str, float]], float]:
+    """The logs of a training with the callback, and the operations of a token."""
+    model = build_model("llama")
+    (batch,) = batches_for(model, 1, rows=ROWS * STEPS)
+    args = TrainingArguments(
+        output_dir=directory,
+        use_cpu=True,
+        per_device_train_batch_size=ROWS // ranks,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        parallelism_config=AutoParallelismConfig(**sizes),
+    )
+    metrics = ParallelMetrics(peak_tflops=1e-3)
+    seconds: list[float] = []
+    measured = metrics.measured
+
+    def timed() -> dict[str, float]:
+        seconds.append(metrics._seconds)
+        return measured()
+
+    metrics.measured = timed  # type: ignore[method-assign]
+    trainer = Trainer(model, args, train_dataset=_Rows([batch]), callbacks=[metrics])
+    trainer.train()
+    logs = [entry | {"seconds": s} for entry, s in zip(trainer.state.log_history, seconds, strict=False)]
+    return logs, flops_per_token(trainer.model) or 0.0
+
+
+@pytest.mark.core_cases("tp2")
+@pytest.mark.parametrize(
+    ("sizes", "data_ranks"),
+    [({"tp_size": 2}, 1), ({"dp_shard_size": 2}, 2), ({"cp_size": 2}, 1)],
+    ids=["tp2", "fsdp2", "cp2"],
+)
+def test_each_batch_counts_once(sizes, data_ranks, tmp_path):
+    results = run_distributed(2, logged, sizes, data_ranks, str(tmp_path))
+    expected = flops_per_token(build_model("llama"))
+    for logs, flops in results:
+        assert flops == expected and len(logs) == STEPS
+    logs = results[0][0]
+    # All ranks log the same; the time is that of the slowest rank.
+    assert [{**e, "seconds": 0} for e in logs] == [{**e, "seconds": 0} for e in results[1][0]]
+    for step, entry in enumerate(logs):
+        slowest = max(result[0][step]["seconds"] for result in results)
+        assert entry["tokens_per_second"] == pytest.approx(ROWS * LENGTH / slowest, rel=1e-3)
+        assert entry["tokens_per_second_per_device"] == pytest.approx(entry["tokens_per_second"] / 2, rel=1e-3)
+        teraflops = entry["tokens_per_second_per_device"] * expected / 1e12
+        assert entry["tflops_per_device"] == pytest.approx(teraflops, rel=1e-3)
+        assert entry["mfu"] == pytest.approx(teraflops / 1e-3, rel=1e-3)
+        assert 0 <= entry["data_wait_seconds"] < slowest and entry["peak_memory_gib"] > 0.1
+
+
+def test_operations_of_a_token():
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 6), torch.nn.Linear(6, 8))
+    assert flops_per_token(model) == 6 * (24 + 48)
+    model[2].requires_grad_(False)
+    assert flops_per_token(model) == 6 * 24 + 4 * 48
+    adapted = lora(build_model("llama"))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for n, p in adapted.named_parameters() if not p.requires_grad and p.ndim > 1)
+    table = adapted.get_input_embeddings().weight.numel()
+    assert flops_per_token(adapted) == 6 * trained + 4 * (frozen - table)
+
+
+def test_without_a_config(tmp_path):
+    args: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True)
+    model = build_model("llama")
+    trainer = Trainer(model, args, train_dataset=_Rows(batches_for(model, 1)), callbacks=[ParallelMetrics()])
+    with pytest.raises(ConfigError, match="ParallelMetrics measures a model that AutoParallelismConfig parallelises"):
+        trainer.train()
