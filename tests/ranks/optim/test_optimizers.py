@@ -166,6 +166,13 @@ def eight_bit(params: Parameters) -> torch.optim.Optimizer:
     return AdamW8bit(params)
 
 
+def paged(params: Parameters) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    return PagedAdamW32bit(params)
+
+
+REFUSED["paged_adamw"] = (paged, "PagedAdamW32bit does not work on sharded parameters")
 REFUSED["transformers_adafactor"] = (transformers_adafactor, "Adafactor does not work on sharded parameters")
 REFUSED["adamw_8bit"] = (eight_bit, "AdamW8bit does not work on sharded parameters")
 
