@@ -204,7 +204,9 @@ class _Marks:
         self.memory = memory
         self.logits = 0
         for index, layer in enumerate(layers):
-            layer.register_forward_hook(lambda _, __, output, index=index: self._watch(output, index))  # type: ignore[misc]
+            layer.register_forward_hook(
+                lambda _, __, output, index=index: self._watch(output, index)  # type: ignore[misc]
+            )
         if head:
             head[-1].register_forward_hook(self._after_head)
 
