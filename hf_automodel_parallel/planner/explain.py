@@ -236,7 +236,7 @@ def results_of(job: Job) -> Iterator[Any]:
             child.stdin.write(text)  # type: ignore[union-attr]
             child.stdin.close()  # type: ignore[union-attr]
             for line in child.stdout:  # type: ignore[union-attr]
-                if not line.startswith(b"["):
+                if not line.startswith(b'["'):
                     continue  # what a library prints
                 kind, found = json.loads(line)
                 if kind == "error" or isinstance(found, str):
