@@ -81,7 +81,7 @@ class CollectiveCounts:
     """
 
     by_ranks: dict[tuple[int, ...], Counter[str]] = field(default_factory=dict)
-    largest: Counter[str] = field(default_factory=Counter)
+    largest: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
     def total(self) -> Counter[str]:
@@ -116,7 +116,7 @@ class CollectiveCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if kind is not None:
             sizes = [x.numel() for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
-            self.counts.largest[kind] = max(self.counts.largest[kind], *sizes)
+            self.counts.largest[kind] = max([self.counts.largest[kind], *sizes])
         return result
 
 

@@ -300,6 +300,7 @@ def test_counters_count_a_known_sequence():
     counts, solo, world, profiled = run_distributed(WORLD_SIZE, count_known_sequence)[1]
     shared = {"all_reduce": 2, "broadcast": 1, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 2}
     assert counts == CollectiveCounts({(0, 1): shared, (1,): {"all_reduce": 1}})
+    assert counts.largest["all_gather"] == 8 and counts.largest["all_reduce"] == 4
     assert (world, solo) == (shared, {"all_reduce": 1})
     assert counts.total == profiled == shared | {"all_reduce": 3}
 
