@@ -36,8 +36,15 @@ from .core.output import verbosity
 from .errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
+    from typing import Literal
+
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
+
+    from .core.modality_encoders import EncoderPlacement
+    from .core.option_fields import Backend
+    from .core.options import AdapterPlacement, AuditMode, CheckpointingMode, GivenPlan
+    from .core.sharding_spec import PLAN_SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +79,44 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
     """
 
     # ---- construction ------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+        # dataclass makes it at run time. Written out because mypy takes the base class, of a package without types, for
+        # Any, and so every argument for a valid one. A test compares it with the fields.
+        def __init__(
+            self,
+            dp_replicate_size: int | None = None,
+            dp_shard_size: int | None = None,
+            tp_size: int | None = None,
+            cp_size: int | None = None,
+            cp_backend: Literal["torch"] | None = None,
+            sp_size: int | None = None,
+            sp_backend: Literal["deepspeed"] | None = None,
+            tp_handler: Any = None,
+            cp_handler: Any = None,
+            sp_handler: Any = None,
+            tp_plan: GivenPlan = None,
+            plan_order: tuple[str, ...] = PLAN_SOURCES,
+            reshard_after_forward: bool | None = None,
+            forward_prefetch: int = 1,
+            backward_prefetch: int = 2,
+            sequence_parallel: bool = False,
+            sequence_parallel_regather: bool = False,
+            async_tensor_parallel: bool = False,
+            loss_parallel: bool | None = None,
+            loss_chunk_size: int | None = None,
+            activation_checkpointing: CheckpointingMode | bool | None = None,
+            compile: bool | str = False,
+            check_optimizer: bool = True,
+            async_save: bool = False,
+            audit: AuditMode | bool | None = None,
+            audit_steps: int = 100,
+            backend: Backend = "fsdp2",
+            megatron_fsdp: Mapping[str, Any] | None = None,
+            towers: EncoderPlacement | None = None,
+            adapters_over_dp: AdapterPlacement | None = None,
+            verbose: Literal[0, 1, 2] | None = None,
+        ) -> None: ...
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AutoParallelismConfig:
         # Before the generated __init__, whose TypeError names no field that exists.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -11,7 +11,8 @@ from torch import nn
 #: root: in the root's param group, which every forward all-gathers, so that only some ranks may run the encoder.
 #: layers: an FSDP unit for each layer, as in the language model; all data-parallel ranks run the encoder, or none.
 #: replicated: frozen parameters are replicated on each data-parallel rank, trained ones are placed as with root.
-PLACEMENTS = ("root", "layers", "replicated")
+EncoderPlacement = Literal["root", "layers", "replicated"]
+PLACEMENTS: tuple[str, ...] = get_args(EncoderPlacement)
 
 _TEXT_INPUTS = ("input_ids", "inputs_embeds")
 _TEXT_CONFIGS = ("", "text_config")

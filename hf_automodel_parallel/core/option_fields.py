@@ -11,12 +11,13 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, UnsupportedError
 
 #: Values of the option ``backend``, the default first.
-BACKENDS = ("fsdp2", "megatron_fsdp")
+Backend = Literal["fsdp2", "megatron_fsdp"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _KEY = "option"
 

@@ -9,23 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import FrozenInstanceError, dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
-from .modality_encoders import PLACEMENTS
-from .option_fields import BACKENDS, Anything, Choice, Condition, Flag, Number, option, options_of
+from .modality_encoders import PLACEMENTS, EncoderPlacement
+from .option_fields import BACKENDS, Anything, Backend, Choice, Condition, Flag, Number, option, options_of
 from .sharding_spec import PLAN_SOURCES
 
 #: Forms in which a tensor-parallel plan can be given.
 GivenPlan = str | Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None
 
 #: Values of ``activation_checkpointing``.
-CHECKPOINTING_MODES = ("none", "full", "submodule", "selective")
+CheckpointingMode = Literal["none", "full", "submodule", "selective"]
+CHECKPOINTING_MODES: tuple[str, ...] = get_args(CheckpointingMode)
 
 #: Values of ``audit``, the default first.
-AUDIT_MODES = ("first_step", "every_n_steps", "off")
+AuditMode = Literal["first_step", "every_n_steps", "off"]
+AUDIT_MODES: tuple[str, ...] = get_args(AuditMode)
 
 #: Values of ``adapters_over_dp``, the default first.
-ADAPTER_PLACEMENTS = ("sharded", "replicated", "auto")
+AdapterPlacement = Literal["sharded", "replicated", "auto"]
+ADAPTER_PLACEMENTS: tuple[str, ...] = get_args(AdapterPlacement)
 
 _ONLY_FSDP2 = ("fsdp2",)
 
@@ -134,7 +137,7 @@ class OptionFields:
         excludes=Condition("loss_parallel", False, "it is about loss parallelism, which that switches off"),
         backends=_ONLY_FSDP2,
     )
-    activation_checkpointing: str | bool | None = option(
+    activation_checkpointing: CheckpointingMode | bool | None = option(
         None,
         Choice(CHECKPOINTING_MODES, {True: "full", False: "none"}),
         '"none", "full" (whole layers), "submodule" (attention and MLP of each layer) or "selective" (keep attention, '
@@ -169,7 +172,7 @@ class OptionFields:
         belongs_to="fsdp2",
         by_strategy=False,
     )
-    audit: str | bool | None = option(
+    audit: AuditMode | bool | None = option(
         None,
         Choice(AUDIT_MODES, {None: "first_step", True: "first_step", False: "off"}),
         "When to check that no trainable parameter lost its gradient, that none was frozen or unfrozen unasked, and "
@@ -184,7 +187,7 @@ class OptionFields:
         needs=Condition("audit", "every_n_steps"),
         by_strategy=False,
     )
-    backend: str = option(
+    backend: Backend = option(
         BACKENDS[0],
         Choice(BACKENDS),
         'What shards parameters over the data-parallel ranks: "fsdp2", or "megatron_fsdp", NVIDIA\'s package of that '
@@ -199,7 +202,7 @@ class OptionFields:
         belongs_to="megatron_fsdp",
         by_strategy=False,
     )
-    towers: str | None = option(
+    towers: EncoderPlacement | None = option(
         None,
         Choice(PLACEMENTS, {None: "root"}),
         "Where FSDP2 keeps the parameters of modality encoders (vision, audio), which only some forwards run. "
@@ -209,7 +212,7 @@ class OptionFields:
         'ones with the root. Naming their classes in `transformer_cls_names_to_wrap` means "layers".',
         belongs_to="fsdp2",
     )
-    adapters_over_dp: str | None = option(
+    adapters_over_dp: AdapterPlacement | None = option(
         None,
         Choice(ADAPTER_PLACEMENTS, {None: ADAPTER_PLACEMENTS[0]}),
         "Where the data-parallel ranks keep adapters (LoRA, IA3, biases: few trained parameters beside frozen ones of "
@@ -219,7 +222,7 @@ class OptionFields:
         "frozen beside them and 64 million elements in all. Full copies (`modules_to_save`) are always sharded.",
         belongs_to="fsdp2",
     )
-    verbose: int | None = option(
+    verbose: Literal[0, 1, 2] | None = option(
         None,
         Anything("0, 1 or 2", lambda value: value in (0, 1, 2) and not isinstance(value, bool)),
         "What rank 0 prints by itself: 0 nothing, 1 what a run is and does, in a few lines, 2 each entry of the plan "
