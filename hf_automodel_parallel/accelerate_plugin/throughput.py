@@ -14,7 +14,7 @@ class BatchCounter:
     """Counts the rows and tokens of the training forwards of ``model`` on this rank, padding included.
 
     Tokens are the positions of ``input_ids`` or ``inputs_embeds``, as the model gets them: under cp a sequence shard.
-    Forwards without gradients (evaluation, generation) do not count.
+    Forwards without gradients (evaluation, generation) do not count, nor those of a model that a script compiles whole.
 
     Attributes:
         rows: since the last :meth:`reset`.
@@ -33,7 +33,8 @@ class BatchCounter:
         self._hook.remove()
 
     def _count(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        # Where a script compiles the whole model, a count would be a guard of its graph.
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
         text = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         first = next((x for x in (text, *args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim), None)

@@ -1,4 +1,4 @@
-"""Has a model got a module or parameter since? A counter, instead of a walk through all modules in each forward."""
+"""Has a model got a module or parameter since? By torch's hooks, instead of a walk through all modules per forward."""
 
 from __future__ import annotations
 
@@ -10,38 +10,49 @@ from torch.nn.modules import module as torch_module
 
 
 class Registrations:
-    """Says whether ``model`` may have got a parameter since it was looked through, by torch's global hooks.
+    """Says whether a model may have got a parameter since it was looked through.
 
     A parameter that is written into ``module._parameters`` is not noticed; FSDP2 and this package do that.
+
+    Attributes:
+        news: True until :meth:`seen` is called, and after each registration in a module of the model.
     """
 
-    _count = 0  # of the process
-    _known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    _watching = False
-
     def __init__(self) -> None:
-        self._seen: int | None = None
-        if not Registrations._watching:
-            Registrations._watching = True
-            torch_module.register_module_parameter_registration_hook(_one_more)
-            torch_module.register_module_module_registration_hook(_one_more_module)
-
-    @property
-    def news(self) -> bool:
-        """True until :meth:`seen` is called, and after each registration that may concern the model."""
-        return self._seen != Registrations._count
+        self.news = True
+        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        if _WATCHED is None:
+            _watch()
+        _EVERY.add(self)
 
     def seen(self, model: nn.Module) -> None:
         """The parameters of ``model`` have been looked through."""
-        Registrations._known.update(model.modules())
-        self._seen = Registrations._count
+        self._known = weakref.WeakSet(model.modules())
+        self.news = False
+
+    def notice(self, owner: nn.Module, module: nn.Module | None = None) -> None:
+        """A parameter, or ``module``, is being registered in ``owner``."""
+        # A slice of a ModuleList, as in each forward of a decoder, is a list of its own: no owner of the model.
+        if owner in self._known and module not in self._known:
+            self.news = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has been looked through by nobody."""
+        return type(self), ()
 
 
-def _one_more(*_: Any) -> None:
-    Registrations._count += 1
+_EVERY: weakref.WeakSet[Registrations] = weakref.WeakSet()
+_WATCHED: list[Any] | None = None
 
 
-def _one_more_module(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    # A slice of a ModuleList, as in each forward of a decoder, is a new list of known modules.
-    if module not in Registrations._known:
-        Registrations._count += 1
+def _watch() -> None:
+    global _WATCHED
+    _WATCHED = [
+        torch_module.register_module_parameter_registration_hook(lambda owner, *_: _notice(owner)),
+        torch_module.register_module_module_registration_hook(lambda owner, name, module: _notice(owner, module)),
+    ]
+
+
+def _notice(owner: nn.Module, module: nn.Module | None = None) -> None:
+    for registrations in list(_EVERY):
+        registrations.notice(owner, module)

@@ -1,4 +1,4 @@
-"""A barrier with a timeout in front of a save or of a read, and a comparison, over the store of the default group.
+"""A barrier with a timeout before a save, a stream or a read, and a comparison, over the store of the default group.
 
 ``if accelerator.is_main_process: model.save_pretrained(...)`` is a common idiom. On a sharded model this one rank would
 wait forever in the first collective. The store needs neither a collective nor a backend, so the wait can time out and
@@ -25,7 +25,12 @@ from .ranks import Difference
 TIMEOUT_VARIABLE = "HF_AUTOMODEL_PARALLEL_SAVE_TIMEOUT"
 _DEFAULT_SECONDS = 60.0
 #: Longer where nothing says that the other ranks are close: one may be writing files before it reads.
-_DEFAULT_SECONDS_OF_READS = 300.0
+DEFAULT_SECONDS_OF_READS = 300.0
+
+_TAKE_OUT = "Take it out of `if accelerator.is_main_process:`"
+_ONE_WRITES = f"{_TAKE_OUT} (only one rank writes anyway)."
+#: The remedy for a call that only reads.
+ALL_ITERATE = f"{_TAKE_OUT}; a rank that does not need the result loops with `pass`."
 
 #: Store -> number of rendezvous so far. A rank that missed some catches up at its next one. A new process group has a
 #: new store, so that all ranks start at 0 again.
@@ -49,7 +54,7 @@ def timeout_seconds(default: float = _DEFAULT_SECONDS) -> float:
         seconds = 0.0
     if not seconds > 0:
         raise ConfigError(
-            f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before saving."
+            f"{TIMEOUT_VARIABLE}={text!r}: give the seconds that a rank waits for the others before it saves or reads."
         )
     return seconds
 
@@ -68,7 +73,7 @@ def wait_for_ranks(ranks: list[int], what: str, remedy: str) -> None:
     """
     if dist.get_backend() == "fake":  # a simulation of one rank, whose store stores nothing
         return
-    root, rank, seconds = compat.rendezvous_store(), dist.get_rank(), timeout_seconds(_DEFAULT_SECONDS_OF_READS)
+    root, rank, seconds = compat.rendezvous_store(), dist.get_rank(), timeout_seconds(DEFAULT_SECONDS_OF_READS)
     counts = _reads.setdefault(root, {})
     key = f"{what}/{'-'.join(map(str, ranks))}"
     count = counts[key] = counts.get(key, -1) + 1
@@ -86,13 +91,21 @@ def wait_for_ranks(ranks: list[int], what: str, remedy: str) -> None:
         store.delete_key(f"{count - 1}/{rank}")  # all ranks have come here, so they have seen it
 
 
-def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> list[int]:
-    """Wait until all ranks have called the same save.
+def rendezvous(
+    what: str,
+    details: Mapping[str, Any],
+    writes: bool = True,
+    default_seconds: float = _DEFAULT_SECONDS,
+    remedy: str = _ONE_WRITES,
+) -> list[int]:
+    """Wait until all ranks have called the same save or stream.
 
     Args:
         what: the call, as the user writes it.
         details: values that must be the same on all ranks; JSON types.
         writes: this rank asks to write files (``is_main_process``); may differ across ranks.
+        default_seconds: how long a rank waits, without the environment variable.
+        remedy: a sentence for the error about a missing rank.
 
     Returns:
         The ranks that write: rank 0 alone if none or all of them asked for it.
@@ -101,7 +114,7 @@ def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> li
         ExportError: a rank is missing after the timeout, or made another call; the message names ranks and remedy.
         ConfigError: see :func:`timeout_seconds`.
     """
-    rank, seconds = dist.get_rank(), timeout_seconds()
+    rank, seconds = dist.get_rank(), timeout_seconds(default_seconds)
     mine = json.dumps({"call": what, **details}, sort_keys=True, default=str)
     while True:
         root = compat.rendezvous_store()
@@ -109,11 +122,11 @@ def rendezvous(what: str, details: Mapping[str, Any], writes: bool = True) -> li
         store = dist.PrefixStore(f"hf_automodel_parallel/save/{count}", root)
         store.set(f"here/{rank}", json.dumps([mine, writes]))
         if rank == 0:
-            store.set("verdict", json.dumps(_verdict(store, what, mine, writes, seconds)))
+            store.set("verdict", json.dumps(_verdict(store, what, mine, writes, seconds, remedy)))
         elif not _waited(store, ["verdict"], 2 * seconds + 5):  # rank 0 itself waits up to `seconds` first
             # Withdraw: a late rank 0 must not count this rank, which leaves with an error.
             store.delete_key(f"here/{rank}")
-            raise ExportError(_missing(what, [0], seconds))
+            raise ExportError(_missing(what, [0], seconds, remedy))
         verdict = json.loads(store.get("verdict"))
         _counts[root] = count + 1
         if rank in verdict["missing"]:
@@ -149,7 +162,7 @@ def difference_over_store(value: Any, group: dist.ProcessGroup) -> Difference[An
     return Difference(ranks, everyone[0], everyone[ranks[0]]) if ranks else None
 
 
-def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> dict[str, Any]:
+def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float, remedy: str) -> dict[str, Any]:
     """On rank 0: wait for all other ranks and compare their calls. Returns the writers, missing ranks and an error."""
     world = dist.get_world_size()
     if _waited(store, [f"here/{rank}" for rank in range(world)], seconds):
@@ -161,9 +174,9 @@ def _verdict(store: Any, what: str, mine: str, writes: bool, seconds: float) -> 
     writers = [rank for rank, (_, asked) in calls.items() if asked]
     error = None
     if missing:
-        error = _missing(what, missing, seconds)
+        error = _missing(what, missing, seconds, remedy)
     elif other is not None:
-        error = f"{what}: rank 0 called {mine}, rank {other} called {calls[other][0]}. All ranks save alike."
+        error = f"{what}: rank 0 called {mine}, rank {other} called {calls[other][0]}. All ranks call it alike."
     return {"writers": writers if 0 < len(writers) < world else [0], "missing": missing, "error": error}
 
 
@@ -175,10 +188,10 @@ def _waited(store: Any, keys: list[str], seconds: float) -> bool:
     return True
 
 
-def _missing(what: str, ranks: list[int], seconds: float) -> str:
+def _missing(what: str, ranks: list[int], seconds: float, remedy: str) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return (
         f"{what} on a sharded model is called by all ranks, because each holds a shard of the weights; rank {shown} "
-        f"did not come within {seconds:g} s. Take it out of `if accelerator.is_main_process:` (only one rank writes "
-        f"anyway). If the ranks are there but late, set {TIMEOUT_VARIABLE} to more seconds."
+        f"did not come within {seconds:g} s. {remedy} If the ranks are there but late, set {TIMEOUT_VARIABLE} to more "
+        f"seconds."
     )

@@ -21,7 +21,7 @@ from .. import compat
 from ..core.lazy_graph import Recording, StreamingEvaluator
 from ..core.model_view import ModelView
 from ..core.ranks import communication_device, gather_objects
-from ..core.rendezvous import rendezvous
+from ..core.rendezvous import ALL_ITERATE, DEFAULT_SECONDS_OF_READS, rendezvous
 from ..errors import ConfigError, ExportError, UnsupportedError
 from .adapters import full_prompts
 from .gathering import (
@@ -193,29 +193,23 @@ def _stream(
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     together = dist.is_available() and dist.is_initialized()
     if together:
-        rendezvous(_CALL, details)
-    last, agreed = "the start", False
-    try:
-        weights = make()
-        for name in weights.tensors:
-            value = weights.compute(name)
-            last = name
+        rendezvous(_CALL, details, default_seconds=DEFAULT_SECONDS_OF_READS, remedy=ALL_ITERATE)
+    # An error in what follows is not told to the others: they may be within a gather, which must not meet another
+    # collective. Where all ranks fail alike, as by a refusal, each raises its own.
+    weights = make()
+    names = list(weights.tensors)
+    for name in names:
+        value = weights.compute(name)
+        try:
             yield name, value
-            del value  # before the next one is gathered
-            if together:
-                agreed = True
-                _go_on(None)
-                agreed = False
-    except (KeyboardInterrupt, SystemExit):
-        raise  # the process is exiting
-    except GeneratorExit:
-        # Also when Python shuts down, after the process group is gone.
-        if together and dist.is_initialized():
-            _go_on(f"its loop ended at {last}, by break or by an error there")
-    except BaseException as error:
-        if together and not agreed:
-            _go_on(f"{type(error).__name__}: {error}")
-        raise
+        except GeneratorExit:
+            # Also when Python shuts down, after the process group is gone.
+            if together and dist.is_initialized():
+                _go_on(None if name == names[-1] else f"its loop ended at {name}, by break or by an error there")
+            return
+        del value  # before the next one is gathered
+        if together:
+            _go_on(None)
 
 
 def _go_on(reason: str | None) -> None:

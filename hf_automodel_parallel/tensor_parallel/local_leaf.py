@@ -41,9 +41,10 @@ def local_leaf(
         if on_gradient is not None and local.requires_grad:
             local.register_hook(on_gradient)
         return local
-    leaves = parameter.__dict__.get(_LEAVES)
-    if leaves is None:
-        leaves = parameter.__dict__[_LEAVES] = _Leaves()
+    if (known := known_leaf(parameter, on_gradient)) is not None:
+        return known
+    leaves = parameter.__dict__.setdefault(_LEAVES, _Leaves())
+    leaves.drop_stale(parameter)
     leaf = leaves.by_use[on_gradient] = _Leaf(parameter, on_gradient)
     return leaf.tensor
 
@@ -73,6 +74,10 @@ class _Leaves:
 
     def __init__(self) -> None:
         self.by_use: dict[Callable[[torch.Tensor], torch.Tensor] | None, _Leaf] = {}
+
+    def drop_stale(self, parameter: nn.Parameter) -> None:
+        """Forget the leaves on a shard that ``parameter`` had before, which keep its memory alive."""
+        self.by_use = {use: leaf for use, leaf in self.by_use.items() if leaf.is_of(parameter)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the parameter, in memory or in a file, gets leaves of its own."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
+from .. import compat
 from ..accelerate_plugin.prepared import PreparedModel, prepared
 from ..accelerate_plugin.throughput import BatchCounter, peak_memory
 from ..core.ranks import gather_tensors
@@ -21,19 +24,20 @@ class ParallelMetrics(TrainerCallback):
     * ``tokens_per_second`` (padding included) and ``tokens_per_second_per_device``; each batch of a tp group, or of a
       tp and cp group, counts once;
     * ``tflops_per_device``: matrix products of forward and backward with weights, without those of attention scores
-      and of recomputed activations; frozen weights have no product for their own gradient. Left out for experts and
-      quantised weights, whose parameters do not tell it, unless ``flops_per_token`` is given;
+      and of recomputed activations; frozen weights have no product for their own gradient. Left out where the
+      parameters do not tell it (:func:`flops_per_token`), unless ``flops_per_token`` is given;
     * ``mfu``, with ``peak_tflops``: its share of what the device can do;
     * ``data_wait_seconds`` of an optimizer step, and ``peak_memory_gib``: of the rank with most.
 
-    Times are of training steps only, not of evaluation and saving. One all-gather of four numbers for each log.
+    Times are of training steps only, not of evaluation and saving. One all-gather of four numbers for each log. A
+    script that runs in one process, without a launcher, gets a warning and no metrics.
 
     Args:
         peak_tflops: what a device can do in the dtype of the training.
         flops_per_token: floating-point operations of forward and backward, instead of those counted from the model.
 
     Raises:
-        ConfigError: when training begins without an :class:`AutoParallelismConfig`.
+        ConfigError: when training begins on several ranks without an :class:`AutoParallelismConfig`.
 
     Example:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[ParallelMetrics(peak_tflops=989)])
@@ -50,15 +54,21 @@ class ParallelMetrics(TrainerCallback):
 
     def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         record = None if model is None else prepared(model)
+        if record is None and not (dist.is_available() and dist.is_initialized()):
+            warnings.warn("ParallelMetrics: this is one process, so there is nothing to measure.", stacklevel=2)
+            return
         if record is None:
             raise ConfigError(
                 "ParallelMetrics measures a model that AutoParallelismConfig parallelises. Give the Trainer one, or "
                 "leave the callback out."
             )
-        if self._counter is not None:
-            self._counter.remove()
         self._record, self._counter = record, BatchCounter(model)
         self._clear(time.perf_counter())
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._counter is not None:
+            self._counter.remove()
+        self._record = self._counter = None
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -107,16 +117,20 @@ class ParallelMetrics(TrainerCallback):
 def flops_per_token(model: nn.Module) -> float | None:
     """Operations of the matrix products with weights for a token, forward and backward.
 
-    Two for each weight forward and two for the gradient of its input; two more if it is trained. None for models with
-    experts, of which a token uses some, and with quantised weights.
+    Two for each weight forward and two for the gradient of its input; two more if it is trained. An embedding table
+    counts where it is the output head, too. None where not each token uses each weight: for models with experts, with
+    an encoder and a decoder, or with a tower for images or sound; and for quantised weights.
     """
     config: Any = getattr(model, "config", None)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    towers = set(getattr(config, "sub_configs", None) or ()) - {"text_config"}
+    if towers or getattr(config, "is_encoder_decoder", False):
+        return None
+    head = getattr(compat.lm_head_module(model), "weight", None)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
     total = 0.0
     for name, parameter in model.named_parameters():
         if ".experts." in name or not parameter.is_floating_point():
             return None
-        if parameter.ndim >= 2 and (tied or id(parameter) not in tables):
+        if parameter.ndim >= 2 and id(parameter) not in tables:
             total += parameter.numel() * (6 if parameter.requires_grad else 4)
     return total

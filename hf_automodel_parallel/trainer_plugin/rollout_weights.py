@@ -28,11 +28,18 @@ _BOUND = "_automodel_parallel_bound"
 def bind_rollouts(trainer: Any) -> None:
     """Bind the ``vllm_generation`` of ``trainer``, if it has one for a prepared model and that is not bound yet."""
     generation = getattr(trainer, "vllm_generation", None)
-    if generation is None or _BOUND in vars(generation) or not compat.iterates_over_weights(generation):
+    if generation is None or _BOUND in vars(generation) or prepared(generation.model) is None:
         return
+    vars(generation)[_BOUND] = True
+    if getattr(generation, "mode", None) == "colocate":
+        generation.generate = _once_for_each_batch(generation.generate, trainer.accelerator)
+    if compat.iterates_over_weights(generation):
+        _bind_weights(generation)
+
+
+def _bind_weights(generation: Any) -> None:
+    """Let ``generation.sync_weights`` send what :func:`stream_weights` yields."""
     model = generation.model
-    if prepared(model) is None:
-        return
     streams = ExitStack()
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,9 +55,6 @@ def bind_rollouts(trainer: Any) -> None:
 
     compat.bind_weights(generation, weights)
     generation.sync_weights = sync
-    if getattr(generation, "mode", None) == "colocate":
-        generation.generate = _once_for_each_batch(generation.generate, trainer.accelerator)
-    vars(generation)[_BOUND] = True
 
 
 def _once_for_each_batch(generate: Any, accelerator: Any) -> Any:

@@ -83,9 +83,37 @@ def test_operations_of_a_token():
     assert flops_per_token(adapted) == 6 * trained + 4 * (frozen - table)
 
 
-def test_without_a_config(tmp_path):
-    args: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True)
+def test_operations_of_a_token_with_a_tied_head():
+    """The head's product counts, and no other table's: it is no matrix product."""
+    model = build_model("llama_tied")
+    model.positions = torch.nn.Embedding(8, 4)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "positions" not in n)
+    assert model.config.tie_word_embeddings and flops_per_token(model) == 6 * matrices
+    model.config.is_encoder_decoder = True
+    assert flops_per_token(model) is None
+
+
+def trainer_without_config(directory: str) -> Trainer:
+    args: Any = TrainingArguments(output_dir=directory, use_cpu=True, max_steps=1, report_to=[], disable_tqdm=True)
     model = build_model("llama")
-    trainer = Trainer(model, args, train_dataset=_Rows(batches_for(model, 1)), callbacks=[ParallelMetrics()])
-    with pytest.raises(ConfigError, match="ParallelMetrics measures a model that AutoParallelismConfig parallelises"):
+    return Trainer(model, args, train_dataset=_Rows(batches_for(model, 1)), callbacks=[ParallelMetrics()])
+
+
+def train_without_config(directory: str) -> str:
+    try:
+        trainer_without_config(directory).train()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_without_a_config(tmp_path):
+    messages = run_distributed(2, train_without_config, str(tmp_path))
+    assert all("measures a model that AutoParallelismConfig parallelises" in message for message in messages)
+
+
+def test_in_one_process(tmp_path):
+    trainer = trainer_without_config(str(tmp_path))
+    with pytest.warns(UserWarning, match="one process"):
         trainer.train()
+    assert "tokens_per_second" not in trainer.state.log_history[0]

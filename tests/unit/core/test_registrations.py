@@ -1,5 +1,7 @@
 """What a model got since it was looked through is noticed; what each forward of a decoder does is not."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -49,3 +51,20 @@ def test_slices_of_known_lists_are_none():
         layer(torch.ones(2))
     model.layers[0].weight.requires_grad_(False)
     assert not registrations.news
+
+
+def test_another_model_is_none():
+    """Loading a second model, or training two in turn, costs the first one no walk through its modules."""
+    model, registrations = _Model(), Registrations()
+    registrations.seen(model)
+    other, of_other = _Model(), Registrations()
+    assert not registrations.news and of_other.news
+    of_other.seen(other)
+    _add_parameter(other)
+    assert not registrations.news and of_other.news
+
+
+def test_a_copy_has_been_looked_through_by_nobody():
+    model, registrations = _Model(), Registrations()
+    registrations.seen(model)
+    assert copy.deepcopy(registrations).news and not registrations.news
