@@ -127,7 +127,7 @@ def check_use(model: nn.Module, args: Any) -> None:
         return
     if record.audit is not None:
         record.audit.before_forward()
-    if record.registrations.news:
+    if not torch.compiler.is_compiling() and record.registrations.news:
         _refuse_added(model, record)
     if record.trainable:
         return
@@ -144,6 +144,7 @@ def check_use(model: nn.Module, args: Any) -> None:
         )
 
 
+@torch.compiler.disable  # where a script compiles all of the model; it is called once
 def _refuse_added(model: nn.Module, record: PreparedModel) -> None:
     added = {name: p.requires_grad for name, p in model.named_parameters() if name not in record.names}
     trainable = [name for name, requires_grad in added.items() if requires_grad]

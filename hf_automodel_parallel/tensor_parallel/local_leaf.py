@@ -56,6 +56,8 @@ def known_leaf(
 
     Called for each parameter in each forward, so with few operations.
     """
+    if torch.compiler.is_compiling():  # of this function alone, behind a graph break of a script's compiled model
+        return None
     leaves = parameter.__dict__.get(_LEAVES)
     leaf = None if leaves is None else leaves.by_use.get(on_gradient)
     if leaf is None or not leaf.is_of(parameter) or is_hooked(parameter):
