@@ -29,6 +29,7 @@ from accelerate import ParallelismConfig
 
 from . import compat
 from .accelerate_plugin.config_text import is_file, load_yaml, parallelism_section, parse_pairs, read_file, restore
+from .accelerate_plugin.distributed_config import fields_of_distributed_config
 from .core.mesh import AXES
 from .core.option_fields import argument_docs, check_tp_axis, check_values, compared_values, plain
 from .core.options import OptionFields
@@ -360,6 +361,24 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
                 raise ConfigError(f"the field {name!r} is given twice in the parallelism config.")
             arguments[name] = restore(name, value)
         return cls(**arguments)
+
+    @classmethod
+    def from_distributed_config(cls, given: Any, **fields: Any) -> AutoParallelismConfig:
+        """Make a config that means what transformers' ``DistributedConfig`` means.
+
+        The model itself is to be loaded without it: ``prepare`` shards what is whole.
+
+        Args:
+            given: the ``DistributedConfig``, or a dict of its fields.
+            fields: further fields of the new config, which have precedence.
+
+        Raises:
+            ConfigError: it sets something that has no equal here; the message says what to do instead.
+
+        Example:
+            >>> AutoParallelismConfig.from_distributed_config(DistributedConfig(tp_size=2, fsdp_size=4))
+        """
+        return cls(**{**fields_of_distributed_config(given), **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as JSON types; ``from_dict`` restores an equal config."""
