@@ -51,7 +51,7 @@ def main() -> None:
     accuracy = lambda found: {"accuracy": float(np.mean(found.predictions.argmax(-1) == found.label_ids))}  # noqa: E731
     trainer = Trainer(model, args, collator, train, test, processing_class=tokenizer, compute_metrics=accuracy)
     trainer.train()
-    print(trainer.evaluate())  # on all ranks
+    trainer.log_metrics("eval", trainer.evaluate())  # on all ranks; rank 0 prints
     trainer.save_model()  # on all ranks
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from . import compat
 from .config import CONFIG_VARIABLE, AutoParallelismConfig
 from .core.mesh import AXES
+from .core.output import DETAILS, verbosity
 from .errors import AutoParallelError, ConfigError
 
 USAGE = """\
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def install(config_text: str | None, flag_of_script: bool = False) -> None:
-    """Make ``Accelerator`` build an :class:`AutoParallelismConfig` in this process.
+    """Make ``Accelerator`` build an :class:`AutoParallelismConfig` in this process, and libraries less talkative.
+
+    What is silenced stands in :mod:`.compat.library_output`; ``verbose=2`` leaves all of it.
 
     Args:
         config_text: a config in text form. None: the environment decides (``$HF_AUTO_PARALLEL``, or else the
@@ -87,17 +90,21 @@ def install(config_text: str | None, flag_of_script: bool = False) -> None:
             "nothing says how to parallelise. Give --auto_parallel (for example tp=2), or an Accelerate config file "
             "with a parallelism_config section (accelerate launch --config_file ...)."
         )
+    verbose = None
     if config_text is not None:
         # The given config replaces the section of Accelerate's config file: a size that it does not set is inferred and
         # not read from there.
         replaced = {axis: os.environ.pop(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", "1") for axis in AXES}
         config = AutoParallelismConfig.parse(config_text)  # errors now, before anything is loaded
+        verbose = config.verbose
         _say_who_won(config, {f"{axis}_size": size for axis, size in replaced.items()})
         os.environ[CONFIG_VARIABLE] = config_text
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
     if _on_cpu():
         # With an FSDP config, Accelerate does not set this variable for CPU workers, and then does not start gloo.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if verbosity(verbose) != DETAILS:
+        compat.silence_libraries(int(os.environ.get("RANK", "0")))
     accelerate.accelerator.ParallelismConfig = _from_environment  # type: ignore[misc,assignment]
 
 

@@ -29,7 +29,9 @@ class Hooks:
         """Called before each ``Accelerator.prepare``; must not call collectives."""
 
     def training_batch(self) -> tuple[int, int] | None:
-        """Rows of a forward of one data-parallel rank, and forwards to an optimizer step; None: not known."""
+        """Rows of a forward of one data-parallel rank, 0 if they change, and forwards to an optimizer step; None: not
+        known.
+        """
         return None
 
     def trains(self, model: Any) -> bool:

@@ -1,11 +1,16 @@
-"""What a run says of itself on rank 0: model, mesh, plan and memory at ``prepare``, speed after the second step."""
+"""What a run says of itself on rank 0: model, mesh, plan and memory at ``prepare``, speed after the second step.
+
+A description that fails is a line, not the end of the run.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +41,18 @@ _PLANS = {
 }
 
 
+def _never_fails(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            tell(logger, f"no description of this run, because it failed: {type(error).__name__}: {error}")
+
+    return call
+
+
+@_never_fails
 def report(accelerator: Accelerator, prepared_now: tuple[Any, ...]) -> None:
     """Describe the models of ``prepared_now``, the arguments of ``Accelerator.prepare``, each once.
 
@@ -73,7 +90,7 @@ def _lines(accelerator: Accelerator, record: PreparedModel, loaders: list[Any]) 
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {accelerator.device.type}"
     )
     yield _mesh(record) + _batch(accelerator, record, loaders)
-    yield _plan(record) + _strategy(record) + _adapters(record)
+    yield _plan(record) + _adapters(record)
     yield _memory(record, parameters, trained)
 
 
@@ -98,12 +115,16 @@ def _batch(accelerator: Accelerator, record: PreparedModel, loaders: list[Any]) 
     ranks, processes = config.data_parallel_size, accelerator.num_processes
     batch = hooks_of(accelerator).training_batch()
     if batch is None:
-        sizes = (getattr(loader, "batch_size", None) for loader in [*loaders, *accelerator._dataloaders])
-        given = next((size for size in sizes if size), None)
+        sizes = {getattr(loader, "batch_size", None) for loader in loaders}
+        # Accelerate gives the loaders that it has prepared a batch sampler instead of a size.
+        sizes |= {getattr(loader, "batch_size", None) for loader in accelerator._dataloaders} - {None}
+        given = sizes.pop() if len(sizes) == 1 else None
         if given is None:
-            return ""
+            return ""  # none, or several: which one trains is not known
         batch = (given // ranks if accelerator.split_batches else given, accelerator.gradient_accumulation_steps)
     rows, steps = batch
+    if not rows:
+        return ""
     accumulated = f" x {steps} accumulated" if steps > 1 else ""
     ddp = f" (DDP would have {rows * processes * steps})" if processes != ranks else ""
     noun = "rank" if ranks == 1 else "ranks"
@@ -111,21 +132,19 @@ def _batch(accelerator: Accelerator, record: PreparedModel, loaders: list[Any]) 
 
 
 def _plan(record: PreparedModel) -> str:
-    plan, spec = record.context.plan, record.context.spec
+    plan, spec, name = record.context.plan, record.context.spec, type(record.strategy).__name__
+    strategy = "" if type(record.strategy) is DefaultParallelizationStrategy else f"; strategy {name}"
+    if record.context.tp_mesh is None:
+        return f"no tensor parallelism{strategy}"
     if plan is None or spec is None:
-        return "no tensor parallelism"
+        return f"tensor parallelism by strategy {name}"
     styles: Counter[str] = Counter()
     for _, style, matches, _, _ in spec.rows:
         styles[style] += matches
     names = ", ".join(f"{number} {style}" for style, number in styles.most_common(4))
     more = ", ..." if len(styles) > 4 else ""
     notes = f"; {len(spec.notes)} {'note' if len(spec.notes) == 1 else 'notes'}, see verbose=2" if spec.notes else ""
-    return f"plan {plan.origin} ({_PLANS.get(plan.origin, 'of another source')}): {names}{more}{notes}"
-
-
-def _strategy(record: PreparedModel) -> str:
-    name = type(record.strategy).__name__
-    return "" if type(record.strategy) is DefaultParallelizationStrategy else f"; strategy {name}"
+    return f"plan {plan.origin} ({_PLANS.get(plan.origin, 'of another source')}): {names}{more}{notes}{strategy}"
 
 
 def _adapters(record: PreparedModel) -> str:
@@ -192,7 +211,10 @@ def _bytes(number: int) -> str:
 
 
 class FirstSteps:
-    """Times the second optimizer step (the first one allocates, compiles and is audited), tells its speed, and ends."""
+    """Times the second optimizer step (the first one allocates, compiles and is audited), tells its speed, and ends.
+
+    If there is no second step, the first one is told when Python ends.
+    """
 
     def __init__(self, accelerator: Accelerator, record: PreparedModel, optimizer: torch.optim.Optimizer) -> None:
         self.device = accelerator.device
@@ -202,28 +224,42 @@ class FirstSteps:
         self.token_ranks, self.row_ranks = self.ranks // config.tp_size, config.data_parallel_size
         self.counter: BatchCounter | None = BatchCounter(record.context.model)
         self.began: float | None = None
+        self.only_step = ""
         optimizer.register_step_post_hook(self._after_step)
+        atexit.register(self._at_the_end)
 
+    @_never_fails
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self.counter is None:
             return  # the hook stays: torch iterates over the hooks while it is called
         synchronize(self.device)
-        now = time.perf_counter()
+        now, counter = time.perf_counter(), self.counter
         if self.began is None:
             self.began = now
-            self.counter.reset()
+            took = f"{now - counter.began:.3g} s since its first forward" if counter.began is not None else "done"
+            self.only_step = f"step 1, the only one: {took}; {self._memory(optimizer)}"
+            counter.reset()
             return
-        counter, seconds = self.counter, now - self.began
-        self.counter.remove()
-        self.counter = None
+        self.counter, self.only_step = None, ""
+        counter.remove()
+        atexit.unregister(self._at_the_end)
+        seconds = now - self.began
         done, unit = counter.tokens * self.token_ranks, "tokens"
         if not done:
             done, unit = counter.rows * self.row_ranks, "rows"
-        states = (x for s in optimizer.state.values() if isinstance(s, dict) for x in s.values())
-        state = sum(local_bytes(x) for x in states if isinstance(x, torch.Tensor))
         rate = done / seconds
         tell(
             logger,
-            f"step 2: {seconds:.3g} s, {rate:,.0f} {unit}/s ({rate / self.ranks:,.0f} per device); optimizer state "
-            f"{_bytes(state)}, peak memory {_bytes(peak_memory(self.device))} on rank 0",
+            f"step 2: {seconds:.3g} s, {rate:,.0f} {unit}/s ({rate / self.ranks:,.0f} per device); "
+            f"{self._memory(optimizer)}",
         )
+
+    def _memory(self, optimizer: torch.optim.Optimizer) -> str:
+        states = (x for s in optimizer.state.values() if isinstance(s, dict) for x in s.values())
+        state = sum(local_bytes(x) for x in states if isinstance(x, torch.Tensor))
+        return f"optimizer state {_bytes(state)}, peak memory {_bytes(peak_memory(self.device))} on rank 0"
+
+    def _at_the_end(self) -> None:
+        """Must not refer to model or optimizer, which it would keep alive."""
+        if self.only_step:
+            tell(logger, self.only_step)

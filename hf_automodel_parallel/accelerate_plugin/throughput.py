@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class BatchCounter:
     Attributes:
         rows: since the last :meth:`reset`.
         tokens: since then; stays 0 for models without text.
+        began: time of the first of these forwards, by ``time.perf_counter``; None before it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,6 +29,7 @@ class BatchCounter:
 
     def reset(self) -> None:
         self.rows = self.tokens = 0
+        self.began: float | None = None
 
     def remove(self) -> None:
         """Stop counting."""
@@ -36,6 +39,8 @@ class BatchCounter:
         # Where a script compiles the whole model, a count would be a guard of its graph.
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
+        if self.began is None:
+            self.began = time.perf_counter()
         text = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         first = next((x for x in (text, *args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim), None)
         if first is None:

@@ -81,13 +81,19 @@ def config_values(
 
 
 def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command without the log lines and warnings of libraries."""
+    """The command without the log lines and warnings of libraries, unless the environment asks for all details."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         import logging
         import warnings
 
+        from ..core.output import DETAILS, verbosity
+
+        with one_line_errors():
+            level = verbosity(None)
+        if level == DETAILS:
+            return function(*args, **kwargs)
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:

@@ -22,6 +22,7 @@ from .accelerate import save_trainer_checkpoint as save_trainer_checkpoint
 from .accelerate import set_distributed_type_fsdp as set_distributed_type_fsdp
 from .accelerate import trainer_save as trainer_save
 from .accelerate import trainer_signal_manager_type as trainer_signal_manager_type
+from .library_output import silence_libraries as silence_libraries
 from .names import PRIVATE_NAMES as PRIVATE_NAMES
 from .names import REPLACED as REPLACED
 from .names import TESTED_UP_TO as TESTED_UP_TO

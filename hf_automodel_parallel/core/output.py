@@ -22,7 +22,7 @@ QUIET, SUMMARY, DETAILS = 0, 1, 2
 
 _PACKAGE = __name__.partition(".")[0]
 
-_level: int | None = None
+_level = SUMMARY
 
 
 def verbosity(option: int | None) -> int | None:
@@ -43,9 +43,10 @@ def verbosity(option: int | None) -> int | None:
 
 
 def set_verbosity(level: int | None) -> None:
-    """Set which lines this process prints; None: those of :data:`SUMMARY`."""
+    """Set which lines this process prints, :data:`SUMMARY` at first; None: as before."""
     global _level
-    _level = level
+    if level is not None:
+        _level = level
 
 
 def level_of_name(name: str) -> int | None:
@@ -67,13 +68,16 @@ def tell(logger: logging.Logger, line: str, level: int = SUMMARY) -> None:
     own = logging.getLogger(_PACKAGE).level
     if own > logging.INFO or logger.getEffectiveLevel() > logging.WARNING:
         return
-    if (SUMMARY if _level is None else _level) >= level:
+    if _level >= level:
         _print(f"{_PACKAGE}: {line}\n")
 
 
 def _print(text: str) -> None:
     tqdm: Any = sys.modules.get("tqdm")
-    if tqdm is None or sys.stderr is None:
-        print(text, end="", file=sys.stderr, flush=True)
-    else:
-        tqdm.tqdm.write(text, file=sys.stderr, end="")  # moves a progress bar out of the way
+    try:
+        if tqdm is None or sys.stderr is None:
+            print(text, end="", file=sys.stderr, flush=True)
+        else:
+            tqdm.tqdm.write(text, file=sys.stderr, end="")  # moves a progress bar out of the way
+    except (OSError, ValueError):
+        pass  # nobody reads: a pipe whose reader has gone, a stream that was closed. The training goes on.

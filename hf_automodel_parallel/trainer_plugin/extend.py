@@ -63,7 +63,10 @@ class TrainerHooks(Hooks):
 
     def training_batch(self) -> tuple[int, int] | None:
         args = getattr(self.trainer, "args", None)
-        return None if args is None else (int(args.train_batch_size), int(args.gradient_accumulation_steps))
+        if args is None:
+            return None
+        rows = 0 if args.auto_find_batch_size else int(args.train_batch_size)
+        return rows, int(args.gradient_accumulation_steps)
 
     def trains(self, model: Any) -> bool:
         return self.trainer is not None and getattr(self.trainer, "model", None) is model

@@ -1,9 +1,11 @@
 """The launcher module in this process: command lines, mistakes, what a script finds, shipped configs."""
 
 import json
+import logging
 import os
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from accelerate.state import AcceleratorState
 from hf_automodel_parallel import AutoParallelismConfig
 from hf_automodel_parallel.config import CONFIG_VARIABLE
 from hf_automodel_parallel.core.mesh import AXES
+from hf_automodel_parallel.core.output import VERBOSE_VARIABLE
 from hf_automodel_parallel.launch import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,6 +176,51 @@ def test_loser_is_named(process_state, tmp_path, caplog):
     )
     main(["--auto_parallel", "forward_prefetch=3", "train.py"])
     assert "the script's own parallelism config, AutoParallelismConfig(" in caplog.text
+
+
+BNB, TORCH = logging.getLogger("bitsandbytes.backends.cpu.ops"), logging.getLogger("torch._higher_order_ops.wrap")
+BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+
+
+@pytest.fixture
+def libraries(process_state, monkeypatch, tmp_path):
+    """As at the start of a process: nothing is silenced, and everything is put back."""
+    for logger in (BNB, TORCH, logging.getLogger("torch.distributed.tensor._redistribute")):
+        monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(sys, "warnoptions", [])
+    for variable in (*BARS, "TRANSFORMERS_VERBOSITY", VERBOSE_VARIABLE):
+        process_state.pop(variable, None)
+    (tmp_path / "train.py").write_text("import warnings\nwarnings.warn('old name', FutureWarning)\n")
+    with warnings.catch_warnings():
+        yield process_state
+
+
+def library_lines(caplog) -> list[str]:
+    caplog.clear()
+    BNB.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    BNB.warning("something that matters")
+    TORCH.warning("\nDetected that context_fn is passed to torch.utils.checkpoint under torch.compile.\n")
+    return caplog.messages
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_libraries_are_quieter(libraries, caplog, recwarn, rank):
+    """Known lines are left out; ranks > 0 have no bars, and no notices that rank 0 has."""
+    libraries["RANK"] = rank
+    libraries[BARS[1]] = "0"  # the user's
+    main(["--auto_parallel", "tp=1", "train.py"])
+    assert library_lines(caplog) == ["something that matters"]
+    assert [libraries.get(variable) for variable in BARS] == [None if rank == "0" else "1", "0"]
+    assert libraries.get("TRANSFORMERS_VERBOSITY") == (None if rank == "0" else "error")
+    assert len(recwarn) == (rank == "0")
+
+
+@pytest.mark.parametrize("form", ["option", "variable"])
+def test_libraries_say_everything_with_verbose_2(libraries, caplog, recwarn, form):
+    libraries |= {"RANK": "1"} | ({VERBOSE_VARIABLE: "2"} if form == "variable" else {})
+    main(["--auto_parallel", "tp=1,verbose=2" if form == "option" else "tp=1", "train.py"])
+    assert len(library_lines(caplog)) == 3
+    assert not {*BARS, "TRANSFORMERS_VERBOSITY"} & set(libraries) and len(recwarn) == 1
 
 
 def test_parallelism_config_of_the_script_itself_is_left_alone(process_state, tmp_path):

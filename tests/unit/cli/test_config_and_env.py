@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 
 import pytest
 import yaml
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 from hf_automodel_parallel import __version__
 from hf_automodel_parallel.cli import app
 from hf_automodel_parallel.cli.config import folder_of
+from hf_automodel_parallel.cli.model_options import quiet
+from hf_automodel_parallel.core.output import VERBOSE_VARIABLE
 
 NAMES = sorted(path.stem for path in folder_of("accelerate_configs").glob("*.yaml"))
 
@@ -62,3 +66,18 @@ def test_version_and_environment(monkeypatch):
     shown = run("env")
     assert f"- hf-automodel-parallel: {__version__} (" in shown and "- torch: 2." in shown
     assert "- NCCL_DEBUG: WARN" in shown and "secret" not in shown
+
+
+@pytest.mark.parametrize(("level", "lines"), [("", 0), ("2", 2)])
+def test_a_command_is_quiet_unless_all_is_wanted(monkeypatch, caplog, recwarn, level, lines):
+    """Of libraries: log lines and warnings."""
+    monkeypatch.setenv(VERBOSE_VARIABLE, level)
+
+    @quiet
+    def command() -> None:
+        logging.getLogger("of_a_library").warning("a line")
+        warnings.warn("a warning")
+
+    with warnings.catch_warnings():
+        command()
+    assert len(caplog.messages) + len(recwarn) == lines

@@ -8,7 +8,15 @@ import pytest
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError
 from hf_automodel_parallel.core import output
-from hf_automodel_parallel.core.output import DETAILS, VERBOSE_VARIABLE, level_of_name, set_verbosity, tell, verbosity
+from hf_automodel_parallel.core.output import (
+    DETAILS,
+    SUMMARY,
+    VERBOSE_VARIABLE,
+    level_of_name,
+    set_verbosity,
+    tell,
+    verbosity,
+)
 
 LOGGER = logging.getLogger("hf_automodel_parallel.of_this_test")
 
@@ -17,7 +25,7 @@ LOGGER = logging.getLogger("hf_automodel_parallel.of_this_test")
 def plain_logging(monkeypatch):
     """As in a script that has not configured logging."""
     monkeypatch.delenv(VERBOSE_VARIABLE, raising=False)
-    monkeypatch.setattr(output, "_level", None)
+    monkeypatch.setattr(output, "_level", SUMMARY)
 
 
 @pytest.mark.parametrize(("level", "expected"), [(None, "summary"), (0, ""), (1, "summary"), (2, "summary detail")])
@@ -27,6 +35,14 @@ def test_levels(level, expected, capsys):
     tell(LOGGER, "detail", DETAILS)
     shown = capsys.readouterr()
     assert shown.err.replace("hf_automodel_parallel: ", "").split() == expected.split() and not shown.out
+
+
+def test_no_level_keeps_the_level_that_was_given(capsys):
+    """A second Accelerator or Trainer that says nothing about it."""
+    set_verbosity(0)
+    set_verbosity(None)
+    tell(LOGGER, "summary")
+    assert not capsys.readouterr().err
 
 
 def test_other_ranks_are_silent(monkeypatch, capsys):
