@@ -131,7 +131,7 @@ class _TokenStatistics(torch.autograd.Function):
             powers = (x - top[part, None]).exp_()
             exponentials[part] = powers.sum(-1)
             if "entropy" in outputs:
-                weighted[part] = x.mul_(powers).sum(-1)
+                weighted[part] = x.clamp_(min=lowest).mul_(powers).sum(-1)  # 0 of a logit of -inf, not nan
             if "log_sum_sq_probs" in outputs:
                 squares[part] = powers.square_().sum(-1)
         if rows:
@@ -162,6 +162,7 @@ class _TokenStatistics(torch.autograd.Function):
         logits, dtype = ctx.logits, ctx.dtype
         with_hidden, with_weight, with_bias = ctx.needs_input_grad[:3]
         rows, width = len(hidden), len(weight)
+        lowest = torch.finfo(total.dtype).min
         if for_hit is None:
             for_hit = torch.zeros_like(total)
 
@@ -180,8 +181,9 @@ class _TokenStatistics(torch.autograd.Function):
                 gradient = log_p.exp_().mul_(-for_hit[part, None])
             else:
                 p = log_p.exp()
-                gradient = log_p.add_(entropy[part, None]).mul_(-for_entropy[part, None]).sub_(for_hit[part, None])
-                gradient.mul_(p)
+                # Finite times p first: 0 of a logit of -inf, whatever the factors are.
+                gradient = log_p.clamp_(min=lowest).add_(entropy[part, None]).mul_(p)
+                gradient.mul_(-for_entropy[part, None]).addcmul_(p, for_hit[part, None], value=-1.0)
             gradient.scatter_add_(-1, index[part, None], for_hit[part].masked_fill(~mine[part], 0)[:, None])
             gradient = logits.through(gradient, x).to(dtype)
             if of_hidden is not None:

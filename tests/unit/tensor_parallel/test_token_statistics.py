@@ -120,3 +120,16 @@ def test_no_token_at_all():
     result = Statistics(*token_statistics(*own, target[:0], Logits(vocabulary, 16)))
     result.log_probs.sum().backward()
     assert result.log_probs.shape == (0,) and not own[1].grad.any() and own[0].grad.shape == (0, FEATURES)
+
+
+def test_classes_that_a_bias_rules_out_add_nothing():
+    """Logits of -inf have probability 0: results and gradients are those of logits that are far down."""
+    hidden, weight, bias, target = tensors(16)
+    out = torch.tensor([0, 7, 8, 15])
+    target[torch.isin(target, out)] = 3
+    far, never = bias.index_fill(0, out, -1e3), bias.index_fill(0, out, -torch.inf)
+    for (result, gradients), (want, wanted) in zip(
+        *(on_ranks(2, (hidden, weight, given, target), 4, ("entropy",)) for given in (never, far)), strict=True
+    ):
+        for value, expected in zip((result.log_probs, result.entropy, *gradients), (*want[:2], *wanted), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
