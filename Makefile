@@ -169,11 +169,11 @@ lint-rest:
 	@echo "[lint] vulture"
 	@$(VENV)/bin/vulture
 
-# In an environment of its own: the pages are read, not the package.
+# In an environment of its own: pages and docstrings are read, the package is not imported.
 .PHONY: docs
 docs: ## the documentation as a site, in build/site; a broken link is an error
-	@test -x $(VENVDOCS)/bin/mkdocs || { $(PYTHON) -m venv $(VENVDOCS); \
-		$(VENVDOCS)/bin/python -m pip install --quiet --quiet 'mkdocs-material>=9.5,<10'; }
+	@test -d $(VENVDOCS)/lib/python3*/site-packages/mkdocstrings || { $(PYTHON) -m venv $(VENVDOCS); \
+		$(VENVDOCS)/bin/python -m pip install --quiet --quiet 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=1,<2' ruff; }
 	@NO_MKDOCS_2_WARNING=1 $(VENVDOCS)/bin/mkdocs build --strict --quiet
 	@echo "[docs] build/site/index.html"
 

@@ -25,20 +25,31 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token", "image_token"), special, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
 def rows(*columns: str, number: int = 32) -> Dataset:
-    """The same sentences on every rank; a column `label` has 0 or 1."""
+    """The same sentences on every rank; a column `label` has 0 or 1.
+
+    With a column `images` (one of one colour) the texts are messages, to which TRL adds the images.
+    """
     draw = random.Random(0)
 
     def value(column: str) -> Any:
-        return draw.randint(0, 1) if column == "label" else " ".join(draw.choices(WORDS, k=draw.randint(4, 12)))
+        if column == "images":
+            from PIL import Image  # pictures alone need Pillow
+
+            return [Image.new("RGB", (16, 16), tuple(draw.randbytes(3)))]
+        if column == "label":
+            return draw.randint(0, 1)
+        text = " ".join(draw.choices(WORDS, k=draw.randint(4, 12)))
+        role = "user" if column == "prompt" else "assistant"
+        return [{"role": role, "content": text}] if "images" in columns else text
 
     return Dataset.from_list([{column: value(column) for column in columns} for _ in range(number)])
 
@@ -53,6 +64,26 @@ def config(model_type: str = "llama", **more: Any) -> Any:
     heads = {} if model_type == "t5" else {"num_attention_heads": 4}
     tokens = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(model_type, **sizes, **heads, **tokens, **more)
+
+
+def vision_language_config() -> Any:
+    """The config of a tiny LLaVA, for what :func:`processor` makes."""
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    return AutoConfig.for_model("llava", text_config=config(), vision_config=vision, image_token_index=4)
+
+
+def processor() -> Any:
+    """Images of 16 x 16 pixels become 16 tokens each."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    )
+    sizes = {"patch_size": 4, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    return LlavaProcessor(images, tokenizer(), chat_template=template, **sizes)
 
 
 def saved(model: Any) -> str:

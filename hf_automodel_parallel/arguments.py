@@ -25,7 +25,7 @@ class AutoParallelArgumentsMixin:
     The field sets ``parallelism_config``, which the stock Trainer passes to Accelerate. The mixin may stand before or
     behind the class that it extends.
 
-    Example:
+    Examples:
         >>> @dataclass
         ... class ParallelSFTConfig(AutoParallelArgumentsMixin, SFTConfig):
         ...     pass
@@ -96,7 +96,7 @@ def _as_json(value: Any) -> Any:
 class AutoParallelTrainingArguments(AutoParallelArgumentsMixin, TrainingArguments):
     """``transformers.TrainingArguments`` with the flag ``--auto_parallel``; see :class:`AutoParallelArgumentsMixin`.
 
-    Example:
+    Examples:
         >>> args = AutoParallelTrainingArguments(output_dir="out", auto_parallel="tp=2,dp_shard=4")
         >>> trainer = Trainer(model, args, train_dataset=data)
     """

@@ -74,7 +74,7 @@ class AutoParallelismConfig(OptionFields, ParallelismConfig):
         ConfigError: a value has the wrong type or is out of range, or two values contradict each other.
         UnsupportedError: a ``cp_handler`` requests ring attention.
 
-    Example:
+    Examples:
         >>> config = AutoParallelismConfig(tp_size=2)                  # dp_shard = world size / 2
         >>> config = AutoParallelismConfig.parse("tp=2,dp_shard=4")    # the command-line form
     """

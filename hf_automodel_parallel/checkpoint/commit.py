@@ -272,7 +272,7 @@ def last_complete_checkpoint(folder: str | Path, group: Any = None) -> Path | No
     Returns:
         Its path; None if there is none to resume from.
 
-    Example:
+    Examples:
         >>> last = last_complete_checkpoint("out/checkpoints")
         >>> if last is not None:
         ...     accelerator.load_state(str(last))

@@ -152,7 +152,7 @@ def load_training_state(
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, or of another model.
 
-    Example:
+    Examples:
         >>> load_training_state("out/checkpoint-10", model, optimizer)
     """
     folder = to_load(folder)

@@ -62,7 +62,7 @@ def verify_plan(
     Raises:
         PlanError: there is no plan or no proxy model, or the results differ; the message names the first difference.
 
-    Example:
+    Examples:
         >>> verify_plan(AutoConfig.from_pretrained("gpt2"), tp=2).plan.origin
         'derived'
     """

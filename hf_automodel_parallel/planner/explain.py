@@ -83,7 +83,7 @@ def explain(
         ConfigError: an argument is wrong, or the mesh does not fit.
         AutoParallelError: ``prepare`` refuses the model or an option, in its words.
 
-    Example:
+    Examples:
         >>> explain("llama-3.1-405b", "tp=8,dp_shard=128", sequence=8192).memory["peak"]
     """
     config = AutoParallelismConfig.parse(config)

@@ -206,7 +206,7 @@ def register_parallel_strategy(arg: Any = None, *, name: str | None = None) -> C
         RegistrationError: the decorated object is not a strategy class, or the name is taken (also an
             ``AssertionError``).
 
-    Example:
+    Examples:
         >>> @register_parallel_strategy(name="MyForCausalLM")
         ... class MyStrategy(DefaultParallelizationStrategy): ...
     """

@@ -39,7 +39,7 @@ class ParallelMetrics(TrainerCallback):
     Raises:
         ConfigError: when training begins on several ranks without an :class:`AutoParallelismConfig`.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[ParallelMetrics(peak_tflops=989)])
     """
 

@@ -20,6 +20,8 @@ WRITES = {
     "accelerate_loop": "model.safetensors",
     "qlora": "adapter_model.safetensors",
     "pretraining": "done",
+    "vision_language": "adapter_model.safetensors",
+    "long_context": "model.safetensors",
 }
 
 ONE_AFTER_THE_OTHER = """
@@ -54,12 +56,17 @@ def run(out: Path, config: str, *recipes: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_recipes_under_tensor_parallelism(tmp_path):
-    run(tmp_path, "tp=2", *(name for name in WRITES if name not in ("qlora", "pretraining")))
+    run(tmp_path, "tp=2", *(name for name in WRITES if name not in ("qlora", "pretraining", "long_context")))
 
 
 @pytest.mark.timeout(600)
 def test_recipes_under_fsdp2(tmp_path):
     run(tmp_path, "dp_shard=2", "qlora", "pretraining")
+
+
+@pytest.mark.timeout(600)
+def test_recipes_under_context_parallelism(tmp_path):
+    run(tmp_path, "cp=2", "long_context")
 
 
 def test_recipes_are_short_and_tested():
