@@ -117,6 +117,8 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
     monkeypatch.setattr("accelerate.Accelerator", lambda parallelism_config: accelerator)
     monkeypatch.setattr("hf_automodel_parallel.loading.from_pretrained", Anything())
     monkeypatch.setattr("peft.get_peft_model", Anything())
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", Anything())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Anything())
     monkeypatch.setattr("transformers.Trainer", Anything())
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("hf_automodel_parallel.export.merged.save_merged", checked(merged.save_merged))
