@@ -90,8 +90,8 @@ def fields_of_distributed_config(given: Any) -> dict[str, Any]:
 def _plan(value: Any) -> ChangedPlan:
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(
-            f"DistributedConfig has tp_plan={value!r}: with an empty plan nothing is tensor parallel; use tp_size=1, or "
-            f"tp_plan='auto'."
+            f"DistributedConfig has tp_plan={value!r}: with an empty plan nothing is tensor parallel; use tp_size=1, "
+            f"or tp_plan='auto'."
         )
     return ChangedPlan(dict(value))
 
