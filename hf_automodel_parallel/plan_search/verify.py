@@ -12,6 +12,7 @@ from torch import nn
 from ..core.model_view import ModelView
 from ..core.sharding_spec import PLAN_SOURCES, Plan
 from ..errors import PlanError
+from ..plan.resolve import resolve
 from ..plan.select import select_plan
 from .carried_modules import proxy_with_replaced_modules
 from .parity_check import OF_TOTAL, RELATIVE, ParityCheck
@@ -77,6 +78,7 @@ def verify_plan(
             inner = AutoModelForCausalLM.from_config(model)
     small = proxy_with_replaced_modules(inner)
     chosen = select_plan(small, plan, plan_order, tp, derived_plan)
+    resolve(small, chosen, tp)  # a pattern that matches nothing and the like: an error in its own words
     check = ParityCheck(small, tp)
     failure = check.failure(chosen, completed=chosen.origin != "derived")
     if failure is not None:

@@ -115,6 +115,8 @@ def test_verify_plan():
     with pytest.raises(PlanError, match=r"does not compute what one process does.*tp_plan"):
         wrong = {"model.layers.*.mlp.up_proj": "colwise", "model.layers.*.mlp.down_proj": "rowwise"}
         verify_plan(build_model("llama"), tp=2, plan=wrong)
+    with pytest.raises(PlanError, match=r"^the tp_plan entries 'model.layer.\*.up_proj' match no module"):
+        verify_plan(build_model("llama"), tp=2, plan={"model.layer.*.up_proj": "colwise"})
     with pytest.raises(PlanError, match="tp=1"):
         verify_plan(build_model("llama"), tp=1)
     attention = {f"model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
