@@ -114,6 +114,10 @@ newest:
 		$(VENVNEW)/bin/python -m pip install --quiet --quiet --upgrade --upgrade-strategy eager -e '.[dev]'; }
 	@$(call VERSIONS_OF,$(VENVNEW))
 
+.PHONY: plan-page-check
+plan-page-check: $(STAMP) ## the page of plan --html in a headless Chromium, with screenshots in build/plan-page (needs chromium)
+	@$(VENV)/bin/python tests/browser/check_plan_page.py
+
 .PHONY: parity
 parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md (two hours; PARITY_ARGS='--matrix sequence --resume')
 	@echo "[parity] every model x adapter x mesh x checkpointing x compile, with sequence parallelism, too, against one process"

@@ -20,7 +20,9 @@ EPILOG = (
     "  hf-automodel-parallel plan llama-3.1-405b --tp 8 --dp-shard 128 --sequence-parallel --seq 8192 "
     "--interconnect h100-infiniband\n\n"
     "  hf-automodel-parallel plan config.json --tp 4 --lora r=16,targets=all-linear --checkpointing full --json\n\n"
-    "  hf-automodel-parallel plan path/to/model --config_file accelerate.yaml --gpu-memory 80GiB"
+    "  hf-automodel-parallel plan path/to/model --config_file accelerate.yaml --gpu-memory 80GiB\n\n"
+    "  hf-automodel-parallel plan gemma3-27b --tp 4 --dp-shard 8 --gpu-memory 80GiB --html report.html "
+    "--html-grid 'tp=1,2,4,8 seq=4096,8192'"
 )
 
 
@@ -67,6 +69,16 @@ def plan(
     step: Annotated[bool, typer.Option("--step/--no-step", help="Run a step; without it only the placements.")] = True,
     imports: options.Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        File, typer.Option(help="Also write a page with figures and sliders, one file, to this path.")
+    ] = None,
+    html_grid: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="What the page's sliders offer, each measured: 'tp=1,2,4,8 seq=4096,8192 checkpointing=none,full'. "
+            "Without it half and twice the tp, and twice the tokens."
+        ),
+    ] = None,
 ) -> None:
     """Show what a model costs on a mesh: placements and their source, memory per rank, collectives per step.
 
@@ -74,8 +86,11 @@ def plan(
     GPU, no weights, no network.
     """
     from ..core.options import CHECKPOINTING_MODES
+    from ..errors import ConfigError
     from ..planner.explain import explain
+    from ..planner.grid import parse_grid
     from ..planner.models import lora_of
+    from ..planner.page import write_page
     from ..planner.sizes import bytes_of
 
     with options.one_line_errors():
@@ -93,9 +108,7 @@ def plan(
         )
         if not any(name.endswith("_size") for name in fields) and world is None and processes is None:
             fields["tp_size"] = 2
-        found = explain(
-            model,
-            fields,
+        given: dict[str, Any] = dict(
             world_size=world or processes,
             batch=batch,
             sequence=sequence,
@@ -113,6 +126,12 @@ def plan(
             imports=imports or (),
             progress=lambda line: typer.secho(f"  {line}: done", dim=True, err=True),
         )
+        if html is None and html_grid:
+            raise ConfigError("--html-grid: these points are for the page; add --html report.html.")
+        if html is None:
+            found = explain(model, fields, **given)
+        else:
+            found = write_page(html, model, fields, parse_grid(html_grid or ()), **given)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return

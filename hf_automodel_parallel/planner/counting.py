@@ -68,14 +68,21 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # they run their collectives, which come here
         result = function(*args, **(kwargs or {}))
         kind = _BY_OPERATOR.get(function.name().partition(".")[0])
-        if kind is not None:
-            whole = max((t.numel() * t.element_size() for t in _tensors((args, result))), default=0)
-            axis, ranks = self._group(args)
-            calls = self.calls.setdefault((kind, axis), Calls())
-            calls.count += 1
-            calls.tensor_bytes += whole
-            calls.sent_bytes += whole * (ranks - 1) // ranks * (2 if kind == "all_reduce" else 1)
+        if kind is None:
+            self.seen(function, args, None)
+            return result
+        whole = max((t.numel() * t.element_size() for t in tensors_in((args, result))), default=0)
+        axis, ranks = self._group(args)
+        sent = whole * (ranks - 1) // ranks * (2 if kind == "all_reduce" else 1)
+        calls = self.calls.setdefault((kind, axis), Calls())
+        calls.count += 1
+        calls.tensor_bytes += whole
+        calls.sent_bytes += sent
+        self.seen(function, args, (kind, axis, whole, sent))
         return result
+
+    def seen(self, function: Any, args: Any, call: tuple[str, str, int, int] | None) -> None:
+        """For subclasses: an operator has run; ``call`` of a collective is its kind, axis, full bytes, sent bytes."""
 
     def _group(self, args: Any) -> tuple[str, int]:
         """Name and size of the group that a collective operator is called with: an object, or its name in the
@@ -105,11 +112,12 @@ def _axes_of(mesh: DeviceMesh) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples and lists, in their order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []
 
 
@@ -139,10 +147,10 @@ class Memory(TorchDispatchMode):
         if any(issubclass(kind, _WRAPPERS) for kind in types):
             return NotImplemented
         result = function(*args, **(kwargs or {}))
-        self.add(_tensors(result))
+        self.add(tensors_in(result))
         if function.name().startswith("_c10d_functional::wait_tensor"):
             # It returns its argument; a fake one is a new storage.
-            for tensor in _tensors(args):
+            for tensor in tensors_in(args):
                 if id(tensor.untyped_storage()) in self._known and tensor is not result:
                     self._set(id(tensor.untyped_storage()), 0)
         return result

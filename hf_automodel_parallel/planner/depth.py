@@ -70,6 +70,8 @@ def extrapolate(few: Any, many: Any, steps: int) -> Any:
         for key in [*few, *(key for key in many if key not in few)]:
             if key == "peaks":
                 result[key] = _peaks(few[key], many[key], steps)
+            elif key == "layer":
+                result[key] = many[key]  # one of those that repeat
             else:
                 zero: Any = [0, 0, 0]
                 result[key] = extrapolate(few.get(key, zero), many.get(key, zero), steps)

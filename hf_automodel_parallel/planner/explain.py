@@ -116,6 +116,8 @@ def explain(
     result.about |= {"mixed_precision": mixed_precision, "optimizer": optimizer, "checkpointing": own}
     result.about["sequence_parallel"] = config.sequence_parallel
     result.about |= {"model": model if isinstance(model, str) else type(model).__name__}
+    per_node = link.gpus_per_node if link is not None else gpus_per_node or 8
+    result.about |= {"interconnect": link and link.name, "gpus_per_node": per_node, "gpu_memory": gpu_memory}
     found = results_of(job)
     placed = next(found)
     progress("plan and placements")
@@ -125,29 +127,29 @@ def explain(
         setattr(result, name, value)
     for mode, figures in zip(modes, found):
         progress(f"activation checkpointing {mode}")
-        peak = max(figures["peaks"].values())
-        result.by_checkpointing[mode] = {"activations": figures["activations"], "peak": peak}
-        if mode != own:
-            continue
-        if figures["parameters"] != shard_bytes:
+        its = result if mode == own else dataclasses.replace(result, about={**result.about, "checkpointing": mode})
+        result.modes[mode] = its
+        if mode == own and figures["parameters"] != shard_bytes:
             raise UnsupportedError(
                 f"the layers of {result.about['model']} do not repeat as they seem to: few of them say that a rank has "
                 f"{figures['parameters']:,} bytes of parameters, and it has {shard_bytes:,}. Use --every-layer."
             )
-        result.peaks = figures.pop("peaks")
-        result.collectives = [
-            dict(zip(("kind", "axis", "count", "tensor_bytes", "sent_bytes"), (*name.split(), *numbers)))
-            for name, numbers in figures.pop("collectives").items()
-        ]
-        result.memory = {**figures, "peak": peak}
-    if link is not None:
-        result.seconds = link.seconds(result.collectives, sizes)
-        result.about |= {"interconnect": link.name, "gpus_per_node": link.gpus_per_node}
-    if not step:
-        return result
-    per_node = link.gpus_per_node if link is not None else gpus_per_node or 8
-    result.warnings = warnings_for(result, per_node, gpu_memory)
+        _put(its, figures)
+        its.seconds = {} if link is None else link.seconds(its.collectives, sizes)
+        result.by_checkpointing[mode] = {name: its.memory[name] for name in ("activations", "peak")}
+    for its in result.modes.values():
+        its.warnings = warnings_for(its, per_node, gpu_memory)
     return result
+
+
+def _put(found: Explanation, figures: dict[str, Any]) -> None:
+    """Move the figures of a measurement into ``found``."""
+    found.peaks, found.layer = figures.pop("peaks"), figures.pop("layer")
+    found.collectives = [
+        dict(zip(("kind", "axis", "count", "tensor_bytes", "sent_bytes"), (*name.split(), *numbers)))
+        for name, numbers in figures.pop("collectives").items()
+    ]
+    found.memory = {**figures, "peak": max(found.peaks.values())}
 
 
 def settings_of(

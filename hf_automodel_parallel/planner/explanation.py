@@ -24,9 +24,11 @@ class Explanation:
         by_checkpointing: mode of activation checkpointing -> {"activations": bytes, "peak": bytes}.
         collectives: of one step: dicts with kind, axis, count, tensor_bytes (of full tensors), sent_bytes (by each
             rank, ring algorithms).
+        layer: one of the repeated layers as it ran, see :class:`.layer.LayerTrace`; empty without a step.
         seconds: mesh axis -> lower bound of the time that its collectives take, an estimate; empty without an
             interconnect.
         warnings: what is likely to be unwanted, each with a remedy.
+        modes: mode of activation checkpointing -> all that was found in it, this one included; not in :meth:`to_dict`.
         about: model, dtype, batch, sequence, optimizer, ...
     """
 
@@ -44,9 +46,11 @@ class Explanation:
     peaks: dict[str, int] = field(default_factory=dict)
     by_checkpointing: dict[str, dict[str, int]] = field(default_factory=dict)
     collectives: list[dict[str, Any]] = field(default_factory=list)
+    layer: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    modes: dict[str, Explanation] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON types."""
-        return dataclasses.asdict(self)
+        """All fields besides :attr:`modes`, as JSON types."""
+        return dataclasses.asdict(dataclasses.replace(self, modes={}))

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 _FILE = Path(__file__).parent / "interconnects.yaml"
 
 #: Order of the mesh axes, the outermost first: the ranks of the last one are neighbours.
-_ORDER = ("dp_replicate", "dp_shard", "cp", "tp")
+ORDER = ("dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Interconnect:
 def span(axis: str, sizes: Mapping[str, int]) -> int:
     """Number of consecutive ranks that hold a whole group along ``axis``; joined axes by the outermost of them."""
     outer = "dp_shard" if axis == "dp_shard_cp" else axis
-    begin = _ORDER.index(outer) if outer in _ORDER else 0
+    begin = ORDER.index(outer) if outer in ORDER else 0
     size = 1
-    for name in _ORDER[begin:]:
+    for name in ORDER[begin:]:
         size *= sizes.get(name, 1)
     return size

@@ -20,7 +20,8 @@ from ..core.model_view import ModelView
 from ..errors import ConfigError, UnsupportedError
 from ..strategies.context import ParallelizeContext
 from ..tensor_parallel.vocab_parallel.logits import ShardedLogits
-from .counting import Collectives, Memory
+from .counting import Memory
+from .layer import LayerTrace
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
 
     Returns:
         bytes by name (``parameters``, ``gradients``, ``optimizer``, ``buffers``, ``activations``, ``logits``,
-        ``gathered``), ``peaks``: phase -> bytes, in the order of a step, and ``collectives``: "kind axis" -> numbers.
+        ``gathered``), ``peaks``: phase -> bytes, in the order of a step, ``collectives``: "kind axis" -> numbers, and
+        ``layer``: see :class:`.layer.LayerTrace`.
 
     Raises:
         UnsupportedError: the model's forward needs values, which tensors without memory do not have.
@@ -132,7 +134,7 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
     context: ParallelizeContext = prepared(model).context  # type: ignore[union-attr]
     settings: Any = ModelView.of(model).inner.config
     vocabulary = settings.get_text_config().vocab_size
-    memory, counts = Memory(), Collectives(accelerator.torch_device_mesh)
+    memory = Memory()
     figures: dict[str, Any] = {}
     with compat.fake_tensor_mode(), compat.quiet_fake_tensors():
         model.to_empty(device="cpu")
@@ -152,7 +154,9 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
                 ) from error
             optimizer.zero_grad()
             memory.restart()
-            with counts:
+            tp = setting.config.get("tp_size") or 1
+            counts = LayerTrace(accelerator.torch_device_mesh, memory, model, layers, context.spec, tp)
+            with counts.watching():
                 figures |= _step(accelerator, model, optimizer, setting, vocabulary, memory, marks)
         figures["gradients"] = _bytes([p.grad for p in model.parameters() if p.grad is not None])
         states = optimizer.state.values()
@@ -164,6 +168,7 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
         f"{kind} {axis}": [calls.count, calls.tensor_bytes, calls.sent_bytes]
         for (kind, axis), calls in counts.calls.items()
     }
+    figures["layer"] = counts.found
     return figures
 
 

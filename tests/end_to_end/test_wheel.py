@@ -61,6 +61,7 @@ def test_installed_wheel(built, tmp_path):
     package = target / "hf_automodel_parallel"
     assert {path.name for path in (package / "accelerate_configs").iterdir()} == names
     assert (package / "examples" / "finetune_text.py").is_file() and (package / "py.typed").is_file()
+    assert (package / "planner" / "page.html").is_file()
     assert (target / "bin" / "hf-automodel-parallel").is_file()
     shown = run([sys.executable, "-c", USE], tmp_path, PYTHONPATH=str(target))
     assert f"configs in {package}/accelerate_configs\n" in shown
