@@ -58,13 +58,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
-demo: $(STAMP) ## train a small Llama on four CPU processes (tp 2 x FSDP2 2), full and LoRA, and check the result
-	@echo "[demo] the plan for the demo's model"
-	@$(VENV)/bin/python examples/finetune_text.py --write-config $(DEMO_OUT)/config
-	@$(VENV)/bin/hf-automodel-parallel plan $(DEMO_OUT)/config/config.json --tp 2
-	@echo "[demo] four processes, tensor parallel 2 x FSDP2 2"
-	@CUDA_VISIBLE_DEVICES= $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu_fsdp2_tp2.yaml \
-		-m hf_automodel_parallel.launch examples/finetune_text.py --output-dir $(DEMO_OUT)
+demo: $(STAMP) ## four CPU processes train a small Llama, one is killed, it goes on on another mesh
+	@CUDA_VISIBLE_DEVICES= $(VENV)/bin/python examples/demo.py --output-dir $(DEMO_OUT)
 
 .PHONY: check
 check: $(STAMP) ## the unit tests: no process group
