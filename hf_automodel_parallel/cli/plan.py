@@ -11,6 +11,7 @@ from . import model_options as options
 from .model_options import Count, File, Text
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from ..planner.explanation import Explanation
@@ -140,16 +141,12 @@ def plan(
 
 def show(found: Explanation) -> None:
     """Print an explanation as tables of at most 80 columns (wider in a wider terminal)."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=80, highlight=False)
+    console = console_of()
     about = found.about
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.sizes.items() if size > 1) or "one rank"
     console.print(f"{about['model']} on {about['world_size']:,} ranks ({mesh})", style="bold")
     if found.rows:
-        table = _table(f"Plan: {found.origin}", "module or parameter", "style", "#", "weight on tp", "source")
+        table = table_of(f"Plan: {found.origin}", "module or parameter", "style", "#", "weight on tp", "source")
         for row in found.rows:
             table.add_row(*row)
         console.print(table)
@@ -180,7 +177,7 @@ _ROWS = {
 def _show_step(found: Explanation, console: Any) -> None:
     about = found.about
     tokens = f"{about['batch']} x {about['sequence']:,} tokens"
-    table = _table(
+    table = table_of(
         f"Memory per rank, {about['dtype']}, {about['optimizer']}, {tokens}", "what", right=("bytes", "size")
     )
     for name, text in _ROWS.items():
@@ -189,12 +186,12 @@ def _show_step(found: Explanation, console: Any) -> None:
     table.add_row(f"peak, in {phase}", f"{found.memory['peak']:,}", _size(found.memory["peak"]), style="bold")
     console.print(table)
     if len(found.by_checkpointing) > 1:
-        table = _table("By activation checkpointing", "mode", right=("activations", "peak"))
+        table = table_of("By activation checkpointing", "mode", right=("activations", "peak"))
         for mode, its in found.by_checkpointing.items():
             table.add_row(mode, _size(its["activations"]), _size(its["peak"]))
         console.print(table)
     if found.collectives:
-        table = _table("Collectives of a step, per rank", "collective", "axis", right=("calls", "tensors", "sent"))
+        table = table_of("Collectives of a step, per rank", "collective", "axis", right=("calls", "tensors", "sent"))
         for row in found.collectives:
             table.add_row(
                 row["kind"], row["axis"], f"{row['count']:,}", _size(row["tensor_bytes"]), _size(row["sent_bytes"])
@@ -208,7 +205,16 @@ def _show_step(found: Explanation, console: Any) -> None:
         )
 
 
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+def console_of() -> Console:
+    """A console of 80 columns, or as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=80, highlight=False)
+
+
+def table_of(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A table with text columns on the left and numbers on the right."""
     # Imported here, because rich draws random numbers on import, which would change the random state of a training.
     from rich.table import Table
 

@@ -122,7 +122,7 @@ def explain(
     placed = next(found)
     progress("plan and placements")
     shard_bytes = placed.pop("shard_bytes")
-    result.about["layers"] = placed.pop("layers")
+    result.about |= {name: placed.pop(name) for name in ("layers", "flops_per_token", "experts_used")}
     for name, value in placed.items():
         setattr(result, name, value)
     for mode, figures in zip(modes, found):

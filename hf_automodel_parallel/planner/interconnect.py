@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ ORDER = ("dp_replicate", "dp_shard", "cp", "tp")
 
 @dataclass(frozen=True)
 class Interconnect:
-    """Bandwidths in 1e9 bytes per second and GPU, in one direction."""
+    """Bandwidths in 1e9 bytes per second and GPU, in one direction, and its 1e12 operations per second in bf16."""
 
     name: str
     gpus_per_node: int
     intra_node: float
     inter_node: float
+    tflops: float = 989.0
 
     @classmethod
     def named(cls, text: str, gpus_per_node: int | None = None) -> Interconnect:
@@ -44,7 +46,7 @@ class Interconnect:
                 f"--interconnect {text}: {type(error).__name__} while reading {name!r} of {file.name}. Give one of "
                 f"{names}, or FILE.yaml:NAME with gpus_per_node, intra_node and inter_node."
             ) from error
-        return found if gpus_per_node is None else cls(name, gpus_per_node, found.intra_node, found.inter_node)
+        return found if gpus_per_node is None else dataclasses.replace(found, gpus_per_node=gpus_per_node)
 
     def within_node(self, axis: str, sizes: Mapping[str, int]) -> bool:
         """True if the ranks of a group along ``axis`` are on one node, ranks filling one node after the other."""

@@ -20,6 +20,7 @@ from ..core.model_view import ModelView
 from ..errors import ConfigError, UnsupportedError
 from ..strategies.context import ParallelizeContext
 from ..tensor_parallel.vocab_parallel.logits import ShardedLogits
+from ..trainer_plugin.metrics import flops_per_token
 from .counting import Memory
 from .layer import LayerTrace
 
@@ -98,6 +99,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def placements(setting: Setting, network: nn.Module) -> dict[str, Any]:
     """What :func:`simulate` decides on the whole model: the rows of the plan, and bytes and elements of parameters."""
     total = {name: (p.numel(), p.requires_grad) for name, p in network.named_parameters()}
+    used = _experts_used(network)
+    operations = flops_per_token(network, used)
     _, model, _ = simulate(setting, network)
     context: ParallelizeContext = prepared(model).context  # type: ignore[union-attr]
     spec, plan = context.spec, context.plan
@@ -116,7 +119,20 @@ def placements(setting: Setting, network: nn.Module) -> dict[str, Any]:
         "largest_replicated": sorted(((sizes[n], n) for n in replicated if n in sizes), reverse=True)[:3],
         "shard_bytes": _bytes(model.parameters()),
         "layers": len(context.structure.layers) if context.structure is not None else 0,
+        "flops_per_token": operations,
+        "experts_used": used,
     }
+
+
+def _experts_used(network: nn.Module) -> float | None:
+    """The share of the experts that a token uses, as the config says."""
+    config: Any = getattr(ModelView.of(network).inner, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    used = getattr(text, "num_experts_per_tok", None)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if used and getattr(text, name, None):
+            return used / getattr(text, name)
+    return None
 
 
 def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
                 first = str(error).strip().splitlines()[0]
                 raise UnsupportedError(
                     f"the forward of {type(ModelView.of(model).inner).__name__} needs the values of tensors, so its "
-                    f"step cannot run without them ({type(error).__name__}: {first}). Use --placements-only."
+                    f"step cannot run without them ({type(error).__name__}: {first}). Use --no-step."
                 ) from error
             optimizer.zero_grad()
             memory.restart()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .explanation import Explanation
 from .interconnect import span
+from .sizes import gib
 
 #: A share of the parameters that is worth a word.
 _MUCH = 0.02
@@ -23,12 +24,12 @@ def warnings_for(found: Explanation, gpus_per_node: int, gpu_memory: int | None)
     if gpu_memory is not None and peak > gpu_memory:
         needed = [mode for mode, its in found.by_checkpointing.items() if its["peak"] <= gpu_memory]
         if needed:
-            remedy = f"--checkpointing {needed[0]} needs {_gib(found.by_checkpointing[needed[0]]['peak'])}."
+            remedy = f"--checkpointing {needed[0]} needs {gib(found.by_checkpointing[needed[0]]['peak'])}."
         elif memory["activations"] > peak // 2:
             remedy = "Most are activations: shard them (--tp, --sequence-parallel, --cp), or use shorter sequences."
         else:
             remedy = "Most are weights, gradients and optimizer state: shard them over more ranks (--dp-shard, --tp)."
-        result.append(f"the peak of {_gib(peak)} is more than the {_gib(gpu_memory)} of a GPU. {remedy}")
+        result.append(f"the peak of {gib(peak)} is more than the {gib(gpu_memory)} of a GPU. {remedy}")
     if tp > 1 and span("tp", found.sizes) > gpus_per_node:
         result.append(
             f"tp={tp} spans nodes of {gpus_per_node} GPUs, so that each layer waits for the network. Use --tp "
@@ -61,7 +62,7 @@ def warnings_for(found: Explanation, gpus_per_node: int, gpu_memory: int | None)
         )
     if _activations_lead(found) and found.about["checkpointing"] == "none":
         full = found.by_checkpointing.get("full")
-        saving = f" (a peak of {_gib(full['peak'])})" if full else ""
+        saving = f" (a peak of {gib(full['peak'])})" if full else ""
         result.append(f"activations are most of the peak: --checkpointing full{saving} or selective recomputes them.")
     if memory["logits"] > peak // 5:
         result.append("logits take a fifth of the peak: a larger --tp shards them over the vocabulary.")
@@ -70,7 +71,3 @@ def warnings_for(found: Explanation, gpus_per_node: int, gpu_memory: int | None)
 
 def _activations_lead(found: Explanation) -> bool:
     return found.memory["activations"] > found.memory["peak"] // 2
-
-
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GiB"

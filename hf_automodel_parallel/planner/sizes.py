@@ -19,3 +19,9 @@ def bytes_of(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text!r} is no size of memory; write for example 80GiB.")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with a digit behind the point below a hundred."""
+    value = size / (1 << 30)
+    return f"{value:,.1f} GiB" if value < 100 else f"{value:,.0f} GiB"

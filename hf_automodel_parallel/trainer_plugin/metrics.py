@@ -114,12 +114,13 @@ class ParallelMetrics(TrainerCallback):
         return {name: float(f"{value:.4g}") for name, value in result.items()}
 
 
-def flops_per_token(model: nn.Module) -> float | None:
+def flops_per_token(model: nn.Module, experts_used: float | None = None) -> float | None:
     """Operations of the matrix products with weights for a token, forward and backward.
 
     Two for each weight forward and two for the gradient of its input; two more if it is trained. An embedding table
-    counts where it is the output head, too. None where not each token uses each weight: for models with experts, with
-    an encoder and a decoder, or with a tower for images or sound; and for quantised weights.
+    counts where it is the output head, too. None where not each token uses each weight: for models with experts,
+    without ``experts_used``, the share of them that a token uses, with an encoder and a decoder, or with a tower for
+    images or sound; and for quantised weights.
     """
     config: Any = getattr(model, "config", None)
     towers = set(getattr(config, "sub_configs", None) or ()) - {"text_config"}
@@ -129,8 +130,10 @@ def flops_per_token(model: nn.Module) -> float | None:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
     total = 0.0
     for name, parameter in model.named_parameters():
-        if ".experts." in name or not parameter.is_floating_point():
+        expert = ".experts." in name
+        if (expert and experts_used is None) or not parameter.is_floating_point():
             return None
         if parameter.ndim >= 2 and id(parameter) not in tables:
-            total += parameter.numel() * (6 if parameter.requires_grad else 4)
+            share = experts_used if expert and experts_used is not None else 1
+            total += parameter.numel() * (6 if parameter.requires_grad else 4) * share
     return total

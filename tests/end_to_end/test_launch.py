@@ -17,7 +17,9 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from hf_automodel_parallel import __version__
+from hf_automodel_parallel.cli.suggest import accelerate_file
 from hf_automodel_parallel.config import CONFIG_VARIABLE
+from hf_automodel_parallel.planner.suggest import Candidate
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["-m", "hf_automodel_parallel.launch"]
@@ -356,3 +358,18 @@ def test_wrong_size_ends_the_launched_script(tmp_path):
     assert message in summary[summary.index("Root Cause") :] and "as on rank 0" in summary, output
     assert "not reached" not in output
     assert time.monotonic() - start < 60, output
+
+
+def test_the_file_that_suggest_writes_starts_a_run(tmp_path):
+    """`accelerate launch` with the file as it is: every parameter is on the mesh of the choice."""
+    sizes = {"dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 2}
+    about = {"gpus": 4, "gpus_per_node": 4, "model": "tiny", "dtype": "fp32", "mixed_precision": "no", "sequence": 16}
+    file, script = tmp_path / "cfg.yaml", tmp_path / "train.py"
+    file.write_text(accelerate_file(Candidate(sizes, "full", True, 4, 1), about, file))
+    script.write_text(TRAINER_SCRIPT)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(file), *LAUNCHER, "--auto_parallel", str(file)]
+    code, output = start([*launch, str(script)], tmp_path)
+    assert code == 0, output
+    result = reported(output)
+    assert result["dtensors"] == result["parameters"] and result["axes"] == ["dp_shard", "tp"]
+    assert "mesh dp_shard 2 x tp 2" in output and " on sequence shards" in output
