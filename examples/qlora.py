@@ -1,4 +1,4 @@
-"""QLoRA: LoRA on a base in 4 bit (bitsandbytes), by TRL. FSDP2 shards the 4-bit weights; tp of them is refused.
+"""QLoRA: LoRA on a base in 4 bit (bitsandbytes), by TRL. FSDP2 and tp shard the 4-bit weights.
 
    1 GPU    python examples/qlora.py
    8 GPUs   torchrun --nproc_per_node 8 -m hf_automodel_parallel.launch --auto_parallel dp_shard=8 examples/qlora.py

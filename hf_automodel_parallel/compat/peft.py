@@ -53,7 +53,10 @@ def peft_layer_types() -> tuple[type, ...]:
     from peft.tuners.lora.layer import Embedding, Linear
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-    return Linear, Embedding, IA3Linear, LNTuningLayer, TrainableTokensLayer
+    # LoRA on bitsandbytes' 4-bit layers. If nothing has imported it, no model has such layers.
+    packed = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    known = (Linear, Embedding, IA3Linear, LNTuningLayer, TrainableTokensLayer)
+    return known if packed is None else (*known, packed)
 
 
 def peft_parameter_wrapper_type() -> type | None:

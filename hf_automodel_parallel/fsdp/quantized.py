@@ -1,8 +1,9 @@
-"""Quantised weights: which of them FSDP2 can shard.
+"""Quantised weights: which of them can be sharded.
 
 FSDP2 turns each parameter into flat shards and back into a plain ``nn.Parameter``, without the attributes of a
 parameter subclass. A quantised weight survives that if its quantisation state is kept elsewhere: bitsandbytes' 4-bit
-layers keep it on the module and restore the parameter from there.
+layers keep it on the module and restore the parameter from there. Tensor parallelism shards the same weights
+(:mod:`..core.packed_weights`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.model_view import ModelView
+from ..core.packed_weights import packed_matrix
 from ..errors import ConfigError, UnsupportedError
 
 
@@ -41,17 +43,14 @@ def check_quantized(
         load_on_rank_zero: only rank 0 has the weights.
 
     Raises:
-        UnsupportedError: tensor parallelism; a parameter subclass that loses its quantisation state in shards; weights
-            converted for inference; weights that only rank 0 has.
+        UnsupportedError: a parameter subclass that loses its quantisation state in shards; under tensor parallelism
+            anything but bitsandbytes' 4-bit linear layers; weights converted for inference; weights that only rank 0
+            has.
         ConfigError: packed numbers stored as a floating-point type that mixed precision would cast.
     """
     method = quantization_method(model)
     if method is not None and tensor_parallel:
-        raise UnsupportedError(
-            f"the model is quantised with {method}; tensor parallelism of quantised weights is not available: their "
-            f"packed storage has no rows or columns to slice. Use tp_size=1 (FSDP2 shards bitsandbytes' 4-bit "
-            f"weights), or load the model unquantised."
-        )
+        _check_sliceable(model, method)
     if method is not None and load_on_rank_zero:
         raise UnsupportedError(
             f"cpu_ram_efficient_loading=True cannot be combined with weights quantised with {method}: their scales "
@@ -61,6 +60,26 @@ def check_quantized(
         for key, parameter in owner._parameters.items():
             if parameter is not None and type(parameter) is not nn.Parameter:
                 _check_parameter(f"{owner_name}.{key}", parameter, owner, compute_dtype)
+
+
+def _check_sliceable(model: nn.Module, method: str) -> None:
+    """Raise :class:`UnsupportedError` if quantised weights have no rows and columns that ranks could slice."""
+    remedy = "Use bitsandbytes' 4-bit weights (load_in_4bit=True), tp_size=1, or load the model unquantised."
+    packed = {module for module in model.modules() if packed_matrix(module) is not None}
+    if not packed:
+        raise UnsupportedError(
+            f"the model is quantised with {method}; tensor parallelism of such weights is not available, because the "
+            f"layout of their numbers and scales is not known here. {remedy}"
+        )
+    for owner_name, owner in model.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is None or (type(parameter) is nn.Parameter and parameter.is_floating_point()):
+                continue
+            if owner not in packed or key != "weight":
+                raise UnsupportedError(
+                    f"{owner_name}.{key} is a {type(parameter).__name__} of {parameter.dtype} in a model quantised "
+                    f"with {method}; tensor parallelism slices 4-bit weights of linear layers only. {remedy}"
+                )
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, owner: nn.Module, compute_dtype: torch.dtype | None) -> None:

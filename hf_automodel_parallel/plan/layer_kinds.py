@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import compat
 from ..core.model_view import class_of
+from ..core.packed_weights import packed_matrix
 from ..errors import UnsupportedError
 
 
@@ -31,12 +32,18 @@ class Matrix:
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix, which a packed weight does not have itself."""
+        packed = packed_matrix(self.module)
+        return tuple(self.weight.shape) if packed is None else packed.shape
+
+    @property
     def out_features(self) -> int:
-        return self.weight.shape[self.out_dim]
+        return self.shape[self.out_dim]
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[self.in_dim]
+        return self.shape[self.in_dim]
 
     def size(self, side: str) -> int:
         """Features on the "out" or "in" side."""
@@ -53,6 +60,8 @@ def as_matrix(module: nn.Module, name: str) -> Matrix | None:
     Raises:
         UnsupportedError: a linear layer with quantised weights, whose storage cannot be sliced.
     """
+    if packed_matrix(module) is not None:
+        return Matrix(module, out_dim=0, in_dim=1)
     if isinstance(module, nn.Linear):
         weight = module.weight
         # Sorted, because a layer that was made around a tied table may have in_features and out_features exchanged.

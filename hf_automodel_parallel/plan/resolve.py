@@ -273,7 +273,7 @@ class _Resolver:
             return "Replicate"
         row = LINEAR_STYLES[style]
         weight = ParameterSpec(matrix.dim(row.side), row.blocks)
-        self._check_divides(f"{base_name}.weight", tuple(matrix.weight.shape), weight)
+        self._check_divides(f"{base_name}.weight", matrix.shape, weight)
         self.spec.parameters[f"{base_name}.weight"] = weight
         place_parameter_adapters(self.model, self.spec, f"{base_name}.weight", self.tp_size)
         has_bias = getattr(matrix.module, "bias", None) is not None

@@ -31,8 +31,9 @@ from ..core.model_view import ModelView
 from ..core.option_fields import meaning_of
 from ..core.options import GivenPlan, ParallelOptions
 from ..core.output import DETAILS, tell
+from ..core.packed_weights import check_shards, shown_unpacked
 from ..core.ranks import raise_on_all_ranks
-from ..errors import ConfigError, PrepareError, UnsupportedError
+from ..errors import ConfigError, PrepareError, UnsupportedError, not_available_yet
 from ..fsdp.adapter_placement import adapters_over_dp
 from ..fsdp.dtype_groups import install_param_groups, own_dtype_parameters
 from ..fsdp.encoder_placement import placement, replicated_parameters
@@ -234,7 +235,20 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
                 context.view, context.structure, context.cp_mesh.size(), context.options.sequence_parallel
             )
         if context.tp_mesh is not None:
-            self.select_tensor_parallel(context)
+            with shown_unpacked(context.model) as packed:
+                if packed:
+                    context.forget_view()
+                self.select_tensor_parallel(context)
+            if packed:
+                context.forget_view()
+                if context.compile_options is not None:
+                    raise not_available_yet(
+                        "compile",
+                        True,
+                        "layers with 4-bit weights under tensor parallelism have not been compared with one process "
+                        "when they are compiled; use compile=False, or tp_size=1.",
+                    )
+                check_shards(context.model, context.spec, context.tp_mesh.size())  # type: ignore[arg-type]
 
     def check_planned(self, context: ParallelizeContext) -> None:
         """Raise if an overridden step has left out what later steps need: a forgotten call of ``super()``."""

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import compat
 from ..core.forward_stack import ForwardSlot, ForwardStack
 from ..core.model_view import ModelView
+from ..core.packed_weights import packed_matrix
 from ..core.shard_layout import shard_parameter
 from ..core.sharding_spec import REPLICATED, InputHook, ModuleSpec, OutputHook, ParameterSpec, ShardingSpec
 from . import boundary_hooks as boundaries
@@ -43,6 +44,7 @@ class TensorParallelState:
         deferred: owner of a bias -> the output hook that adds it after the all-reduce.
         hooks: module -> its input and output hooks, each as (handle, function that registers the hook on a module).
         scopes: module -> the local-parameter scope of its forward.
+        packed: layers that compute with a part of a packed weight, and have the scales of that part.
         local: parameters are local tensors between forwards, too.
         sequence: the hooks of sequence parallelism, None without it.
         compute_dtypes: (owner, attribute) of a parameter -> the dtype that its module computes with, if not its own.
@@ -57,6 +59,7 @@ class TensorParallelState:
     deferred: dict[nn.Module, boundaries.ReduceOutput] = field(default_factory=dict)
     hooks: dict[nn.Module, list[tuple[Any, Callable[[nn.Module], Any]]]] = field(default_factory=dict)
     scopes: dict[nn.Module, LocalParamForward] = field(default_factory=dict)
+    packed: set[nn.Module] = field(default_factory=set)
     local: bool = False
     sequence: SequenceParallel | None = None
     compute_dtypes: dict[tuple[nn.Module, str], torch.dtype] = field(default_factory=dict)
@@ -114,6 +117,7 @@ class TensorParallelState:
                         full_and_cut,
                         self.mesh.get_group(),
                         self.compute_dtypes.get((owner, key)),
+                        owner in self.packed and key == "weight",
                     )
                 )
         return result
@@ -211,8 +215,14 @@ def _shard_parameters(model: nn.Module, spec: ShardingSpec, state: TensorParalle
                 continue
             name = f"{module_name}.{key}" if module_name else key
             parameter_spec = spec.parameters.get(name, REPLICATED)
+            packed = packed_matrix(module) if key == "weight" else None
+            if packed is not None and parameter_spec != REPLICATED:
+                rank, size = state.mesh.get_local_rank(), state.mesh.size()
+                module.quant_state = packed.local_state(parameter_spec, rank, size, device)
+                state.packed.add(module)
             if id(parameter) not in converted:
-                converted[id(parameter)] = shard_parameter(parameter, parameter_spec, state.mesh, device)
+                shown = packed.as_matrix(parameter) if packed is not None and module in state.packed else parameter
+                converted[id(parameter)] = shard_parameter(shown, parameter_spec, state.mesh, device)
                 keep.append(parameter)
             module._parameters[key] = converted[id(parameter)]
             state.place(module, name, parameter_spec)

@@ -49,6 +49,7 @@ class ParamBinding:
             ``forward_shard``; for a full tensor in its place (``torch.func.functional_call``).
         group: the tp group, for the gradient of such a tensor.
         dtype: what the parameter is cast to, where FSDP2 does not manage it and so does not cast it; None: nothing.
+        packed: the module gets the shard as one column, the form in which bitsandbytes keeps packed numbers.
     """
 
     owner: nn.Module
@@ -62,6 +63,7 @@ class ParamBinding:
     full_and_cut: tuple[torch.Size, tuple[int, int, int, int]] | None = None
     group: dist.ProcessGroup | None = None
     dtype: torch.dtype | None = None
+    packed: bool = False
 
     def shard_of(self, tensor: Any) -> torch.Tensor | None:
         """This rank's shard of a full ``tensor`` in the place of the parameter, connected by autograd; None if the
@@ -109,6 +111,8 @@ class ParamBinding:
         """The leaf that the last call computed with, where nothing else is to be done with it; mostly so."""
         if self.bias_of is not None or self.zero or self.forward_shard is not None or self.dtype is not None:
             return None
+        if self.packed:
+            return None
         partial = self.on_gradient is not None and (sequence_shards or not self.on_sequence_shards)
         return known_leaf(held, self.on_gradient if partial and held.requires_grad else None)
 
@@ -131,7 +135,7 @@ class ParamBinding:
             tensor = tensor * 0
         if self.forward_shard is not None:
             tensor = cut(tensor, *self.forward_shard)
-        return tensor
+        return tensor.reshape(-1, 1) if self.packed else tensor
 
 
 def cut(tensor: torch.Tensor, dim: int, blocks: int, index: int, shards: int) -> torch.Tensor:

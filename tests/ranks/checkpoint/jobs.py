@@ -291,40 +291,36 @@ def with_stock(sizes: dict[str, int], parent: str) -> list[list[float]]:
     return results
 
 
-def quantised(sizes: dict[str, int], base: str, parent: str, kind: str) -> tuple[list[float], list[float]]:
-    """QLoRA, saved and resumed."""
+def quantised(sizes: dict[str, int], base: str, parent: str, kind: str, resume: bool) -> list[float]:
+    """QLoRA, saved after two steps, or resumed there: the losses of the two steps after."""
     from ranks.peft.test_qlora import NF4, quantized
 
-    losses: list[list[float]] = []
-    for resume in (False, True):
-        accelerator = Accelerator(
-            parallelism_config=AutoParallelismConfig(**sizes),
-            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind),
-        )
-        model = quantized(base, NF4, {})
-        if resume:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.normal_()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        found = []
-        for step in range(4):
-            if step == 2 and not resume:
-                accelerator.save_state(parent)
-            if resume and step < 2:
-                continue
-            if resume and step == 2:
-                accelerator.load_state(parent)
-            batch = batches_for(model, 2, seed=step)[dist.get_rank()]
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            found.append(loss.item())
-        losses.append(found[-2:])
-    return losses[0], losses[1]
+    accelerator = Accelerator(
+        parallelism_config=AutoParallelismConfig(**sizes),
+        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind),
+    )
+    model = quantized(base, NF4, {})
+    if resume:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    parts = dist.get_world_size() // accelerator.parallelism_config.non_data_parallel_size
+    found = []
+    if resume:
+        accelerator.load_state(parent)
+    for step in range(2 if resume else 0, 4):
+        if step == 2 and not resume:
+            accelerator.save_state(parent)
+        batch = batches_for(model, parts, seed=step)[data_rank(accelerator)]
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(mean_over_ranks(loss))
+    return found[-2:]
 
 
 # ---- the Trainer ---------------------------------------------------------------------------------------------------

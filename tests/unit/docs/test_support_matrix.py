@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from harness.fake_ranks import fake_world
-from harness.models import build_model
+from harness.models import build_model, lora
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -54,11 +55,24 @@ def of_config(name: str, **values: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def qlora() -> nn.Module:
+    from peft import prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        build_model("llama", hidden_size=128).save_pretrained(directory)
+        base = AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+        )
+    return lora(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False))
+
+
 #: what is trained -> how to build it
 ROWS: dict[str, Callable[[], nn.Module]] = {
     "Llama, full": functools.partial(build_model, "llama"),
     "LoRA": peft("LoraConfig"),
     "LoRA with dropout": peft("LoraConfig", lora_dropout=0.1),
+    "QLoRA (bitsandbytes 4 bit)": qlora,
     "DoRA": peft("LoraConfig", use_dora=True),
     "LoRA, `modules_to_save`": peft("LoraConfig", modules_to_save=["lm_head"]),
     "IA3": peft("IA3Config"),
