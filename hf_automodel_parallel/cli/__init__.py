@@ -8,7 +8,7 @@ import typer
 
 from ..export import command as export_command
 from ..version import __version__
-from . import config, env, options, plan, selftest, suggest
+from . import config, env, options, plan, selftest, suggest, verify
 
 app = typer.Typer(
     help="Tensor parallelism and FSDP2 for any Hugging Face model, inside Accelerate and Trainer.",
@@ -35,6 +35,7 @@ def _root(
 
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("suggest", epilog=suggest.EPILOG)(suggest.suggest)
+app.command("verify", epilog=verify.EPILOG)(verify.verify)
 app.command("config", epilog=config.EPILOG)(config.config)
 app.command("env")(env.env)
 app.command("selftest", epilog=selftest.EPILOG)(selftest.selftest)

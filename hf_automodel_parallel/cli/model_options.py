@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..errors import AutoParallelError
+from ..errors import AutoParallelError, first_line
 
 # typer reads annotations at run time, where Python 3.10 needs Optional.
 Text = Optional[str]  # noqa: UP045
@@ -24,6 +24,25 @@ Model = Annotated[
         "Weights are not read."
     ),
 ]
+Tp = Annotated[Count, typer.Option(help="Ranks of the tp axis.", min=1)]
+DpShard = Annotated[Count, typer.Option(help="Ranks over which FSDP2 shards.", min=1)]
+DpReplicate = Annotated[Count, typer.Option(help="Replicas of those (HSDP).", min=1)]
+Cp = Annotated[Count, typer.Option(help="Ranks that share a sequence.", min=1)]
+World = Annotated[Count, typer.Option(help="Number of ranks, from which a size left out is inferred.")]
+ConfigFile = Annotated[
+    File, typer.Option("--config_file", "--config-file", help="A config of this package or of Accelerate.")
+]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", help="Another field of AutoParallelismConfig: name=value. Repeatable."),
+]
+TpPlan = Annotated[Text, typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")]
+PlanOrder = Annotated[Text, typer.Option(help="Sources to try, in order, such as hf+registry.")]
+SequenceParallel = Annotated[
+    bool, typer.Option("--sequence-parallel", help="Shard activations between blocks along the sequence.")
+]
+Checkpointing = Annotated[Text, typer.Option(help="Activation checkpointing: none, full, submodule or selective.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Lora = Annotated[
     Text, typer.Option(help="Wrap with LoRA first: 'r=16,targets=all-linear', or modules separated by commas.")
 ]
@@ -39,13 +58,14 @@ Imports = Annotated[
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """An error of the package, or a file that cannot be read, is one line and exit code 1."""
+def one_line_errors(code: int = 1) -> Iterator[None]:
+    """An error of the package, a file that cannot be read, or a module that is not there, is one line and ``code``."""
     try:
         yield
-    except (AutoParallelError, OSError, ValueError) as error:
-        typer.secho(f"hf-automodel-parallel: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
+    except (AutoParallelError, ImportError, OSError, ValueError) as error:
+        text = error if isinstance(error, AutoParallelError) else first_line(error)
+        typer.secho(f"hf-automodel-parallel: {text}", fg="red", err=True)
+        raise typer.Exit(code) from error
 
 
 def config_values(

@@ -9,11 +9,9 @@ import typer
 
 from . import model_options as options
 from .model_options import Count, File, Text
+from .tables import eighty_columns, table_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from ..planner.explanation import Explanation
 
 EPILOG = (
@@ -30,28 +28,17 @@ EPILOG = (
 @options.quiet
 def plan(
     model: options.Model,
-    tp: Annotated[Count, typer.Option(help="Ranks of the tp axis.", min=1)] = None,
-    dp_shard: Annotated[Count, typer.Option(help="Ranks over which FSDP2 shards.", min=1)] = None,
-    dp_replicate: Annotated[Count, typer.Option(help="Replicas of those (HSDP).", min=1)] = None,
-    cp: Annotated[Count, typer.Option(help="Ranks that share a sequence.", min=1)] = None,
-    world: Annotated[Count, typer.Option(help="Number of ranks, from which a size left out is inferred.")] = None,
-    config_file: Annotated[
-        File, typer.Option("--config_file", "--config-file", help="A config of this package or of Accelerate.")
-    ] = None,
-    settings: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", help="Another field of AutoParallelismConfig: name=value. Repeatable."),
-    ] = None,
-    tp_plan: Annotated[
-        Text, typer.Option(help="A named plan or the import path of a plan, instead of the model's own.")
-    ] = None,
-    plan_order: Annotated[Text, typer.Option(help="Sources to try, in order, such as hf+registry.")] = None,
-    sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="Shard activations between blocks along the sequence.")
-    ] = False,
-    checkpointing: Annotated[
-        Text, typer.Option(help="Activation checkpointing: none, full, submodule or selective.")
-    ] = None,
+    tp: options.Tp = None,
+    dp_shard: options.DpShard = None,
+    dp_replicate: options.DpReplicate = None,
+    cp: options.Cp = None,
+    world: options.World = None,
+    config_file: options.ConfigFile = None,
+    settings: options.Settings = None,
+    tp_plan: options.TpPlan = None,
+    plan_order: options.PlanOrder = None,
+    sequence_parallel: options.SequenceParallel = False,
+    checkpointing: options.Checkpointing = None,
     lora: options.Lora = None,
     dtype: options.Dtype = "bf16",
     mixed_precision: options.Mixed = None,
@@ -69,7 +56,7 @@ def plan(
     every_layer: Annotated[bool, typer.Option("--every-layer", help="Run all layers instead of a few.")] = False,
     step: Annotated[bool, typer.Option("--step/--no-step", help="Run a step; without it only the placements.")] = True,
     imports: options.Imports = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
     html: Annotated[
         File, typer.Option(help="Also write a page with figures and sliders, one file, to this path.")
     ] = None,
@@ -141,7 +128,7 @@ def plan(
 
 def show(found: Explanation) -> None:
     """Print an explanation as tables of at most 80 columns (wider in a wider terminal)."""
-    console = console_of()
+    console = eighty_columns()
     about = found.about
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.sizes.items() if size > 1) or "one rank"
     console.print(f"{about['model']} on {about['world_size']:,} ranks ({mesh})", style="bold")
@@ -203,27 +190,6 @@ def _show_step(found: Explanation, console: Any) -> None:
             f"Estimate, {about['interconnect']}: communication takes at least {sum(found.seconds.values()):.3g} s of a "
             f"step if nothing overlaps ({times}): bytes over bandwidth, without latency."
         )
-
-
-def console_of() -> Console:
-    """A console of 80 columns, or as wide as the terminal."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(width=80, highlight=False)
-
-
-def table_of(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table with text columns on the left and numbers on the right."""
-    # Imported here, because rich draws random numbers on import, which would change the random state of a training.
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", header_style="bold", expand=bool(len(columns) > 3))
-    for name in columns:
-        table.add_column(name, overflow="fold", justify="right" if name == "#" else "left")
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _size(size: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..config import AutoParallelismConfig
+from ..core.mesh import AXES
+from .comparison import LOSS, compare, mean_over_ranks, one_process
 
 #: Steps that the case "resume" trains, and the step after which its first run saves and is killed.
 STEPS, SAVED_AFTER = 4, 2
 
+#: Bytes of the tensors whose all-reduce the case "bandwidth" times.
+REDUCED_BYTES = (1 << 16, 1 << 20, 1 << 24)
+
 _ROWS, _LENGTH, _VOCABULARY = 2, 32, 256
-#: Relative error of the loss; of a gradient to its own norm, or to a hundredth of the norm of all.
-_LOSS, _GRADIENT = 1e-5, 1e-4
-#: How much further from float32 than one process in bf16 a parallel run in bf16 may be.
-_BF16 = 2.0
 
 
 def build(adapter: bool) -> nn.Module:
@@ -57,6 +59,69 @@ def batch(step: int, rows: int) -> torch.Tensor:
     return torch.randint(_VOCABULARY, (rows, _LENGTH), generator=torch.Generator().manual_seed(100 + step))
 
 
+def write_reference(case: dict[str, Any], device: str, folder: Path, rank: int) -> None:
+    """Write what :func:`reference` returns to ``folder``."""
+    torch.save(reference(case, torch.device(device)), folder / "reference.pt")
+
+
+def write_result(case: dict[str, Any], device: str, folder: Path, rank: int) -> None:
+    """Rank 0 writes what :func:`parallel` returns to ``folder``."""
+    expected = torch.load(folder / "reference.pt", weights_only=True)
+    result = parallel(case, device == "cpu", expected, folder)
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def write_bandwidth(case: dict[str, Any], device: str, folder: Path, rank: int) -> None:
+    """Rank 0 writes what :func:`bandwidth` returns to ``folder``."""
+    result = {"ok": True, "axes": bandwidth(case["sizes"], device == "cpu")}
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bandwidth(sizes: dict[str, Any], cpu: bool) -> list[dict[str, Any]]:
+    """Time all-reduces on each axis of a mesh, in all groups of the axis at once, as in training. Collective.
+
+    Args:
+        sizes: the number of ranks on each axis, by the names of the fields.
+        cpu: over gloo, else on the GPUs.
+
+    Returns:
+        For each axis and size of a tensor: ``axis``, ``ranks``, ``bytes``, ``seconds`` of an all-reduce on the slowest
+        rank, and ``gb_per_second``, 10^9 bytes that a link of a ring carries: ``bytes * 2 (n - 1) / n / seconds``.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=cpu, parallelism_config=AutoParallelismConfig(**sizes))
+    found = []
+    for axis in [name for name in AXES if sizes.get(f"{name}_size", 1) > 1]:
+        ranks = sizes[f"{axis}_size"]
+        group = accelerator.torch_device_mesh.get_group(axis)
+        for size in REDUCED_BYTES:
+            tensor = torch.zeros(size // 4, device=accelerator.device)
+            _seconds(tensor, group, 1)  # buffers and connections are made by the first one
+            slowest = torch.tensor(_seconds(tensor, group, 5), device=accelerator.device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            row = {"axis": axis, "ranks": ranks, "bytes": size, "seconds": slowest.item()}
+            found.append(row | {"gb_per_second": size * 2 * (ranks - 1) / ranks / slowest.item() / 1e9})
+    return found
+
+
+def _seconds(tensor: torch.Tensor, group: dist.ProcessGroup, times: int) -> float:
+    """Seconds of an all-reduce of ``tensor``, of ``times`` the mean."""
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(times):
+        dist.all_reduce(tensor, group=group)
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / times
+
+
 def reference(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Loss and gradients of one process with the global batch; for "resume" the losses of all steps."""
     rows = _ROWS * case["batches"]
@@ -64,16 +129,8 @@ def reference(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         model = build(False).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         return {"losses": [_step(model, optimizer, batch(step, rows).to(device)) for step in range(STEPS)]}
-    result: dict[str, Any] = {}
-    for precision in ("float32", *(("bf16",) if case["bf16"] else ())):
-        model = build(case["lora"]).to(device)
-        ids = batch(0, rows).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        result[precision] = {"loss": loss.item(), "gradients": gradients}
-    return result
+    ids = batch(0, rows).to(device)
+    return one_process(lambda: build(case["lora"]).to(device), {"input_ids": ids, "labels": ids}, case["bf16"])
 
 
 def _step(
@@ -83,15 +140,7 @@ def _step(
     backward(loss)
     optimizer.step()
     optimizer.zero_grad()
-    return _mean(loss)
-
-
-def _mean(loss: torch.Tensor) -> float:
-    mean = loss.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.item()
+    return mean_over_ranks(loss)
 
 
 def parallel(case: dict[str, Any], cpu: bool, expected: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -117,12 +166,9 @@ def parallel(case: dict[str, Any], cpu: bool, expected: dict[str, Any], folder: 
         return _train(accelerator, model, optimizer, ids, case["first"], expected["losses"], folder)
     loss = model(input_ids=ids(0), labels=ids(0)).loss
     accelerator.backward(loss)
-    gradients = {name: _full(p.grad).cpu() for name, p in model.named_parameters() if p.grad is not None}
-    return _compare(_mean(loss), gradients, expected)
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    found = compare(mean_over_ranks(loss), model, expected)
+    result = {"ok": found.ok, "loss": found.loss, "reference_loss": found.reference_loss}
+    return result | {"worst": found.worst, "where": found.where}
 
 
 def _train(
@@ -150,32 +196,4 @@ def _train(
         if error >= result["worst"]:
             result |= {"worst": error, "where": f"loss of step {step + 1}"}
     # Adam's division makes more of the last bits of a gradient than one step does.
-    return result | {"ok": result["worst"] < 10 * _LOSS}
-
-
-def _compare(loss: float, gradients: dict[str, torch.Tensor], expected: dict[str, Any]) -> dict[str, Any]:
-    exact = expected["float32"]
-    right = exact["gradients"]
-    missing = sorted(set(right) ^ set(gradients))
-    everything = sum(g.double().norm() ** 2 for g in right.values()) ** 0.5
-
-    def errors(of: dict[str, torch.Tensor]) -> dict[str, float]:
-        return {
-            name: float((of[name].double() - g.double()).norm() / torch.maximum(g.double().norm(), everything / 100))
-            for name, g in right.items()
-            if name in of
-        }
-
-    found = errors(gradients)
-    where = max(found, key=lambda name: found[name])
-    result = {"loss": loss, "reference_loss": exact["loss"], "worst": found[where], "where": where}
-    off = abs(loss - exact["loss"]) / exact["loss"]
-    if "bf16" not in expected:
-        ok = off < _LOSS and found[where] < _GRADIENT
-    else:
-        plain = errors(expected["bf16"]["gradients"])
-        plain_off = abs(expected["bf16"]["loss"] - exact["loss"]) / exact["loss"]
-        ok = found[where] < _BF16 * max(plain.values()) and off < _BF16 * plain_off + 2**-8
-    if missing:
-        return result | {"ok": False, "where": f"{missing[0]}: a gradient on one side only"}
-    return result | {"ok": ok}
+    return result | {"ok": result["worst"] < 10 * LOSS}

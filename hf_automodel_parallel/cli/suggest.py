@@ -12,7 +12,7 @@ import typer
 from . import model_options as options
 from .config import folder_of
 from .model_options import Count, File
-from .plan import console_of, table_of
+from .tables import eighty_columns, table_of
 
 if TYPE_CHECKING:
     from ..planner.suggest import Candidate, Suggestion
@@ -103,7 +103,7 @@ def show(found: Suggestion) -> None:
     """Print a suggestion as tables of at most 80 columns (wider in a wider terminal)."""
     from ..planner.sizes import gib
 
-    console, about, best = console_of(), found.about, found.ranked[0]
+    console, about, best = eighty_columns(), found.about, found.ranked[0]
     what = "full training" if about["trainable"] == about["parameters"] else f"{about['trainable']:,} trained"
     console.print(
         f"{about['model']} ({about['parameters']:,} parameters, {what}) on {about['gpus']} GPUs of "
