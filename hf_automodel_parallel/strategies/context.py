@@ -76,10 +76,6 @@ class ParallelizeContext:
         """The names of the model, computed once for planning. Not for later steps: sharding replaces parameters."""
         return ModelView(self.model)
 
-    def forget_view(self) -> None:
-        """Modules or parameters have been replaced, so that :attr:`view` has to be computed again."""
-        self.__dict__.pop("view", None)
-
     @property
     def tp_mesh(self) -> DeviceMesh | None:
         """The tp axis, None when it has one rank."""

@@ -237,10 +237,10 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.tp_mesh is not None:
             with shown_unpacked(context.model) as packed:
                 if packed:
-                    context.forget_view()
+                    vars(context).pop("view", None)  # modules have been replaced, so it is computed again
                 self.select_tensor_parallel(context)
             if packed:
-                context.forget_view()
+                vars(context).pop("view", None)
                 if context.compile_options is not None:
                     raise not_available_yet(
                         "compile",
