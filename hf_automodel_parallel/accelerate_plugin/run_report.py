@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..core.mesh import AXES
 from ..core.model_view import ModelView, class_of
-from ..core.output import tell
+from ..core.output import size_text, tell
 from ..fsdp.shard import fsdp_units
 from ..optim.handoff import raw_optimizer
 from ..strategies.default import DefaultParallelizationStrategy
@@ -106,7 +107,7 @@ def _method(model: nn.Module) -> str:
 
 def _mesh(record: PreparedModel) -> str:
     config: Any = record.config
-    sizes = [(axis, getattr(config, f"{axis}_size")) for axis in ("dp_replicate", "dp_shard", "cp", "tp")]
+    sizes = [(axis, getattr(config, f"{axis}_size")) for axis in AXES]
     return "mesh " + (" x ".join(f"{axis} {size}" for axis, size in sizes if size > 1) or "of one rank")
 
 
@@ -167,8 +168,8 @@ def _adapters(record: PreparedModel) -> str:
 def _memory(record: PreparedModel, parameters: list[nn.Parameter], trained: list[nn.Parameter]) -> str:
     weights, gradients = (sum(map(local_bytes, group)) for group in (parameters, trained))
     gathered = max((_gathered(unit, record) for unit in fsdp_units(record.context.model)), default=0)
-    largest = f", largest all-gathered unit {_bytes(gathered)}" if gathered else ""
-    return f"memory per rank: weights {_bytes(weights)}, gradients {_bytes(gradients)}{largest}"
+    largest = f", largest all-gathered unit {size_text(gathered)}" if gathered else ""
+    return f"memory per rank: weights {size_text(weights)}, gradients {size_text(gradients)}{largest}"
 
 
 def _gathered(unit: Any, record: PreparedModel) -> int:
@@ -201,13 +202,6 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {name}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    for size, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {name}"
-    return f"{number} B"
 
 
 class FirstSteps:
@@ -257,7 +251,7 @@ class FirstSteps:
     def _memory(self, optimizer: torch.optim.Optimizer) -> str:
         states = (x for s in optimizer.state.values() if isinstance(s, dict) for x in s.values())
         state = sum(local_bytes(x) for x in states if isinstance(x, torch.Tensor))
-        return f"optimizer state {_bytes(state)}, peak memory {_bytes(peak_memory(self.device))} on rank 0"
+        return f"optimizer state {size_text(state)}, peak memory {size_text(peak_memory(self.device))} on rank 0"
 
     def _at_the_end(self) -> None:
         """Must not refer to model or optimizer, which it would keep alive."""

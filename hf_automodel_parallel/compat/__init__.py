@@ -96,6 +96,7 @@ from .tensors import is_fake as is_fake
 from .tensors import is_plain_tensor as is_plain_tensor
 from .tensors import is_view_of as is_view_of
 from .tensors import quiet_fake_tensors as quiet_fake_tensors
+from .tensors import ranks_are_simulated as ranks_are_simulated
 from .tensors import reduce_scatter_dim as reduce_scatter_dim
 from .tensors import rendezvous_store as rendezvous_store
 from .tensors import restore_spec_hash as restore_spec_hash

@@ -75,6 +75,13 @@ def start_simulated_ranks(size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
 
 
+def ranks_are_simulated() -> bool:
+    """True in a process that :func:`start_simulated_ranks` made a rank."""
+    import torch.distributed as dist
+
+    return dist.get_backend() == "fake"
+
+
 def flash_attention_of_last_queries(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scale: float | None
 ) -> torch.Tensor | None:

@@ -128,12 +128,12 @@ def _missing(field: str, name: str, mesh: DeviceMesh) -> ConfigError:
 
 
 #: Names of the flattened axes that Accelerate makes; a mesh may have some of them.
-_JOINED_BY_ACCELERATE = ("dp", "dp_shard_cp", "dp_cp")
+JOINED_AXES = ("dp", "dp_shard_cp", "dp_cp")
 
 
 def inherit_timeouts(mesh: DeviceMesh) -> None:
     """Give the groups of all axes of ``mesh``, flattened ones included, the timeout of the default process group."""
     compat.inherit_timeout(mesh)
-    for name in _JOINED_BY_ACCELERATE:
+    for name in JOINED_AXES:
         if compat.has_joined_axis(mesh, name):
             compat.inherit_timeout(compat.slice_mesh(mesh, (name,)))

@@ -54,6 +54,15 @@ def level_of_name(name: str) -> int | None:
     return {"debug": DETAILS, "detail": DETAILS, "info": SUMMARY}.get(name, None if name == "passive" else QUIET)
 
 
+def size_text(size: float) -> str:
+    """Bytes with three digits and a binary unit: "1.48 GiB"."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+    return f"{size:.0f} B"
+
+
 def tell(logger: logging.Logger, line: str, level: int = SUMMARY) -> None:
     """Print ``line`` on rank 0 if the verbosity is at least ``level``.
 

@@ -71,7 +71,7 @@ def wait_for_ranks(ranks: list[int], what: str, remedy: str) -> None:
         UnsupportedError: a rank is missing after the timeout; the message names it.
         ConfigError: see :func:`timeout_seconds`.
     """
-    if dist.get_backend() == "fake":  # a simulation of one rank, whose store stores nothing
+    if compat.ranks_are_simulated():  # their store stores nothing
         return
     root, rank, seconds = compat.rendezvous_store(), dist.get_rank(), timeout_seconds(DEFAULT_SECONDS_OF_READS)
     counts = _reads.setdefault(root, {})

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
+from .. import compat
 from ..compile import compile_finished_layer
 from ..core.consistency import check_same_structure, equalize_parameters
 from ..core.model_structure import find_layers
@@ -198,7 +198,7 @@ def refuse_meta(context: ParallelizeContext) -> None:
 
     Simulated ranks (the planner's) train nothing, so their model needs no values.
     """
-    if dist.get_backend() == "fake":
+    if compat.ranks_are_simulated():
         return
     pending = context.pending.values if context.pending is not None else {}
     meta = [name for name, p in context.model.named_parameters() if p.device.type == "meta" and name not in pending]

@@ -15,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from hf_automodel_parallel.compat import start_simulated_ranks
 from hf_automodel_parallel.core.model_structure import find_layers
 from hf_automodel_parallel.core.model_view import ModelView
 from hf_automodel_parallel.core.options import ParallelOptions
@@ -36,9 +37,7 @@ class Tracker(MemTracker):
 @contextmanager
 def fake_world(size: int) -> Iterator[None]:
     """A process group of ``size`` ranks whose collectives do nothing; this process is rank 0."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    start_simulated_ranks(size)
     try:
         yield
     finally:
