@@ -35,11 +35,14 @@ def config(
 ) -> None:
     """Print a config file for accelerate launch; without a name, list those that there are."""
     files = {path.stem: path for path in sorted(folder_of("accelerate_configs").glob("*.yaml"))}
-    if name is None:
-        for known, path in files.items():
-            typer.echo(f"{known}\n    {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return
     try:
+        if name is None:
+            if gpus is not None or nodes is not None:
+                option = "--gpus" if gpus is not None else "--nodes"
+                raise ConfigError(f"{option} needs the name of a config in front of it: {', '.join(files)}.")
+            for known, path in files.items():
+                typer.echo(f"{known}\n    {path.read_text().splitlines()[0].removeprefix('# ')}")
+            return
         if name not in files:
             raise ConfigError(f"there is no config {name!r}; the names are {', '.join(files)}.")
         typer.echo(adapted(name, files[name].read_text(), gpus, nodes), nl=False)
@@ -58,19 +61,20 @@ def adapted(name: str, text: str, gpus: int | None, nodes: int | None) -> str:
     """The config ``text`` for ``nodes`` x ``gpus`` processes; None keeps the file's numbers.
 
     The sizes of tp and cp stay, besides tp of a file without FSDP. A file with ``dp_replicate`` gets
-    one copy of the model to each node; dp_shard takes the rest.
+    one copy of the model to each node; dp_shard takes the rest. Where nothing is left for dp_shard (and cp is 1) the
+    result has no FSDP section, because Accelerate refuses one with nothing to shard over.
 
     Raises:
-        ConfigError: the processes cannot be arranged so.
+        ConfigError: the processes cannot be arranged so, or Accelerate would refuse the arrangement.
     """
     if gpus is None and nodes is None:
         return text
     machines, processes = _number(text, "num_machines"), _number(text, "num_processes")
     nodes = machines if nodes is None else nodes
     gpus = processes // machines if gpus is None else gpus
-    sizes = {
-        axis: _number(text, f"parallelism_config_{axis}_size") for axis in ("dp_replicate", "dp_shard", "cp", "tp")
-    }
+    if nodes * gpus == 1:
+        raise ConfigError(f"{name} for one process: there is nothing to parallelise; give --gpus 2 or more.")
+    sizes = {axis: int(size) for axis, size in re.findall(r"^\s*parallelism_config_(\w+)_size: (\d+)", text, re.M)}
     sizes["dp_replicate"] = nodes if sizes["dp_replicate"] > 1 else 1
     if "\ndistributed_type: FSDP\n" not in text:
         sizes["tp"] = nodes * gpus  # tensor parallelism alone
@@ -79,6 +83,13 @@ def adapted(name: str, text: str, gpus: int | None, nodes: int | None) -> str:
         axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "dp_shard" and size > 1)
         raise ConfigError(f"{nodes} x {gpus} processes cannot be divided by {fixed} ({axes}); give another --gpus.")
     sizes["dp_shard"] = nodes * gpus // fixed
+    without_fsdp = sizes["dp_shard"] == sizes["cp"] == 1
+    if without_fsdp and sizes["dp_replicate"] > 1:
+        raise ConfigError(
+            f"{nodes} x {gpus} processes leave dp_shard 1 beside dp_replicate {sizes['dp_replicate']} and tp "
+            f"{sizes['tp']}, which Accelerate refuses; give --gpus {2 * sizes['cp'] * sizes['tp']} or more, or use "
+            "gpu_fsdp2_tp, which shards over the nodes."
+        )
     numbers = {f"parallelism_config_{axis}_size": size for axis, size in sizes.items()}
     numbers |= {"num_machines": nodes, "num_processes": nodes * gpus}
     if nodes > 1 and _number(text, "main_process_port") == 0:
@@ -86,6 +97,9 @@ def adapted(name: str, text: str, gpus: int | None, nodes: int | None) -> str:
     _, _, body = text.partition("\n\n")
     for field, number in numbers.items():
         body = re.sub(rf"^(\s*{field}: )\d+", rf"\g<1>{number}", body, flags=re.M)
+    if without_fsdp:
+        body = re.sub(r"^distributed_type: FSDP$", "distributed_type: MULTI_GPU", body, flags=re.M)
+        body = re.sub(r"^fsdp_config:\n(?: .*\n)*\n?", "", body, flags=re.M)
     if nodes > 1:
         body = re.sub(r"^machine_rank: .*\n", "", body, flags=re.M)
         if "rdzv_backend" not in body:

@@ -59,6 +59,27 @@ def test_gpus_that_tp_does_not_divide():
     assert "1 x 3 processes cannot be divided by 2 (tp 2); give another --gpus." in shown
 
 
+@pytest.mark.parametrize("name", ["cpu_fsdp2_tp2", "gpu_fsdp2_tp"])
+def test_nothing_left_to_shard_over_is_tensor_parallelism_alone(name):
+    """Accelerate refuses FSDP with dp_shard 1; what is written has the sections of the shipped config without FSDP."""
+    values, alone = yaml.safe_load(run("config", name, "--gpus", "2")), yaml.safe_load(run("config", "cpu_tp2"))
+    assert values.keys() == alone.keys() and sizes(values) == sizes(alone)
+    assert values["distributed_type"] == alone["distributed_type"]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--gpus", "8"], "--gpus needs the name of a config in front of it: cpu_fsdp2_tp2, "),
+        (["--nodes", "2"], "--nodes needs the name of a config"),
+        (["gpu_fsdp2", "--gpus", "1"], "nothing to parallelise; give --gpus 2 or more"),
+        (["gpu_hsdp_tp_2nodes", "--gpus", "2"], "which Accelerate refuses; give --gpus 4 or more, or use gpu_fsdp2_tp"),
+    ],
+)
+def test_what_would_not_start_is_refused(arguments, sentence):
+    assert sentence in run("config", *arguments, code=1)
+
+
 def test_version_and_environment(monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("HF_TOKEN", "secret")
