@@ -24,11 +24,11 @@ Model = Annotated[
         "Weights are not read."
     ),
 ]
-Tp = Annotated[Count, typer.Option(help="Ranks of the tp axis.", min=1)]
+Tp = Annotated[Count, typer.Option(help="Ranks of the tp axis; 2 if no size, number of ranks or file is given.", min=1)]
 DpShard = Annotated[Count, typer.Option(help="Ranks over which FSDP2 shards.", min=1)]
 DpReplicate = Annotated[Count, typer.Option(help="Replicas of those (HSDP).", min=1)]
 Cp = Annotated[Count, typer.Option(help="Ranks that share a sequence.", min=1)]
-World = Annotated[Count, typer.Option(help="Number of ranks, from which a size left out is inferred.")]
+World = Annotated[Count, typer.Option(help="Number of ranks, from which a size left out is inferred.", min=1)]
 ConfigFile = Annotated[
     File, typer.Option("--config_file", "--config-file", help="A config of this package or of Accelerate.")
 ]
@@ -98,6 +98,12 @@ def config_values(
     for part in [*pairs, {name: value for name, value in given.items() if value is not None}]:
         fields |= {(f"{k}_size" if k in AXES else k): v for k, v in part.items()}
     return fields, environment, precision, world
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """True if the parameter ``name`` of the command stands on the command line: not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def quiet(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,8 +25,21 @@ EPILOG = (
 )
 
 
+#: Parameters of ``plan`` that say something of a step only -> the option's name.
+_OF_A_STEP = {
+    "batch": "--batch",
+    "sequence": "--seq",
+    "gpu_memory": "--gpu-memory",
+    "interconnect": "--interconnect",
+    "per_node": "--per-node",
+    "modes": "--modes",
+    "every_layer": "--every-layer",
+}
+
+
 @options.quiet
 def plan(
+    context: typer.Context,
     model: options.Model,
     tp: options.Tp = None,
     dp_shard: options.DpShard = None,
@@ -73,15 +86,18 @@ def plan(
     The numbers come from Accelerator.prepare and one training step, on simulated ranks and tensors without memory. No
     GPU, no weights, no network.
     """
+    from ..core.mesh import AXES
     from ..core.options import CHECKPOINTING_MODES
     from ..errors import ConfigError
-    from ..planner.explain import explain
+    from ..planner.explain import explain, without_effect
     from ..planner.grid import parse_grid
     from ..planner.models import lora_of
     from ..planner.page import write_page
     from ..planner.sizes import bytes_of
 
     with options.one_line_errors():
+        if not step:
+            without_effect("--no-step", [_OF_A_STEP[name] for name in _OF_A_STEP if options.was_given(context, name)])
         fields, environment, precision, processes = options.config_values(
             config_file,
             settings,
@@ -94,7 +110,7 @@ def plan(
             sequence_parallel=sequence_parallel or None,
             activation_checkpointing=checkpointing,
         )
-        if not any(name.endswith("_size") for name in fields) and world is None and processes is None:
+        if not any(f"{axis}_size" in fields for axis in AXES) and world is None and processes is None:
             fields["tp_size"] = 2
         given: dict[str, Any] = dict(
             world_size=world or processes,
@@ -104,7 +120,7 @@ def plan(
             mixed_precision=mixed_precision or precision,
             optimizer=optimizer,
             lora=lora_of(lora) if lora else None,
-            checkpointing=CHECKPOINTING_MODES if modes else (),
+            checkpointing=CHECKPOINTING_MODES if modes and step else (),
             interconnect=interconnect,
             gpus_per_node=per_node,
             gpu_memory=bytes_of(gpu_memory) if gpu_memory else None,
@@ -162,26 +178,32 @@ _ROWS = {
 
 
 def _show_step(found: Explanation, console: Any) -> None:
+    from ..core.output import size_text
+
     about = found.about
     tokens = f"{about['batch']} x {about['sequence']:,} tokens"
     table = table_of(
         f"Memory per rank, {about['dtype']}, {about['optimizer']}, {tokens}", "what", right=("bytes", "size")
     )
     for name, text in _ROWS.items():
-        table.add_row(text, f"{found.memory[name]:,}", _size(found.memory[name]))
+        table.add_row(text, f"{found.memory[name]:,}", size_text(found.memory[name]))
     phase = max(found.peaks, key=lambda name: found.peaks[name])
-    table.add_row(f"peak, in {phase}", f"{found.memory['peak']:,}", _size(found.memory["peak"]), style="bold")
+    table.add_row(f"peak, in {phase}", f"{found.memory['peak']:,}", size_text(found.memory["peak"]), style="bold")
     console.print(table)
     if len(found.by_checkpointing) > 1:
         table = table_of("By activation checkpointing", "mode", right=("activations", "peak"))
         for mode, its in found.by_checkpointing.items():
-            table.add_row(mode, _size(its["activations"]), _size(its["peak"]))
+            table.add_row(mode, size_text(its["activations"]), size_text(its["peak"]))
         console.print(table)
     if found.collectives:
         table = table_of("Collectives of a step, per rank", "collective", "axis", right=("calls", "tensors", "sent"))
         for row in found.collectives:
             table.add_row(
-                row["kind"], row["axis"], f"{row['count']:,}", _size(row["tensor_bytes"]), _size(row["sent_bytes"])
+                row["kind"],
+                row["axis"],
+                f"{row['count']:,}",
+                size_text(row["tensor_bytes"]),
+                size_text(row["sent_bytes"]),
             )
         console.print(table)
     if found.seconds:
@@ -190,9 +212,3 @@ def _show_step(found: Explanation, console: Any) -> None:
             f"Estimate, {about['interconnect']}: communication takes at least {sum(found.seconds.values()):.3g} s of a "
             f"step if nothing overlaps ({times}): bytes over bandwidth, without latency."
         )
-
-
-def _size(size: int) -> str:
-    power = next((power for power in (30, 20, 10) if size >= 1 << power), 0)
-    unit = {30: "GiB", 20: "MiB", 10: "KiB", 0: "B"}[power]
-    return f"{size / (1 << power):,.{0 if power == 0 else 2}f} {unit}"

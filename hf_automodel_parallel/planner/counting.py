@@ -15,15 +15,34 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..compat import TorchDispatchMode
+from ..core.mesh import JOINED_AXES
 from ..tensor_parallel.vocab_parallel.logits import ShardedLogits
 
 _OPERATORS = {
-    "all_reduce": ("_c10d_functional::all_reduce", "_c10d_functional::all_reduce_", "c10d::allreduce_"),
-    "all_gather": ("_c10d_functional::all_gather_into_tensor", "c10d::allgather_", "c10d::_allgather_base_"),
+    "all_reduce": (
+        "_c10d_functional::all_reduce",
+        "_c10d_functional::all_reduce_",
+        "_c10d_functional::all_reduce_coalesced",
+        "_c10d_functional::all_reduce_coalesced_",
+        "c10d::allreduce_",
+        "c10d::allreduce_coalesced_",
+    ),
+    "all_gather": (
+        "_c10d_functional::all_gather_into_tensor",
+        "_c10d_functional::all_gather_into_tensor_out",
+        "_c10d_functional::all_gather_into_tensor_coalesced",
+        "c10d::allgather_",
+        "c10d::_allgather_base_",
+        "c10d::allgather_coalesced_",
+        "c10d::allgather_into_tensor_coalesced_",
+    ),
     "reduce_scatter": (
         "_c10d_functional::reduce_scatter_tensor",
+        "_c10d_functional::reduce_scatter_tensor_out",
+        "_c10d_functional::reduce_scatter_tensor_coalesced",
         "c10d::reduce_scatter_",
         "c10d::_reduce_scatter_base_",
+        "c10d::reduce_scatter_tensor_coalesced_",
     ),
     "broadcast": ("_c10d_functional::broadcast", "_c10d_functional::broadcast_", "c10d::broadcast_"),
     "all_to_all": ("_c10d_functional::all_to_all_single", "c10d::alltoall_", "c10d::alltoall_base_"),
@@ -49,13 +68,14 @@ class Calls:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by kind and mesh axis.
+    """Counts collectives by kind and mesh axis; one of a list of tensors counts once, with all their bytes.
 
     Args:
         mesh: the root mesh, for the names of the axes; None: all collectives are those of "all" ranks.
 
     Attributes:
-        calls: (kind, axis) -> calls.
+        calls: (kind, axis) -> calls. The kind is "all_reduce", "all_gather", "reduce_scatter", "broadcast" or
+            "all_to_all"; the axis that of the group, "all" for a group of none.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None) -> None:
@@ -71,7 +91,8 @@ class Collectives(TorchDispatchMode):
         if kind is None:
             self.seen(function, args, None)
             return result
-        whole = max((t.numel() * t.element_size() for t in tensors_in((args, result))), default=0)
+        # The full tensors are the larger side, each side a tensor or a list of tensors.
+        whole = max(sum(t.numel() * t.element_size() for t in tensors_in(side)) for side in (*args, result))
         axis, ranks = self._group(args)
         sent = whole * (ranks - 1) // ranks * (2 if kind == "all_reduce" else 1)
         calls = self.calls.setdefault((kind, axis), Calls())
@@ -103,7 +124,7 @@ class Collectives(TorchDispatchMode):
 def _axes_of(mesh: DeviceMesh) -> dict[str, tuple[str, int]]:
     """Name of a process group -> the mesh axis, or joined axes, that it belongs to, and its size."""
     found: dict[str, tuple[str, int]] = {}
-    for name in ("dp_shard_cp", *(mesh.mesh_dim_names or ())):
+    for name in (*JOINED_AXES, *(mesh.mesh_dim_names or ())):
         try:
             group = mesh[name].get_group()
         except (KeyError, RuntimeError):  # no such joined axis

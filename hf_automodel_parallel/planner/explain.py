@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from torch import nn
 
 from ..activation_checkpointing import normalized_mode
 from ..config import AutoParallelismConfig
 from ..core.mesh import AXES
 from ..core.options import CHECKPOINTING_MODES
+from ..core.output import VERBOSE_VARIABLE
 from ..errors import AutoParallelError, ConfigError, UnsupportedError
-from .child import Job
+from .child import Job, cannot_be_sent, error_of
 from .explanation import Explanation
-from .interconnect import Interconnect
+from .interconnect import ORDER, Interconnect
 from .measure import Setting, optimizer_class
-from .models import dtype_of
+from .models import dtype_of, name_of
 from .remedies import warnings_for
 
 
@@ -34,7 +41,7 @@ def explain(
     world_size: int | None = None,
     batch: int = 1,
     sequence: int = 4096,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     mixed_precision: str = "no",
     optimizer: str = "adamw",
     lora: Mapping[str, Any] | None = None,
@@ -60,10 +67,10 @@ def explain(
         model: a module on any device (copied to meta; its adapters are kept), a config of transformers, a model
             directory, a ``config.json``, a cached hub id, or the name of a shipped geometry ("llama-3.1-405b").
         config: an ``AutoParallelismConfig`` or what ``AutoParallelismConfig.parse`` takes. The model is run uncompiled.
-        world_size: number of ranks, for sizes that ``config`` leaves open; None: an open size is 1.
+        world_size: number of ranks, 1 or more, for sizes that ``config`` leaves open; None: an open size is 1.
         batch: rows of each data-parallel rank.
         sequence: tokens of a row, of all cp ranks together.
-        dtype: dtype of the parameters, unless ``model`` is a module.
+        dtype: dtype of the parameters, "bf16" if None. A module keeps its own and takes None only.
         mixed_precision: as for ``Accelerator``; trained parameters are then kept in float32.
         optimizer: name of a class of ``torch.optim``.
         lora: arguments of ``peft.LoraConfig``, to wrap the model first.
@@ -74,7 +81,8 @@ def explain(
         gpu_memory: bytes, for the warnings.
         environment: variables that ``accelerate launch`` would set (``FSDP_*``).
         every_layer: run all layers instead of few.
-        step: False: only prepare the model; memory, collectives and warnings stay empty.
+        step: False: only prepare the model; memory, collectives and warnings stay empty, and the arguments that a step
+            needs are refused: ``checkpointing``, ``interconnect``, ``gpus_per_node``, ``gpu_memory``, ``every_layer``.
         imports: modules that the processes import first, such as one that registers an architecture.
         processes: measurements at a time.
         progress: called with a line for each result.
@@ -88,7 +96,11 @@ def explain(
     """
     config = AutoParallelismConfig.parse(config)
     base = settings_of(config, world_size, batch, sequence, optimizer, mixed_precision, clip, environment)
-    dtype_of(dtype)
+    dtype = _dtype_of(model, dtype)
+    if not step:
+        needed = {"checkpointing": checkpointing, "interconnect": interconnect, "gpus_per_node": gpus_per_node}
+        needed |= {"gpu_memory": gpu_memory, "every_layer": every_layer}
+        without_effect("step=False", [name for name, value in needed.items() if value])
     link = None if interconnect is None else Interconnect.named(interconnect, gpus_per_node)
     own = normalized_mode(config.activation_checkpointing)
     if own == "none" and (environment or {}).get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
@@ -100,8 +112,9 @@ def explain(
     if config.sequence_parallel_regather:
         modes = [own]  # refused beside most of them
     modes = modes if step else []
+    others = [mode for mode in checkpointing if mode not in modes]
     settings = [base if mode == own else with_checkpointing(base, mode) for mode in modes]
-    sizes = {axis: base.config[f"{axis}_size"] for axis in AXES if axis != "sp"}
+    sizes = {axis: base.config[f"{axis}_size"] for axis in ORDER}
     job = Job(
         portable(model),
         dtype,
@@ -137,6 +150,10 @@ def explain(
         _put(its, figures)
         its.seconds = {} if link is None else link.seconds(its.collectives, sizes)
         result.by_checkpointing[mode] = {name: its.memory[name] for name in ("activations", "peak")}
+    if others:
+        result.notes.append(
+            f"activation checkpointing {', '.join(others)}: not measured beside sequence_parallel_regather."
+        )
     for its in result.modes.values():
         its.warnings = warnings_for(its, per_node, gpu_memory)
     return result
@@ -150,6 +167,34 @@ def _put(found: Explanation, figures: dict[str, Any]) -> None:
         for name, numbers in figures.pop("collectives").items()
     ]
     found.memory = {**figures, "peak": max(found.peaks.values())}
+
+
+def without_effect(reason: str, names: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if any of ``names``, arguments or options of a step, was given without a step."""
+    if names:
+        raise ConfigError(
+            f"{reason} runs no step, so {', '.join(names)} would have no effect: leave out {reason}, or these."
+        )
+
+
+def _dtype_of(model: Any, dtype: str | None) -> str:
+    """Name of the dtype of the parameters: of most elements of a module, else ``dtype`` or "bf16".
+
+    Raises:
+        ConfigError: a dtype was given for a module, or it is none.
+    """
+    if not isinstance(model, nn.Module):
+        dtype_of(dtype or "bf16")
+        return dtype or "bf16"
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        elements[parameter.dtype] += parameter.numel()
+    own = elements.most_common(1)[0][0] if elements else torch.get_default_dtype()
+    if dtype is not None and dtype_of(dtype) != own:
+        raise ConfigError(
+            f"dtype={dtype!r}: the module's parameters are {own}. Leave dtype out, or convert it (model.to)."
+        )
+    return name_of(own)
 
 
 def settings_of(
@@ -168,8 +213,9 @@ def settings_of(
         ConfigError: a size does not fit ``world_size``, or a value is wrong.
     """
     optimizer_class(optimizer)
-    if batch < 1 or sequence < 1:
-        raise ConfigError(f"batch={batch}, sequence={sequence}: give 1 or more.")
+    for name, value in (("batch", batch), ("sequence", sequence), ("world_size", world_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value}: give 1 or more.")
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"mixed_precision={mixed_precision!r}: give no, bf16 or fp16.")
     if config.backend != "fsdp2":
@@ -180,9 +226,7 @@ def settings_of(
     values = {name: values[name] for name in config.to_dict() if name not in ("compile", "tp_handler", "cp_handler")}
     config = AutoParallelismConfig(**values)
     if world_size is None:
-        world_size = 1
-        for axis in AXES:
-            world_size *= values.get(f"{axis}_size") or 1
+        world_size = math.prod(values.get(f"{axis}_size") or 1 for axis in AXES)
     config.resolve_sizes(world_size)
     if sequence % config.cp_size:  # type: ignore[operator]
         raise ConfigError(f"sequence={sequence} does not divide by cp_size={config.cp_size}.")
@@ -217,36 +261,55 @@ def results_of(job: Job) -> Iterator[Any]:
     """The results of a job, which runs in a process of its own: this one may have an Accelerator or a process group.
 
     Raises:
-        AutoParallelError: the first error, in the words of whoever raised it.
+        AutoParallelError: the first error, in the class and words of whoever raised it; or that the process ended
+            without its results.
     """
     try:
         text = pickle.dumps(job)
     except Exception as error:  # pickle raises what the objects raise
-        raise UnsupportedError(
-            f"the model cannot be sent to another process ({error}). Define its classes in a module that can be "
-            "imported, or give the path of its config."
-        ) from error
+        raise cannot_be_sent(error) from error
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path), os.getcwd()])
     # The tensors have no memory, so more threads would only wait.
-    values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | {
+        VERBOSE_VARIABLE: "0"
+    }
     values = {name: value for name, value in values.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.child"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=values
-    ) as child:
+    read, write = os.pipe()
+    command = [sys.executable, "-W", "ignore", "-m", f"{__package__}.child", str(write)]
+    # Files, because a full pipe that nobody reads stops its writer.
+    with open(read, "rb") as results, tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(text)
+        given.seek(0)
         try:
-            child.stdin.write(text)  # type: ignore[union-attr]
-            child.stdin.close()  # type: ignore[union-attr]
-            for line in child.stdout:  # type: ignore[union-attr]
-                if not line.startswith(b'["'):
-                    continue  # what a library prints
-                kind, found = json.loads(line)
-                if kind == "error" or isinstance(found, str):
-                    raise AutoParallelError(found)
-                yield found
-            errors = child.stderr.read().decode(errors="replace")  # type: ignore[union-attr]
-            if child.wait():
-                last = next((text for text in reversed(errors.strip().splitlines()) if text.strip()), "no message")
-                raise AutoParallelError(f"the simulated step ended with an error: {last}")
+            child = subprocess.Popen(
+                command, stdin=given, stdout=said, stderr=said, env=values, pass_fds=(write,), start_new_session=True
+            )
         finally:
-            child.terminate()
+            os.close(write)
+        with child:
+            try:
+                for line in results:
+                    try:
+                        kind, *found = json.loads(line)
+                    except ValueError:
+                        break  # it ended within a line
+                    if kind == "error":
+                        raise error_of(*found)
+                    yield found[0]
+                if child.wait():
+                    raise AutoParallelError(
+                        f"the simulated step ended with an error: {_reason(child.returncode, said)}"
+                    )
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.pid, signal.SIGKILL)  # its forked processes, too
+
+
+def _reason(code: int, said: IO[bytes]) -> str:
+    """Why a process ended with ``code`` != 0: the last line that it wrote, or the signal."""
+    if code < 0:
+        more = "; most likely memory ran out" if code == -signal.SIGKILL else ""
+        return f"its process was killed by {signal.Signals(-code).name}{more}."
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit code {code}, no message."

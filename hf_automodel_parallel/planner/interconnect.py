@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.mesh import AXES
 from ..errors import ConfigError
 
 _FILE = Path(__file__).parent / "interconnects.yaml"
 
-#: Order of the mesh axes, the outermost first: the ranks of the last one are neighbours.
-ORDER = ("dp_replicate", "dp_shard", "cp", "tp")
+#: The mesh axes that can have several ranks, the outermost first: the ranks of the last one are neighbours.
+ORDER = tuple(axis for axis in AXES if axis != "sp")
 
 
 @dataclass(frozen=True)
 class Interconnect:
-    """Bandwidths in 1e9 bytes per second and GPU, in one direction, and its 1e12 operations per second in bf16."""
+    """Bandwidths of a cluster, and the speed of its GPUs.
+
+    Attributes:
+        name: its name in the file.
+        gpus_per_node: GPUs that the fast links connect.
+        intra_node, inter_node: 1e9 bytes per second that a GPU sends, in one direction, within its node and to others.
+        tflops: 1e12 operations per second of a GPU in bf16.
+    """
 
     name: str
     gpus_per_node: int
@@ -68,10 +77,12 @@ class Interconnect:
 
 
 def span(axis: str, sizes: Mapping[str, int]) -> int:
-    """Number of consecutive ranks that hold a whole group along ``axis``; joined axes by the outermost of them."""
+    """Number of consecutive ranks that hold a whole group along ``axis``; joined axes by the outermost of them.
+
+    Args:
+        axis: a mesh axis, or joined axes; the ranks of the last of :data:`ORDER` are neighbours.
+        sizes: mesh axis -> ranks.
+    """
     outer = "dp_shard" if axis == "dp_shard_cp" else axis
     begin = ORDER.index(outer) if outer in ORDER else 0
-    size = 1
-    for name in ORDER[begin:]:
-        size *= sizes.get(name, 1)
-    return size
+    return math.prod(sizes.get(name, 1) for name in ORDER[begin:])

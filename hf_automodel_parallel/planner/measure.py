@@ -5,6 +5,8 @@ tensors without memory. A process has one group, so each measurement is a proces
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from .. import compat
 from ..accelerate_plugin.prepared import prepared
 from ..config import AutoParallelismConfig
+from ..core.mesh import AXES
 from ..core.model_view import ModelView
 from ..errors import ConfigError, UnsupportedError
 from ..strategies.context import ParallelizeContext
@@ -50,14 +53,18 @@ class Setting:
     @property
     def world(self) -> int:
         """Number of ranks."""
-        size = 1
-        for axis in ("dp_replicate", "dp_shard", "cp", "tp"):
-            size *= self.config.get(f"{axis}_size") or 1
-        return size
+        return math.prod(self.config.get(f"{axis}_size") or 1 for axis in AXES)
 
 
 def simulate(setting: Setting, network: nn.Module) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
-    """Make this process rank 0 of simulated ranks, and prepare ``network`` (on meta, changed in place) there."""
+    """Make this process rank 0 of simulated ranks, and prepare ``network`` (on meta, changed in place) there.
+
+    Returns:
+        The Accelerator, the prepared model (its parameters still on meta), the prepared optimizer.
+
+    Raises:
+        AutoParallelError: ``prepare`` refuses the model or an option.
+    """
     from accelerate import Accelerator
 
     compat.start_simulated_ranks(setting.world)
@@ -97,7 +104,15 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def placements(setting: Setting, network: nn.Module) -> dict[str, Any]:
-    """What :func:`simulate` decides on the whole model: the rows of the plan, and bytes and elements of parameters."""
+    """What :func:`simulate` decides on the whole model.
+
+    Returns:
+        fields of :class:`~.explanation.Explanation` that need no step, ``shard_bytes`` (parameters of this rank) and
+        ``layers`` (their number).
+
+    Raises:
+        AutoParallelError: ``prepare`` refuses the model or an option.
+    """
     total = {name: (p.numel(), p.requires_grad) for name, p in network.named_parameters()}
     used = _experts_used(network)
     operations = flops_per_token(network, used)
@@ -136,20 +151,18 @@ def _experts_used(network: nn.Module) -> float | None:
 
 
 def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
-    """Bytes and collectives of one step, after a first one that sets up what is set up once.
+    """Bytes and collectives of one step of rank 0, after a first one that sets up what is set up once.
 
     Returns:
         bytes by name (``parameters``, ``gradients``, ``optimizer``, ``buffers``, ``activations``, ``logits``,
-        ``gathered``), ``peaks``: phase -> bytes, in the order of a step, ``collectives``: "kind axis" -> numbers, and
-        ``layer``: see :class:`.layer.LayerTrace`.
+        ``gathered``), ``peaks``: phase -> bytes, in the order of a step, ``collectives``: "kind axis" -> [calls,
+        bytes of full tensors, bytes sent], and ``layer``: see :class:`.layer.LayerTrace`.
 
     Raises:
         UnsupportedError: the model's forward needs values, which tensors without memory do not have.
     """
     accelerator, model, optimizer = simulate(setting, network)
     context: ParallelizeContext = prepared(model).context  # type: ignore[union-attr]
-    settings: Any = ModelView.of(model).inner.config
-    vocabulary = settings.get_text_config().vocab_size
     memory = Memory()
     figures: dict[str, Any] = {}
     with compat.fake_tensor_mode(), compat.quiet_fake_tensors():
@@ -159,21 +172,21 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
         memory.add([*model.parameters(), *model.buffers()])
         with memory.watching_sizes(), memory:
             try:
-                _step(accelerator, model, optimizer, setting, vocabulary, memory, marks)
+                _step(accelerator, model, optimizer, setting, memory, marks)
             except (RuntimeError, NotImplementedError) as error:
                 if "fake" not in type(error).__module__ and "Dynamic" not in type(error).__name__:
                     raise
                 first = str(error).strip().splitlines()[0]
                 raise UnsupportedError(
                     f"the forward of {type(ModelView.of(model).inner).__name__} needs the values of tensors, so its "
-                    f"step cannot run without them ({type(error).__name__}: {first}). Use --no-step."
+                    f"step cannot run without them ({type(error).__name__}: {first}). Use --no-step (step=False)."
                 ) from error
             optimizer.zero_grad()
             memory.restart()
             tp = setting.config.get("tp_size") or 1
             counts = LayerTrace(accelerator.torch_device_mesh, memory, model, layers, context.spec, tp)
             with counts.watching():
-                figures |= _step(accelerator, model, optimizer, setting, vocabulary, memory, marks)
+                figures |= _step(accelerator, model, optimizer, setting, memory, marks)
         figures["gradients"] = _bytes([p.grad for p in model.parameters() if p.grad is not None])
         states = optimizer.state.values()
         figures["optimizer"] = _bytes([v for s in states for v in s.values() if isinstance(v, torch.Tensor)])
@@ -189,21 +202,25 @@ def measure(setting: Setting, network: nn.Module) -> dict[str, Any]:
 
 
 def _step(
-    accelerator: Any, model: nn.Module, optimizer: Any, setting: Setting, vocabulary: int, memory: Memory, marks: _Marks
+    accelerator: Any, model: nn.Module, optimizer: Any, setting: Setting, memory: Memory, marks: _Marks
 ) -> dict[str, int]:
     """One step; returns the bytes that its forward keeps for the backward."""
     memory.phase = "forward"
-    batch = {name: torch.zeros(setting.batch, setting.sequence, dtype=torch.long) for name in ("input_ids", "labels")}
+    batch: dict[str, Any] = {
+        name: torch.zeros(setting.batch, setting.sequence, dtype=torch.long) for name in ("input_ids", "labels")
+    }
     sharded: Any = contextlib.nullcontext()
     if accelerator.parallelism_config.cp_size > 1:
         batch["shift_labels"] = torch.zeros_like(batch["labels"])
         batch["position_ids"] = torch.zeros_like(batch["labels"])
         buffers = list(batch.values())
         sharded = accelerator.maybe_context_parallel(buffers=buffers, buffer_seq_dims=[1] * len(buffers))
+    if "use_cache" in inspect.signature(type(ModelView.of(model).inner).forward).parameters:
+        batch["use_cache"] = False
     with sharded:
         before = memory.now - memory.gathered
         marks.logits = 0
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch).loss
         kept = memory.now - memory.gathered - before
         memory.phase = "head's backward"
         accelerator.backward(loss)

@@ -61,6 +61,12 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The short name of a floating-point dtype, such as "bf16", that :func:`dtype_of` reads."""
+    full = str(dtype).removeprefix("torch.")
+    return next((short for short, name in DTYPES.items() if name == full), full)
+
+
 def on_meta(model: str | nn.Module | Any, dtype: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     """The model without memory, with LoRA around it if given.
 
@@ -68,6 +74,9 @@ def on_meta(model: str | nn.Module | Any, dtype: str, lora: Mapping[str, Any] | 
         model: what :func:`model_config` takes, a config of transformers, or a module on any device.
         dtype: dtype of its parameters; a module keeps its own.
         lora: arguments of ``peft.LoraConfig``.
+
+    Raises:
+        ConfigError: ``model`` names none, or ``dtype`` is none.
     """
     if isinstance(model, nn.Module):
         network = model

@@ -140,7 +140,7 @@ def suggest(
     rows: int | None = None,
     batch: int | None = None,
     sequence: int = 4096,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     mixed_precision: str = "bf16",
     optimizer: str = "adamw",
     lora: Mapping[str, Any] | None = None,

@@ -118,7 +118,8 @@ def figures(setting):
 def run(job):
     if job.placed.config["tp_size"] == 16:
         raise UnsupportedError("tp_size=16: 8 heads")
-    yield {"shard_bytes": 10, "layers": 2, "parameters": 100, "trainable": 100}
+    about = {"layers": 2, "flops_per_token": 1, "experts_used": None}
+    yield about | {"shard_bytes": 10, "parameters": 100, "trainable": 100}
     yield from map(figures, job.settings)
 
 

@@ -1,21 +1,30 @@
 """The parts of ``plan`` and ``explain`` that need no other process, the page, and one whole run."""
 
+import io
 import json
+import os
+import pickle
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from harness.fake_ranks import fake_world
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import hf_automodel_parallel
-from hf_automodel_parallel import AutoParallelismConfig, explain
+from hf_automodel_parallel import AutoParallelismConfig, errors, explain
 from hf_automodel_parallel.cli import app
 from hf_automodel_parallel.cli.plan import show
+from hf_automodel_parallel.core.output import size_text
 from hf_automodel_parallel.errors import AutoParallelError, ConfigError, UnsupportedError
+from hf_automodel_parallel.planner import child
 from hf_automodel_parallel.planner import explain as explaining
+from hf_automodel_parallel.planner.counting import Collectives
 from hf_automodel_parallel.planner.depth import depths, extrapolate
 from hf_automodel_parallel.planner.explanation import Explanation
 from hf_automodel_parallel.planner.interconnect import Interconnect, span
@@ -138,6 +147,13 @@ def test_interconnect(tmp_path):
 
 
 def test_texts():
+    assert [size_text(size) for size in (1023, 1023 * 1024, 187.78 * 2**30, 1588 * 2**20, 46 * 1024)] == [
+        "1023 B",
+        "1,023 KiB",
+        "188 GiB",
+        "1.55 GiB",
+        "46.0 KiB",
+    ]
     assert bytes_of("80GiB") == 80 << 30 and bytes_of("1.5 GB") == 1_500_000_000 and bytes_of("7") == 7
     assert lora_of("r=16,targets=q_proj+v_proj") == {"r": 16, "target_modules": ["q_proj", "v_proj"]}
     assert lora_of("all-linear") == {"target_modules": "all-linear"}
@@ -155,6 +171,7 @@ def test_texts():
         (["gemma3-27b", "--dtype", "int8"], "dtype 'int8'"),
         (["gemma3-27b", "--cp", "2", "--seq", "33"], "does not divide by cp_size=2"),
         (["gemma3-27b", "--set", "backend=megatron_fsdp"], "with the backend 'fsdp2' only"),
+        (["gemma3-27b", "--no-step", "--seq", "8", "--no-modes"], "--no-step runs no step, so --seq, --modes would"),
     ],
 )
 def test_wrong_options_give_one_line(arguments, sentence, monkeypatch):
@@ -162,6 +179,57 @@ def test_wrong_options_give_one_line(arguments, sentence, monkeypatch):
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == 1 and sentence in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_arguments_without_effect_are_refused():
+    with pytest.raises(ConfigError, match="step=False runs no step, so gpu_memory, every_layer would have no effect"):
+        explain("gemma3-27b", "tp=2", step=False, gpu_memory=1, every_layer=True)
+    with pytest.raises(ConfigError, match="world_size=0: give 1 or more"):
+        explain("gemma3-27b", "tp=2", world_size=0)
+    with pytest.raises(ConfigError, match="dtype='bf16': the module's parameters are torch.float32"):
+        explain(torch.nn.Linear(2, 2, device="meta"), "tp=2", dtype="bf16")
+    assert CliRunner().invoke(app, ["plan", "gemma3-27b", "--world", "0"]).exit_code == 2
+
+
+def test_modes_that_are_not_measured_are_named_and_a_module_keeps_its_dtype(monkeypatch):
+    placed = {"shard_bytes": 8, "layers": 1, "flops_per_token": 0, "experts_used": None, "notes": []}
+    figures = {
+        "parameters": 8,
+        "activations": 0,
+        "peaks": {"forward": 8},
+        "collectives": {},
+        "optimizer": 0,
+        "logits": 0,
+        "layer": {},
+    }
+    monkeypatch.setattr(explaining, "results_of", lambda job: iter([dict(placed), dict(figures)]))
+    model = torch.nn.Linear(2, 2, device="meta", dtype=torch.float16)
+    found = explain(
+        model, "tp=2,sequence_parallel,sequence_parallel_regather", checkpointing=("none", "full"), gpus_per_node=8
+    )
+    assert found.about["dtype"] == "fp16"
+    assert found.notes == ["activation checkpointing full: not measured beside sequence_parallel_regather."]
+
+
+@pytest.mark.parametrize(
+    "call, kind, whole",
+    [
+        (lambda t, n: dist.all_gather([torch.empty(6) for _ in range(4)], t), "all_gather", 4 * 24),
+        (lambda t, n: dist.reduce_scatter(t, [torch.empty(6) for _ in range(4)]), "reduce_scatter", 4 * 24),
+        (lambda t, n: dist.all_reduce(t), "all_reduce", 24),
+        (lambda t, n: ops().all_gather_into_tensor_coalesced([t, t[:2]], 4, n), "all_gather", 4 * 32),
+        (lambda t, n: ops().reduce_scatter_tensor_coalesced([t[:4], t[:4]], "sum", 4, n), "reduce_scatter", 32),
+        (lambda t, n: ops().all_reduce_coalesced([t, t[:2]], "sum", n), "all_reduce", 32),
+    ],
+)
+def test_collectives_of_lists_count_all_their_bytes(call, kind, whole):
+    with fake_world(4), Collectives() as seen:
+        call(torch.empty(6), dist.group.WORLD.group_name)
+    assert {key: (calls.count, calls.tensor_bytes) for key, calls in seen.calls.items()} == {(kind, "all"): (1, whole)}
+
+
+def ops():
+    return torch.ops._c10d_functional
 
 
 def test_config_file_of_accelerate(monkeypatch):
@@ -201,5 +269,70 @@ def test_warnings_have_remedies():
 
 def test_an_error_of_prepare_arrives():
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=1)
-    with pytest.raises(AutoParallelError, match="which tp_size=3 does not divide"):
+    with pytest.raises(errors.PlanError, match="which tp_size=3 does not divide"):
         explain(config, AutoParallelismConfig(tp_size=3), step=False)
+
+
+def results_from(tmp_path, monkeypatch, code):
+    """``results_of`` with a small script for the other process; ``output`` is what the results are written to."""
+    script = tmp_path / "interpreter"
+    script.write_text(f"#!{sys.executable} -IS\nimport os, sys\noutput = open(int(sys.argv[-1]), 'w')\n{code}")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return list(explaining.results_of("job"))
+
+
+def test_what_a_library_prints_is_no_result(tmp_path, monkeypatch):
+    """More than a pipe holds, on both streams."""
+    monkeypatch.setenv("HF_AUTO_PARALLEL_VERBOSE", "2")
+    code = """
+sys.stdin.read()
+print('["found", 1]')
+sys.stdout.write("x" * 200_000)
+sys.stderr.write("y" * 200_000)
+output.write('["found", %s]' % os.environ["HF_AUTO_PARALLEL_VERBOSE"])
+"""
+    assert results_from(tmp_path, monkeypatch, code) == [0]
+
+
+@pytest.mark.parametrize(
+    "code, kind, sentence",
+    [
+        ('output.write(\'["error", "PlanError", "no plan"]\')', errors.PlanError, "^no plan$"),
+        ("output.write('[\"found\", {\"rows'); sys.exit('out of luck')", AutoParallelError, "error: out of luck$"),
+        ("os.kill(os.getpid(), 9)", AutoParallelError, "was killed by SIGKILL; most likely memory ran out"),
+        ("os._exit(3)", AutoParallelError, "exit code 3"),
+    ],
+    ids=["an error", "within a line", "killed", "silent"],
+)
+def test_a_process_that_ends_early_says_why(tmp_path, monkeypatch, code, kind, sentence):
+    with pytest.raises(kind, match=sentence) as found:
+        results_from(tmp_path, monkeypatch, code)
+    assert type(found.value) is kind
+
+
+def test_a_measurement_that_is_killed_is_an_error(monkeypatch):
+    monkeypatch.setattr(child, "placements", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(UnsupportedError, match="measured the placements was killed; most likely memory ran out"):
+        child._apart(("placements", None, None))
+
+
+def test_a_users_class_of_errors_arrives_as_the_one_that_it_is_made_of(monkeypatch):
+    class Mine(errors.PlanAssertionError):
+        def __init__(self):
+            super().__init__("mine")
+
+    def refuse(*_):
+        raise Mine
+
+    monkeypatch.setattr(child, "placements", refuse)
+    with pytest.raises(errors.PlanAssertionError, match="^mine$") as found:
+        child._apart(("placements", None, None))
+    assert type(found.value) is errors.PlanAssertionError
+
+
+def test_a_class_that_the_other_process_cannot_import(monkeypatch):
+    text = pickle.dumps(LlamaConfig).replace(b"LlamaConfig", b"OtherConfig")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    with pytest.raises(UnsupportedError, match="'OtherConfig'.*Define its classes in a module that can be imported"):
+        child._read()
