@@ -1,4 +1,4 @@
-"""Functions run on gloo processes of this machine."""
+"""Functions run in fresh processes of this machine: gloo ranks, or one."""
 
 from __future__ import annotations
 
@@ -66,6 +66,24 @@ def on_ranks(
         if done.returncode:
             raise RanksFailed(function, done.stderr)
         return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def in_process(function: str, timeout: float = 900.0, **arguments: Any) -> Any:
+    """What a function of this package returns in a fresh process; ``"module:name"``.
+
+    Raises:
+        RanksFailed: it raised, or the time is over.
+    """
+    module, _, name = function.partition(":")
+    code = f"import json, sys, {module} as m; print(json.dumps(m.{name}(**json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)]
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RanksFailed(function, f"it took longer than {timeout:.0f} s") from error
+    if done.returncode:
+        raise RanksFailed(function, done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment() -> dict[str, str]:

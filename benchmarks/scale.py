@@ -1,8 +1,8 @@
 """The scale suite: collectives, bytes and memory of one rank while the number of ranks grows, on simulated ranks.
 
-The process group's collectives do nothing and the tensors have no memory, so the geometries are the published ones. Two
-depths are run, and the figures of a layer are their difference; the model's depth times that, and the rest, is what a
-rank has.
+Counted by ``explain`` on the geometries that the package ships, which have the published sizes. Two depths are run,
+and the figures of a layer are their difference; the model's depth times that, and the rest, is what a rank has. The
+optimizer is SGD, so that its state is not in the peak.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .fake_world import GEOMETRIES, in_process
+from .counting import figures
 from .recorder import Recorder
 
 WORLDS = (8, 64, 1024, 16384)
@@ -18,7 +18,7 @@ TP = 8
 SEQUENCE = 4096
 
 #: geometry -> two depths, the model's depth. DeepSeek-V3's first three layers are dense; the two depths have them all.
-DEPTHS = {"Llama 3.1 405B": (2, 4, 126), "DeepSeek-V3": (4, 5, 61)}
+GEOMETRIES = {"Llama 3.1 405B": (2, 4, 126), "DeepSeek-V3": (4, 5, 61)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,72 +34,40 @@ def run(arguments: argparse.Namespace, recorder: Recorder) -> None:
 
 
 def _geometry(geometry: str, worlds: tuple[int, ...], recorder: Recorder) -> None:
-    few, many, depth = DEPTHS[geometry]
-    given = {"geometry": geometry, "worlds": worlds, "tp": TP, "depths": (few, many), "sequence": SEQUENCE}
-    found = in_process("benchmarks.scale:measure", **given)
+    from hf_automodel_parallel import AutoParallelError
+
+    few, many, depth = GEOMETRIES[geometry]
     rows, left_out = [], []
-    for world, figures in zip(worlds, found):
-        if isinstance(figures, str):
-            left_out.append({"what": f"{geometry} on {world:,} ranks", "why": figures})
-            recorder.progress(f"scale: {geometry}, {world:,} ranks: {figures}")
+    for world in worlds:
+        try:
+            first, second = (_step(shipped_name(geometry), world, layers) for layers in (few, many))
+        except AutoParallelError as error:
+            left_out.append({"what": f"{geometry} on {world:,} ranks", "why": str(error)})
+            recorder.progress(f"scale: {geometry}, {world:,} ranks: {error}")
             continue
-        first, second = figures
         layer = {key: (second[key] - first[key]) / (many - few) for key in first}
         row: dict[str, Any] = {"world": world, "layer": layer}
         row["model"] = {key: first[key] + (depth - few) * layer[key] for key in layer}
         rows.append(row)
         recorder.progress(f"scale: {geometry}, {world:,} ranks: {row['model']}")
-    name = geometry.lower().replace(" ", "-")
     settings = {"geometry": geometry, "tp": TP, "tokens": SEQUENCE, "depth": depth, "dtype": "bfloat16"}
-    recorder.record("step", rows, settings, left_out, case=name)
+    recorder.record("step", rows, settings, left_out, case=shipped_name(geometry))
 
 
-def measure(geometry: str, worlds: list[int], tp: int, depths: list[int], sequence: int) -> list[Any]:
-    """For each number of ranks the figures of both depths, or why there are none; in a process of its own."""
-    import torch.distributed as dist
-
-    found: list[Any] = []
-    for world in worlds:
-        try:
-            figures = []
-            for layers in depths:
-                figures.append(_step(geometry, world, tp, layers, sequence))
-                dist.destroy_process_group()
-            found.append(figures)
-        except Exception as error:  # of another library's code
-            found.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
-            dist.destroy_process_group()
-    return found
+def shipped_name(geometry: str) -> str:
+    """The name under which the package ships the geometry."""
+    return geometry.lower().replace(" ", "-")
 
 
-def _step(geometry: str, world: int, tp: int, layers: int, sequence: int) -> dict[str, float]:
+def _step(name: str, world: int, layers: int) -> dict[str, int]:
     """Of one step of rank 0: collectives by kind, bytes sent, bytes of parameters, peak of all memory."""
-    import warnings
+    from hf_automodel_parallel import explain
+    from hf_automodel_parallel.planner.models import model_config
 
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    from .counting import Collectives
-    from .fake_world import prepared
-
-    class Tracker(MemTracker):
-        """For parameters that are no leaves in forward: it cannot set its hooks on them."""
-
-        def _track_module_params_and_buffers(self, module: Any, install_grad_hooks: bool = True) -> tuple[int, int]:
-            return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
-
-    warnings.simplefilter("ignore")
+    config = model_config(name)
+    config.num_hidden_layers = layers
     options = {"sequence_parallel": True, "activation_checkpointing": "full"}
-    model, _ = prepared(geometry, world, tp, layers, **options)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        ids = torch.zeros(1, sequence, dtype=torch.long)
-        tracker = Tracker()
-        tracker.track_external(model)
-        with tracker, Collectives() as seen:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-        peak = sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
-    shards = sum(p.to_local().numel() * p.element_size() for p in model.parameters())  # type: ignore[operator]
-    return {**seen.figures(), "parameters": shards, "peak": peak}
+    sizes = {"tp_size": TP, "dp_shard_size": world // TP}
+    found = explain(config, sizes | options, sequence=SEQUENCE, optimizer="sgd", clip=False, every_layer=True)
+    counted = figures((row["kind"], row["count"], row["sent_bytes"]) for row in found.collectives)
+    return {**counted, "parameters": found.memory["parameters"], "peak": found.memory["peak"]}

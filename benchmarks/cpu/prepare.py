@@ -5,16 +5,16 @@ beside Accelerate's FSDP2.
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from typing import Any
 
-from ..fake_world import in_process
 from ..peers import Case, build_peer
-from ..ranks import RanksFailed, on_ranks
+from ..ranks import RanksFailed, in_process, on_ranks
 from ..recorder import Recorder
 from ..timing import over_ranks, quartiles
 
-GEOMETRY = "Llama 3.1 405B"
+GEOMETRY = "llama-3.1-405b"  # of the planner
 WORLD, TP = 1024, 8
 DEPTHS = (2, 8, 32, 64, 126)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, recorder: Recorder) -> None:
         depths = DEPTHS[:1] if recorder.smoke else DEPTHS
         given = {"geometry": GEOMETRY, "world": WORLD, "tp": TP, "depths": depths, "rounds": rounds, **options}
         try:
-            found = in_process("benchmarks.fake_world:prepare_seconds", **given)
+            found = in_process("benchmarks.cpu.prepare:prepare_seconds", **given)
         except RanksFailed as error:
             left_out.append({"what": f"prepare, {name}", "why": str(error)})
             continue
@@ -60,6 +60,49 @@ def run(arguments: argparse.Namespace, recorder: Recorder) -> None:
         rows.append(row)
         recorder.progress(f"prepare: {row['parameters']:,} parameters: ours / Accelerate {row['ours_over_it_cpu'][1]}")
     recorder.record("prepare", rows, {"mesh": "FSDP2", "rounds": rounds}, left_out, case="size")
+
+
+def prepare_seconds(
+    geometry: str, world: int, tp: int, depths: list[int], rounds: int, **options: Any
+) -> list[list[float]]:
+    """CPU seconds of sharding over (world / tp, tp) simulated ranks at every depth, ``rounds`` times after one that
+    warms up; in a process of its own.
+
+    Args:
+        geometry: its name in the planner.
+        options: fields of ``AutoParallelismConfig`` beside the sizes.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from hf_automodel_parallel import compat
+    from hf_automodel_parallel.core.options import ParallelOptions
+    from hf_automodel_parallel.planner.models import model_config, on_meta
+    from hf_automodel_parallel.strategies.context import ParallelizeContext
+    from hf_automodel_parallel.strategies.default import DefaultParallelizationStrategy
+
+    found: list[list[float]] = [[] for _ in depths]
+    for round_ in range(rounds + 1):
+        for layers, seconds in zip(depths[: None if round_ else 1], found):
+            config = model_config(geometry)
+            config.num_hidden_layers = layers
+            model = on_meta(config, "bf16")
+            compat.start_simulated_ranks(world)
+            mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("dp_shard_cp", "tp"))
+            begin = time.process_time()
+            given = ParallelOptions(**options)
+            context = ParallelizeContext(model, mesh, torch.device("cpu"), given, sums_after_backward=True)
+            context.fsdp.mp_policy = MixedPrecisionPolicy()
+            strategy = DefaultParallelizationStrategy()
+            strategy.plan(context)
+            strategy.carry_out(context)
+            taken = time.process_time() - begin
+            dist.destroy_process_group()
+            if round_:
+                seconds.append(taken)
+    return found
 
 
 def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:

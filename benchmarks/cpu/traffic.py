@@ -7,6 +7,7 @@ norm, head, loss. Llama of width 256, 2 x 256 tokens, float32, vocabulary 8,192.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..counting import KINDS, Collectives, Storages
+from hf_automodel_parallel.planner.counting import Collectives, Memory
+
+from ..counting import figures
 from ..ranks import on_ranks
 from ..recorder import Recorder
 
@@ -91,11 +94,16 @@ def _of_layers(variant: Variant, layers: int) -> dict[str, float]:
     inputs = _batch()
     with Collectives() as seen:
         backward(model(**inputs, use_cache=False).loss)
-    with Storages() as storages:
+    memory = Memory()
+    memory.add([*model.parameters(), *model.buffers(), *inputs.values()])
+    before = memory.now
+    with memory:
         loss = model(**inputs, use_cache=False).loss
-    kept = storages.alive((*model.parameters(), *model.buffers(), *inputs.values(), loss))
+    gc.collect()
+    kept = memory.now - before - loss.nbytes
     backward(loss)
-    return {**{kind: seen.count[kind] for kind in KINDS}, "bytes": sum(seen.bytes.values()), "kept": kept}
+    calls = ((kind, calls.count, calls.sent_bytes) for (kind, _), calls in seen.calls.items())
+    return {**figures(calls), "kept": kept}
 
 
 def _build(layers: int, lora: bool = False) -> nn.Module:
