@@ -79,7 +79,7 @@ def ranks_are_simulated() -> bool:
     """True in a process that :func:`start_simulated_ranks` made a rank."""
     import torch.distributed as dist
 
-    return dist.get_backend() == "fake"
+    return dist.is_initialized() and dist.get_backend() == "fake"
 
 
 def flash_attention_of_last_queries(

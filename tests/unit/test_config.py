@@ -29,6 +29,7 @@ from hf_automodel_parallel import (
     UnsupportedError,
 )
 from hf_automodel_parallel import config as config_module
+from hf_automodel_parallel.accelerate_plugin import config_text
 from hf_automodel_parallel.core.mesh import AXES
 from hf_automodel_parallel.core.option_fields import compared_values, options_of
 
@@ -178,6 +179,7 @@ def test_constructor_names_the_nearest_field():
 
 def test_config_file_of_accelerate_is_unwrapped(caplog):
     """Given to the flag instead of to `accelerate launch --config_file`."""
+    config_text._warn_of_rest.cache_clear()  # another test may have read the file
     file = Path(__file__).resolve().parents[2] / "accelerate_configs" / "cpu_fsdp2_tp2.yaml"
     config = AutoParallelismConfig.parse(str(file))
     assert (config.tp_size, config.dp_shard_size) == (2, 2)
