@@ -115,7 +115,7 @@ def show(found: Suggestion) -> None:
         f"may take {gib(about['usable_memory'])} of a GPU."
     )
     table = table_of(
-        f"{len(found.ranked)} meshes fit ({about['considered']} combinations considered); memory and bytes in GiB",
+        f"Meshes that fit: {len(found.ranked)} ({about['considered']} combinations considered); memory and bytes in GiB",
         "mesh",
         "recompute",
         right=("rows", "memory", "in node", "between", "step"),
@@ -165,6 +165,11 @@ def notes(best: Candidate, about: dict[str, Any]) -> list[str]:
         found.append(
             f"a token uses {about['experts_used']:.1%} of the experts, and FSDP2 gathers all of a layer. tp shards "
             "each expert; there is no expert parallelism (all-to-all) here."
+        )
+    if about["even_shards"] < about["gpus"] / 1.5:
+        found.append(
+            f"FSDP2 shards most parameters over {about['even_shards']:.0f} ranks at most, by their first dimension "
+            "(the number of experts): with a larger dp_shard the first ranks hold as much, and the others nothing."
         )
     if best.seconds > 2 * best.computing:
         found.append(

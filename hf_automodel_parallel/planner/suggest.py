@@ -213,11 +213,12 @@ def suggest(
             refused[f"{'tp' if best.sizes['tp'] > 1 else 'cp'}={max(best.sizes['tp'], best.sizes['cp'])}"] = str(error)
             continue
         counted.append(arithmetic.counted(best, found))
-        more = counted[-1].memory / best.memory
-        # What the arithmetic missed here, it missed with another batch, too.
+        missed = counted[-1].memory - best.memory
+        # What the arithmetic missed here, it missed wherever activations are divided and kept alike.
         for other in everything:
-            if other.mesh == best.mesh and more > 1:
-                other.memory = int(other.memory * more)
+            alike = other.divided == best.divided and other.checkpointing == best.checkpointing
+            if alike and other is not best and missed > 0:
+                other.memory += missed * other.batch // best.batch
         progress(f"{best.mesh}, checkpointing {best.checkpointing}, {best.batch} rows")
     ranked = _ranked(everything, counted, usable, refused)
     if not ranked:
@@ -226,7 +227,12 @@ def suggest(
         other.reason = reason(other, ranked[0])
     about = {**base.about, "gpus": gpus, "gpu_memory": gpu_memory, "usable_memory": usable, "rows": rows}
     about |= {"interconnect": link.name, "gpus_per_node": min(link.gpus_per_node, gpus), "parameters": base.parameters}
-    about |= {"considered": len(everything), "trainable": base.trainable, "sequence_parallel": sequence_parallel}
+    about |= {
+        "even_shards": arithmetic.even_shards,
+        "considered": len(everything),
+        "trainable": base.trainable,
+        "sequence_parallel": sequence_parallel,
+    }
     for name in ("world_size", "batch", "checkpointing"):  # of the first run
         about.pop(name, None)
     return Suggestion(ranked, refused, about)
@@ -357,16 +363,23 @@ class Arithmetic:
         measured_on = base.about["world_size"]
         memory = base.memory
         self._states = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
-        self._all_states = self._states * measured_on
+        # FSDP2 shards a tensor by its first dimension. Experts have few rows there, so that rank 0 may hold more than
+        # its part of the model, and what is gathered is padded to that.
+        element = dtype_of(base.about["dtype"]).itemsize
+        mixed = base.about["mixed_precision"] != "no"
+        whole = base.trainable * (4 if mixed else element) + (base.parameters - base.trainable) * element
+        self._uneven = max(1.0, memory["parameters"] * measured_on / whole)
+        self.even_shards = measured_on / self._uneven
+        self._all_states = self._states * measured_on / self._uneven
         tensors = {row["kind"]: row["tensor_bytes"] for row in base.collectives if row["axis"].startswith("dp_shard")}
         # One rank alone gathers nothing; its parameters and gradients say what the others would.
-        self._gathers = tensors.get("all_gather", 2 * memory["parameters"] * measured_on)
-        self._reduces = tensors.get("reduce_scatter", memory["gradients"] * measured_on)
+        self._gathers = tensors.get("all_gather", 2 * memory["parameters"] * measured_on) / self._uneven
+        self._reduces = tensors.get("reduce_scatter", memory["gradients"] * measured_on) / self._uneven
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._width = int(getattr(text, "hidden_size", 0) or 0)
-        whole: Any = SimpleNamespace(config=config)  # stands for a model, of which the config is read
-        self._heads = counted_heads(config_with_heads(whole) or text)
-        element = 2 if base.about["mixed_precision"] != "no" else dtype_of(base.about["dtype"]).itemsize
+        model: Any = SimpleNamespace(config=config)  # its config is all that is read
+        self._heads = counted_heads(config_with_heads(model) or text)
+        element = 2 if mixed else element
         # Of a row: the activations of a layer between blocks.
         self._between_blocks = base.about["sequence"] * self._width * element
 
@@ -457,18 +470,23 @@ class Arithmetic:
         if tp > 1 and not found.sequence_parallel:
             # Inputs of blocks, norms and residuals stay whole.
             split = kept * (1.0 if found.checkpointing in ("full", "submodule") else 1 / 3 + 2 / 3 / tp)
-        states = self._all_states / (tp * cp * shard)
-        return int(states + units / tp + split * found.batch / cp)
+        padding = self._padding(cp * shard)
+        states = self._all_states * padding / (tp * cp * shard)
+        return int(states + units / self._uneven * padding / tp + split * found.batch / cp)
+
+    def _padding(self, shards: int) -> float:
+        return max(1.0, shards / self.even_shards)
 
     def _rows_of(self, found: Candidate) -> list[dict[str, Any]]:
         """The collectives of a micro-batch, by arithmetic."""
         tp, cp, shard, replicas = (found.sizes[axis] for axis in ("tp", "cp", "dp_shard", "dp_replicate"))
         shards = shard * cp
+        padding = self._padding(shards)
         axis = "dp_shard_cp" if cp > 1 else "dp_shard"
         layers = self.base.about["layers"]
         rows = [
-            (axis, (self._gathers + self._reduces) / tp * (shards - 1) / shards),
-            ("dp_replicate", 2 * self._reduces / (tp * shards) * (replicas - 1) / replicas),
+            (axis, (self._gathers + self._reduces) * padding / tp * (shards - 1) / shards),
+            ("dp_replicate", 2 * self._reduces * padding / (tp * shards) * (replicas - 1) / replicas),
         ]
         blocks = self._between_blocks * found.batch / cp * layers
         rows.append(("tp", _TP_PASSES[found.checkpointing] * blocks * (tp - 1) / tp))

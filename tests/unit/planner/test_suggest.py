@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from typer.testing import CliRunner
@@ -120,12 +121,15 @@ def test_tensor_parallelism_where_fsdp_does_not_fit(model, planner):
 
 def test_a_mesh_that_does_not_fit_when_it_is_run_loses(model, planner):
     def answer(fields, found):
-        found.memory["peak"] = (100 if fields["dp_replicate_size"] == 2 else 50) * GIB
+        found.memory["peak"] = (90 if fields["tp_size"] == 1 else 50) * GIB
         return found
 
     planner["answer"] = answer
     found = suggest(model, 16, 80 * GIB, measured=1)
-    assert found.ranked[0].measured and found.ranked[0].sizes["dp_replicate"] != 2
+    assert found.ranked[0].measured and found.ranked[0].sizes["tp"] > 1
+    # Without tp nothing else is tried in this mode: what one mesh missed, others are expected to miss.
+    modes = [fields.get("activation_checkpointing", "none") for fields, _ in planner["runs"] if fields["tp_size"] == 1]
+    assert len(modes) == len(set(modes))
     assert found.ranked[0].memory == 50 * GIB
 
 
@@ -160,9 +164,7 @@ def test_nothing_fits(model, planner):
 
 
 def arithmetic(gpus, rows=None, sequence=4096, config=None, batch=None):
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(**(LLAMA_8B | (config or {})))
+    config = transformers.LlamaConfig(**(LLAMA_8B | (config or {})))
     link = Interconnect.named("h100-infiniband")
     return Arithmetic(base(world=gpus, sequence=sequence), config, link, gpus, rows or gpus, batch)
 
@@ -211,6 +213,26 @@ def test_the_simpler_mesh_is_first_of_those_about_as_quick():
     assert searching._in_order([tensor, heavy, light, simple]) == [simple, light, heavy, tensor]
     slow = dataclasses.replace(simple, seconds=2.2)
     assert searching._in_order([slow, tensor, light]) == [light, tensor, slow]
+
+
+def test_few_experts_limit_the_shards():
+    """Rank 0 of 16 holds an eighth of the model: more shards divide nothing, and what they gather is padded."""
+    even = {(c.mesh, c.checkpointing): c for c in arithmetic(16).candidates(True) if c.batch == 1}
+    found = base(world=16)
+    states = sum(found.memory[name] for name in ("parameters", "gradients", "optimizer"))
+    for name in ("parameters", "gradients", "optimizer"):
+        found.memory[name] *= 2
+    for its in found.by_checkpointing.values():
+        its["peak"] += states
+    for row in found.collectives:
+        row["tensor_bytes"] *= 2
+    given = Arithmetic(found, transformers.LlamaConfig(**LLAMA_8B), Interconnect.named("h100-infiniband"), 16, 16, None)
+    assert given.even_shards == 8
+    few = {(c.mesh, c.checkpointing): c for c in given.candidates(True) if c.batch == 1}
+    assert few["dp_shard=16", "full"].memory == pytest.approx(even["dp_shard=16", "full"].memory + states, rel=1e-6)
+    assert few["dp_shard=16", "full"].between_nodes == 2 * even["dp_shard=16", "full"].between_nodes
+    assert few["dp_shard=8,tp=2", "full"].between_nodes == even["dp_shard=8,tp=2", "full"].between_nodes
+    assert few["dp_shard=8,tp=2", "full"].memory < even["dp_shard=8,tp=2", "full"].memory + 1
 
 
 def test_reasons():
