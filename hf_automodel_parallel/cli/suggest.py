@@ -115,7 +115,7 @@ def show(found: Suggestion) -> None:
         f"may take {gib(about['usable_memory'])} of a GPU."
     )
     table = table_of(
-        f"Meshes that fit: {len(found.ranked)} ({about['considered']} combinations considered); memory and bytes in GiB",
+        f"Meshes that fit: {len(found.ranked)} ({about['considered']} combinations looked at); memory and bytes in GiB",
         "mesh",
         "recompute",
         right=("rows", "memory", "in node", "between", "step"),
