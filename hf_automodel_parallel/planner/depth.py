@@ -33,7 +33,9 @@ def depths(kinds: list[Any]) -> tuple[int, int] | None:
     best: tuple[int, int] | None = None
     for period in range(1, total // 2 + 1):
         start = next((i for i in range(total - period, 0, -1) if kinds[i - 1] != kinds[i - 1 + period]), 0)
-        least = max(start + max(period, _AT_ONE_END), _LEAST)
+        # FSDP2 gathers ahead while the last layers' backward runs: not yet layers of another kind at the beginning.
+        ahead = _AT_ONE_END if start else 0
+        least = max(start + max(period, _AT_ONE_END) + ahead, _LEAST)
         few = least + (total - least) % period
         if few + period < total and (best is None or few + period < best[1]):
             best = (few, few + period)

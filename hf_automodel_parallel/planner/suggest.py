@@ -301,7 +301,10 @@ def _ranked(
 def _nothing_fits(
     arithmetic: Arithmetic, everything: list[Candidate], counted: list[Candidate], usable: int, memory: int
 ) -> str:
-    closest = min([*everything, *counted], key=lambda found: (found.memory, found.order))
+    known = {_key(found): found for found in counted}
+    closest = min(
+        (known.get(_key(found), found) for found in everything), key=lambda found: (found.memory, found.order)
+    )
     text = (
         f"no mesh of {arithmetic.gpus} GPUs fits: the least is {gib(closest.memory)} of a rank ({closest.flag}), and "
         f"of {gib(memory)} a rank can use {gib(usable)}."

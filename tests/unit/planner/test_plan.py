@@ -84,7 +84,7 @@ def test_few_layers_say_what_all_do():
     "kinds, found",
     [
         ("a" * 126, (4, 5)),
-        ("aaa" + "b" * 58, (5, 6)),  # dense layers before experts
+        ("aaa" + "b" * 58, (7, 8)),  # dense layers before experts
         ("aaaaab" * 10 + "aa", (8, 14)),  # sliding before full attention
         ("a" * 5, None),
         ("abcdefgh", None),

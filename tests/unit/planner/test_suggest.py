@@ -157,6 +157,12 @@ def test_nothing_fits(model, planner):
     planner["base"] = {"parameters": 600e9, "layers": 60}
     with pytest.raises(ConfigError, match=r"no mesh of 16 GPUs fits: the least is .* By arithmetic 128 GPUs do"):
         suggest(model, 16, 80 * GIB)
+    planner["base"] = {"modes": ("full",)}
+    planner["answer"] = lambda fields, found: dataclasses.replace(found, memory={"peak": 500 * GIB})
+    with pytest.raises(ConfigError) as error:  # what was counted is named, not what arithmetic said of it
+        suggest(model, 16, 80 * GIB)
+    assert float(re.search(r"the least is ([\d.]+) GiB", str(error.value))[1]) > 68
+    planner["base"] = {"parameters": 600e9, "layers": 60}
     with pytest.raises(ConfigError, match="2 rows of a step cannot be divided among"):
         suggest(model, 32, 80 * GIB, rows=2)
     with pytest.raises(ConfigError, match="does not divide by the 8 GPUs of a node"):
