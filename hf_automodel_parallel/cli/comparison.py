@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from ..core.ranks import gather_objects
+from ..export.gathering import full_tensor
 
 #: Relative error of the loss; of a gradient to its own norm, or to a hundredth of the norm of all.
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -102,11 +104,11 @@ def compare(loss: float, model: nn.Module, expected: dict[str, Any]) -> Compared
     right = exact["gradients"]
     norms = {name: float(g.double().norm()) for name, g in right.items()}
     given = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    names = _of_all_ranks(list(given))
+    names = gather_objects(list(given))
     # A gradient that some ranks lack is not gathered: the others would wait for these.
     everywhere = [name for name in given if all(name in others for others in names)]
-    errors = _errors({name: _full(given[name]).cpu() for name in everywhere}, right, norms)
-    for others in _of_all_ranks(errors):
+    errors = _errors({name: full_tensor(given[name]).cpu() for name in everywhere}, right, norms)
+    for others in gather_objects(errors):
         errors = {name: max(error, others[name]) for name, error in errors.items()}
     one_side = sorted({*right, *(name for others in names for name in others)} - errors.keys())
     bound, loss_bound = GRADIENT, LOSS
@@ -115,16 +117,6 @@ def compare(loss: float, model: nn.Module, expected: dict[str, Any]) -> Compared
         bound = _BF16 * max(_errors(plain["gradients"], right, norms).values())
         loss_bound = _BF16 * abs(plain["loss"] - exact["loss"]) / exact["loss"] + 2**-8
     return Compared(loss, exact["loss"], errors, one_side, norms, loss_bound, bound)
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _errors(got: dict[str, torch.Tensor], right: dict[str, torch.Tensor], norms: dict[str, float]) -> dict[str, float]:

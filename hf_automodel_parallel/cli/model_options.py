@@ -41,6 +41,7 @@ PlanOrder = Annotated[Text, typer.Option(help="Sources to try, in order, such as
 SequenceParallel = Annotated[
     bool, typer.Option("--sequence-parallel", help="Shard activations between blocks along the sequence.")
 ]
+PerNode = Annotated[Count, typer.Option(help="GPUs of a node; without it the interconnect's, or 8.", min=1)]
 Checkpointing = Annotated[Text, typer.Option(help="Activation checkpointing: none, full, submodule or selective.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Lora = Annotated[
@@ -68,18 +69,27 @@ def one_line_errors(code: int = 1) -> Iterator[None]:
         raise typer.Exit(code) from error
 
 
-def config_values(
-    config_file: Path | None, settings: list[str] | None, **given: Any
-) -> tuple[dict[str, Any], dict[str, str], str, int | None]:
-    """Fields of ``AutoParallelismConfig``, and what else a config file of Accelerate says.
+#: Parameters of a command -> the field of ``AutoParallelismConfig`` that each is.
+_FIELDS = {
+    "tp": "tp_size",
+    "dp_shard": "dp_shard_size",
+    "dp_replicate": "dp_replicate_size",
+    "cp": "cp_size",
+    "tp_plan": "tp_plan",
+    "plan_order": "plan_order",
+    "sequence_parallel": "sequence_parallel",
+    "checkpointing": "activation_checkpointing",
+}
 
-    Args:
-        config_file: ours or Accelerate's; the options given win.
-        settings: "name=value" of other fields.
-        given: fields that are not None were given.
+
+def config_values(context: typer.Context) -> tuple[dict[str, Any], dict[str, str], str, int | None]:
+    """Fields of ``AutoParallelismConfig`` by the options of the mesh, ``--set`` and ``--config_file``.
+
+    What is given as an option wins over ``--set``, and that over the file. tp is 2 where nothing gives a size or the
+    number of ranks.
 
     Returns:
-        (fields, ``FSDP_*`` variables, mixed_precision, number of processes or None).
+        (fields, the file's ``FSDP_*`` variables, its mixed_precision, number of ranks or None).
     """
     from ..accelerate_plugin.config_text import parallelism_section, parse_pairs, read_file
     from ..core.mesh import AXES
@@ -87,6 +97,7 @@ def config_values(
     fields: dict[str, Any] = {}
     environment: dict[str, str] = {}
     precision, world = "no", None
+    config_file: Path | None = context.params["config_file"]
     if config_file is not None:
         values = read_file(config_file)
         fields = {(f"{k}_size" if k in AXES else k): v for k, v in parallelism_section(values).items()}
@@ -94,9 +105,14 @@ def config_values(
         world = values.get("num_processes")
         for name, value in (values.get("fsdp_config") or {}).items():
             environment[name.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
-    pairs = [parse_pairs(text) for text in settings or []]
-    for part in [*pairs, {name: value for name, value in given.items() if value is not None}]:
-        fields |= {(f"{k}_size" if k in AXES else k): v for k, v in part.items()}
+    for text in context.params["settings"] or []:
+        fields |= {(f"{k}_size" if k in AXES else k): v for k, v in parse_pairs(text).items()}
+    for name, field in _FIELDS.items():
+        if (value := context.params[name]) not in (None, False):
+            fields[field] = value
+    world = context.params["world"] or world
+    if world is None and not any(f"{axis}_size" in fields for axis in AXES):
+        fields["tp_size"] = 2
     return fields, environment, precision, world
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from . import model_options as options
-from .model_options import Count, File, Text
+from .model_options import File, Text
 from .tables import eighty_columns, table_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def plan(
     interconnect: Annotated[
         Text, typer.Option(help="Estimate communication time: a name of interconnects.yaml, or FILE.yaml:NAME.")
     ] = None,
-    per_node: Annotated[Count, typer.Option(help="GPUs of a node; without it the interconnect's, or 8.", min=1)] = None,
+    per_node: options.PerNode = None,
     modes: Annotated[
         bool, typer.Option("--modes/--no-modes", help="Also measure the other modes of activation checkpointing.")
     ] = True,
@@ -86,7 +86,6 @@ def plan(
     The numbers come from Accelerator.prepare and one training step, on simulated ranks and tensors without memory. No
     GPU, no weights, no network.
     """
-    from ..core.mesh import AXES
     from ..core.options import CHECKPOINTING_MODES
     from ..errors import ConfigError
     from ..planner.explain import explain, without_effect
@@ -98,22 +97,9 @@ def plan(
     with options.one_line_errors():
         if not step:
             without_effect("--no-step", [_OF_A_STEP[name] for name in _OF_A_STEP if options.was_given(context, name)])
-        fields, environment, precision, processes = options.config_values(
-            config_file,
-            settings,
-            tp=tp,
-            dp_shard=dp_shard,
-            dp_replicate=dp_replicate,
-            cp=cp,
-            tp_plan=tp_plan,
-            plan_order=plan_order,
-            sequence_parallel=sequence_parallel or None,
-            activation_checkpointing=checkpointing,
-        )
-        if not any(f"{axis}_size" in fields for axis in AXES) and world is None and processes is None:
-            fields["tp_size"] = 2
+        fields, environment, precision, ranks = options.config_values(context)
         given: dict[str, Any] = dict(
-            world_size=world or processes,
+            world_size=ranks,
             batch=batch,
             sequence=sequence,
             dtype=dtype,

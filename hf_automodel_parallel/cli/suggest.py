@@ -34,7 +34,7 @@ def suggest(
     model: options.Model,
     gpus: Annotated[int, typer.Option(help="Number of GPUs, of all nodes together.", min=1)],
     gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU, such as 80GiB.")],
-    per_node: Annotated[Count, typer.Option(help="GPUs of a node; without it the interconnect's.", min=1)] = None,
+    per_node: options.PerNode = None,
     interconnect: Annotated[
         str, typer.Option(help="Nodes and bandwidths: a name of interconnects.yaml, or FILE.yaml:NAME.")
     ] = "h100-infiniband",
@@ -56,7 +56,7 @@ def suggest(
     ] = None,
     slurm: Annotated[File, typer.Option(help="Write an sbatch script that starts the first choice.")] = None,
     imports: options.Imports = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Rank the meshes on which a model can be trained, and say why each loses.
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..core.importing import import_modules
 from ..errors import ConfigError
 from . import local_ranks
 from . import model_options as options
@@ -23,7 +22,7 @@ from .tables import eighty_columns, table_of
 EPILOG = (
     "Examples:\n\n  hf-automodel-parallel verify path/to/model --tp 2 --dp-shard 2 --sequence-parallel\n\n"
     "  hf-automodel-parallel verify llama-3.1-405b --tp 2 --lora r=4,targets=all-linear --checkpointing full\n\n"
-    "  hf-automodel-parallel verify path/to/model --tp 2 --import my_pkg --tp-plan my_pkg.plans.mine\n\n"
+    "  hf-automodel-parallel verify path/to/model --tp 2 --import my_pkg --tp-plan my_pkg.plans:mine\n\n"
     "  hf-automodel-parallel verify path/to/model --config_file accelerate.yaml --json"
 )
 
@@ -33,6 +32,7 @@ _TP, _PROCESSES = (1, 2, 4), 8
 
 @options.quiet
 def verify(
+    context: typer.Context,
     model: options.Model,
     tp: options.Tp = None,
     dp_shard: options.DpShard = None,
@@ -61,22 +61,13 @@ def verify(
     from ..plan_search.proxy_model import POSITIONS
 
     with options.one_line_errors(2):
-        _import(imports or ())
-        fields, environment, precision, processes = options.config_values(
-            config_file,
-            settings,
-            tp=tp,
-            dp_shard=dp_shard,
-            dp_replicate=dp_replicate,
-            cp=cp,
-            tp_plan=tp_plan,
-            plan_order=plan_order,
-            sequence_parallel=sequence_parallel or None,
-            activation_checkpointing=checkpointing,
-        )
+        if os.getcwd() not in sys.path:  # as python -m has it
+            sys.path.insert(0, os.getcwd())
+        import_modules(imports or ())
+        fields, environment, precision, ranks = options.config_values(context)
         if sequence > POSITIONS:
             raise ConfigError(f"--seq {sequence}: the small model has {POSITIONS} positions; give {POSITIONS} or less.")
-        asked = sizes_of(fields, world or processes)
+        asked = sizes_of(fields, ranks)
         sizes = smaller(asked)
         job = _job(model, lora, fields, sizes, batch, sequence, environment, tuple(imports or ()))
     result = _run(job)
@@ -90,19 +81,8 @@ def verify(
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-def _import(names: Sequence[str]) -> None:
-    """Import modules as ``python -m`` would, which finds those in the current folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(f"--import {name}: {error}.") from error
-
-
 def sizes_of(fields: dict[str, Any], world: int | None) -> dict[str, int]:
-    """The sizes of all mesh axes, by the names of the fields; tp of 2 where nothing says one.
+    """The sizes of all mesh axes, by the names of the fields.
 
     Raises:
         ConfigError: a field is wrong, or the sizes do not fit ``world``.
@@ -110,8 +90,6 @@ def sizes_of(fields: dict[str, Any], world: int | None) -> dict[str, int]:
     from ..config import AutoParallelismConfig
     from ..core.mesh import AXES
 
-    if not any(name.endswith("_size") for name in fields) and world is None:
-        fields["tp_size"] = 2
     config = AutoParallelismConfig(**fields)
     names = [f"{axis}_size" for axis in AXES]
     config.resolve_sizes(world or math.prod(fields.get(name) or 1 for name in names))

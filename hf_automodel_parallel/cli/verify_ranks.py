@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..accelerate_plugin.prepared import prepared
 from ..config import AutoParallelismConfig
+from ..core.importing import import_modules
 from ..core.model_view import ModelView
 from ..plan_search.proxy_model import VOCABULARY, build_proxy_model
 from .comparison import compare, mean_over_ranks, one_process
@@ -73,24 +73,18 @@ def batch(job: Job) -> dict[str, torch.Tensor]:
 
 def write_reference(job: Job, folder: Path, rank: int) -> None:
     """Write what :func:`reference` returns to ``folder``."""
-    _import(job)
+    import_modules(job.imports)  # a fork has them, a fresh interpreter has not
     torch.save(reference(job), folder / "reference.pt")
 
 
 def write_result(job: Job, folder: Path, rank: int) -> None:
     """Rank 0 writes what :func:`parallel` returns to ``folder``."""
-    _import(job)
+    import_modules(job.imports)  # a fork has them, a fresh interpreter has not
     found = parallel(job, torch.load(folder / "reference.pt", weights_only=True))
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _import(job: Job) -> None:
-    """In a fork they are there; in a fresh interpreter they register what they register."""
-    for name in job.imports:
-        importlib.import_module(name)
 
 
 def reference(job: Job) -> dict[str, Any]:

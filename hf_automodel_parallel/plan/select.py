@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
 import re
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import compat
+from ..core.importing import import_object
 from ..core.model_structure import models_inside
 from ..core.model_view import ModelView, pattern_regex, plan_name
 from ..core.sharding_spec import Plan, PlanEntry
@@ -239,22 +239,14 @@ def _explicit_plan(inner: nn.Module, tp_plan: Any) -> Plan:
 
 def _import(path: str) -> Any:
     """Import ``package.module:attribute`` or ``package.module.attribute``."""
-    module_name, separator, attribute = path.partition(":")
-    if not separator:
-        module_name, _, attribute = path.rpartition(".")
     forms = (
         f"tp_plan={path!r} is neither a named plan ({', '.join(sorted(NAMED_PLANS))}) nor an import path. Give a dict, "
         f"a callable, a name, or an import path such as 'my_package.plans:llama'."
     )
-    if not module_name or not attribute:
-        raise PlanError(forms)
     try:
-        value: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            value = getattr(value, part)
+        return import_object(path)
     except Exception as error:  # the user's module runs here, and may raise anything
         raise PlanError(f"{forms} Importing it failed: {error}") from error
-    return value
 
 
 def _call(function: Callable[..., Any], inner: nn.Module, source: str) -> Any:

@@ -8,7 +8,6 @@ Each measurement is a forked process, because a process has one process group an
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import pickle
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from .. import errors
+from ..core.importing import import_modules
 from ..errors import AutoParallelError, ConfigError, UnsupportedError
 from .depth import depths, extrapolate, shorten, stack_of
 from .measure import Setting, measure, placements
@@ -130,8 +130,7 @@ def run(job: Job) -> Iterator[Any]:
         AutoParallelError: the first error.
     """
     global _network
-    for name in job.imports:
-        importlib.import_module(name)
+    import_modules(job.imports)
     _network = on_meta(job.model, job.dtype, job.lora)
     _network.train()
     stack = None if job.every_layer else stack_of(_network)

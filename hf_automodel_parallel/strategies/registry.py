@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import importlib.metadata
 import inspect
 import logging
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..core.importing import import_object
 from ..core.model_view import ModelView
 from ..errors import ConfigError, PrepareError, RegistrationError, without_stop
 from .base import ParallelizationStrategy
@@ -164,11 +164,8 @@ def _targets() -> dict[str, str]:
 
 
 def _load(name: str, target: str) -> ParallelizationStrategy:
-    module_name, _, attribute = target.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = import_object(target)
     except Exception as error:  # the import of another package, which may raise any error
         raise ConfigError(
             f"the strategy for {name!r}, {target!r} (an entry point of the group {ENTRY_POINTS!r}), cannot be loaded: "
