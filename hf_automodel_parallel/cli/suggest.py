@@ -15,7 +15,8 @@ from .model_options import Count, File
 from .tables import eighty_columns, table_of
 
 if TYPE_CHECKING:
-    from ..planner.suggest import Candidate, Suggestion
+    from ..planner.arithmetic import Candidate
+    from ..planner.suggest import Suggestion
 
 EPILOG = (
     "Examples:\n\n  hf-automodel-parallel suggest llama-3.1-405b --gpus 256 --gpu-memory 80GiB\n\n"

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from hf_automodel_parallel import __version__
 from hf_automodel_parallel.cli.suggest import accelerate_file
 from hf_automodel_parallel.config import CONFIG_VARIABLE
-from hf_automodel_parallel.planner.suggest import Candidate
+from hf_automodel_parallel.planner.arithmetic import Candidate
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["-m", "hf_automodel_parallel.launch"]

@@ -19,9 +19,10 @@ from hf_automodel_parallel.cli import app
 from hf_automodel_parallel.cli import suggest as command
 from hf_automodel_parallel.errors import ConfigError, PlanError
 from hf_automodel_parallel.planner import suggest as searching
+from hf_automodel_parallel.planner.arithmetic import Arithmetic, Candidate
 from hf_automodel_parallel.planner.explanation import Explanation
 from hf_automodel_parallel.planner.interconnect import Interconnect
-from hf_automodel_parallel.planner.suggest import Arithmetic, Candidate, reason, suggest
+from hf_automodel_parallel.planner.suggest import reason, suggest
 
 GIB = 1 << 30
 #: On two nodes a row's activations and the unsharded units fit beside the states under tp only.
