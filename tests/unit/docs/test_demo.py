@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,3 +60,9 @@ def test_curves(demo, tmp_path, monkeypatch, capsys):
     demo.plot(result(tmp_path, 4.25))
     assert drawn == [{"tp 2 x FSDP2 2": (1, 20, 6.95), "FSDP2 4": (21, 60, 5.95)}, {"FSDP2 4": (1, 2, 4.5)}]
     assert capsys.readouterr().out.count("a plot") == 2
+
+
+def test_a_model_under_terms_is_not_fetched_unasked():
+    script = [sys.executable, str(EXAMPLES / "gemma_gguf.py")]
+    found = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "Gemma Terms of Use" in found.stderr and not found.stdout
