@@ -151,6 +151,16 @@ class ReplicaGradients:
         for unit in units:
             compat.before_reduction(unit, self._reached, only_if_reducing=True)
 
+    def watch_outputs(self, model: nn.Module) -> None:
+        """Notice backwards through a model whose parameters are all replicas, so that FSDP2 has nothing to reduce."""
+
+        def watch(_: nn.Module, args: Any, output: Any) -> None:
+            for tensor in compat.tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._reached())
+
+        model.register_forward_hook(watch)
+
     def add(self, slots: Iterable[Slot], partial: Collection[nn.Parameter]) -> None:
         """Average the replicas in ``slots``, too; see :meth:`join_axes`."""
         added = list(slots)

@@ -66,6 +66,7 @@ def shard_data_parallel(
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(on_device(mesh.device_type))
         options = dataclasses.replace(options, ignored_parameters=options.ignored_parameters | replicated)
+    nothing_managed = options.ignored_parameters.issuperset(model.parameters())
     outermost: dict[str, Any] = {
         **unit_options(mesh, options),
         "agree": True,
@@ -117,7 +118,10 @@ def shard_data_parallel(
         compat.before_reduction(model, lambda: compat.reduce_all_but((model, *extra_groups(model))))
     if not slots or mesh.size() == 1:
         return None
-    return ReplicaGradients(_with_param_groups(fsdp_units(model)), slots, mesh, options.mp_policy.reduce_dtype)
+    gradients = ReplicaGradients(_with_param_groups(fsdp_units(model)), slots, mesh, options.mp_policy.reduce_dtype)
+    if nothing_managed:
+        gradients.watch_outputs(model)
+    return gradients
 
 
 def _prepare_first_call(model: nn.Module) -> None:

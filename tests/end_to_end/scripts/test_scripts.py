@@ -1,6 +1,6 @@
 """Unmodified scripts through the launcher on tp2 x fsdp2: numbers, files and generated text of one process.
 
-Two stand-ins for the public example scripts, and scripts that TRL and Accelerate install. The launcher's ``main`` runs
+Two stand-ins for the public example scripts, and scripts that TRL installs. The launcher's ``main`` runs
 in the ranks of a pool, which spares the start of a process for each rank and script.
 """
 
@@ -158,6 +158,7 @@ TRL_SCRIPTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
         ("mean_reward", "margin", "accuracy"),
     ),
     "grpo": (("prompt",), GENERATION, ("reward", "kl", "entropy", "frac_reward_zero_std", "num_tokens")),
+    "rloo": (("prompt",), GENERATION, ("reward", "kl", "entropy", "frac_reward_zero_std", "num_tokens")),
 }
 
 
@@ -211,8 +212,3 @@ def scored(model: Any) -> Any:
     values = model.config.to_dict() | {"num_labels": 1, "pad_token_id": 0}
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(type(model.config)(**values))
-
-
-def test_script_of_accelerate():
-    """Collective operations, which the script itself checks."""
-    run_distributed(2, run_script, "dp_shard=2", "accelerate.test_utils.scripts.test_ops", [], timeout=120)

@@ -77,3 +77,36 @@ def test_equal_to_one_process(mesh, tmp_path):
     want = reference.temperature.detach()
     assert got["shape"] == () and want != 0.7 and torch.allclose(got["stepped"]["temperature"], want, rtol=1e-6)
     assert got["moved"] != got["stepped"]["temperature"] and got["resumed"] == got["stepped"]["temperature"]
+
+
+class Line(nn.Module):
+    """Has no other parameters than scalars, so that FSDP2 has nothing to shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": x * self.slope + self.offset}
+
+
+POINTS = torch.arange(8.0)
+
+
+def fit(sizes: dict[str, int], dp_size: int, own_backward: bool) -> dict[str, Any]:
+    accelerator = Accelerator(parallelism_config=AutoParallelismConfig(**sizes))
+    model = Line()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for part in POINTS.chunk(dp_size)[data_rank(accelerator)].chunk(2):  # accumulated
+        loss = model(part)["y"].square().mean() / 2
+        loss.backward() if own_backward else accelerator.backward(loss)
+    return full_grads(model)
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_a_model_of_scalars_alone(own_backward):
+    model = Line()
+    model(POINTS)["y"].square().mean().backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    for gradients in run_on_mesh("fsdp2", fit, own_backward):
+        assert_gradients_equal(gradients, want)
