@@ -11,18 +11,20 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import compat
 from ..core.importing import import_object
 from ..core.model_structure import models_inside
 from ..core.model_view import ModelView, pattern_regex, plan_name
 from ..core.sharding_spec import Plan, PlanEntry
-from ..errors import PlanError
+from ..errors import PlanError, UnsupportedError
+from .layer_kinds import as_matrix
 from .sources.families import LLAMA_NEMOTRON_SUPER_TP_PLAN_NAME, llama_nemotron_super_plan
 from .sources.huggingface import huggingface_plan
 from .sources.llama_like import default_plan, llama_like_plan
 from .sources.registry import optimized_plan
-from .styles import check_style
+from .styles import LINEAR_STYLES, check_style
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ def select_plan(
                 reasons.append(f"{source}: {error}")
                 continue
         entries, reason = _from_source(source, inner)
+        reason = reason or _linear_style_on_another_module(inner, entries)
         # A plan that cannot be executed, or that computes something else, is skipped here; an explicit one raises.
         if reason is None:
             try:
@@ -113,6 +116,28 @@ def select_plan(
                 reason = str(error)
         reasons.append(f"{source}: {reason}")
     raise PlanError(_no_plan_message(inner, reasons))
+
+
+def _linear_style_on_another_module(inner: nn.Module, entries: Mapping[str, PlanEntry]) -> str | None:
+    """Why a plan for linear layers does not fit: a projection was replaced by a module of the user's own."""
+    modules = dict(inner.named_modules())
+    tuner = compat.peft_tuner_layer_type()
+    for entry in entries.values():
+        style = LINEAR_STYLES.get(entry.style) if isinstance(entry.style, str) else None
+        if style is None or style.swap is not None:  # a head of another kind stays replicated
+            continue
+        matches = pattern_regex(entry.pattern).fullmatch
+        for name in filter(matches, modules):
+            module: Any = modules[name]
+            while tuner is not None and isinstance(module, tuner):
+                module = module.base_layer  # type: ignore[attr-defined]
+            try:
+                linear = is_parametrized(module, "weight") or as_matrix(module, name) is not None
+            except UnsupportedError:  # quantised: the error of the plan that is used
+                linear = True
+            if not linear:
+                return f"{name} is a {type(module).__name__} and no linear layer"
+    return None
 
 
 def _has_plan_of_its_own(inner: nn.Module, plan_order: tuple[str, ...]) -> bool:
