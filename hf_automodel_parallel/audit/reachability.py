@@ -52,6 +52,7 @@ class ReachabilityHooks:
         self.seen: dict[nn.Module, Seen] = {}
         self.written: set[tuple[nn.Module, str]] = set()  # parameters that a forward changed in place
         self._before: dict[nn.Module, list[tuple[str, torch.Tensor, int, torch.Tensor]]] = {}
+        self._checksums: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}  # of the current forward
         self.compiled = {id(module) for module in compiled}
         self.inputs = torch.zeros(2, dtype=torch.float64)  # fingerprint of the inputs of all forwards of the step
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)]
@@ -67,6 +68,7 @@ class ReachabilityHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._checksums.clear()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Add to the fingerprint of the inputs. While no parameter has a gradient, forget earlier forwards: no step has
@@ -74,6 +76,7 @@ class ReachabilityHooks:
         """
         if not torch.is_grad_enabled():
             return
+        self._checksums.clear()
         if all(p.grad is None for p in model.parameters()):
             for module in self.seen:
                 self.seen[module] = Seen()
@@ -85,11 +88,25 @@ class ReachabilityHooks:
             prints = torch.stack([flat.sum(), (flat * weights).sum()])
             self.inputs = prints + self.inputs.to(prints.device) * 1.5
 
-    @torch.no_grad()
     def _note_values(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            tensors = [(name, x) for name, p in module.named_parameters() if _has_values(x := _local(p))]
-            self._before[module] = [(name, x, compat.version_of(x), checksum(x)) for name, x in tensors]
+        # Without gradients nothing is trained: a rollout has hundreds of forwards before the first step.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            self._before[module] = [
+                (name, x, compat.version_of(x), self._checksum(p, x))
+                for name, p in module.named_parameters()
+                if _has_values(x := _local(p))
+            ]
+
+    def _checksum(self, parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """Of each parameter once in a forward, and not once for each module that it is in."""
+        version = compat.version_of(local)
+        found = self._checksums.get(id(parameter))
+        if found is None or found[1] != version:
+            # With the parameter, so that no other one gets its id.
+            found = self._checksums[id(parameter)] = parameter, version, checksum(local)
+        return found[2]
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
