@@ -100,31 +100,53 @@ def compare(loss: float, model: nn.Module, expected: dict[str, Any]) -> Compared
         model: prepared, after its backward.
         expected: what :func:`one_process` returned.
     """
-    exact = expected["float32"]
-    right = exact["gradients"]
-    norms = {name: float(g.double().norm()) for name, g in right.items()}
+    right = expected["float32"]["gradients"]
     given = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     names = gather_objects(list(given))
     # A gradient that some ranks lack is not gathered: the others would wait for these.
     everywhere = [name for name in given if all(name in others for others in names)]
-    errors = _errors({name: full_tensor(given[name]).cpu() for name in everywhere}, right, norms)
-    for others in gather_objects(errors):
-        errors = {name: max(error, others[name]) for name, error in errors.items()}
+    mine = _errors({name: full_tensor(given[name]).cpu() for name in everywhere}, right)
+    return _compared(loss, expected, gather_objects(mine), names)
+
+
+def compare_saved(found: list[dict[str, Any]], expected: dict[str, Any]) -> Compared:
+    """The same for what ranks saved: of each its ``loss`` and ``gradients``, name -> full tensor on the CPU."""
+    right = expected["float32"]["gradients"]
+    names = [list(rank["gradients"]) for rank in found]
+    loss = sum(rank["loss"] for rank in found) / len(found)
+    return _compared(loss, expected, [_errors(rank["gradients"], right) for rank in found], names)
+
+
+def _compared(
+    loss: float, expected: dict[str, Any], of_ranks: list[dict[str, float]], names: list[list[str]]
+) -> Compared:
+    """From the errors of each rank, and the names of its gradients."""
+    exact = expected["float32"]
+    right = exact["gradients"]
+    everywhere = set.intersection(*(set(errors) for errors in of_ranks))
+    errors = {name: max(rank[name] for rank in of_ranks) for name in right if name in everywhere}
     one_side = sorted({*right, *(name for others in names for name in others)} - errors.keys())
     bound, loss_bound = GRADIENT, LOSS
     if "bf16" in expected:
         plain = expected["bf16"]
-        bound = _BF16 * max(_errors(plain["gradients"], right, norms).values())
+        bound = _BF16 * max(_errors(plain["gradients"], right).values())
         loss_bound = _BF16 * abs(plain["loss"] - exact["loss"]) / exact["loss"] + 2**-8
-    return Compared(loss, exact["loss"], errors, one_side, norms, loss_bound, bound)
+    return Compared(loss, exact["loss"], errors, one_side, _norms(right), loss_bound, bound)
 
 
-def _errors(got: dict[str, torch.Tensor], right: dict[str, torch.Tensor], norms: dict[str, float]) -> dict[str, float]:
-    """Relative errors by name, of those that are in both."""
+def _norms(gradients: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(gradient.double().norm()) for name, gradient in gradients.items()}
+
+
+def _errors(got: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative errors by name, of those that are in both; infinity for another shape."""
+    norms = _norms(right)
     everything = math.sqrt(sum(norm**2 for norm in norms.values()))
     found = {}
     for name, want in right.items():
-        if name in got:
+        if name in got and got[name].shape != want.shape:
+            found[name] = math.inf
+        elif name in got:
             difference = float((got[name].double() - want.double()).norm())
             found[name] = _finite(difference / max(norms[name], everything / 100))
     return found

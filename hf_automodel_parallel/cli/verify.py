@@ -23,7 +23,8 @@ EPILOG = (
     "Examples:\n\n  hf-automodel-parallel verify path/to/model --tp 2 --dp-shard 2 --sequence-parallel\n\n"
     "  hf-automodel-parallel verify llama-3.1-405b --tp 2 --lora r=4,targets=all-linear --checkpointing full\n\n"
     "  hf-automodel-parallel verify path/to/model --tp 2 --import my_pkg --tp-plan my_pkg.plans:mine\n\n"
-    "  hf-automodel-parallel verify path/to/model --config_file accelerate.yaml --json"
+    "  hf-automodel-parallel verify path/to/model --config_file accelerate.yaml --json\n\n"
+    "  hf-automodel-parallel verify path/to/model --tp 2 --lora r=8 --stack transformers --script reproduction"
 )
 
 #: Sizes of the tp axis that the heads of the small model divide by, and the most processes that run as they were given.
@@ -49,6 +50,14 @@ def verify(
     batch: options.Batch = 2,
     sequence: Annotated[int, typer.Option("--seq", help="Tokens of a row, 2 to 64.", min=2)] = 16,
     worst: Annotated[int, typer.Option(help="Number of gradients to show, the worst ones.", min=1)] = 5,
+    stack: Annotated[
+        options.Text,
+        typer.Option(help="Judge another parallelisation: transformers (DistributedConfig) or accelerate (FSDP2)."),
+    ] = None,
+    script: Annotated[
+        options.File,
+        typer.Option(help="With --stack: a new directory for a script that repeats it without this package."),
+    ] = None,
     imports: options.Imports = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -59,6 +68,7 @@ def verify(
     processes is made smaller. Exit status 0 if all is equal, 1 if not, 2 for wrong options.
     """
     from ..plan_search.proxy_model import POSITIONS
+    from . import stacks
 
     with options.one_line_errors(2):
         if os.getcwd() not in sys.path:  # as python -m has it
@@ -69,9 +79,14 @@ def verify(
             raise ConfigError(f"--seq {sequence}: the small model has {POSITIONS} positions; give {POSITIONS} or less.")
         asked = sizes_of(fields, ranks)
         sizes = smaller(asked)
+        if stack is not None:
+            stacks.check(stack, fields, asked, config_file)
+        if script is not None and (stack is None or script.exists()):
+            raise ConfigError(f"--script {script}: give --stack, and a directory that does not exist yet.")
         job = _job(model, lora, fields, sizes, batch, sequence, environment, tuple(imports or ()))
-    result = _run(job)
+    result = _run(job) if stack is None else _run_stack(stacks.StackJob(job, stack), script)
     result |= {"model": model, "class": type(job.network).__name__, "mesh": sizes, "asked": asked, "notes": []}
+    result["stack"] = None if stack is None else stacks.words(stack)
     if precision != "no":
         result["notes"].append(f"mixed_precision {precision} of the config file is not used: float32 shows more")
     if as_json:
@@ -130,6 +145,24 @@ def _run(job: Any) -> dict[str, Any]:
         return json.loads((folder / "result.json").read_text())
 
 
+def _run_stack(one: Any, script: Path | None) -> dict[str, Any]:
+    """The result of :func:`.stacks.result_of`, in ``script`` or in a temporary directory."""
+    from . import stacks
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) if script is None else script
+        folder.mkdir(parents=True, exist_ok=True)
+        _progress("one process")
+        problem = local_ranks.run(1, folder, partial(stacks.write_files, one, folder))
+        if problem is not None:
+            return {"ok": False, "error": f"one process: {problem}"}
+        _progress(f"{one.ranks} processes, {local_ranks.mesh_text(one.job.sizes)}, {one.stack}")
+        result = stacks.result_of(one, folder)
+    if script is not None:
+        _progress(f"repeat it: torchrun --nproc_per_node {one.ranks} {script / 'run.py'}")
+    return result
+
+
 def _progress(line: str) -> None:
     typer.secho(f"  {line} ...", dim=True, err=True)
 
@@ -158,8 +191,9 @@ def _show(result: dict[str, Any], worst: int) -> None:
     for name in sorted(errors, key=lambda name: -errors[name])[:worst]:
         table.add_row(name, f"{result['norms'][name]:.3e}", f"{errors[name]:.0e}")
     console.print(table)
+    source = f"Plan: {result['origin'] or 'none'}" if result["stack"] is None else f"By {result['stack']}"
     console.print(
-        f"Plan: {result['origin'] or 'none'}. {len(errors)} gradients compared. Relative errors; of a gradient up to "
+        f"{source}. {len(errors)} gradients compared. Relative errors; of a gradient up to "
         f"{result['bound']:.0e}, of the loss up to {result['loss_bound']:.0e} are rounding."
     )
     if result["ok"]:
@@ -176,6 +210,6 @@ def _failure(result: dict[str, Any]) -> str:
     if wrong:
         return (
             f"{name}: its gradient is off by {errors[name]:.0e} of its norm, the worst of {wrong} of {len(errors)} "
-            "that are off. Correct the plan or the strategy."
+            f"that are off.{'' if result['stack'] else ' Correct the plan or the strategy.'}"
         )
     return f"the loss is {result['loss']:.6f}, and {result['reference_loss']:.6f} in one process."

@@ -17,7 +17,7 @@ from ..config import AutoParallelismConfig
 from ..core.importing import import_modules
 from ..core.model_view import ModelView
 from ..plan_search.proxy_model import VOCABULARY, build_proxy_model
-from .comparison import compare, mean_over_ranks, one_process
+from .comparison import Compared, compare, mean_over_ranks, one_process
 
 
 @dataclass(frozen=True)
@@ -122,4 +122,9 @@ def parallel(job: Job, expected: dict[str, Any]) -> dict[str, Any]:
     state = prepared(model)
     plan = None if state is None else state.context.plan
     origin = None if plan is None else plan.origin
-    return asdict(found) | {"ok": found.ok, "where": found.where, "loss_error": found.loss_error, "origin": origin}
+    return judged(found) | {"origin": origin}
+
+
+def judged(found: Compared) -> dict[str, Any]:
+    """The fields of ``found`` and what follows from them, for JSON."""
+    return asdict(found) | {"ok": found.ok, "where": found.where, "loss_error": found.loss_error}

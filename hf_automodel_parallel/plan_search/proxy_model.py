@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ def proxy_config(config: Any, each: int = 1, first: int = 0) -> Any:
     for name, value in fields.items():
         if _are_indices(name, value, layers):
             _set(small, name, [kept.index(i) for i in value if i in kept])
+        elif _are_widths(name, value):  # of each layer its own (Gemma3n)
+            of_kept = [value[i] for i in kept] if len(value) == layers else value
+            _set(small, name, [_small(name, width, heads, len(kept), fields) for width in of_kept])
         elif isinstance(value, list) and layers > 2 and len(value) == layers:
             _set(small, name, [value[i] for i in kept])
         elif isinstance(value, dict) and hasattr(getattr(small, name, None), "to_dict"):
@@ -104,8 +108,10 @@ def _small(name: str, value: int, heads: int, layers: int, fields: dict[str, Any
                 return _FEATURES.get(value & -value, size)
             return layers if size == LAYERS and "layers" in pattern else size
     # Further widths of the same kind (of a pooler, of a projection) follow the one that they are equal to.
-    same = {fields.get("hidden_size"): HIDDEN, fields.get("intermediate_size"): INTERMEDIATE}
-    return same.get(value, value) if re.fullmatch(r".*(size|dim|width)", name) else value
+    for other, size in (("hidden_size", HIDDEN), ("intermediate_size", INTERMEDIATE)):
+        if value == fields.get(other) and re.fullmatch(r".*(size|dim|width)", name):
+            return size
+    return value
 
 
 def _related(name: str, value: int, fields: dict[str, Any]) -> int | None:
@@ -147,6 +153,12 @@ def _are_indices(name: str, value: Any, layers: int) -> bool:
     if not (isinstance(value, list) and value and _INDICES.fullmatch(name)):
         return False
     return all(type(i) is int and 0 <= i < layers for i in value) and len(set(value)) == len(value)
+
+
+def _are_widths(name: str, value: Any) -> bool:
+    """True for a list with the width of the MLP in each layer."""
+    widths = isinstance(value, list) and value and all(type(width) is int and width > 0 for width in value)
+    return bool(widths) and any(size == INTERMEDIATE and re.fullmatch(pattern, name) for pattern, size in SIZES)
 
 
 def _is_period(name: str, value: Any, layers: int) -> bool:
@@ -204,18 +216,18 @@ def build_proxy_model(model: nn.Module, first: int = 0) -> nn.Module:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise PlanError(f"{type(model).__name__} has no config to make a tiny proxy model of.")
-    try:
-        small = _build(type(model), proxy_config(config, first=first))
-    except Exception as error:  # code of the model, which may raise any error
-        # Two layers of each kind, for models in which layers of one kind have modules in common (Zamba).
+    # Two layers of each kind, for models in which layers of one kind have modules in common (Zamba); all layers, for
+    # models whose last layers take keys and values of earlier ones (Gemma3n).
+    problem: Exception | None = None
+    for kept in ({"first": first}, {"each": 2}, {"first": sys.maxsize}):
         try:
-            small = _build(type(model), proxy_config(config, each=2))
-        except Exception:
-            raise PlanError(
-                f"no tiny proxy model of {type(model).__name__} can be built from its config: {type(error).__name__}: "
-                f"{first_line(error)}."
-            ) from error
-    return small.eval()
+            return _build(type(model), proxy_config(config, **kept)).eval()
+        except Exception as error:  # code of the model, which may raise any error
+            problem = problem or error
+    raise PlanError(
+        f"no tiny proxy model of {type(model).__name__} can be built from its config: {type(problem).__name__}: "
+        f"{first_line(problem)}."  # type: ignore[arg-type]
+    ) from problem
 
 
 def _build(cls: Any, config: Any) -> nn.Module:

@@ -71,7 +71,7 @@ def test_recipes_under_context_parallelism(tmp_path):
 
 
 def test_recipes_are_short_and_tested():
-    others = {"finetune_text", "demo", "custom_strategy", "custom_model_class", "tiny"}
+    others = {"finetune_text", "demo", "gemma_gguf", "custom_strategy", "custom_model_class", "tiny"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == others | set(WRITES)
     for name in WRITES:
         text = (ROOT / f"examples/{name}.py").read_text()

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness.models import MODELS
+from sweep import stacks
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from hf_automodel_parallel.cli import app
+from hf_automodel_parallel.cli.comparison import compare_saved
 from hf_automodel_parallel.cli.verify import smaller
 
 PACKAGES = Path(__file__).resolve().parents[1] / "packages"
@@ -89,9 +92,64 @@ def test_own_architecture_plan_and_strategy(tmp_path):
     assert all(len(line) <= 80 for _, output in (right, refused, wrong) for line in output.splitlines())
 
 
+def test_other_stacks(tmp_path):
+    """What PEFT's LoRA on a model that transformers has sharded ends with, here and in a script without the package."""
+    kind, values = MODELS["llama"]
+    AutoConfig.for_model(kind, **values).save_pretrained(model := tmp_path / "llama")
+    lora, script = ["--tp", "2", "--lora", "r=4"], tmp_path / "reproduction"
+    fsdp, native, failing, ours = verify(
+        [str(model), "--dp-shard", "2", "--lora", "r=4", "--stack", "accelerate"],
+        [str(model), "--tp", "2", "--stack", "transformers"],
+        [str(model), *lora, "--stack", "transformers", "--script", str(script), "--json"],
+        [str(model), *lora],
+    )
+    for right, stack in ((fsdp, "By accelerate "), (native, "By transformers "), (ours, "Plan: hf")):
+        assert right[0] == 0 and stack in right[1], right[1]
+        assert right[1].endswith("✓ loss and gradients are those of one process\n")
+    assert failing[0] == 1
+    error = json.loads(failing[1])["error"]
+    assert error.startswith("RuntimeError: shape '[")
+
+    assert "hf_automodel_parallel" not in (script / "run.py").read_text()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    again = subprocess.run(command, cwd=script, env=variables, capture_output=True, text=True, timeout=120)
+    assert again.returncode and error in again.stderr
+
+
+def test_gradients_of_another_shape_are_wrong():
+    right = {"float32": {"loss": 1.0, "gradients": {"a": torch.ones(2), "b": torch.ones(2)}}}
+    found = [{"loss": 1.0, "gradients": {"a": torch.ones(2), "b": torch.ones(1)}}, right["float32"]]
+    compared = compare_saved(found, right)
+    assert compared.where == "b" and compared.worst == float("inf") and not compared.ok
+    assert compare_saved([right["float32"]] * 2, right).ok
+    lacking = [right["float32"], {"loss": 1.0, "gradients": {"a": torch.ones(2)}}]
+    assert compare_saved(lacking, right).one_side == ["b"]
+
+
+def test_page_of_other_stacks():
+    """docs/stacks.md is made of its data, and here every cell is right."""
+    data = json.loads(stacks.DATA.read_text())
+    assert stacks.PAGE.read_text() == stacks.page(data)
+    assert all(why is None for cell, why in data["outcomes"].items() if cell.endswith("/this package"))
+    assert all(any(cell.endswith(f"/{name}") for cell in data["outcomes"]) for name in stacks.STACKS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--stack", "deepspeed"], "--stack deepspeed: give one of transformers, accelerate."),
+        (["--stack", "accelerate"], "--stack accelerate has no tp here: give --dp-shard alone."),
+        (
+            ["--stack", "transformers", "--cp", "2"],
+            "--stack transformers has no cp here: give --tp and --dp-shard alone.",
+        ),
+        (
+            ["--stack", "transformers", "--sequence-parallel"],
+            "--stack transformers has no sequence_parallel: leave it out.",
+        ),
+        (["--script", "x"], "--script x: give --stack, and a directory that does not exist yet."),
+        (["--stack", "transformers", "--script", "/"], "--script /: give --stack, and a directory that does not"),
         (["--seq", "65"], "--seq 65: the small model has 64 positions; give 64 or less."),
         (["--import", "no_such_package"], "--import no_such_package: No module named 'no_such_package'."),
         (["--tp", "2", "--world", "3"], ""),

@@ -18,7 +18,7 @@ from hf_automodel_parallel.core.sharding_spec import Plan, PlanEntry
 from hf_automodel_parallel.errors import PlanError
 from hf_automodel_parallel.plan.select import select_plan
 from hf_automodel_parallel.plan_search.parity_check import ParityCheck
-from hf_automodel_parallel.plan_search.proxy_model import build_proxy_model, proxy_config
+from hf_automodel_parallel.plan_search.proxy_model import HIDDEN, INTERMEDIATE, build_proxy_model, proxy_config
 from hf_automodel_parallel.plan_search.search import derived_plan
 from hf_automodel_parallel.tensor_parallel.thread_group import run_ranks
 
@@ -107,6 +107,15 @@ def test_a_plan_that_forgets_something_fails_the_check():
     assert qwen.failure(Plan("explicit", dict(entries))) is None
     forgotten = {k: v for k, v in entries.items() if "norm" not in k}
     assert "gradient of model.layers.0.self_attn" in qwen.failure(Plan("explicit", forgotten))
+
+
+def test_layers_that_take_keys_and_values_of_others():
+    """Gemma3n: a width for each layer, and last layers that go by their number, so that all layers are kept."""
+    model = build_model("gemma3n", num_kv_shared_layers=4)
+    small = build_proxy_model(model)
+    assert small.config.num_hidden_layers == model.config.num_hidden_layers
+    assert set(small.config.intermediate_size) == {INTERMEDIATE}
+    assert small.model.layers[0].mlp.up_proj.weight.shape == (INTERMEDIATE, HIDDEN)
 
 
 def test_verify_plan():
