@@ -76,6 +76,10 @@ class ParallelizeContext:
         """The names of the model, computed once for planning. Not for later steps: sharding replaces parameters."""
         return ModelView(self.model)
 
+    def look_again(self) -> None:
+        """Compute :attr:`view` again when it is next asked for, because modules have been replaced."""
+        vars(self).pop("view", None)
+
     @property
     def tp_mesh(self) -> DeviceMesh | None:
         """The tp axis, None when it has one rank."""

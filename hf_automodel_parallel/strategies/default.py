@@ -237,16 +237,16 @@ class DefaultParallelizationStrategy(ParallelizationStrategy):
         if context.tp_mesh is not None:
             with shown_unpacked(context.model) as packed:
                 if packed:
-                    vars(context).pop("view", None)  # modules have been replaced, so it is computed again
+                    context.look_again()
                 self.select_tensor_parallel(context)
             if packed:
-                vars(context).pop("view", None)
+                context.look_again()
                 if context.compile_options is not None:
                     raise not_available_yet(
                         "compile",
                         True,
-                        "layers with 4-bit weights under tensor parallelism have not been compared with one process "
-                        "when they are compiled; use compile=False, or tp_size=1.",
+                        "Layers with 4-bit weights under tensor parallelism have not been compared with one process "
+                        "when they are compiled: use compile=False, or tp_size=1.",
                     )
                 check_shards(context.model, context.spec, context.tp_mesh.size())  # type: ignore[arg-type]
 
