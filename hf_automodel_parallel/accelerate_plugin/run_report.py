@@ -26,7 +26,7 @@ from ..strategies.default import DefaultParallelizationStrategy
 from ..version import __version__
 from .hooks import hooks_of
 from .prepared import PreparedModel, attached_to, prepared
-from .throughput import BatchCounter, local_bytes, peak_memory, synchronize
+from .throughput import BatchCounter, local_bytes, peak_memory, state_bytes, synchronize
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -249,9 +249,8 @@ class FirstSteps:
         )
 
     def _memory(self, optimizer: torch.optim.Optimizer) -> str:
-        states = (x for s in optimizer.state.values() if isinstance(s, dict) for x in s.values())
-        state = sum(local_bytes(x) for x in states if isinstance(x, torch.Tensor))
-        return f"optimizer state {size_text(state)}, peak memory {size_text(peak_memory(self.device))} on rank 0"
+        state, peak = size_text(state_bytes(optimizer)), size_text(peak_memory(self.device))
+        return f"optimizer state {state}, peak memory {peak} on rank 0"
 
     def _at_the_end(self) -> None:
         """Must not refer to model or optimizer, which it would keep alive."""

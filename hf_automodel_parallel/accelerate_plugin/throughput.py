@@ -68,3 +68,9 @@ def local_bytes(tensor: torch.Tensor) -> int:
     with torch.no_grad():
         shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return shard.numel() * shard.element_size()
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of this rank's shards of the tensors in the state of ``optimizer``."""
+    states = (x for s in optimizer.state.values() if isinstance(s, dict) for x in s.values())
+    return sum(local_bytes(x) for x in states if isinstance(x, torch.Tensor))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +16,12 @@ from transformers import TrainerCallback
 
 from .. import compat
 from ..accelerate_plugin.prepared import PreparedModel, prepared
-from ..accelerate_plugin.throughput import BatchCounter, peak_memory
+from ..accelerate_plugin.throughput import BatchCounter, local_bytes, peak_memory, state_bytes
+from ..core.output import size_text, tell
 from ..core.ranks import gather_tensors
 from ..errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class ParallelMetrics(TrainerCallback):
@@ -32,19 +38,30 @@ class ParallelMetrics(TrainerCallback):
     Times are of training steps only, not of evaluation and saving. One all-gather of four numbers for each log. A
     script that runs in one process, without a launcher, gets a warning and no metrics.
 
+    With ``plan`` rank 0 says once, after the first step, what it holds beside what was predicted: parameters, optimizer
+    state and, on CUDA, the peak.
+
     Args:
         peak_tflops: what a device can do in the dtype of the training.
         flops_per_token: floating-point operations of forward and backward, instead of those counted from the model.
+        plan: file that ``hf-automodel-parallel plan ... --json`` printed, for the same mesh.
 
     Raises:
-        ConfigError: when training begins on several ranks without an :class:`AutoParallelismConfig`.
+        ConfigError: ``plan`` is no such file; when training begins on several ranks without an
+            :class:`AutoParallelismConfig`, or on another mesh than that of ``plan``.
 
     Examples:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[ParallelMetrics(peak_tflops=989)])
     """
 
-    def __init__(self, peak_tflops: float | None = None, flops_per_token: float | None = None) -> None:
+    def __init__(
+        self,
+        peak_tflops: float | None = None,
+        flops_per_token: float | None = None,
+        plan: str | Path | None = None,
+    ) -> None:
         self.peak_tflops, self.flops_per_token = peak_tflops, flops_per_token
+        self._prediction = None if plan is None else _Prediction(Path(plan))
         self._record: PreparedModel | None = None
         self._counter: BatchCounter | None = None
         self._clear(time.perf_counter())
@@ -62,6 +79,8 @@ class ParallelMetrics(TrainerCallback):
                 "ParallelMetrics measures a model that AutoParallelismConfig parallelises. Give the Trainer one, or "
                 "leave the callback out."
             )
+        if self._prediction is not None:
+            self._prediction.check(record)
         self._record, self._counter = record, BatchCounter(model)
         self._clear(time.perf_counter())
 
@@ -76,7 +95,10 @@ class ParallelMetrics(TrainerCallback):
         self._seconds += now - self._since
         self._since = now
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self._prediction is not None and self._record is not None:
+            self._prediction.tell(self._record, optimizer)
+            self._prediction = None
         now = time.perf_counter()
         self._seconds += now - self._since
         self._steps += 1
@@ -112,6 +134,46 @@ class ParallelMetrics(TrainerCallback):
                 if self.peak_tflops is not None:
                     result["mfu"] = result["tflops_per_device"] / self.peak_tflops
         return {name: float(f"{value:.4g}") for name, value in result.items()}
+
+
+class _Prediction:
+    """What ``plan --json`` said of a rank.
+
+    Raises:
+        ConfigError: ``path`` is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            found = json.loads(path.read_text())
+            self.sizes: dict[str, int] = dict(found["sizes"])
+            self.memory = {name: int(found["memory"][name]) for name in ("parameters", "optimizer", "peak")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"ParallelMetrics(plan={str(path)!r}) is no file of hf-automodel-parallel plan --json: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+
+    def check(self, record: PreparedModel) -> None:
+        """Raise if the prediction is of another mesh."""
+        sizes = {axis: getattr(record.config, f"{axis}_size") for axis in self.sizes}
+        if sizes != self.sizes:
+            raise ConfigError(
+                f"ParallelMetrics(plan={str(self.path)!r}) is of the mesh {self.sizes}, and this run has {sizes}. Run "
+                "plan with the sizes of this run."
+            )
+
+    def tell(self, record: PreparedModel, optimizer: Any) -> None:
+        """Say on rank 0 what is held beside what was predicted."""
+        held = {"parameters": sum(local_bytes(p) for p in record.context.model.parameters())}
+        if optimizer is not None:
+            held["optimizer"] = state_bytes(optimizer)
+        if record.context.device.type == "cuda":  # on the CPU it would be of the whole process
+            held["peak"] = peak_memory(record.context.device)
+        names = {"parameters": "parameters", "optimizer": "optimizer state", "peak": "peak"}
+        parts = (f"{names[name]} {size_text(size)}, said {size_text(self.memory[name])}" for name, size in held.items())
+        tell(logger, f"memory beside {self.path.name}: {'; '.join(parts)}")
 
 
 def flops_per_token(model: nn.Module, experts_used: float | None = None) -> float | None:

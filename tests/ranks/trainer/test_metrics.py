@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -12,12 +14,16 @@ from harness.training import _Rows, batches_for
 from transformers import Trainer, TrainingArguments
 
 from hf_automodel_parallel import AutoParallelismConfig, ConfigError, ParallelMetrics
+from hf_automodel_parallel.planner.explain import explain
+from hf_automodel_parallel.trainer_plugin import metrics as metrics_module
 from hf_automodel_parallel.trainer_plugin.metrics import flops_per_token
 
 STEPS, ROWS, LENGTH = 2, 4, 16
 
 
-def logged(sizes: dict[str, int], ranks: int, directory: str) -> tuple[list[dict[str, float]], float]:
+def logged(
+    sizes: dict[str, int], ranks: int, directory: str, plan: str | None = None
+) -> tuple[list[dict[str, float]], float]:
     """The logs of a training with the callback, and the operations of a token."""
     model = build_model("llama")
     (batch,) = batches_for(model, 1, rows=ROWS * STEPS)
@@ -32,7 +38,7 @@ def logged(sizes: dict[str, int], ranks: int, directory: str) -> tuple[list[dict
         disable_tqdm=True,
         parallelism_config=AutoParallelismConfig(**sizes),
     )
-    metrics = ParallelMetrics(peak_tflops=1e-3)
+    metrics = ParallelMetrics(peak_tflops=1e-3, plan=plan)
     seconds: list[float] = []
     measured = metrics.measured
 
@@ -110,6 +116,40 @@ def train_without_config(directory: str) -> str:
 def test_without_a_config(tmp_path):
     messages = run_distributed(2, train_without_config, str(tmp_path))
     assert all("measures a model that AutoParallelismConfig parallelises" in message for message in messages)
+
+
+def train_beside_a_plan(directory: str) -> tuple[str, str]:
+    """The line of a run with the plan of its mesh, and the error with one of another."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_module, "tell", lambda _, line: lines.append(line))
+        logged({"tp_size": 2}, 1, directory, plan=f"{directory}/tp2.json")
+    try:
+        logged({"tp_size": 2}, 1, directory, plan=f"{directory}/tp4.json")
+    except ConfigError as error:
+        return lines[0], str(error)
+    return lines[0], ""
+
+
+def test_beside_a_plan(tmp_path):
+    """What ``plan`` said of parameters and AdamW's state is what the ranks hold."""
+    build_model("llama").config.save_pretrained(tmp_path)
+    fields = {"batch": ROWS, "sequence": LENGTH, "dtype": "fp32"}
+    found = explain(str(tmp_path / "config.json"), {"tp_size": 2}, **fields).to_dict()
+    (tmp_path / "tp2.json").write_text(json.dumps(found))
+    (tmp_path / "tp4.json").write_text(json.dumps({**found, "sizes": {**found["sizes"], "tp": 4}}))
+    pattern = "memory beside tp2.json: parameters (.+), said (.+); optimizer state (.+), said (.+)"
+    for line, error in run_distributed(2, train_beside_a_plan, str(tmp_path), timeout=240):
+        held = re.fullmatch(pattern, line)
+        assert held is not None and held[1] == held[2] and held[3] == held[4], line
+        assert "is of the mesh" in error and "'tp': 4" in error
+
+
+def test_a_file_that_is_no_plan(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    for name in ("plan.json", "none.json"):
+        with pytest.raises(ConfigError, match="is no file of hf-automodel-parallel plan --json"):
+            ParallelMetrics(plan=tmp_path / name)
 
 
 def test_in_one_process(tmp_path):

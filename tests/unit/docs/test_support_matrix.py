@@ -149,6 +149,14 @@ def test_the_page_says_what_plan_does(row):
     assert {column: cell(row, column) for column in COLUMNS} == written()[row]
 
 
+def test_tests_of_trainers_exist():
+    """Of the table of trainers, which is written by hand."""
+    cited = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE.read_text())
+    assert len(cited) >= 10
+    for path, name in cited:
+        assert f"def {name}(" in (PAGE.parents[1] / path).read_text(), (path, name)
+
+
 if __name__ == "__main__":
     page = PAGE.read_text()
     PAGE.write_text(page[: page.index(BEGIN)] + BEGIN + "\n" + table() + "\n" + page[page.index(END) :])
