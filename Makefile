@@ -135,6 +135,10 @@ parity: $(STAMP) ## all cells of the parity matrices, written to docs/parity.md 
 	@echo "[parity] every model x adapter x mesh x checkpointing x compile, with sequence parallelism, too, against one process"
 	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(abspath $(VENV))/bin/python -m parity.matrix $(PARITY_ARGS)
 
+.PHONY: stacks
+stacks: $(STAMP) ## other parallelisations by the oracle of verify, written to docs/stacks.md (half an hour)
+	@cd tests && PYTHONPATH=$(CURDIR):$(CURDIR)/tests CUDA_VISIBLE_DEVICES= $(abspath $(VENV))/bin/python -W ignore -m sweep.stacks
+
 .PHONY: sweep
 sweep: $(STAMP) ## every causal-LM type of transformers against one process, written to docs/architectures.md (an hour; continues)
 	@echo "[sweep] every type x full, LoRA, sequence parallelism x tp 2, tp 2 x FSDP2 2, and in full on FSDP2 2, against one process"

@@ -133,6 +133,18 @@ def test_page_of_other_stacks():
     assert stacks.PAGE.read_text() == stacks.page(data)
     assert all(why is None for cell, why in data["outcomes"].items() if cell.endswith("/this package"))
     assert all(any(cell.endswith(f"/{name}") for cell in data["outcomes"]) for name in stacks.STACKS)
+    for mesh, row in (("tp 2", "tp 2 |"), ("FSDP2 2", "| the same, FSDP2 2 |")):
+        right = {
+            stack: sum(data["outcomes"].get(f"LoRA/{kind}/{mesh}/{stack}", "") is None for kind in stacks.TYPES)
+            for stack in stacks.STACKS
+        }
+        if mesh == "tp 2":
+            right["Accelerate"] = "no tp of its own"
+        cells = [
+            v if isinstance(v := right[name], str) else f"{v} of 8"
+            for name in ("this package", "Accelerate", "transformers")
+        ]
+        assert f"{row} {' | '.join(cells)} |" in (stacks.ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

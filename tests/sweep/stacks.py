@@ -35,9 +35,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft")
 
 HEAD = """# Other stacks, by the same oracle
 
-Loss and every gradient of a small model on gloo ranks against one process in float32, by `verify --stack`:
-transformers' `DistributedConfig` (models sharded by `from_pretrained`, with PEFT on top) and Accelerate's FSDP2. The
-stacks run in interpreters that never import this package. LoRA has rank 4, on all linear layers. {date}, {versions}.
+Loss and every gradient of a small model on gloo ranks against one process in float32, by `verify --stack`, in a plain
+training loop: transformers' `DistributedConfig` (models sharded by `from_pretrained`, with PEFT on top) and
+Accelerate's FSDP2. The stacks run in interpreters that never import this package. LoRA has rank 4, on
+all linear layers. {date}, {versions}.
 
 ✓: loss within 1e-5 and each gradient within 1e-4 of one process. A number: what happens instead, below. `--script`
 writes a cell as a script of torch, transformers, accelerate and peft alone:
@@ -46,7 +47,7 @@ writes a cell as a script of torch, transformers, accelerate and peft alone:
 hf-automodel-parallel verify path/to/model --tp 2 --lora r=4 --stack transformers --script reproduction
 ```
 
-Made by `cd tests && python -m sweep.stacks`. Not here: DeepSpeed, Megatron, GPUs, and speed
+Made by `make stacks`. Not here: DeepSpeed, Megatron, GPUs, and speed
 ([benchmarks](benchmarks.md)).
 """
 
@@ -95,7 +96,7 @@ def page(data: dict[str, Any]) -> str:
         lines.append("")
     if reasons:
         lines += ["## What happens instead", ""]
-        lines += [f"{number}. `{why}`" for number, why in enumerate(reasons, start=1)]
+        lines += [f"{number}. `` {why} ``" for number, why in enumerate(reasons, start=1)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -143,7 +143,7 @@ def test_a_report_that_fails_is_a_line(capsys, monkeypatch):
     monkeypatch.setattr(run_report, "prepared", broken)
     report(accelerator(), (torch.nn.Linear(2, 2),))
     assert capsys.readouterr().err.endswith("no description of this run, because it failed: KeyError: 'weights'\n")
-    monkeypatch.setattr(run_report, "local_bytes", broken)
+    monkeypatch.setattr(run_report, "state_bytes", broken)
     steps(3)
     assert "KeyError: 'weights'" in capsys.readouterr().err
 
